@@ -1,0 +1,249 @@
+"""The tables: how jobs and results are stored, and the database's clock.
+
+In: nothing.  Out: SQLAlchemy tables to the worker's store, the client's queries and the migrations,
+and ``now`` / ``seconds_from_now``, SQL expressions of the database's own clock.  Exists because
+"query stored results" is one of the interfaces: the columns are public and change only additively.
+
+A job is identified by tenant and id together, so that tenants cannot meet in a row.  All times are
+UTC and are taken from the database's clock, so that machines whose clocks differ agree.
+"""
+
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from sqlalchemy import (
+    JSON,
+    Boolean,
+    Column,
+    DateTime,
+    Dialect,
+    Float,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    TypeDecorator,
+    text,
+)
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """An aware time in UTC: ``timestamptz`` on PostgreSQL, ISO text without zone on SQLite."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Store in UTC."""
+        return None if value is None else value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Read as UTC."""
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+class now(FunctionElement[datetime]):  # noqa: N801  # reads as the SQL function it is
+    """The database's clock at the moment of the statement."""
+
+    type = UtcDateTime()
+    inherit_cache = True
+
+
+class seconds_from_now(FunctionElement[datetime]):  # noqa: N801  # reads as the SQL function it is
+    """The database's clock plus a number of seconds, which may be negative or a fraction."""
+
+    type = UtcDateTime()
+    inherit_cache = True
+
+
+class seconds_until(FunctionElement[float]):  # noqa: N801  # reads as the SQL function it is
+    """Seconds from the database's clock to a time; negative if it has passed."""
+
+    type = Float()
+    inherit_cache = True
+
+
+@compiles(now, "postgresql")
+def _now_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
+    # now() would be the transaction's start, which a long grouped write leaves behind.
+    return "clock_timestamp()"
+
+
+@compiles(now, "sqlite")
+def _now_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
+    return "strftime('%Y-%m-%d %H:%M:%f', 'now')"
+
+
+@compiles(seconds_from_now, "postgresql")
+def _seconds_from_now_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
+    return f"(clock_timestamp() + make_interval(secs => {compiler.process(element.clauses, **kw)}))"
+
+
+@compiles(seconds_from_now, "sqlite")
+def _seconds_from_now_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
+    seconds = compiler.process(element.clauses, **kw)
+    return f"strftime('%Y-%m-%d %H:%M:%f', 'now', printf('%+.3f seconds', {seconds}))"
+
+
+@compiles(seconds_until, "postgresql")
+def _seconds_until_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
+    return f"extract(epoch from ({compiler.process(element.clauses, **kw)} - clock_timestamp()))::double precision"
+
+
+@compiles(seconds_until, "sqlite")
+def _seconds_until_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
+    return f"((julianday({compiler.process(element.clauses, **kw)}) - julianday('now')) * 86400.0)"
+
+
+metadata: Final = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(referred_table_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+jobs: Final = Table(
+    "jobs",
+    metadata,
+    Column("tenant", String(128), primary_key=True),
+    Column("id", String(128), primary_key=True),
+    Column("status", String(16), nullable=False, comment="queued, running, retrying, completed, failed, …"),
+    Column("model", Text, nullable=False),
+    Column("provider", String(128), nullable=False),
+    Column("request", Text, nullable=False, comment="the whole job as JSON, as it was enqueued"),
+    Column("request_hash", String(64), nullable=False, comment="tells whether a repeated id asks for the same"),
+    Column("metadata", JSON, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("due_at", UtcDateTime, nullable=False, comment="not to be started before"),
+    Column("sent_at", UtcDateTime, comment="when its message was last put on the queue"),
+    Column("expires_at", UtcDateTime),
+    Column("deadline_at", UtcDateTime, comment="first start plus total time-out"),
+    Column("started_at", UtcDateTime, comment="start of the first attempt"),
+    Column("finished_at", UtcDateTime),
+    Column("attempt", Integer, nullable=False, comment="the newest attempt; the fencing token of every write"),
+    Column("tries", Integer, nullable=False, comment="provider streams begun; at most max_attempts"),
+    Column("max_attempts", Integer, comment="null: the worker's setting"),
+    Column("next_reason", String(16), nullable=False, comment="why the next attempt will be made"),
+    Column("worker_id", String(128), comment="who runs it now"),
+    Column("cancel_requested_at", UtcDateTime),
+    Column("partial", Boolean, nullable=False, comment="the output is of an attempt that did not finish"),
+    Column("error_code", String(64)),
+    Column("error_message", Text),
+    Column("output_sha256", String(64)),
+    Column("prompt_tokens", Integer, comment="summed over attempts; unknown is null"),
+    Column("completion_tokens", Integer),
+    Column("total_tokens", Integer),
+    Column("usage_source", String(16), comment="the weakest source among the attempts"),
+    Column("provider_details", JSON),
+    Column("terminal_event_id", String(32)),
+    Column("announced", Boolean, nullable=False, comment="whether the terminal event is known to be in the log"),
+    # The sweeper's questions; partial, because nearly all rows are terminal and announced.
+    Index(
+        "ix_jobs_open",
+        "due_at",
+        postgresql_where=text("status IN ('queued', 'retrying', 'running')"),
+        sqlite_where=text("status IN ('queued', 'retrying', 'running')"),
+    ),
+    Index(
+        "ix_jobs_unannounced",
+        "finished_at",
+        postgresql_where=text("NOT announced AND finished_at IS NOT NULL"),
+        sqlite_where=text("NOT announced AND finished_at IS NOT NULL"),
+    ),
+    Index("ix_jobs_tenant_created", "tenant", "created_at"),
+)
+
+
+def _of_job(*columns: Column[Any]) -> tuple[Any, ...]:
+    """The columns and the foreign key that tie a row to its job."""
+    return (
+        Column("tenant", String(128), primary_key=True),
+        Column("job_id", String(128), primary_key=True),
+        *columns,
+        ForeignKeyConstraint(["tenant", "job_id"], ["jobs.tenant", "jobs.id"], ondelete="CASCADE"),
+    )
+
+
+choices: Final = Table(
+    "choices",
+    metadata,
+    *_of_job(
+        Column("index", Integer, primary_key=True, autoincrement=False),
+        Column("content", Text, nullable=False),
+        Column("reasoning", Text, nullable=False),
+        Column("refusal", Text, nullable=False),
+        Column("finish_reason", Text, comment="as the provider sent it"),
+        Column("extra", JSON, comment="logprobs, annotations and other extras"),
+    ),
+)
+
+tool_calls: Final = Table(
+    "tool_calls",
+    metadata,
+    *_of_job(
+        Column("choice_index", Integer, primary_key=True, autoincrement=False),
+        Column("position", Integer, primary_key=True, autoincrement=False),
+        Column("call_id", Text, nullable=False),
+        Column("type", String(32), nullable=False),
+        Column("name", Text, nullable=False),
+        Column("arguments", Text, nullable=False),
+        Column("arguments_valid", Boolean, nullable=False, comment="whether the arguments are a JSON text"),
+        Column("extra", JSON),
+    ),
+)
+
+attempts: Final = Table(
+    "attempts",
+    metadata,
+    *_of_job(
+        Column("number", Integer, primary_key=True, autoincrement=False),
+        Column("reason", String(16), nullable=False, comment="first, retry, worker_lost, interrupted, recovered"),
+        Column("outcome", String(16), comment="finished, failed, cancelled, interrupted, lost; null while it runs"),
+        Column("worker_id", String(128), nullable=False),
+        Column("provider", String(128), nullable=False),
+        Column("model", Text, nullable=False),
+        Column("started_at", UtcDateTime, nullable=False),
+        Column("finished_at", UtcDateTime),
+        Column("first_token_ms", Float, comment="milliseconds from the request to the first output"),
+        Column("error_code", String(64)),
+        Column("error_message", Text),
+        Column("http_status", Integer),
+        Column("retryable", Boolean),
+        Column("provider_request_id", Text),
+        Column("prompt_tokens", Integer, comment="as reported; unknown is null"),
+        Column("completion_tokens", Integer),
+        Column("total_tokens", Integer),
+        Column("usage_source", String(16), comment="provider, estimated or unknown"),
+        Column("usage", JSON, comment="what the provider reported, whole"),
+    ),
+)
+
+workers: Final = Table(
+    "workers",
+    metadata,
+    Column("id", String(128), primary_key=True),
+    Column("started_at", UtcDateTime, nullable=False),
+    Column("heartbeat_at", UtcDateTime, nullable=False),
+    Index("ix_workers_heartbeat", "heartbeat_at"),
+)
+
+rejected_messages: Final = Table(
+    "rejected_messages",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("rejected_at", UtcDateTime, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("tenant", String(128), comment="if the message named one"),
+    Column("job_id", String(128), comment="if the message named one"),
+    Column("size", Integer, nullable=False, comment="bytes of the message"),
+    Column("payload", Text, comment="the message, base64, cut to a limit"),
+    Index("ix_rejected_messages_rejected_at", "rejected_at"),
+)
