@@ -1,0 +1,93 @@
+# One command for everything: `make demo` shows it, `make test` proves it.
+# Needs a POSIX shell, make and Python 3.11 or newer with pip; the rest goes into .venv, from hash-checked locks.
+
+.DEFAULT_GOAL := help
+.SUFFIXES:
+.DELETE_ON_ERROR:
+
+VENV := .venv
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+
+# The first Python that fits. To choose another: make demo PYTHON=/path/to/python3.12
+CANDIDATES := python3 python3.13 python3.12 python3.11 python3.14 python
+FITS := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))
+PYTHON ?= $(shell for p in $(CANDIDATES); do "$$p" -c '$(FITS)' 2>/dev/null && { echo "$$p"; break; }; done)
+
+# Wheels only: a source distribution would run its build with dependencies that no hash protects.
+PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check --no-input
+LOCKED := $(PIP_INSTALL) --require-hashes --only-binary=:all:
+
+.PHONY: help demo test check format conformance chaos bench fuzz lock clean
+
+help: ## Show this list
+	@echo "Millrace: a background worker for streaming LLM completions."
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/runtime ## Run jobs through a real worker and watch them, with nothing else installed
+	@$(BIN)/millrace demo $(ARGS)
+
+test: $(VENV)/dev ## Run all tests, with real servers and real worker processes [ARGS=-x]
+	@echo "Running the tests; they start their own Valkey and PostgreSQL."
+	@$(PY) -m pytest $(ARGS)
+
+check: $(VENV)/dev ## Formatting, lint, types, layers, and that schemas and migrations match the code
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/millrace schema --check
+	$(PY) -m pytest -q tests/adapters/test_migrations.py
+
+format: $(VENV)/dev ## Format the code and fix what can be fixed
+	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
+
+conformance: $(VENV)/dev ## Decode recorded and hand-made provider streams [CASES=file.jsonl]
+	@$(PY) -m tests.conformance $(CASES)
+
+chaos: $(VENV)/dev ## Kill workers, Redis and the provider at random, then count the jobs [SEED=1 JOBS=200]
+	@$(PY) -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(JOBS),--jobs $(JOBS))
+
+bench: $(VENV)/dev ## Measure this worker, the usual tutorial and the bare floor, side by side
+	@$(PY) -m benchmarks $(ARGS)
+
+fuzz: $(VENV)/dev ## Feed the decoders random bytes, longer than the tests do
+	@$(PY) -m tests.fuzz $(ARGS)
+
+# One lock serves every supported Python and platform. --no-config keeps private indexes of this machine out of it.
+COMPILE := $(BIN)/uv pip compile --quiet --no-config --universal --python-version 3.11 --generate-hashes \
+	--no-emit-index-url --no-emit-find-links --annotation-style line --custom-compile-command "make lock"
+
+lock: $(VENV)/dev ## Write requirements/*.txt anew [UPGRADE=1 moves to newer versions]
+	@echo "Resolving from the public registry ..."
+	@$(COMPILE) $(if $(UPGRADE),--upgrade) pyproject.toml --all-extras --group build --group dev -o requirements/dev.txt
+	@$(COMPILE) pyproject.toml --all-extras --constraint requirements/dev.txt -o requirements/runtime.txt
+	@$(COMPILE) --group build --constraint requirements/dev.txt -o requirements/build.txt
+
+clean: ## Remove the environment and everything generated
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find api_contracts worker migrations tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+# Set-up. Each file is the stamp of one finished step, so that a second run starts at once.
+
+$(VENV)/python:
+	@python="$(PYTHON)"; if [ -z "$$python" ] || ! "$$python" -c '$(FITS)'; then \
+	    echo "Millrace needs Python 3.11 to 3.14 and found $$(python3 --version 2>&1 || echo none) as python3." >&2; \
+	    echo "Name another one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 1; \
+	  fi; \
+	  echo "Creating $(VENV) with $$("$$python" --version) ..."; \
+	  "$$python" -m venv --clear $(VENV) >/dev/null 2>&1 || { \
+	    "$$python" -m venv --clear --without-pip $(VENV) && \
+	    "$$python" -m pip --python $(PY) install --quiet pip; }
+	@touch $@
+
+$(VENV)/runtime: $(VENV)/python requirements/build.txt requirements/runtime.txt pyproject.toml
+	@echo "Installing what the worker needs (about 80 MB; usually under a minute, once) ..."
+	@$(LOCKED) -r requirements/build.txt -r requirements/runtime.txt
+	@$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/dev: $(VENV)/runtime requirements/dev.txt
+	@echo "Installing what the tests and checks need (about 80 MB; usually under a minute, once) ..."
+	@$(LOCKED) -r requirements/dev.txt
+	@touch $@
