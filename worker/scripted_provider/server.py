@@ -22,7 +22,7 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict, dataclass
 from http import HTTPStatus
 from types import TracebackType
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Self, cast
 
 from worker.scripted_provider import replies
 from worker.scripted_provider.replies import Reply, Write, error_body, http_chunk, sse_event, to_json
@@ -145,8 +145,7 @@ class Connection(asyncio.Protocol):
     # -- called by the loop
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's transports are no subclass of it.
         self._provider.connections.add(self)
 
     def data_received(self, data: bytes) -> None:
