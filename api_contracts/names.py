@@ -11,6 +11,7 @@ TASK: Final = "completions.run"  #: Celery task name; its one argument is the jo
 QUEUE: Final = "completions"  #: Celery queue, and the Redis list that carries it.
 PREFIX: Final = "millrace"  #: Default prefix of every Redis key and channel of ours.
 DEFAULT_TENANT: Final = "default"
+RESEND_AFTER: Final = 30.0  #: Seconds after which a queued job that nobody claimed is sent again.
 
 ENV_REDIS_URL: Final = "MILLRACE_REDIS_URL"
 ENV_BROKER_URL: Final = "MILLRACE_BROKER_URL"

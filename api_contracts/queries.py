@@ -10,7 +10,7 @@ Nothing here commits: the caller's ``engine.begin()`` decides what belongs toget
 import json
 from typing import Any
 
-from api_contracts import tables
+from api_contracts import names, tables
 from api_contracts.jobs import Job
 from api_contracts.results import JobStatus
 
@@ -28,6 +28,8 @@ def queued_values(job: Job) -> dict[str, Any]:
         "metadata": job.metadata,
         "created_at": tables.now(),
         "due_at": tables.now(),
+        # The message is on its way; if no worker has claimed the job by then, it was lost.
+        "resend_at": tables.seconds_from_now(names.RESEND_AFTER),
         "expires_at": job.expires_at,
         "attempt": 0,
         "tries": 0,

@@ -123,7 +123,7 @@ jobs: Final = Table(
     Column("metadata", JSON, nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
     Column("due_at", UtcDateTime, nullable=False, comment="not to be started before"),
-    Column("sent_at", UtcDateTime, comment="when its message was last put on the queue"),
+    Column("resend_at", UtcDateTime, nullable=False, comment="when a worker's sweeper sends its message (again)"),
     Column("expires_at", UtcDateTime),
     Column("deadline_at", UtcDateTime, comment="first start plus total time-out"),
     Column("started_at", UtcDateTime, comment="start of the first attempt"),
@@ -147,10 +147,22 @@ jobs: Final = Table(
     Column("announced", Boolean, nullable=False, comment="whether the terminal event is known to be in the log"),
     # The sweeper's questions; partial, because nearly all rows are terminal and announced.
     Index(
-        "ix_jobs_open",
-        "due_at",
-        postgresql_where=text("status IN ('queued', 'retrying', 'running')"),
-        sqlite_where=text("status IN ('queued', 'retrying', 'running')"),
+        "ix_jobs_waiting",
+        "resend_at",
+        postgresql_where=text("status IN ('queued', 'retrying')"),
+        sqlite_where=text("status IN ('queued', 'retrying')"),
+    ),
+    Index(
+        "ix_jobs_expiring",
+        "expires_at",
+        postgresql_where=text("status IN ('queued', 'retrying') AND expires_at IS NOT NULL"),
+        sqlite_where=text("status IN ('queued', 'retrying') AND expires_at IS NOT NULL"),
+    ),
+    Index(
+        "ix_jobs_worker",
+        "worker_id",
+        postgresql_where=text("worker_id IS NOT NULL"),
+        sqlite_where=text("worker_id IS NOT NULL"),
     ),
     Index(
         "ix_jobs_unannounced",
