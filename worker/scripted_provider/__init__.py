@@ -4,6 +4,7 @@ In: chat-completions requests.  Out: streams made as each request's ``script`` s
 demo, tests and benchmarks need no key, no network and no luck to meet a provider and its faults.
 """
 
-from worker.scripted_provider.server import RecordedRequest, ScriptedProvider
+from worker.scripted_provider.connection import Request
+from worker.scripted_provider.server import ScriptedProvider
 
-__all__ = ["RecordedRequest", "ScriptedProvider"]
+__all__ = ["Request", "ScriptedProvider"]

@@ -10,6 +10,7 @@ import json
 import os
 import resource
 import signal
+import sys
 
 import uvloop
 
@@ -24,7 +25,8 @@ async def serve(host: str, port: int, api_key: str | None) -> None:
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
     async with ScriptedProvider(host, port, api_key) as provider:
-        print(json.dumps({"base_url": provider.base_url}), flush=True)
+        sys.stdout.write(json.dumps({"base_url": provider.base_url}) + "\n")
+        sys.stdout.flush()
         await stop.wait()
 
 

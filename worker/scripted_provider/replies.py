@@ -20,6 +20,9 @@ STAMP_LENGTH: Final = 21  #: 20 digits and a space.
 _FRIENDLY_RATE: Final = 40.0  #: Deltas per second without a script: a pace at which people can read along.
 _ARGUMENT_PIECE: Final = 8  #: Characters of tool arguments in one delta.
 _MAX_SCHEMA_DEPTH: Final = 8  #: Recursive schemas end here.
+_EXAMPLES: Final[dict[str, Any]] = {"string": "Zürich 🌊", "integer": 1, "number": 1.5, "boolean": True, "array": []}
+
+_WORD: Final = re.compile(r"\s*\S+|\s+")
 
 #: An HTTP chunk to send; a stamp goes between its segments.
 Write = tuple[bytes, ...]
@@ -43,17 +46,17 @@ def sse_event(value: object) -> bytes:
     return b"data: %b\n\n" % to_json(value)
 
 
-def error_body(message: str, type_: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
+def error_body(message: str, type_: str, code: str | None = None) -> dict[str, Any]:
     """Return an error object in OpenAI's shape."""
-    return {"error": {"message": message, "type": type_, "param": param, "code": code}}
+    return {"error": {"message": message, "type": type_, "code": code}}
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A streamed answer, encoded."""
+    """A streamed answer, encoded; each part but ``deltas`` is ready to send, and may be empty."""
 
-    opening: bytes  #: The role of each choice; sent just before the first delta.
-    deltas: Sequence[Write]  #: SSE events without HTTP framing, each one delta.
+    opening: bytes  #: The role of each choice; goes out with the first delta.
+    deltas: Sequence[Write]  #: One SSE event each, without HTTP framing.
     finish: bytes
     usage: bytes
     done: bytes
@@ -64,7 +67,10 @@ class Reply:
         if chunk_size > 1:
             deltas = [_joined(deltas[i : i + chunk_size]) for i in range(0, len(deltas), chunk_size)]
         framed: dict[Write, Write] = {}  # Thousands of equal deltas are framed once.
-        return [framed.get(delta) or framed.setdefault(delta, _framed(delta)) for delta in deltas]
+        writes = [framed.get(delta) or framed.setdefault(delta, _framed(delta)) for delta in deltas]
+        if start == 0 and writes:
+            writes[0] = _joined([(self.opening,), writes[0]])
+        return writes
 
 
 def _joined(deltas: Sequence[Write]) -> Write:
@@ -88,45 +94,34 @@ def friendly_script(body: dict[str, Any]) -> Script:
     if body.get("tools") and body.get("tool_choice") != "none" and not answered:
         function = body["tools"][0]["function"]
         schema = function.get("parameters") or {}
-        calls = [ScriptedToolCall(name=function["name"], arguments=_example(schema, schema, _MAX_SCHEMA_DEPTH) or {})]
+        calls = [ScriptedToolCall(name=function["name"], arguments=_example(schema, schema) or {})]
     return Script(text=DEFAULT_TEXT, rate=_FRIENDLY_RATE, tool_calls=calls)
 
 
-def _example(schema: Any, root: dict[str, Any], depth: int) -> Any:
+def _example(schema: object, root: dict[str, Any], depth: int = _MAX_SCHEMA_DEPTH) -> Any:
     """Return a value that suits a JSON schema well enough to look at."""
-    if not isinstance(schema, dict) or depth == 0:
-        return None
-    if isinstance(ref := schema.get("$ref"), str):
-        target: Any = root
-        for part in ref.removeprefix("#").strip("/").split("/"):
-            target = target.get(part) if isinstance(target, dict) else None
-        return _example(target, root, depth - 1)
-    if "const" in schema:
-        return schema["const"]
-    for candidates in ("enum", "examples"):
-        if isinstance(schema.get(candidates), list) and schema[candidates]:
-            return schema[candidates][0]
-    if "default" in schema:
-        return schema["default"]
-    for alternatives in ("anyOf", "oneOf", "allOf"):
-        if isinstance(schema.get(alternatives), list) and schema[alternatives]:
-            return _example(schema[alternatives][0], root, depth - 1)
-    kind = schema.get("type")
-    match kind[0] if isinstance(kind, list) and kind else kind:
-        case "string":
-            return "Zürich 🌊"
-        case "integer":
-            return max(1, int(schema.get("minimum", 1)))
-        case "number":
-            return max(1.5, float(schema.get("minimum", 1.5)))
-        case "boolean":
-            return True
-        case "array":
-            return [_example(schema.get("items"), root, depth - 1)] if "items" in schema else []
-        case "null":
+    match schema:
+        case _ if depth == 0:
             return None
-    properties = schema.get("properties")
-    return {k: _example(v, root, depth - 1) for k, v in properties.items()} if isinstance(properties, dict) else {}
+        case {"$ref": str(reference)}:
+            return _example(_resolve(reference, root), root, depth - 1)
+        case {"const": value} | {"default": value} | {"enum": [value, *_]} | {"examples": [value, *_]}:
+            return value
+        case {"anyOf": [first, *_]} | {"oneOf": [first, *_]} | {"allOf": [first, *_]}:
+            return _example(first, root, depth - 1)
+        case {"properties": dict(properties)}:
+            return {name: _example(value, root, depth - 1) for name, value in properties.items()}
+        case {"type": "array", "items": items}:
+            return [_example(items, root, depth - 1)]
+        case {"type": str(kind) | [str(kind), *_]}:
+            return _EXAMPLES.get(kind)
+    return None
+
+
+def _resolve(reference: str, root: object) -> object:
+    for part in reference.removeprefix("#").strip("/").split("/"):
+        root = root.get(part) if isinstance(root, dict) else None
+    return root
 
 
 def choice_count(body: dict[str, Any]) -> int:
@@ -150,7 +145,7 @@ def pieces(script: Script) -> list[str]:
 
 
 def _words(text: str, count: int) -> list[str]:
-    words: list[str] = re.findall(r"\s*\S+|\s+", text)
+    words: list[str] = _WORD.findall(text)
     return words if count == 1 else ["".join(words[i : i + count]) for i in range(0, len(words), count)]
 
 
@@ -192,6 +187,8 @@ def encode_stream(body: dict[str, Any], script: Script, prompt_tokens: int) -> R
     finish = b"".join([event(choice, b"{}", finish_reason, tail) for choice in choices]) if finish_reason else b""
     usage = _usage(script, prompt_tokens, len(deltas)) if include_usage else None
     opening = b"".join([event(choice, b'{"role":"assistant","content":""}', None, tail) for choice in choices])
+    if not deltas:
+        finish = opening + finish
     return Reply(
         opening=http_chunk(opening),
         deltas=deltas,

@@ -8,7 +8,7 @@ rather than as a puzzling stream.
 import base64
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 DEFAULT_TEXT: Final = (
     "Hello! I am the scripted provider, a small server that comes with Millrace and speaks the OpenAI "
@@ -21,6 +21,8 @@ DEFAULT_TEXT: Final = (
 Count = Annotated[int, Field(ge=0, le=1_000_000)]
 Seconds = Annotated[float, Field(ge=0, le=86_400)]
 HttpStatus = Annotated[int, Field(ge=200, le=599)]
+HeaderName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
+HeaderValue = Annotated[str, StringConstraints(pattern=r"^[\x20-\x7e]*$")]
 
 
 class _Strict(BaseModel):
@@ -32,7 +34,7 @@ class StatusFault(_Strict):
 
     kind: Literal["status"]
     status: HttpStatus
-    headers: dict[str, str] = {}
+    headers: dict[HeaderName, HeaderValue] = {}
     body: Any = Field(default=None, description="JSON; null: an error object in OpenAI's shape.")
 
 
@@ -94,7 +96,7 @@ class RawResponse(_Strict):
         validation_alias=AliasChoices("status", "http_status"),
         description="0: the connection is closed before the headers.",
     )
-    headers: dict[str, str] = {"content-type": "text/event-stream"}
+    headers: dict[HeaderName, HeaderValue] = {"content-type": "text/event-stream"}
     chunks: list[str | BinaryChunk] = Field(description="Each is sent as one HTTP chunk and flushed.")
     close: Literal["clean", "reset", "stall"] = "clean"
 
@@ -118,7 +120,10 @@ class ScriptedToolCall(_Strict):
 
 
 class Script(_Strict):
-    """Everything a request can ask for; the defaults make an unpaced, friendly, faultless answer."""
+    """Everything a request can ask for; the defaults make an unpaced, friendly, faultless answer.
+
+    Deltas are counted over the whole stream: reasoning, content and pieces of tool calls, of all choices.
+    """
 
     key: str | None = Field(default=None, max_length=256, description="Attempts are counted per key.")
     text: str | None = Field(default=None, description="What to stream, cut into pieces that join to it exactly.")
