@@ -95,5 +95,9 @@ class FollowTimeoutError(MillraceError, TimeoutError):
     """Nothing was heard of the job for the time the caller allowed."""
 
 
-class SlowFollowerError(MillraceError):
-    """The reader fell so far behind that Redis cut it off; follow again with the last event id."""
+class EventsLostError(MillraceError):
+    """The job has ended, but events before its end are gone, and no database is configured to answer instead."""
+
+
+class InvalidSettingError(MillraceError, ValueError):
+    """A URL or setting cannot be used; the message says why and what to use instead."""

@@ -1,8 +1,8 @@
 """The events: what followers of a job receive, one JSON text per pub/sub message and log entry.
 
-In: JSON texts from Redis.  Out: typed, frozen events to readers (``parse_event``); the models are
-also the source of the published JSON Schema and AsyncAPI document.  Exists so that every reader,
-in any language, can rely on one description.
+In: JSON texts from Redis, or a stored result.  Out: typed, frozen events to readers (``parse_event``,
+``terminal_event``, ``snapshot_event``); the models are also the source of the published JSON Schema
+and AsyncAPI document.  Exists so that every reader, in any language, can rely on one description.
 
 The rules for a reader: apply an event only if its id is greater than the last one applied; on an
 event of a higher attempt, drop what the older attempt sent; if ``n`` skips within an attempt and the
@@ -12,11 +12,11 @@ event is no ``snapshot``, read the log; ignore unknown types and unknown fields.
 import json
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from api_contracts import names
 from api_contracts.errors import ErrorInfo
-from api_contracts.results import JobStatus, ToolCall, Usage
+from api_contracts.results import CompletionResult, JobStatus, ToolCall, Usage, output_sha256
 
 VERSION: Final = 1
 
@@ -60,7 +60,9 @@ class _Event(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     v: Literal[1] = VERSION
-    id: str = Field(pattern=r"^[1-9][0-9]*-[1-9][0-9]*$", description="<attempt>-<n>; n counts from 1 within the attempt.")
+    id: str = Field(
+        pattern=names.EVENT_ID_PATTERN, description="<attempt>-<n>; n counts from 1 without gaps within the attempt."
+    )
     job_id: str
     attempt: int = Field(ge=1)
     ts: int = Field(description="Milliseconds since 1970-01-01 UTC, by the sender's clock.")
@@ -215,11 +217,72 @@ def parse_event(text: str | bytes) -> Event:
         data: Any = json.loads(text)
         model = KNOWN_EVENTS.get(data.get("type"), UnknownEvent)
         event = model.model_validate(data)
-    except (ValidationError, AttributeError, TypeError, RecursionError) as error:
-        raise ValueError("not a Millrace event of version 1") from error
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        # The causes would repeat what they could not read.
+        raise ValueError("not a Millrace event of version 1") from None
     return event  # type: ignore[return-value]  # each member of KNOWN_EVENTS is a member of Event
 
 
 def is_terminal(event: Event) -> bool:
     """Tell whether ``event`` ends the job."""
     return event.type in TERMINAL_TYPES
+
+
+_TERMINAL_EVENTS: Final[dict[JobStatus, type[TerminalEvent]]] = {
+    JobStatus.COMPLETED: JobCompleted,
+    JobStatus.FAILED: JobFailed,
+    JobStatus.CANCELLED: JobCancelled,
+    JobStatus.EXPIRED: JobExpired,
+}
+
+
+def terminal_event(result: CompletionResult) -> TerminalEvent:
+    """Return the terminal event of a stored job: whoever finds the row can publish or hand out the event.
+
+    Raises:
+        ValueError: the job is not terminal.
+    """
+    model = _TERMINAL_EVENTS.get(result.status)
+    if model is None or result.terminal_event_id is None:
+        raise ValueError(f"a job that is {result.status} has no terminal event")
+    contents = (choice.content for choice in result.choices)
+    return model(
+        id=result.terminal_event_id,
+        job_id=result.id,
+        attempt=names.parse_event_id(result.terminal_event_id).attempt,
+        ts=_finished_ms(result),
+        status=result.status,
+        finish_reasons={choice.index: choice.finish_reason for choice in result.choices},
+        tool_call_ids=[call.id for choice in result.choices for call in choice.tool_calls],
+        usage=result.usage,
+        attempts=len(result.attempts),
+        error=result.error,
+        output_sha256=result.output_sha256 or output_sha256(contents),
+    )
+
+
+def snapshot_event(result: CompletionResult, event_id: str) -> Snapshot:
+    """Return the stored output as the snapshot ``event_id``, for followers who missed what led to it."""
+    return Snapshot(
+        id=event_id,
+        job_id=result.id,
+        attempt=names.parse_event_id(event_id).attempt,
+        ts=_finished_ms(result),
+        choices=[
+            ChoiceSnapshot(
+                index=choice.index,
+                content=choice.content,
+                reasoning=choice.reasoning,
+                refusal=choice.refusal,
+                finish_reason=choice.finish_reason,
+                tool_calls=choice.tool_calls,
+            )
+            for choice in result.choices
+        ],
+        finished=result.status is JobStatus.COMPLETED,
+        usage=result.attempts[-1].usage if result.attempts else None,
+    )
+
+
+def _finished_ms(result: CompletionResult) -> int:
+    return int((result.finished_at or result.created_at).timestamp() * 1000)

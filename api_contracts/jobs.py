@@ -46,11 +46,13 @@ class Job(BaseModel):
     ``response_format``, vendor extras …) and go to the provider untouched.
     """
 
-    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+    # "constants" keeps a NaN visible, so that to_json can refuse it; the default would turn it into null.
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False, ser_json_inf_nan="constants")
 
     id: Identifier = Field(default_factory=_new_id, description="Chosen by the caller or generated.")
     tenant: Identifier = Field(default=names.DEFAULT_TENANT, description="Whose job it is.")
-    model: Annotated[str, StringConstraints(min_length=1, max_length=256)]
+    # No control characters: PostgreSQL refuses a NUL in a text, and none of them names a model.
+    model: Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]+$", max_length=256)]
     messages: Annotated[
         list[dict[str, Any]], Field(min_length=1, description="Chat-completions messages, passed through untouched.")
     ]
@@ -108,7 +110,8 @@ class Job(BaseModel):
         Limits, expiry and metadata may differ between a job and its repetition; what is generated
         and by whom may not.
         """
-        body = {"model": self.model, "messages": self.messages, "provider": self.provider, **self.parameters}
+        # Dumped first, so that the producer's Python values and the worker's decoded JSON hash alike.
+        body = self.model_dump(mode="json", exclude=_NOT_HASHED)
         text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -116,7 +119,22 @@ class Job(BaseModel):
         """Return the job as JSON-ready values, without what was left at its default."""
         return self.model_dump(mode="json", exclude_defaults=True) | {"id": self.id, "tenant": self.tenant}
 
+    def to_json(self) -> str:
+        """Return the job as JSON text in ASCII.
 
+        Raises:
+            InvalidJobError: a value is not JSON, or the text is larger than ``MAX_JOB_BYTES``.
+        """
+        try:
+            text = json.dumps(self.to_wire(), ensure_ascii=True, allow_nan=False)
+        except (ValueError, RecursionError):  # pydantic's serialization errors are ValueErrors
+            raise InvalidJobError("the job holds a value that JSON cannot express") from None
+        if len(text) > MAX_JOB_BYTES:
+            raise InvalidJobError(f"the job has {len(text)} bytes as JSON; at most {MAX_JOB_BYTES} are accepted")
+        return text
+
+
+_NOT_HASHED: Final = set(Job.model_fields) - {"model", "messages", "provider"}
 _LOCATION_TAIL = re.compile(r"\.(function-.*|constrained-.*)$")
 
 

@@ -21,7 +21,7 @@ ENV_QUEUE: Final = "MILLRACE_QUEUE"
 
 #: Tenant and job ids: they stand in key names, so braces, colons and spaces are out.
 ID_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._\-]{0,127}$"
-_EVENT_ID = re.compile(r"^([1-9][0-9]{0,8})-([1-9][0-9]{0,9})$")
+EVENT_ID_PATTERN: Final = r"^[1-9][0-9]{0,8}-[1-9][0-9]{0,9}$"
 
 
 class JobKeys(NamedTuple):
@@ -60,7 +60,8 @@ class EventId(NamedTuple):
 
 def parse_event_id(text: str) -> EventId:
     """Return the event id spelled by ``text``; raise ``ValueError`` if it spells none."""
-    match = _EVENT_ID.match(text)
-    if match is None:
-        raise ValueError(f"{text!r} is no event id; event ids look like 2-17")
-    return EventId(int(match[1]), int(match[2]))
+    # fullmatch: "$" alone would let a trailing line feed pass.
+    if re.fullmatch(EVENT_ID_PATTERN, text) is None:
+        raise ValueError("not an event id; event ids look like 2-17")
+    attempt, n = text.split("-")
+    return EventId(int(attempt), int(n))

@@ -1,0 +1,84 @@
+"""The client's way to the database: an engine with time-outs, and transactions with clear errors.
+
+In: a database URL.  Out: connections inside a transaction, to ``api_contracts.client``.  Exists so
+that a database that is down, slow or not migrated is met as one error that says so and holds no
+password, no statement and no values.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, ResourceClosedError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+from api_contracts.errors import InvalidSettingError, StoreUnavailableError
+
+
+class Database:
+    """The database of one client. Thread-safe; connects when it is first used."""
+
+    def __init__(self, url: str) -> None:
+        try:
+            self._engine = _make_engine(url)
+        except (ArgumentError, NoSuchModuleError, ModuleNotFoundError):
+            raise InvalidSettingError(
+                "the database URL cannot be used; it looks like sqlite:///jobs.db or postgresql://user:password@host/name,"
+                " and PostgreSQL needs the extra 'postgres'"
+            ) from None
+
+    @contextmanager
+    def transaction(self) -> Iterator[Connection]:
+        """Give a connection whose work is committed at the end, or rolled back by an exception.
+
+        Raises:
+            StoreUnavailableError: the database did not answer, or has not got our tables.
+        """
+        try:
+            with self._engine.begin() as connection:
+                yield connection
+        except DBAPIError as error:
+            cause = _first_line(error.orig)
+            raise StoreUnavailableError(f"the database did not do its work: {cause}") from None
+        except (PoolTimeoutError, ResourceClosedError):
+            raise StoreUnavailableError("no database connection was free in time") from None
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._engine.dispose()
+
+
+def _make_engine(url: str) -> Engine:
+    if not url.startswith("sqlite"):
+        return create_engine(
+            url,
+            pool_pre_ping=True,
+            pool_timeout=5,
+            connect_args={
+                "connect_timeout": 5,
+                "application_name": "millrace-client",
+                "keepalives_idle": 10,
+                "keepalives_interval": 5,
+                "keepalives_count": 3,
+                "tcp_user_timeout": 10_000,
+                "options": "-c lock_timeout=5000 -c statement_timeout=30000",
+            },
+        )
+    engine = create_engine(url, pool_timeout=5, connect_args={"timeout": 5})  # waits that long for another writer
+
+    @event.listens_for(engine, "connect")
+    def _configure(connection: Any, _record: Any) -> None:
+        # Readers and the writer do not wait for each other.
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA foreign_keys=ON")
+
+    return engine
+
+
+def _first_line(error: BaseException | None) -> str:
+    """Return what the driver says, without the details, which may hold values."""
+    lines = str(error).splitlines() or [""]
+    text = f"{type(error).__name__}: {lines[0][:200]}"
+    missing = "no such table" in text or 'relation "' in text
+    return f"{text} (has 'millrace migrate' been run?)" if missing else text
