@@ -7,6 +7,7 @@ socket, with every fault on request.
 
 import asyncio
 import hmac
+import os
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -101,7 +102,7 @@ class ScriptedProvider:
             return self._respond_with_completion(connection, request)
         match request.method, path:
             case "GET", "/healthz":
-                return send_json(connection, HTTPStatus.OK, {"status": "ok"})
+                return send_json(connection, HTTPStatus.OK, {"status": "ok", "pid": os.getpid()})
             case "GET", "/_stats":
                 return send_json(connection, HTTPStatus.OK, self.stats)
             case "GET", "/_requests":
