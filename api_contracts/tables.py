@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from sqlalchemy import (
     JSON,
+    BigInteger,
     Boolean,
     Column,
     DateTime,
@@ -110,6 +111,8 @@ metadata: Final = MetaData(
     }
 )
 
+_JSON: Final = JSON(none_as_null=True)  # nothing is NULL, not the JSON text null
+
 jobs: Final = Table(
     "jobs",
     metadata,
@@ -120,7 +123,7 @@ jobs: Final = Table(
     Column("provider", String(128), nullable=False),
     Column("request", Text, nullable=False, comment="the whole job as JSON, as it was enqueued"),
     Column("request_hash", String(64), nullable=False, comment="tells whether a repeated id asks for the same"),
-    Column("metadata", JSON, nullable=False),
+    Column("metadata", _JSON, nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
     Column("due_at", UtcDateTime, nullable=False, comment="not to be started before"),
     Column("resend_at", UtcDateTime, nullable=False, comment="when a worker's sweeper sends its message (again)"),
@@ -129,7 +132,7 @@ jobs: Final = Table(
     Column("started_at", UtcDateTime, comment="start of the first attempt"),
     Column("finished_at", UtcDateTime),
     Column("attempt", Integer, nullable=False, comment="the newest attempt; the fencing token of every write"),
-    Column("tries", Integer, nullable=False, comment="provider streams begun; at most max_attempts"),
+    Column("tries", Integer, nullable=False, comment="attempts that count against max_attempts"),
     Column("max_attempts", Integer, comment="null: the worker's setting"),
     Column("next_reason", String(16), nullable=False, comment="why the next attempt will be made"),
     Column("worker_id", String(128), comment="who runs it now"),
@@ -138,11 +141,11 @@ jobs: Final = Table(
     Column("error_code", String(64)),
     Column("error_message", Text),
     Column("output_sha256", String(64)),
-    Column("prompt_tokens", Integer, comment="summed over attempts; unknown is null"),
-    Column("completion_tokens", Integer),
-    Column("total_tokens", Integer),
+    Column("prompt_tokens", BigInteger, comment="summed over attempts; unknown is null"),
+    Column("completion_tokens", BigInteger),
+    Column("total_tokens", BigInteger),
     Column("usage_source", String(16), comment="the weakest source among the attempts"),
-    Column("provider_details", JSON),
+    Column("provider_details", _JSON),
     Column("terminal_event_id", String(32)),
     Column("announced", Boolean, nullable=False, comment="whether the terminal event is known to be in the log"),
     # The sweeper's questions; partial, because nearly all rows are terminal and announced.
@@ -193,7 +196,7 @@ choices: Final = Table(
         Column("reasoning", Text, nullable=False),
         Column("refusal", Text, nullable=False),
         Column("finish_reason", Text, comment="as the provider sent it"),
-        Column("extra", JSON, comment="logprobs, annotations and other extras"),
+        Column("extra", _JSON, comment="logprobs, annotations and other extras"),
     ),
 )
 
@@ -208,7 +211,7 @@ tool_calls: Final = Table(
         Column("name", Text, nullable=False),
         Column("arguments", Text, nullable=False),
         Column("arguments_valid", Boolean, nullable=False, comment="whether the arguments are a JSON text"),
-        Column("extra", JSON),
+        Column("extra", _JSON),
     ),
 )
 
@@ -217,8 +220,12 @@ attempts: Final = Table(
     metadata,
     *_of_job(
         Column("number", Integer, primary_key=True, autoincrement=False),
-        Column("reason", String(16), nullable=False, comment="first, retry, worker_lost, interrupted, recovered"),
-        Column("outcome", String(16), comment="finished, failed, cancelled, interrupted, lost; null while it runs"),
+        Column("reason", String(16), nullable=False, comment="first, retry, worker_lost, interrupted"),
+        Column(
+            "outcome",
+            String(16),
+            comment="finished, recovered, failed, cancelled, interrupted, lost; null while it runs",
+        ),
         Column("worker_id", String(128), nullable=False),
         Column("provider", String(128), nullable=False),
         Column("model", Text, nullable=False),
@@ -230,11 +237,11 @@ attempts: Final = Table(
         Column("http_status", Integer),
         Column("retryable", Boolean),
         Column("provider_request_id", Text),
-        Column("prompt_tokens", Integer, comment="as reported; unknown is null"),
-        Column("completion_tokens", Integer),
-        Column("total_tokens", Integer),
+        Column("prompt_tokens", BigInteger, comment="as reported; unknown is null"),
+        Column("completion_tokens", BigInteger),
+        Column("total_tokens", BigInteger),
         Column("usage_source", String(16), comment="provider, estimated or unknown"),
-        Column("usage", JSON, comment="what the provider reported, whole"),
+        Column("usage", _JSON, comment="what the provider reported, whole"),
     ),
 )
 

@@ -1,0 +1,56 @@
+"""The announcer: terminal events from stored rows.
+
+In: keys of jobs that ended without this process running them, from the sweeper, cancel and the task.
+Out: their terminal event, by way of the publisher, and the note in the row that it is out.  Exists
+because a row may be committed by somebody who cannot publish (a client that cancels a queued job), or
+who died before he did.
+"""
+
+from sqlalchemy import Connection
+
+from api_contracts.events import snapshot_event, terminal_event
+from api_contracts.names import parse_event_id
+from api_contracts.queries import get
+from api_contracts.results import CompletionResult
+from worker import store
+from worker.database import Database
+from worker.publisher import Flushed, Publisher
+from worker.store import JobKey
+
+
+def load_results(connection: Connection, keys: list[JobKey]) -> list[CompletionResult | None]:
+    """Return the stored jobs."""
+    return [get(connection, key.tenant, key.id) for key in keys]
+
+
+class Announcer:
+    """Publishes terminal events for rows."""
+
+    def __init__(self, database: Database, publisher: Publisher) -> None:
+        self._database = database
+        self._publisher = publisher
+
+    async def announce(self, key: JobKey, timeout: float = 5.0) -> bool:
+        """Make sure that the terminal event of a terminal job is in its log; returns whether it is.
+
+        A copy of one that is there already is refused by its id. Where the log lacks what led to it,
+        a snapshot of the stored output goes first.
+        """
+        result = await self._database.run(load_results, key)
+        if result is None or not result.status.terminal or result.terminal_event_id is None:
+            return False
+        last = parse_event_id(result.terminal_event_id)
+        exclude = {"v", "id", "job_id", "attempt", "type", "ts"}
+        publication = self._publisher.resume(
+            key.tenant,
+            key.id,
+            last.attempt,
+            last.n - 1,
+            lambda: snapshot_event(result, f"{last.attempt}-{last.n - 1}").model_dump(mode="json", exclude=exclude),
+        )
+        event = terminal_event(result)
+        publication.send(event.type, event.model_dump(mode="json", exclude=exclude))
+        if await publication.flushed(timeout) is Flushed.WAITING:
+            return False
+        await self._database.run(store.mark_announced, key)
+        return True

@@ -1,0 +1,96 @@
+"""The composition root: from settings to a running worker.
+
+In: the environment.  Out: a Celery worker process with our pool and transport, or one clear line that
+says what is wrong and what to do.  Exists so that everything is put together, and checked, in one place.
+"""
+
+import os
+from typing import NoReturn
+
+import redis
+from redis.exceptions import AuthenticationError, RedisError
+
+from worker import schema
+from worker.database import make_engine
+from worker.provider_config import ProviderConfigError, load_providers
+from worker.service import Service
+from worker.settings import Settings, SettingsError, load_settings
+from worker.tasks import POOL, make_celery
+from worker.telemetry import configure_logging
+
+
+class StartError(Exception):
+    """The worker cannot start; the message is one line that says what to do, and holds no secret."""
+
+
+def run_worker(*, concurrency: int | None = None) -> int:
+    """Run one worker process until it is told to stop; returns its exit code.
+
+    Raises:
+        StartError: a setting, the database, Redis or the providers file is not as it must be.
+    """
+    try:
+        settings = load_settings()
+    except SettingsError as error:
+        raise StartError(str(error)) from None
+    if concurrency is not None:
+        settings = settings.model_copy(update={"concurrency": concurrency})
+    configure_logging(settings.log_level, settings.log_format)
+    try:
+        providers = load_providers(settings.providers_file, os.environ)
+    except ProviderConfigError as error:
+        raise StartError(str(error)) from None
+    check_database(settings)
+    check_redis(settings)
+    app = make_celery(settings, Service(settings, providers))
+    worker = app.Worker(
+        hostname=f"millrace-{os.getpid()}@%h",
+        pool=POOL,
+        concurrency=settings.concurrency,
+        queues=[settings.queue],
+        loglevel="WARNING",
+        quiet=True,
+        without_gossip=True,
+        without_mingle=True,
+        without_heartbeat=True,
+        optimization="default",
+    )
+    worker.start()
+    return int(worker.exitcode or 0)
+
+
+def check_database(settings: Settings) -> None:
+    """Raise ``StartError`` unless the database answers and has our tables."""
+    engine = make_engine(settings.database_url)
+    try:
+        schema.check(engine)
+    except schema.SchemaError as error:
+        raise StartError(str(error)) from None
+    finally:
+        engine.dispose()
+
+
+def check_redis(settings: Settings) -> None:
+    """Raise ``StartError`` unless Redis answers."""
+    for name, url in (("MILLRACE_REDIS_URL", settings.redis_url), ("MILLRACE_BROKER_URL", settings.broker)):
+        try:
+            with redis.Redis.from_url(url, socket_timeout=3, socket_connect_timeout=3) as client:
+                client.ping()
+        except AuthenticationError:
+            raise StartError(f"Redis refused the user or password in {name}") from None
+        except (RedisError, OSError, ValueError) as error:
+            raise StartError(
+                f"Redis does not answer ({type(error).__name__}); start it, or set {name} to where it is"
+            ) from None
+
+
+def main() -> NoReturn:
+    """Run a worker process: ``python -m worker.app``."""
+    try:
+        raise SystemExit(run_worker())
+    except StartError as error:
+        raise SystemExit(f"millrace: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Control: the ear for cancel requests.
+
+In: nudges on the control channel, from clients.  Out: the job cancelled in the database, its run
+stopped, its terminal event announced.  Exists so that a cancel takes milliseconds; if a nudge is lost,
+the heartbeat finds the request in the database a little later.
+"""
+
+import asyncio
+
+import orjson
+import redis.asyncio
+from redis.exceptions import RedisError
+from sqlalchemy import Connection
+
+from api_contracts import queries
+from api_contracts.errors import StoreUnavailableError
+from api_contracts.names import control_channel
+from api_contracts.results import JobStatus
+from worker.announcer import Announcer
+from worker.database import Database
+from worker.engine import Engine, Stop
+from worker.store import JobKey
+from worker.telemetry import get_logger
+
+log = get_logger()
+
+
+def cancel_jobs(connection: Connection, keys: list[JobKey]) -> list[JobStatus | None]:
+    """Cancel each job as a client does; answers its status, None if it has no row yet."""
+    return [queries.cancel(connection, key.tenant, key.id) for key in keys]
+
+
+class Control:
+    """Listens for cancel requests. Made and used on the event loop."""
+
+    def __init__(
+        self, client: redis.asyncio.Redis, prefix: str, database: Database, engine: Engine, announcer: Announcer
+    ) -> None:
+        self._client = client
+        self._channel = control_channel(prefix)
+        self._database = database
+        self._engine = engine
+        self._announcer = announcer
+        self._task: asyncio.Task[None] | None = None
+        self._work: set[asyncio.Task[None]] = set()
+
+    def start(self) -> None:
+        """Listen in the background, whatever happens to Redis meanwhile."""
+        self._task = asyncio.create_task(self._listen(), name="control")
+
+    async def stop(self) -> None:
+        """Stop listening."""
+        tasks = [*self._work, *([self._task] if self._task else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _listen(self) -> None:
+        while True:
+            try:
+                async with self._client.pubsub(ignore_subscribe_messages=True) as pubsub:
+                    await pubsub.subscribe(self._channel)
+                    while True:
+                        message = await pubsub.get_message(timeout=10.0)
+                        if message is None:
+                            await pubsub.ping()  # finds out about a connection that died silently
+                        elif message["type"] == "message":
+                            self._receive(message["data"])
+            except (RedisError, OSError) as error:
+                log.warning("control_unavailable", reason=type(error).__name__)
+                await asyncio.sleep(1.0)
+
+    def _receive(self, data: bytes) -> None:
+        try:
+            request = orjson.loads(data)
+            key = JobKey(str(request["tenant"]), str(request["job_id"]))
+        except (ValueError, TypeError, KeyError):
+            log.warning("control_unreadable", size=len(data))
+            return
+        # The client may have had no database, so the request is written here too; writing it twice is harmless.
+        task = asyncio.get_running_loop().create_task(self._cancel(key))
+        self._work.add(task)
+        task.add_done_callback(self._work.discard)
+
+    async def _cancel(self, key: JobKey) -> None:
+        try:
+            status = await self._database.run(cancel_jobs, key)
+            if status is JobStatus.CANCELLED:
+                await self._announcer.announce(key)
+        except StoreUnavailableError as error:
+            log.warning("database_unavailable", waiting_to="cancel", reason=str(error))
+        self._engine.request_stop(key, Stop.CANCELLED)

@@ -1,0 +1,193 @@
+"""The database connection: one thread that groups writes into transactions.
+
+In: plural store functions with one argument each, from coroutines on the event loop.  Out: each
+argument's result, or an error.  Exists so that the loop never blocks on the database and that
+writes which arrive together share one transaction: on SQLite there is one writer at a time, and on
+any database a commit costs more than the statements in it.
+"""
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+
+from api_contracts.errors import StoreUnavailableError
+from worker.telemetry import get_logger
+
+log = get_logger()
+
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
+Operation = Callable[[Connection, list[Argument]], list[Result]]
+
+#: Rows of one transaction at most, so that a long backlog does not hold locks for long.
+MAX_GROUP = 200
+
+
+class _Request(NamedTuple):
+    operation: Operation[Any, Any]
+    argument: Any
+    future: "asyncio.Future[Any]"
+
+
+def make_engine(url: str) -> Engine:
+    """Return an engine for ``url`` with the time-outs and pragmas that we rely on."""
+    if url.startswith("sqlite"):
+        engine = create_engine(url, connect_args={"timeout": 15, "check_same_thread": False})
+
+        @event.listens_for(engine, "connect")
+        def _configure(connection: Any, _record: Any) -> None:
+            connection.isolation_level = None  # SQLAlchemy's begin event below opens the transactions
+            # Readers do not wait for the writer, and a commit costs no fsync of the whole file.
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=NORMAL")
+            connection.execute("PRAGMA foreign_keys=ON")
+
+        @event.listens_for(engine, "begin")
+        def _begin_immediate(connection: Connection) -> None:
+            # A deferred transaction that turns into a writer fails at once if another one writes.
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+        return engine
+    return create_engine(
+        url,
+        pool_pre_ping=True,
+        pool_size=2,
+        connect_args={
+            "connect_timeout": 5,
+            "application_name": "millrace",
+            "keepalives_idle": 10,
+            "keepalives_interval": 5,
+            "keepalives_count": 3,
+            "tcp_user_timeout": 20_000,
+            # A lock or statement that hangs is an outage too; the write is repeated.
+            "options": "-c lock_timeout=10000 -c statement_timeout=30000",
+        },
+    )
+
+
+class Database:
+    """Runs store functions for the event loop; made on the loop it serves."""
+
+    def __init__(self, engine: Engine, threads: int = 1) -> None:
+        self.engine = engine
+        self._loop = asyncio.get_running_loop()
+        self._requests: deque[_Request] = deque()
+        self._wake = threading.Condition()
+        self._closing = False
+        self._threads = [
+            threading.Thread(target=self._serve, name=f"database-{number}", daemon=True) for number in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    async def run(self, operation: Operation[Argument, Result], argument: Argument) -> Result:
+        """Run ``operation`` for ``argument``, together with others that arrive at the same time.
+
+        Raises:
+            StoreUnavailableError: the database did not answer; nothing was changed, or, if the
+                commit itself was cut, everything: operations must bear being repeated.
+        """
+        future: asyncio.Future[Result] = self._loop.create_future()
+        with self._wake:
+            self._requests.append(_Request(operation, argument, future))
+            self._wake.notify()
+        return await future
+
+    async def persist(self, operation: Operation[Argument, Result], argument: Argument, what: str) -> Result:
+        """Like ``run``, repeated until the database answers; ``what`` names the write in the log."""
+        delay = 0.1
+        while True:
+            try:
+                return await self.run(operation, argument)
+            except StoreUnavailableError as error:
+                log.warning("database_unavailable", waiting_to=what, retry_in=delay, reason=str(error))
+                await asyncio.sleep(delay)
+                delay = min(delay * 2, 2.0)
+
+    def close(self) -> None:
+        """End the threads after what was already asked for; then close the connections."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify_all()
+        for thread in self._threads:
+            thread.join(timeout=10)
+        self.engine.dispose()
+
+    def _serve(self) -> None:
+        while True:
+            with self._wake:
+                while not self._requests and not self._closing:
+                    self._wake.wait()
+                if not self._requests:
+                    return
+                group = [self._requests.popleft() for _ in range(min(len(self._requests), MAX_GROUP))]
+            outcomes = self._execute(group)
+            try:
+                self._loop.call_soon_threadsafe(_settle, outcomes)
+            except RuntimeError:  # the loop has ended; nobody waits for the answers
+                return
+
+    def _execute(self, group: list[_Request]) -> list[tuple[_Request, Any, Exception | None]]:
+        try:
+            return [(request, result, None) for request, result in self._transact(group)]
+        except Exception as error:
+            if len(group) == 1:
+                return [(group[0], None, _translate(error))]
+        # One member spoiled the transaction for all: each on its own, so that only it fails.
+        outcomes = []
+        for request in group:
+            outcomes.extend(self._execute([request]))
+        return outcomes
+
+    def _transact(self, group: list[_Request]) -> list[tuple[_Request, Any]]:
+        by_operation: dict[Operation[Any, Any], list[_Request]] = {}
+        for request in group:
+            by_operation.setdefault(request.operation, []).append(request)
+        answered: list[tuple[_Request, Any]] = []
+        with self.engine.begin() as connection:
+            for operation, requests in by_operation.items():
+                results = operation(connection, [request.argument for request in requests])
+                answered.extend(zip(requests, results, strict=True))
+        return answered
+
+
+def _settle(outcomes: list[tuple[_Request, Any, Exception | None]]) -> None:
+    for request, result, error in outcomes:
+        if request.future.cancelled():
+            continue
+        if error is not None:
+            request.future.set_exception(error)
+        else:
+            request.future.set_result(result)
+
+
+def _translate(error: Exception) -> Exception:
+    """An outage is told from a defect; the text of the former holds no statement and no values."""
+    if isinstance(error, DBAPIError) and (error.connection_invalidated or _is_outage(error)):
+        return StoreUnavailableError(f"the database did not answer ({type(error.orig).__name__})")
+    if isinstance(error, SQLAlchemyError) and not isinstance(error, DBAPIError) and "QueuePool" in str(error):
+        return StoreUnavailableError("no database connection was free in time")
+    return error
+
+
+def _is_outage(error: DBAPIError) -> bool:
+    # OperationalError covers refused and lost connections, locks, shutdowns and full disks.  A missing
+    # table is one too on SQLite, but there the schema is checked at the start.
+    return type(error.orig).__name__ in {
+        "OperationalError",
+        "AdminShutdown",
+        "CrashShutdown",
+        "CannotConnectNow",
+        "LockNotAvailable",
+        "QueryCanceled",
+        "DeadlockDetected",
+        "SerializationFailure",
+        "InterfaceError",
+        "IdleInTransactionSessionTimeout",
+        "TooManyConnections",
+    }

@@ -1,0 +1,520 @@
+"""The engine: the life of a job, attempt by attempt.
+
+In: valid jobs, from the task; requests to stop, from cancel, shutdown and the fences.  Out: rows by way
+of the database, events by way of the publisher.  Exists so that the order of things, on which every
+promise rests, can be read in one place:
+
+    claim → acknowledge → attempt.started → stream → attempt.finished → commit → terminal event
+
+Whatever happens in between ends in exactly one ``Ending``, which names the attempt's number: if another
+worker has taken the job over, the database refuses it and this worker stops.
+"""
+
+import asyncio
+import random
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any, Final
+
+from api_contracts.errors import ErrorCode
+from api_contracts.jobs import Job
+from api_contracts.results import Choice, JobStatus, Usage, output_sha256
+from worker import retry, store, usage
+from worker.database import Database
+from worker.failures import Failure
+from worker.provider import ChatRequest, ProviderFailure, Providers, Timeouts
+from worker.publisher import Flushed, Publication, Publisher
+from worker.recovery import LogReader
+from worker.settings import Settings
+from worker.store import Claim, ClaimRequest, Ended, Ending, JobKey, NotEnded, Outcome, Reason, Refusal
+from worker.stream import Output, StreamLimits, StreamReader
+from worker.telemetry import get_logger
+
+log = get_logger()
+
+#: Seconds that a sweeper leaves a short retry to the worker that sleeps through it.
+_SWEEPER_COURTESY: Final = 5.0
+#: Seconds to wait for Redis to take a terminal event before leaving it to the sweepers.
+_ANNOUNCE_TIMEOUT: Final = 10.0
+#: Attempts before this one whose remains are looked at: a recovery may itself have died.
+_LOOK_BACK: Final = 3
+
+
+class Stop(StrEnum):
+    """Why a running job is asked to stop."""
+
+    CANCELLED = "cancelled"
+    INTERRUPTED = "interrupted"  #: This worker is shutting down.
+    SUPERSEDED = "superseded"  #: Another worker has taken the job over.
+    TOTAL_TIMEOUT = "total_timeout"
+    USAGE_LATE = "usage_late"  #: The answer is whole, and its usage did not come in time.
+
+
+_STOP_FAILURES: Final = {
+    Stop.CANCELLED: Failure(code=ErrorCode.CANCELLED, message="the job was cancelled"),
+    Stop.INTERRUPTED: Failure(code=ErrorCode.INTERRUPTED, message="the worker was shut down"),
+    Stop.SUPERSEDED: Failure(code=ErrorCode.SUPERSEDED, message="another worker has taken the job over"),
+    Stop.TOTAL_TIMEOUT: Failure(code=ErrorCode.TOTAL_TIMEOUT, message="the job's total time is used up"),
+}
+
+
+class Run:
+    """A job in this process."""
+
+    __slots__ = ("_task", "attempt", "interruptible", "stop")
+
+    def __init__(self, task: "asyncio.Task[Any]") -> None:
+        self.attempt = 0  #: 0 until the claim is granted.
+        self.stop: Stop | None = None
+        self.interruptible = False
+        self._task = task
+
+    def request_stop(self, stop: Stop) -> None:
+        """Stop streaming or waiting as soon as possible. The first reason given counts, but for a cancel."""
+        if self.stop is None or stop in (Stop.CANCELLED, Stop.SUPERSEDED):
+            self.stop = stop
+        if self.interruptible:
+            self.interruptible = False
+            self._task.cancel()
+
+    async def interruptibly(self, work: Awaitable[Failure | None]) -> Failure | None:
+        """Await ``work``; if a stop is requested meanwhile, end it and return the stop as a failure."""
+        if self.stop is not None:
+            if isinstance(work, Coroutine):
+                work.close()
+            return _STOP_FAILURES.get(self.stop)
+        self.interruptible = True
+        try:
+            return await work
+        except asyncio.CancelledError:
+            if self.stop is None:
+                raise  # the event loop itself is ending
+            self._task.uncancel()
+            return _STOP_FAILURES.get(self.stop)
+        finally:
+            self.interruptible = False
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One attempt, as far as it has come."""
+
+    job: Job
+    claim: Claim
+    key: JobKey
+    publication: Publication
+    reader: StreamReader
+    started: float  #: ``time.monotonic()`` of the request.
+    first_output: float | None = None
+    finished: bool = False
+    carried: list[Choice] | None = None  #: Output of an attempt before, whose worker died.
+    provider_request_id: str | None = None
+
+    @property
+    def first_token_ms(self) -> float | None:
+        """Milliseconds from the request to the first output."""
+        return None if self.first_output is None else round((self.first_output - self.started) * 1000, 3)
+
+
+class Engine:
+    """Runs jobs. Made and used on the event loop."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        worker_id: str,
+        database: Database,
+        publisher: Publisher,
+        providers: Providers,
+        log_reader: LogReader,
+    ) -> None:
+        self.runs: dict[JobKey, Run] = {}
+        self._settings = settings
+        self._worker_id = worker_id
+        self._database = database
+        self._publisher = publisher
+        self._providers = providers
+        self._log_reader = log_reader
+        self._backoff = retry.BackoffPolicy(base=settings.backoff_base, cap=settings.backoff_cap)
+        self._background: set[asyncio.Task[None]] = set()
+
+    async def run(self, job: Job, accept: Callable[[], None]) -> None:
+        """Run ``job`` until it needs no more of this process.
+
+        ``accept`` is called as soon as the job is safe in the database, or is none of ours.
+        """
+        key = JobKey(job.tenant, job.id)
+        if key in self.runs:
+            accept()  # a duplicate of what is running here
+            return
+        task = asyncio.current_task()
+        assert task is not None
+        run = self.runs[key] = Run(task)
+        try:
+            while True:
+                request = ClaimRequest(job, self._worker_id, job.total_timeout or self._settings.total_timeout)
+                claim = await self._database.persist(store.claim, request, "claim")
+                accept()
+                if isinstance(claim, Refusal):
+                    await self._refused(job, claim)
+                    return
+                run.attempt = claim.attempt
+                wait = await self._attempt(run, job, claim)
+                if wait is None or wait > self._settings.sleep_limit:
+                    return
+                run.attempt = 0
+                await run.interruptibly(_sleep(wait))
+                if run.stop is not None:
+                    return  # cancelled in the database already, or left to another worker's sweeper
+        finally:
+            del self.runs[key]
+
+    def request_stop(self, key: JobKey, stop: Stop) -> bool:
+        """Ask the run of a job to stop; returns whether it runs here."""
+        run = self.runs.get(key)
+        if run is not None:
+            run.request_stop(stop)
+        return run is not None
+
+    async def settle(self, timeout: float) -> None:
+        """Wait for announcements that are under way, at most ``timeout`` seconds."""
+        if self._background:
+            await asyncio.wait(self._background, timeout=timeout)
+
+    # -- one attempt --
+
+    async def _attempt(self, run: Run, job: Job, claim: Claim) -> float | None:
+        """Make one attempt; returns the seconds to the next one, or None if there is none to make here."""
+        attempt = self._begin(run, job, claim)
+        failure = self._not_to_be_started(attempt)
+        if failure is None and claim.reason is Reason.WORKER_LOST:
+            recovered = await self._recover(attempt)
+            if recovered is not None:
+                return await self._commit(run, attempt, recovered)
+            if claim.tries > self._max_attempts(attempt):
+                return await self._commit(run, attempt, self._worn_out(attempt))
+        if failure is None:
+            attempt.publication.send(
+                "attempt.started", {"model": job.model, "provider": job.provider, "reason": claim.reason}
+            )
+            timer = asyncio.get_running_loop().call_later(
+                max(claim.remaining_seconds, 0.0), run.request_stop, Stop.TOTAL_TIMEOUT
+            )
+            try:
+                failure = await run.interruptibly(self._stream(run, attempt))
+            finally:
+                timer.cancel()
+            failure = attempt.reader.finish(failure)
+            self._publish_output(attempt, attempt.reader.final_deltas)
+        return await self._commit(run, attempt, self._conclude(run, attempt, failure))
+
+    def _begin(self, run: Run, job: Job, claim: Claim) -> Attempt:
+        reader = StreamReader(
+            StreamLimits(
+                max_output_bytes=self._settings.max_output_bytes, max_event_bytes=self._settings.max_event_bytes
+            )
+        )
+        key = JobKey(job.tenant, job.id)
+
+        def snapshot() -> dict[str, Any]:
+            if attempt.finished and attempt.carried is not None:
+                return snapshot_fields(attempt.carried, True, Usage())
+            output = attempt.reader.output()
+            return snapshot_fields(output.choices, attempt.finished, self._usage_of(attempt, output))
+
+        publication = self._publisher.open(
+            job.tenant,
+            job.id,
+            claim.attempt,
+            snapshot,
+            on_fenced=lambda: run.request_stop(Stop.SUPERSEDED),
+            on_cancel=lambda: run.request_stop(Stop.CANCELLED),
+        )
+        attempt = Attempt(job, claim, key, publication, reader, started=time.monotonic())
+        return attempt
+
+    def _worn_out(self, attempt: Attempt) -> Ending:
+        """The job has killed as many workers as it may have attempts; keep what the last one produced."""
+        return Ending(
+            key=attempt.key,
+            attempt=attempt.claim.attempt,
+            worker_id=self._worker_id,
+            outcome=Outcome.FAILED,
+            status=JobStatus.FAILED,
+            choices=attempt.carried or (),
+            failure=Failure(code=ErrorCode.WORKER_LOST, message="its workers died, each time"),
+            retryable=False,
+        )
+
+    def _not_to_be_started(self, attempt: Attempt) -> Failure | None:
+        if attempt.claim.expired:
+            return Failure(code=ErrorCode.EXPIRED, message="the job waited past its expires_at")
+        if attempt.claim.remaining_seconds <= 0:
+            return _STOP_FAILURES[Stop.TOTAL_TIMEOUT]
+        return None
+
+    async def _stream(self, run: Run, attempt: Attempt) -> Failure | None:
+        """Read the provider's answer to its end; returns why it broke off, or None."""
+        job, settings, reader = attempt.job, self._settings, attempt.reader
+        loop = asyncio.get_running_loop()
+        try:
+            provider = self._providers.get(job.provider)
+            config = provider.config
+            timeouts = Timeouts(
+                connect=config.timeouts.connect or settings.connect_timeout,
+                first_token=job.first_token_timeout or config.timeouts.first_token or settings.first_token_timeout,
+                idle=job.idle_timeout or config.timeouts.idle or settings.idle_timeout,
+            )
+            reader.configure(done_completes=config.done_completes, limits=config.limits)
+            request = ChatRequest(job.model, job.messages, job.parameters)
+            attempt.started = time.monotonic()
+            async with provider.stream(request, timeouts) as response:
+                reader.content_type = response.content_type
+                attempt.provider_request_id = response.provider_request_id
+                usage_timer: asyncio.TimerHandle | None = None
+                async for data in response:
+                    deltas = reader.feed(data)
+                    if reader.fed_data:
+                        response.note_data()
+                    if deltas:
+                        self._publish_output(attempt, deltas)
+                    if reader.done:
+                        break
+                    if reader.complete and usage_timer is None:
+                        usage_timer = loop.call_later(settings.usage_wait, run.request_stop, Stop.USAGE_LATE)
+                if usage_timer is not None:
+                    usage_timer.cancel()
+        except ProviderFailure as error:
+            return error.failure
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:  # a defect of ours must not leave the job hanging
+            log.exception("attempt_defect", tenant=job.tenant, job_id=job.id, attempt=attempt.claim.attempt)
+            return Failure(code=ErrorCode.INTERNAL, message=f"internal error ({type(error).__name__})")
+        return None
+
+    def _publish_output(self, attempt: Attempt, deltas: list[Any]) -> None:
+        if deltas:
+            if attempt.first_output is None:
+                attempt.first_output = time.monotonic()
+            attempt.publication.send_deltas(deltas)
+
+    # -- how it ends --
+
+    def _conclude(self, run: Run, attempt: Attempt, failure: Failure | None) -> Ending:
+        """Turn what happened into what becomes of the job."""
+        output = attempt.reader.output()
+        spent = self._usage_of(attempt, output)
+        ending = Ending(
+            key=attempt.key,
+            attempt=attempt.claim.attempt,
+            worker_id=self._worker_id,
+            outcome=Outcome.FINISHED,
+            status=JobStatus.COMPLETED,
+            choices=output.choices,
+            usage=spent,
+            first_token_ms=attempt.first_token_ms,
+            provider_request_id=attempt.provider_request_id,
+            provider_details=output.provider_details,
+        )
+        if failure is None:
+            attempt.finished = True
+            attempt.publication.send(
+                "attempt.finished",
+                {"finish_reasons": finish_reasons(output.choices), "usage": spent.model_dump(mode="json")},
+            )
+            return replace(ending, status=JobStatus.CANCELLED) if run.stop is Stop.CANCELLED else ending
+        ending = replace(
+            ending,
+            failure=failure,
+            retryable=retry.is_retryable(failure.code),
+            provider_request_id=failure.provider_request_id or attempt.provider_request_id,
+        )
+        if run.stop is Stop.CANCELLED or failure.code is ErrorCode.CANCELLED:
+            return _cancelled(ending)
+        if failure.code is ErrorCode.EXPIRED:
+            return replace(ending, outcome=Outcome.FAILED, status=JobStatus.EXPIRED)
+        decision = retry.decide(
+            failure,
+            attempt=attempt.claim.tries,
+            max_attempts=self._max_attempts(attempt),
+            remaining_seconds=attempt.claim.remaining_seconds - (time.monotonic() - attempt.started),
+            policy=self._backoff,
+            random=random.random,
+        )
+        if not decision.retry:
+            return replace(ending, outcome=Outcome.FAILED, status=JobStatus.FAILED)
+        interrupted = failure.code is ErrorCode.INTERRUPTED
+        sleeps_here = not interrupted and decision.delay <= self._settings.sleep_limit
+        return replace(
+            ending,
+            outcome=Outcome.INTERRUPTED if interrupted else Outcome.FAILED,
+            status=JobStatus.RETRYING,
+            retry_in=decision.delay,
+            resend_in=decision.delay + (_SWEEPER_COURTESY if sleeps_here else 0.0),
+            next_reason=Reason.INTERRUPTED if interrupted else Reason.RETRY,
+        )
+
+    async def _commit(self, run: Run, attempt: Attempt, ending: Ending) -> float | None:
+        """Write the ending, then tell; returns the seconds to the next attempt, or None."""
+        publication = attempt.publication
+        while True:
+            last_words = [] if ending.status is JobStatus.RETRYING else self._last_words(attempt, ending)
+            if ending.status is not JobStatus.RETRYING:
+                ending = replace(ending, terminal_event_id=publication.next_id(len(last_words) + 1))
+            answer = await self._database.persist(store.end, ending, "result")
+            if answer is not NotEnded.CANCEL_REQUESTED:
+                break
+            ending = _cancelled(ending)
+        known = {"tenant": ending.key.tenant, "job_id": ending.key.id, "attempt": ending.attempt}
+        if isinstance(answer, NotEnded):
+            log.warning("attempt_superseded", **known)
+            return None
+        error = ending.failure.code if ending.failure else None
+        log.info("attempt_ended", **known, outcome=ending.outcome, status=ending.status, error=error)
+        if ending.status is JobStatus.RETRYING:
+            publication.send("attempt.failed", failure_fields(ending))
+            return None if ending.outcome is Outcome.INTERRUPTED else ending.retry_in
+        for type_, fields in last_words:
+            publication.send(type_, fields)
+        publication.send(f"job.{ending.status}", terminal_fields(ending, answer))
+        self._in_background(self._announce(publication, ending.key))
+        return None
+
+    def _last_words(self, attempt: Attempt, ending: Ending) -> list[tuple[str, dict[str, Any]]]:
+        """Events before the terminal one, after which followers hold what the row holds."""
+        words = []
+        void = ending.status is JobStatus.FAILED
+        if void and attempt.publication.last_n:
+            words.append(("attempt.failed", failure_fields(ending)))
+        if ending.choices and (void or not attempt.publication.last_n):
+            words.append(("snapshot", snapshot_fields(ending.choices, False, ending.usage)))
+        return words
+
+    async def _announce(self, publication: Publication, key: JobKey) -> None:
+        """Note that the terminal event is out; if it cannot go out now, the sweepers see to it."""
+        if await publication.flushed(_ANNOUNCE_TIMEOUT) is not Flushed.WAITING:
+            await self._database.persist(store.mark_announced, key, "announcement")
+
+    async def _recover(self, attempt: Attempt) -> Ending | None:
+        """If the attempt before had finished when its worker died, return its output as this one's."""
+        key, number = attempt.key, attempt.claim.attempt
+        for before in range(number - 1, max(number - 1 - _LOOK_BACK, 0), -1):
+            remains = await self._log_reader.read(key.tenant, key.id, before)
+            if remains is None:
+                continue
+            spent = remains.usage or usage.estimated(attempt.job.messages, remains.choices)
+            await self._database.persist(store.record_usage, store.LateUsage(key, before, spent), "usage")
+            attempt.carried = remains.choices
+            if not remains.finished:
+                return None
+            attempt.finished = True
+            publication = attempt.publication
+            publication.send(
+                "attempt.started",
+                {
+                    "model": attempt.job.model,
+                    "provider": attempt.job.provider,
+                    "reason": attempt.claim.reason,
+                    "continues": True,
+                },
+            )
+            publication.send("snapshot", snapshot_fields(remains.choices, True, spent))
+            publication.send(
+                "attempt.finished",
+                {"finish_reasons": finish_reasons(remains.choices), "usage": spent.model_dump(mode="json")},
+            )
+            log.info("attempt_recovered", tenant=key.tenant, job_id=key.id, attempt=number, of=before)
+            return Ending(
+                key=key,
+                attempt=number,
+                worker_id=self._worker_id,
+                outcome=Outcome.RECOVERED,
+                status=JobStatus.COMPLETED,
+                choices=remains.choices,
+            )
+        return None
+
+    async def _refused(self, job: Job, refusal: Refusal) -> None:
+        if refusal is Refusal.OTHER_REQUEST:
+            rejection = store.Rejection(
+                id=uuid.uuid4().hex,
+                reason="the job id is already used for a different request",
+                size=0,
+                tenant=job.tenant,
+                job_id=job.id,
+            )
+            await self._database.persist(store.reject, rejection, "rejection")
+        log.info("claim_refused", tenant=job.tenant, job_id=job.id, reason=refusal)
+
+    def _usage_of(self, attempt: Attempt, output: Output) -> Usage:
+        if output.usage is not None:
+            return usage.reported(output.usage)
+        return usage.estimated(attempt.job.messages, output.choices)
+
+    def _max_attempts(self, attempt: Attempt) -> int:
+        return attempt.claim.max_attempts or self._settings.max_attempts
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+
+async def _sleep(seconds: float) -> None:
+    await asyncio.sleep(seconds)
+
+
+def _cancelled(ending: Ending) -> Ending:
+    return replace(
+        ending,
+        outcome=ending.outcome if ending.failure is None else Outcome.CANCELLED,
+        status=JobStatus.CANCELLED,
+        failure=_STOP_FAILURES[Stop.CANCELLED],
+        retryable=False,
+    )
+
+
+# -- what events say, as JSON-ready values (the shapes are api_contracts.events) --
+
+
+def snapshot_fields(choices: Sequence[Choice], finished: bool, spent: Usage) -> dict[str, Any]:
+    """Return the fields of a ``snapshot``."""
+    return {
+        "choices": [choice.model_dump(mode="json", exclude={"extra"}) for choice in choices],
+        "finished": finished,
+        "usage": spent.model_dump(mode="json"),
+    }
+
+
+def failure_fields(ending: Ending) -> dict[str, Any]:
+    """Return the fields of an ``attempt.failed``."""
+    assert ending.failure is not None
+    return {
+        "error": {"code": ending.failure.code, "message": ending.failure.message},
+        "retryable": bool(ending.retryable),
+        "retry_in": ending.retry_in if ending.status is JobStatus.RETRYING else None,
+        "usage": ending.usage.model_dump(mode="json"),
+    }
+
+
+def terminal_fields(ending: Ending, ended: Ended) -> dict[str, Any]:
+    """Return the fields of a terminal event."""
+    failure = ending.failure
+    return {
+        "status": ending.status,
+        "finish_reasons": finish_reasons(ending.choices),
+        "tool_call_ids": [call.id for choice in ending.choices for call in choice.tool_calls],
+        "usage": ended.usage.model_dump(mode="json") if ended.usage else None,
+        "attempts": ended.attempts,
+        "error": {"code": failure.code, "message": failure.message} if failure else None,
+        "output_sha256": output_sha256(choice.content for choice in ending.choices),
+    }
+
+
+def finish_reasons(choices: Sequence[Choice]) -> dict[str, str | None]:
+    """Return the finish reasons by choice index; JSON's keys are text."""
+    return {str(choice.index): choice.finish_reason for choice in choices}

@@ -1,0 +1,103 @@
+"""The envelope: is this queue item a Celery message that Celery can read?
+
+In: raw bytes of one item of the queue.  Out: the decoded message, or the reason why not.  Exists
+because one malformed item stops a stock Celery worker, and the next worker too; and because a
+message for an unknown task is acknowledged and dropped by it.  What is refused here never reaches
+Celery: it is kept aside.  Pure: bytes in, values out.
+"""
+
+import base64
+import binascii
+from dataclasses import dataclass
+from typing import Any, Final
+
+import orjson
+
+from api_contracts import names
+
+#: Bytes of a queue item: a job of the largest size, base64, and its envelope.
+MAX_MESSAGE_BYTES: Final = 12 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """Not a message that may be given to Celery."""
+
+    reason: str
+    task_id: str | None = None
+
+
+def open_envelope(raw: bytes) -> dict[str, Any] | Unreadable:
+    """Return the message in ``raw``, checked in every part that Celery relies on."""
+    if len(raw) > MAX_MESSAGE_BYTES:
+        return Unreadable(f"the message has {len(raw)} bytes, more than {MAX_MESSAGE_BYTES}")
+    try:
+        message = orjson.loads(raw)
+    except ValueError:
+        return Unreadable("the message is not JSON")
+    if not isinstance(message, dict):
+        return Unreadable("the message is no JSON object")
+    headers, properties = message.get("headers"), message.get("properties")
+    if not isinstance(headers, dict):
+        return Unreadable("'headers' is no object; Celery's message protocol 2 is needed")
+    task_id = headers.get("id")
+    if not isinstance(task_id, str) or not 0 < len(task_id) <= 255:
+        return Unreadable("'headers.id' is no text of 1 to 255 characters")
+    reason = _fault(message, headers, properties)
+    return message if reason is None else Unreadable(reason, task_id)
+
+
+def _fault(message: dict[str, Any], headers: dict[str, Any], properties: Any) -> str | None:
+    if headers.get("task") != names.TASK:
+        return f"'headers.task' is not {names.TASK}"
+    for name in ("eta", "expires", "timelimit", "stamped_headers", "retries", "shadow", "group", "groups"):
+        # What these ask of Celery lives in one worker's memory or does not apply; the job has its own limits.
+        if headers.get(name) not in (None, 0, [], [None, None]):
+            return f"'headers.{name}' is not supported; use the job's own fields"
+    if not isinstance(properties, dict):
+        return "'properties' is no object"
+    tag = properties.get("delivery_tag")
+    if not isinstance(tag, str) or not 0 < len(tag) <= 255:
+        return "'properties.delivery_tag' is no text of 1 to 255 characters"
+    delivery = properties.get("delivery_info")
+    if not isinstance(delivery, dict) or not all(
+        isinstance(delivery.get(name, ""), str) for name in ("exchange", "routing_key")
+    ):
+        return "'properties.delivery_info' is no object with 'exchange' and 'routing_key'"
+    if not isinstance(properties.get("priority", 0), int | None):
+        return "'properties.priority' is no number"
+    if message.get("content-type") != "application/json":
+        return "'content-type' is not application/json"
+    encoding = message.get("content-encoding")
+    if not isinstance(encoding, str) or encoding.lower() not in ("utf-8", "utf8"):
+        return "'content-encoding' is not utf-8"
+    return _body_fault(message.get("body"), properties.get("body_encoding"))
+
+
+def _body_fault(body: Any, encoding: Any) -> str | None:
+    if not isinstance(body, str):
+        return "'body' is no text"
+    if encoding == "base64":
+        try:
+            data = base64.b64decode(body, validate=True)
+        except (binascii.Error, ValueError):
+            return "'body' is not base64"
+    elif encoding is None:
+        data = body.encode("utf-8", "surrogatepass")
+    else:
+        return "'properties.body_encoding' is not base64"
+    try:
+        content = orjson.loads(data)
+    except ValueError:
+        return "the body is not JSON, or nested too deeply"
+    if not (
+        isinstance(content, list)
+        and len(content) == 3
+        and isinstance(content[0], list)
+        and isinstance(content[1], dict)
+        and isinstance(content[2], dict | None)
+    ):
+        return "the body is not [args, kwargs, embed]"
+    if len(content[0]) != 1 or content[1]:
+        return f"{names.TASK} takes exactly one argument, the job"
+    return None

@@ -1,0 +1,165 @@
+"""The service: everything one worker process runs on its event loop, put together.
+
+In: settings; deliveries from the pool; signals to stop.  Out: a running engine with its publisher,
+database, providers, sweeper and ear for cancels.  Exists so that connections are opened and closed in
+one place, in the right order.
+"""
+
+import asyncio
+import os
+import socket
+import time
+import uuid
+
+import redis.asyncio
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from api_contracts.errors import ErrorCode, InvalidJobError, StoreUnavailableError
+from api_contracts.jobs import Job, parse_job
+from api_contracts.sender import Sender
+from worker import store
+from worker.announcer import Announcer
+from worker.control import Control
+from worker.database import Database, make_engine
+from worker.engine import Engine, Stop
+from worker.pool import Delivery
+from worker.provider import Providers
+from worker.provider_config import ProviderConfig
+from worker.publisher import Publisher
+from worker.recovery import LogReader
+from worker.settings import Settings
+from worker.store import JobKey, Refused, Rejection
+from worker.sweeper import Sweeper
+from worker.telemetry import get_logger
+
+log = get_logger()
+
+#: Seconds for interrupted jobs to be handed back, after which the process ends all the same.
+_HAND_BACK_TIMEOUT = 10.0
+
+
+class Service:
+    """One worker process's work; a ``worker.pool.LoopService``."""
+
+    def __init__(self, settings: Settings, providers: dict[str, ProviderConfig]) -> None:
+        self._settings = settings
+        self._provider_configs = providers
+        self._draining = asyncio.Event()
+        self._hurry = asyncio.Event()
+
+    async def start(self) -> None:
+        """Open connections and begin to give signs of life."""
+        settings = self._settings
+        # Unique for each start, so that a restarted process is not taken for its predecessor.
+        self.worker_id = f"{socket.gethostname()[:64]}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self._database = Database(make_engine(settings.database_url))
+        self._client = redis.asyncio.Redis.from_url(
+            settings.redis_url,
+            socket_timeout=15.0,  # more than the longest wait of the control listener
+            socket_connect_timeout=2.0,
+            health_check_interval=15,
+            retry=Retry(NoBackoff(), 1),
+        )
+        self._publisher = Publisher(
+            settings.redis_url,
+            prefix=settings.prefix,
+            log_ttl=settings.log_ttl,
+            buffer_bytes=settings.publish_buffer,
+            merge_above=settings.merge_above,
+        )
+        self._providers = Providers(self._provider_configs)
+        self._sender = Sender(settings.broker, settings.queue)
+        self._announcer = Announcer(self._database, self._publisher)
+        self.engine = Engine(
+            settings,
+            self.worker_id,
+            self._database,
+            self._publisher,
+            self._providers,
+            LogReader(self._client, settings.prefix),
+        )
+        self._control = Control(self._client, settings.prefix, self._database, self.engine, self._announcer)
+        self._sweeper = Sweeper(
+            settings, self.worker_id, self._database, self.engine, self._announcer, self._sender, self._client
+        )
+        await self._sweeper.start()
+        self._control.start()
+        log.info("worker_started", worker=self.worker_id, concurrency=settings.concurrency)
+
+    async def deliver(self, delivery: Delivery) -> None:
+        """Run the job of one message, or record why it is none."""
+        if self._draining.is_set():
+            return  # not accepted, so Celery gives the message back; the row is found by others in any case
+        argument = delivery.arguments[0]
+        try:
+            job = parse_job(argument)
+        except InvalidJobError as error:
+            await self._refuse(argument, str(error))
+            delivery.accept()
+            return
+        await self.engine.run(job, delivery.accept)
+
+    async def _refuse(self, argument: object, reason: str) -> None:
+        """Record a message that is no valid job; if it names a job, that job ends as failed."""
+        claimed = argument if isinstance(argument, dict) else {}
+        try:
+            # Borrow the job's own rules for its names.
+            names = Job(
+                id=claimed["id"],
+                tenant=claimed.get("tenant", "default"),
+                model="unknown",
+                messages=[{}],
+            )
+        except (ValueError, KeyError):
+            key = None
+        else:
+            key = JobKey(names.tenant, names.id)
+        log.warning("job_invalid", reason=reason, tenant=key and key.tenant, job_id=key and key.id)
+        rejection = Rejection(
+            id=uuid.uuid4().hex, reason=reason, size=0, tenant=key and key.tenant, job_id=key and key.id
+        )
+        await self._database.persist(store.reject, rejection, "rejection")
+        if key is not None:
+            refused = Refused(names, ErrorCode.INVALID_JOB, reason)
+            await self._database.persist(store.refuse, refused, "refused job")
+            try:
+                await self._announcer.announce(key)
+            except StoreUnavailableError:
+                log.warning("announcement_delayed", tenant=key.tenant, job_id=key.id)
+
+    # -- the end --
+
+    def drain(self) -> None:
+        """Start nothing new; what runs goes on."""
+        if not self._draining.is_set():
+            log.info("worker_draining", running=len(self.engine.runs), grace=self._settings.shutdown_grace)
+            self._draining.set()
+            self._sweeper.pause()
+
+    def hurry(self) -> None:
+        """Hand back what runs now instead of at the end of the grace period."""
+        self.drain()
+        self._hurry.set()
+
+    async def stop(self) -> None:
+        """Let streams finish within the grace period, hand back the rest, and close everything."""
+        self.drain()
+        deadline = time.monotonic() + self._settings.shutdown_grace
+        while self.engine.runs and time.monotonic() < deadline and not self._hurry.is_set():
+            await asyncio.sleep(0.02)
+        handed_back = len(self.engine.runs)
+        for key in list(self.engine.runs):
+            self.engine.request_stop(key, Stop.INTERRUPTED)
+        deadline = time.monotonic() + _HAND_BACK_TIMEOUT
+        while self.engine.runs and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        await self._control.stop()
+        await self._publisher.close(timeout=3.0)
+        await self.engine.settle(timeout=3.0)
+        await self._sweeper.stop()
+        await self._providers.aclose()
+        await self._client.aclose()
+        await asyncio.to_thread(self._database.close)
+        await asyncio.to_thread(self._sender.close)
+        log.info("worker_stopped", worker=self.worker_id, handed_back=handed_back, left=len(self.engine.runs))

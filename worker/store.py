@@ -1,0 +1,723 @@
+"""The store: every statement the worker puts to the database.
+
+In: groups of claims, endings and questions, by way of ``worker.database``.  Out: rows, and the answer
+for each member of the group.  Exists so that the rules of ownership stand in one place:
+
+* a claim raises the job's attempt number by one, and every later write names that number: whoever
+  was superseded changes nothing (fencing);
+* every time, and every comparison of times, is the database's own clock;
+* a write may be repeated when its commit was cut: repeated, it answers the same and changes nothing.
+
+Each plural function takes a connection inside a transaction and a list, and answers in its order.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Final, NamedTuple
+
+from sqlalchemy import Connection, Float, Row, and_, bindparam, case, delete, func, select, true, tuple_, update
+from sqlalchemy.dialects import postgresql, sqlite
+
+from api_contracts.errors import ErrorCode
+from api_contracts.jobs import Job
+from api_contracts.queries import end_from_outside, queued_values, sum_usage
+from api_contracts.results import (
+    TERMINAL_STATUSES,
+    Choice,
+    JobStatus,
+    Usage,
+    UsageSource,
+    output_sha256,
+)
+from api_contracts.tables import (
+    attempts,
+    choices,
+    jobs,
+    now,
+    rejected_messages,
+    seconds_from_now,
+    seconds_until,
+    tool_calls,
+    workers,
+)
+from worker.failures import Failure
+
+WAITING: Final = (JobStatus.QUEUED, JobStatus.RETRYING)
+_DATABASE_CLOCK: Final = {"created_at", "due_at", "resend_at"}
+#: Claims beyond a job's max_attempts, each of which may still recover a finished stream from the log.
+_SPARE_CLAIMS: Final = 3
+
+
+#: What becomes of a job whose worker does not run it any more.
+_RELEASED: Final[dict[str, Any]] = {
+    "status": JobStatus.RETRYING,
+    "worker_id": None,
+    "next_reason": "worker_lost",
+    "due_at": now(),
+    "resend_at": now(),
+}
+
+
+class JobKey(NamedTuple):
+    """What identifies a job."""
+
+    tenant: str
+    id: str
+
+
+class Reason(StrEnum):
+    """Why an attempt is made."""
+
+    FIRST = "first"
+    RETRY = "retry"  #: The attempt before failed.
+    WORKER_LOST = "worker_lost"  #: The worker of the attempt before died.
+    INTERRUPTED = "interrupted"  #: The worker of the attempt before was shut down.
+
+
+class Outcome(StrEnum):
+    """How an attempt ended."""
+
+    FINISHED = "finished"
+    RECOVERED = "recovered"  #: Made no stream: carried over what the attempt before had finished.
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    INTERRUPTED = "interrupted"
+    LOST = "lost"
+
+
+# -- claiming -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimRequest:
+    """A worker asks for a job."""
+
+    job: Job
+    worker_id: str
+    total_timeout: float  #: Seconds; counts from the first claim.
+
+    @property
+    def key(self) -> JobKey:
+        """The job asked for."""
+        return JobKey(self.job.tenant, self.job.id)
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The job is this worker's, under this attempt number."""
+
+    attempt: int
+    tries: int  #: Attempts that count against ``max_attempts``, this one included.
+    max_attempts: int | None
+    reason: Reason
+    remaining_seconds: float  #: Until the job's total time is used up.
+    expired: bool  #: The job's ``expires_at`` had passed before its first attempt.
+
+
+class Refusal(StrEnum):
+    """Why a claim was not granted; there is nothing to do for its message."""
+
+    TAKEN = "taken"  #: A worker runs it, or it is not due yet: the message is a duplicate.
+    ENDED = "ended"  #: The job is terminal.
+    OTHER_REQUEST = "other_request"  #: The id belongs to a different request.
+
+
+_CLAIM_COLUMNS: Final = (
+    jobs.c.tenant,
+    jobs.c.id,
+    jobs.c.attempt,
+    jobs.c.tries,
+    jobs.c.max_attempts,
+    jobs.c.next_reason,
+    seconds_until(jobs.c.deadline_at).label("remaining"),
+    case((and_(jobs.c.attempt == 1, jobs.c.expires_at <= now()), true()), else_=False).label("expired"),
+)
+
+
+def claim(connection: Connection, requests: list[ClaimRequest]) -> list[Claim | Refusal]:
+    """Take each job that is due and that nobody holds; create its row if it is missing."""
+    wanted: dict[JobKey, ClaimRequest] = {}
+    for request in requests:
+        wanted.setdefault(request.key, request)
+    ordered = [wanted[key] for key in sorted(wanted)]  # one order of locks for all workers
+    rows = connection.execute(
+        _claim_statement(connection.dialect.name),
+        [
+            {name: value for name, value in queued_values(request.job).items() if name not in _DATABASE_CLOCK}
+            | {
+                "status": JobStatus.RUNNING,
+                "attempt": 1,
+                "tries": 1,
+                "worker_id": request.worker_id,
+                "total_timeout": request.total_timeout,
+            }
+            for request in ordered
+        ],
+    )
+    granted = {JobKey(row.tenant, row.id): row for row in rows}
+    if granted:
+        connection.execute(
+            attempts.insert().values(started_at=now()),
+            [
+                {
+                    "tenant": key.tenant,
+                    "job_id": key.id,
+                    "number": row.attempt,
+                    "reason": row.next_reason,
+                    "worker_id": wanted[key].worker_id,
+                    "provider": wanted[key].job.provider,
+                    "model": wanted[key].job.model,
+                }
+                for key, row in granted.items()
+            ],
+        )
+    answers: list[Claim | Refusal] = []
+    for request in requests:
+        row = granted.pop(request.key, None)  # a second request for one job is a duplicate
+        answers.append(_granted(row) if row is not None else _refused(connection, request))
+    return answers
+
+
+def _claim_statement(dialect: str) -> Any:
+    insert = (postgresql if dialect == "postgresql" else sqlite).insert(jobs)
+    statement = insert.values(
+        created_at=now(),
+        due_at=now(),
+        resend_at=now(),
+        started_at=now(),
+        deadline_at=seconds_from_now(bindparam("total_timeout", type_=Float)),
+    )
+    new = statement.excluded
+    return statement.on_conflict_do_update(
+        index_elements=[jobs.c.tenant, jobs.c.id],
+        set_={
+            "status": JobStatus.RUNNING,
+            "attempt": jobs.c.attempt + 1,
+            "tries": jobs.c.tries + 1,
+            "worker_id": new.worker_id,
+            "started_at": func.coalesce(jobs.c.started_at, new.started_at),
+            "deadline_at": func.coalesce(jobs.c.deadline_at, new.deadline_at),
+        },
+        where=and_(jobs.c.status.in_(WAITING), jobs.c.due_at <= now(), jobs.c.request_hash == new.request_hash),
+    ).returning(*_CLAIM_COLUMNS)
+
+
+def _granted(row: Row[Any]) -> Claim:
+    return Claim(
+        attempt=row.attempt,
+        tries=row.tries,
+        max_attempts=row.max_attempts,
+        reason=Reason(row.next_reason),
+        remaining_seconds=row.remaining,
+        expired=bool(row.expired),
+    )
+
+
+def _refused(connection: Connection, request: ClaimRequest) -> Claim | Refusal:
+    row = connection.execute(
+        select(*_CLAIM_COLUMNS, jobs.c.status, jobs.c.request_hash, jobs.c.worker_id).where(_is(request.key))
+    ).one()
+    if row.request_hash != request.job.request_hash():
+        return Refusal.OTHER_REQUEST
+    if row.status in TERMINAL_STATUSES:
+        return Refusal.ENDED
+    if row.status == JobStatus.RUNNING and row.worker_id == request.worker_id:
+        # The engine asks only for jobs it does not run, so this is its own claim, whose commit was cut.
+        return _granted(row)
+    return Refusal.TAKEN
+
+
+# -- ending attempts ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How an attempt ended, what it brought, and what becomes of its job."""
+
+    key: JobKey
+    attempt: int
+    worker_id: str
+    outcome: Outcome
+    status: JobStatus  #: A terminal status, or RETRYING.
+    choices: Sequence[Choice] = ()
+    usage: Usage = Usage()
+    failure: Failure | None = None
+    retryable: bool | None = None
+    retry_in: float = 0.0  #: Seconds until the job is due again; only with RETRYING.
+    resend_in: float = 0.0  #: Seconds until a sweeper takes care of it; only with RETRYING.
+    next_reason: Reason = Reason.RETRY
+    first_token_ms: float | None = None
+    provider_request_id: str | None = None
+    provider_details: dict[str, Any] | None = None
+    terminal_event_id: str | None = None
+
+
+class Ended(NamedTuple):
+    """The ending is written."""
+
+    usage: Usage | None  #: Summed over the job's attempts; None if none of them cost anything.
+    attempts: int
+
+
+class NotEnded(StrEnum):
+    """Why an ending was not written."""
+
+    SUPERSEDED = "superseded"  #: Somebody else holds the job now.
+    CANCEL_REQUESTED = "cancel_requested"  #: A cancel came first: end it as cancelled.
+
+
+def end(connection: Connection, endings: list[Ending]) -> list[Ended | NotEnded]:
+    """Write each ending whose attempt still holds its job: status, output, usage and attempt, or nothing."""
+    answers: list[Ended | NotEnded] = []
+    written: list[Ending] = []
+    for ending in sorted(endings, key=lambda one: one.key):
+        if connection.execute(_ending_statement(ending)).rowcount:
+            written.append(ending)
+    _write_attempts(connection, written)
+    _write_outputs(connection, written)
+    totals = {ending.key: _write_totals(connection, ending) for ending in written}
+    for ending in endings:
+        ended = totals.get(ending.key)
+        answers.append(ended if ended is not None else _not_written(connection, ending))
+    return answers
+
+
+def _ending_statement(ending: Ending) -> Any:
+    values: dict[str, Any] = {
+        "status": ending.status,
+        "worker_id": None,
+        "partial": bool(ending.choices) and ending.status is not JobStatus.COMPLETED,
+    }
+    condition = and_(
+        _is(ending.key),
+        jobs.c.attempt == ending.attempt,
+        jobs.c.worker_id == ending.worker_id,
+        jobs.c.status == JobStatus.RUNNING,
+    )
+    if ending.status in (JobStatus.COMPLETED, JobStatus.RETRYING):
+        # A cancel that was accepted wins over everything that comes after it.
+        condition = and_(condition, jobs.c.cancel_requested_at.is_(None))
+    if ending.status is JobStatus.RETRYING:
+        values |= {
+            "due_at": seconds_from_now(ending.retry_in),
+            "resend_at": seconds_from_now(ending.resend_in),
+            "next_reason": ending.next_reason,
+        }
+        if ending.outcome is Outcome.INTERRUPTED:
+            values["tries"] = jobs.c.tries - 1  # a shutdown is not the job's fault
+    else:
+        values |= {
+            "finished_at": now(),
+            "output_sha256": output_sha256(choice.content for choice in ending.choices),
+            "terminal_event_id": ending.terminal_event_id,
+            "provider_details": ending.provider_details,
+        }
+    if ending.failure is not None:
+        values |= {"error_code": ending.failure.code, "error_message": ending.failure.message}
+    elif ending.status is JobStatus.COMPLETED:
+        values |= {"error_code": None, "error_message": None}
+    return update(jobs).where(condition).values(values)
+
+
+def _write_attempts(connection: Connection, endings: list[Ending]) -> None:
+    for ending in endings:
+        failure = ending.failure
+        connection.execute(
+            update(attempts)
+            .where(_of(attempts, ending.key), attempts.c.number == ending.attempt)
+            .values(
+                outcome=ending.outcome,
+                finished_at=now(),
+                first_token_ms=ending.first_token_ms,
+                error_code=failure.code if failure else None,
+                error_message=failure.message if failure else None,
+                http_status=failure.http_status if failure else None,
+                retryable=ending.retryable,
+                provider_request_id=ending.provider_request_id,
+                **_usage_values(ending.usage),
+            )
+        )
+
+
+def _write_outputs(connection: Connection, endings: list[Ending]) -> None:
+    for ending in endings:
+        if ending.attempt > 1:
+            # Also takes along the tool calls: the output of a job is that of its last attempt.
+            connection.execute(delete(tool_calls).where(_of(tool_calls, ending.key)))
+            connection.execute(delete(choices).where(_of(choices, ending.key)))
+    rows = [
+        {
+            "tenant": ending.key.tenant,
+            "job_id": ending.key.id,
+            "index": choice.index,
+            "content": choice.content,
+            "reasoning": choice.reasoning,
+            "refusal": choice.refusal,
+            "finish_reason": choice.finish_reason,
+            "extra": choice.extra,
+        }
+        for ending in endings
+        for choice in ending.choices
+    ]
+    calls = [
+        {
+            "tenant": ending.key.tenant,
+            "job_id": ending.key.id,
+            "choice_index": choice.index,
+            "position": position,
+            "call_id": call.id,
+            "type": call.type,
+            "name": call.name,
+            "arguments": call.arguments,
+            "arguments_valid": call.arguments_valid,
+            "extra": call.extra,
+        }
+        for ending in endings
+        for choice in ending.choices
+        for position, call in enumerate(choice.tool_calls)
+    ]
+    if rows:
+        connection.execute(choices.insert(), rows)
+    if calls:
+        connection.execute(tool_calls.insert(), calls)
+
+
+def _write_totals(connection: Connection, ending: Ending) -> Ended:
+    rows = connection.execute(select(attempts).where(_of(attempts, ending.key))).all()
+    total = sum_usage(rows)
+    if ending.status in TERMINAL_STATUSES and total is not None:
+        values = _usage_values(total)
+        del values["usage"]
+        connection.execute(update(jobs).where(_is(ending.key)).values(values))
+    return Ended(total, len(rows))
+
+
+def _usage_values(usage: Usage) -> dict[str, Any]:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.total_tokens,
+        "usage_source": usage.source,
+        "usage": usage.details,
+    }
+
+
+def _not_written(connection: Connection, ending: Ending) -> Ended | NotEnded:
+    row = connection.execute(
+        select(
+            jobs.c.status, jobs.c.attempt, jobs.c.worker_id, jobs.c.terminal_event_id, jobs.c.cancel_requested_at
+        ).where(_is(ending.key))
+    ).one_or_none()
+    if row is None or row.attempt != ending.attempt:
+        return NotEnded.SUPERSEDED
+    if row.status == JobStatus.RUNNING and row.worker_id == ending.worker_id and row.cancel_requested_at is not None:
+        return NotEnded.CANCEL_REQUESTED
+    if row.status == ending.status and row.terminal_event_id == ending.terminal_event_id:
+        # Our own write, whose commit was cut before we heard of it.
+        rows = connection.execute(select(attempts).where(_of(attempts, ending.key))).all()
+        return Ended(sum_usage(rows), len(rows))
+    return NotEnded.SUPERSEDED
+
+
+@dataclass(frozen=True, slots=True)
+class LateUsage:
+    """What is learned from the log about an attempt whose worker died."""
+
+    key: JobKey
+    attempt: int
+    usage: Usage
+
+
+def record_usage(connection: Connection, usages: list[LateUsage]) -> list[None]:
+    """Write usage of lost attempts that nobody has reported yet."""
+    for late in usages:
+        connection.execute(
+            update(attempts)
+            .where(_of(attempts, late.key), attempts.c.number == late.attempt, attempts.c.total_tokens.is_(None))
+            .values(_usage_values(late.usage))
+        )
+    return [None] * len(usages)
+
+
+# -- the worker's own life ------------------------------------------------------------------------
+
+
+class Beat(NamedTuple):
+    """A sign of life."""
+
+    worker_id: str
+    lease: float
+
+
+class Pulse(NamedTuple):
+    """What a worker learns when it gives a sign of life."""
+
+    lapsed: bool  #: It was silent for longer than its lease: others may have taken its jobs.
+    held: frozenset[tuple[JobKey, int]]  #: The jobs it holds, with their attempt.
+    cancels: frozenset[JobKey]  #: Those of them that are to be cancelled.
+
+
+def beat(connection: Connection, beats: list[Beat]) -> list[Pulse]:
+    """Renew each worker's row, or create it."""
+    return [_beat(connection, one) for one in beats]
+
+
+def _beat(connection: Connection, one: Beat) -> Pulse:
+    alive = connection.execute(
+        update(workers)
+        .where(workers.c.id == one.worker_id, workers.c.heartbeat_at > seconds_from_now(-one.lease))
+        .values(heartbeat_at=now())
+    ).rowcount
+    if not alive:
+        renewed = connection.execute(
+            update(workers).where(workers.c.id == one.worker_id).values(heartbeat_at=now())
+        ).rowcount
+        if not renewed:
+            connection.execute(workers.insert().values(id=one.worker_id, started_at=now(), heartbeat_at=now()))
+    rows = connection.execute(
+        select(jobs.c.tenant, jobs.c.id, jobs.c.attempt, jobs.c.cancel_requested_at).where(
+            jobs.c.worker_id == one.worker_id
+        )
+    ).all()
+    return Pulse(
+        lapsed=not alive,
+        held=frozenset((JobKey(row.tenant, row.id), row.attempt) for row in rows),
+        cancels=frozenset(JobKey(row.tenant, row.id) for row in rows if row.cancel_requested_at is not None),
+    )
+
+
+def retire(connection: Connection, worker_ids: list[str]) -> list[None]:
+    """Mark workers as gone at once, so that nobody waits for their lease."""
+    connection.execute(
+        update(workers).where(workers.c.id.in_(worker_ids)).values(heartbeat_at=seconds_from_now(-86_400.0))
+    )
+    return [None] * len(worker_ids)
+
+
+# -- sweeping -------------------------------------------------------------------------------------
+
+
+class Sweep(NamedTuple):
+    """What a sweeper asks for."""
+
+    lease: float
+    bury: bool  #: Whether the silence of other workers counts as death.
+    resend_after: float
+    max_attempts: int  #: For jobs that do not say.
+    limit: int  #: Rows of each kind at most.
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """What a sweep found, and has already changed in the rows."""
+
+    lost: list[JobKey]  #: Their worker died; they are waiting again, or ended.
+    to_send: list[str]  #: Jobs (JSON) whose message is to be sent.
+    unannounced: list[JobKey]  #: Ended, but their terminal event may be missing.
+
+
+def sweep(connection: Connection, sweeps: list[Sweep]) -> list[Swept]:
+    """Find what nobody takes care of. Several sweepers at once do no harm: each row goes to one."""
+    return [
+        Swept(
+            lost=_release_lost(connection, one) if one.bury else [],
+            to_send=_take_due(connection, one),
+            unannounced=_find_unannounced(connection, one) + _end_expired(connection, one),
+        )
+        for one in sweeps
+    ]
+
+
+def _release_lost(connection: Connection, one: Sweep) -> list[JobKey]:
+    dead = select(workers.c.id).where(workers.c.heartbeat_at < seconds_from_now(-one.lease))
+    rows = connection.execute(
+        select(jobs.c.tenant, jobs.c.id, jobs.c.attempt, jobs.c.tries, jobs.c.max_attempts, jobs.c.cancel_requested_at)
+        .where(jobs.c.worker_id.in_(dead), jobs.c.status == JobStatus.RUNNING)
+        .limit(one.limit)
+        .with_for_update(skip_locked=True)
+    ).all()
+    lost = []
+    for row in rows:
+        key = JobKey(row.tenant, row.id)
+        _mark_lost(connection, key, row.attempt)
+        if row.cancel_requested_at is not None:
+            end_from_outside(connection, *key, row.attempt, JobStatus.CANCELLED, ErrorCode.CANCELLED, "cancelled")
+        elif row.tries > (row.max_attempts or one.max_attempts) + _SPARE_CLAIMS:
+            message = "its workers died, each time"
+            end_from_outside(connection, *key, row.attempt, JobStatus.FAILED, ErrorCode.WORKER_LOST, message)
+        else:
+            connection.execute(update(jobs).where(_is(key), jobs.c.attempt == row.attempt).values(_RELEASED))
+        lost.append(key)
+    return lost
+
+
+class Held(NamedTuple):
+    """A job as one worker holds it."""
+
+    key: JobKey
+    attempt: int
+    worker_id: str
+
+
+def release(connection: Connection, held: list[Held]) -> list[None]:
+    """Let go of jobs that their own worker does not run, so that they are sent again."""
+    for one in held:
+        released = connection.execute(
+            update(jobs)
+            .where(_is(one.key), jobs.c.attempt == one.attempt, jobs.c.worker_id == one.worker_id)
+            .values(_RELEASED)
+        ).rowcount
+        if released:
+            _mark_lost(connection, one.key, one.attempt)
+    return [None] * len(held)
+
+
+def resend_soon(connection: Connection, keys: list[JobKey]) -> list[None]:
+    """The broker was away: let the next sweeps try again."""
+    connection.execute(
+        update(jobs)
+        .where(tuple_(jobs.c.tenant, jobs.c.id).in_(sorted(set(keys))), jobs.c.status.in_(WAITING))
+        .values(resend_at=seconds_from_now(2.0))
+    )
+    return [None] * len(keys)
+
+
+def _mark_lost(connection: Connection, key: JobKey, attempt: int) -> None:
+    connection.execute(
+        update(attempts)
+        .where(_of(attempts, key), attempts.c.number == attempt)
+        .values(
+            outcome=Outcome.LOST,
+            finished_at=now(),
+            error_code=ErrorCode.WORKER_LOST,
+            error_message="the worker died",
+            retryable=True,
+            usage_source=UsageSource.UNKNOWN,
+        )
+    )
+
+
+def _take_due(connection: Connection, one: Sweep) -> list[str]:
+    due = (
+        select(jobs.c.tenant, jobs.c.id)
+        .where(jobs.c.status.in_(WAITING), jobs.c.resend_at <= now())
+        .order_by(jobs.c.resend_at)
+        .limit(one.limit)
+        .with_for_update(skip_locked=True)
+    )
+    return list(
+        connection.scalars(
+            update(jobs)
+            .where(tuple_(jobs.c.tenant, jobs.c.id).in_(due), jobs.c.resend_at <= now())
+            .values(resend_at=seconds_from_now(one.resend_after))
+            .returning(jobs.c.request)
+        )
+    )
+
+
+def _end_expired(connection: Connection, one: Sweep) -> list[JobKey]:
+    rows = connection.execute(
+        select(jobs.c.tenant, jobs.c.id, jobs.c.attempt)
+        .where(jobs.c.status.in_(WAITING), jobs.c.expires_at <= now(), jobs.c.attempt == 0)
+        .limit(one.limit)
+        .with_for_update(skip_locked=True)
+    ).all()
+    ended = []
+    for row in rows:
+        key = JobKey(row.tenant, row.id)
+        message = "the job waited past its expires_at"
+        if end_from_outside(connection, *key, row.attempt, JobStatus.EXPIRED, ErrorCode.EXPIRED, message):
+            ended.append(key)
+    return ended
+
+
+def _find_unannounced(connection: Connection, one: Sweep) -> list[JobKey]:
+    rows = connection.execute(
+        select(jobs.c.tenant, jobs.c.id)
+        .where(
+            jobs.c.announced.is_(False),
+            # The worker that ended it gets the time to announce it itself.
+            jobs.c.finished_at <= seconds_from_now(-2.0),
+        )
+        .order_by(jobs.c.finished_at)
+        .limit(one.limit)
+    )
+    return [JobKey(row.tenant, row.id) for row in rows]
+
+
+def mark_announced(connection: Connection, keys: list[JobKey]) -> list[None]:
+    """Note that the terminal events of these jobs are in the log."""
+    connection.execute(
+        update(jobs).where(tuple_(jobs.c.tenant, jobs.c.id).in_(sorted(set(keys)))).values(announced=True)
+    )
+    return [None] * len(keys)
+
+
+# -- messages that are no jobs --------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """A message that could not be run, and why."""
+
+    id: str
+    reason: str
+    size: int
+    payload: str | None = None
+    tenant: str | None = None
+    job_id: str | None = None
+
+
+def reject(connection: Connection, rejections: list[Rejection]) -> list[None]:
+    """Record messages that are no valid jobs; recording one twice changes nothing."""
+    insert = (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(rejected_messages)
+    connection.execute(
+        insert.values(rejected_at=now()).on_conflict_do_nothing(),
+        [
+            {
+                "id": one.id,
+                "reason": one.reason,
+                "size": one.size,
+                "payload": one.payload,
+                "tenant": one.tenant,
+                "job_id": one.job_id,
+            }
+            for one in rejections
+        ],
+    )
+    return [None] * len(rejections)
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A job that ends before it began; ``job`` lends its names only."""
+
+    job: Job
+    code: ErrorCode
+    message: str
+
+
+def refuse(connection: Connection, refusals: list[Refused]) -> list[None]:
+    """Record jobs that are none as failed, so that whoever waits for them hears of it."""
+    insert = (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(jobs)
+    for one in refusals:
+        values = queued_values(one.job) | {
+            "status": JobStatus.FAILED,
+            "attempt": 1,
+            "finished_at": now(),
+            "error_code": one.code,
+            "error_message": one.message,
+            "output_sha256": output_sha256(()),
+            "terminal_event_id": "1-1",
+        }
+        connection.execute(insert.values(values).on_conflict_do_nothing())
+    return [None] * len(refusals)
+
+
+def _is(key: JobKey) -> Any:
+    return and_(jobs.c.tenant == key.tenant, jobs.c.id == key.id)
+
+
+def _of(table: Any, key: JobKey) -> Any:
+    return and_(table.c.tenant == key.tenant, table.c.job_id == key.id)

@@ -1,0 +1,176 @@
+"""The sweeper: signs of life, and care for what nobody takes care of.
+
+In: the clock.  Out: this worker's heartbeat; messages for jobs that wait without one; jobs of dead
+workers released; terminal events announced; unreadable messages recorded.  Exists so that nothing
+depends on one process: every worker sweeps, the statements are atomic, and any survivor heals the rest.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import orjson
+import redis.asyncio
+from redis.exceptions import RedisError
+
+from api_contracts.errors import BrokerUnavailableError, StoreUnavailableError
+from api_contracts.jobs import Job
+from api_contracts.names import rejected_list
+from api_contracts.sender import Sender
+from worker import store
+from worker.announcer import Announcer
+from worker.database import Database
+from worker.engine import Engine, Stop
+from worker.settings import Settings
+from worker.store import Beat, JobKey, Rejection, Sweep
+from worker.telemetry import get_logger
+
+log = get_logger()
+
+#: Rows of each kind that one sweep takes; the next one follows soon.
+_LIMIT: Final = 200
+_ANNOUNCEMENTS_AT_ONCE: Final = 20
+
+
+class Sweeper:
+    """Heartbeat and sweeps of one worker process. Made and used on the event loop."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        worker_id: str,
+        database: Database,
+        engine: Engine,
+        announcer: Announcer,
+        sender: Sender,
+        client: redis.asyncio.Redis,
+    ) -> None:
+        self._settings = settings
+        self._worker_id = worker_id
+        self._database = database
+        self._engine = engine
+        self._announcer = announcer
+        self._sender = sender
+        self._client = client
+        self._steady_since: float | None = None  #: Since when this worker's own signs of life had no gap.
+        self._orphans: frozenset[tuple[JobKey, int]] = frozenset()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._sweeping = True
+
+    async def start(self) -> None:
+        """Give the first sign of life, then go on in the background."""
+        await self._beat()
+        self._tasks = [
+            asyncio.create_task(self._repeat(self._beat, self._settings.heartbeat_interval), name="heartbeat"),
+            asyncio.create_task(self._repeat(self._sweep, self._settings.sweep_interval), name="sweeper"),
+        ]
+
+    def pause(self) -> None:
+        """Sweep no more; the heartbeat goes on while jobs still run."""
+        self._sweeping = False
+
+    async def stop(self) -> None:
+        """End the heartbeat and tell the others that this worker is gone."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        try:
+            async with asyncio.timeout(3):
+                await self._database.run(store.retire, self._worker_id)
+        except (StoreUnavailableError, TimeoutError):
+            log.warning("retirement_unwritten", consequence="others wait for the lease to run out")
+
+    async def _repeat(self, action: Callable[[], Awaitable[None]], interval: float) -> None:
+        while True:
+            # Jitter keeps the sweeps of many workers apart.
+            await asyncio.sleep(interval * random.uniform(0.8, 1.2))
+            try:
+                await action()
+            except StoreUnavailableError as error:
+                self._steady_since = None
+                log.warning("database_unavailable", waiting_to=action.__name__.strip("_"), reason=str(error))
+            except Exception:  # one bad sweep must not end all later ones
+                log.exception("sweep_defect")
+
+    # -- signs of life --
+
+    async def _beat(self) -> None:
+        before = {(key, run.attempt) for key, run in self._engine.runs.items() if run.attempt}
+        pulse = await self._database.run(store.beat, Beat(self._worker_id, self._settings.lease))
+        now = time.monotonic()
+        if pulse.lapsed or self._steady_since is None:
+            self._steady_since = now
+        for key in pulse.cancels:
+            self._engine.request_stop(key, Stop.CANCELLED)
+        runs = self._engine.runs
+        for key, attempt in before - pulse.held:
+            # Claimed before the beat and not ours any more: it has ended meanwhile, or was taken over.
+            run = runs.get(key)
+            if run is not None and run.attempt == attempt and run.interruptible:
+                log.warning("job_taken_over", tenant=key.tenant, job_id=key.id, attempt=attempt)
+                run.request_stop(Stop.SUPERSEDED)
+        orphans = frozenset(held for held in pulse.held if held[0] not in runs)
+        for key, attempt in orphans & self._orphans:
+            # Ours in the database for two beats, but not running here: a claim whose answer was lost.
+            log.warning("job_orphaned", tenant=key.tenant, job_id=key.id, attempt=attempt)
+            await self._database.run(store.release, store.Held(key, attempt, self._worker_id))
+        self._orphans = orphans
+
+    def _may_bury(self) -> bool:
+        """Whether others' silence proves anything: after an outage of the database everybody was silent."""
+        return self._steady_since is not None and time.monotonic() - self._steady_since > self._settings.lease
+
+    # -- sweeps --
+
+    async def _sweep(self) -> None:
+        if not self._sweeping:
+            return
+        settings = self._settings
+        found = await self._database.run(
+            store.sweep,
+            Sweep(
+                lease=settings.lease,
+                bury=self._may_bury(),
+                resend_after=settings.resend_after,
+                max_attempts=settings.max_attempts,
+                limit=_LIMIT,
+            ),
+        )
+        for key in found.lost:
+            log.warning("worker_lost", tenant=key.tenant, job_id=key.id)
+        if found.to_send:
+            await self._send([Job.model_validate_json(request) for request in found.to_send])
+        for start in range(0, len(found.unannounced), _ANNOUNCEMENTS_AT_ONCE):
+            keys = found.unannounced[start : start + _ANNOUNCEMENTS_AT_ONCE]
+            announced = await asyncio.gather(*(self._announcer.announce(key) for key in keys))
+            if not any(announced):
+                break  # Redis is away; the next sweep tries again
+        await self._record_unreadable()
+
+    async def _send(self, jobs: list[Job]) -> None:
+        try:
+            await asyncio.to_thread(self._sender.send_many, [job.to_wire() for job in jobs])
+            log.info("jobs_sent_again", count=len(jobs))
+        except BrokerUnavailableError as error:
+            log.warning("broker_unavailable", waiting_to="send jobs again", reason=str(error))
+            for job in jobs:
+                await self._database.run(store.resend_soon, JobKey(job.tenant, job.id))
+
+    async def _record_unreadable(self) -> None:
+        """Move what the transport kept aside into the database."""
+        name = rejected_list(self._settings.prefix)
+        try:
+            records = await self._client.lrange(name, -_LIMIT, -1)
+            for raw in records:
+                await self._database.run(store.reject, _rejection(raw))
+                # Removed only when recorded; two sweepers that record the same one write one row.
+                await self._client.lrem(name, -1, raw)
+        except (RedisError, OSError) as error:
+            log.warning("redis_unavailable", waiting_to="record unreadable messages", reason=type(error).__name__)
+
+
+def _rejection(raw: bytes) -> Rejection:
+    record = orjson.loads(raw)
+    return Rejection(id=record["id"], reason=record["reason"], size=record["size"], payload=record["payload"])

@@ -1,0 +1,55 @@
+"""Telemetry: what the worker says about itself.
+
+In: level and format from the settings; event names with data as keywords from everyone.  Out: one
+line per event on standard error.  Exists so that logs are uniform, machine-readable and free of
+prompts, outputs and keys: log ids, codes and counts, never content.
+"""
+
+import logging
+import sys
+from typing import Literal
+
+import structlog
+from structlog.typing import FilteringBoundLogger
+
+#: Loggers of libraries that say the same as we do, or say it per request.
+_QUIET = ("celery.worker.strategy", "celery.app.trace", "httpx2", "httpcore2", "openai", "aiohttp", "kombu")
+
+
+def configure_logging(level: str, style: Literal["json", "console"]) -> None:
+    """Send our events and the libraries' warnings to standard error in one style."""
+    shared = [
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+    ]
+    renderer = (
+        structlog.processors.JSONRenderer()
+        if style == "json"
+        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    )
+    severity = logging.getLevelNamesMapping()[level.upper()]
+    structlog.configure(
+        processors=[structlog.contextvars.merge_contextvars, *shared, renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(severity),
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+            foreign_pre_chain=[structlog.stdlib.add_logger_name, *shared],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(max(severity, logging.WARNING))
+    for name in _QUIET:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def get_logger() -> FilteringBoundLogger:
+    """Return a logger whose methods take a static event name and keywords."""
+    logger: FilteringBoundLogger = structlog.get_logger()
+    return logger
