@@ -23,7 +23,7 @@ import orjson
 
 from api_contracts.names import job_keys
 from worker.redis_link import LinkError, RedisLink, pack
-from worker.stream import Delta
+from worker.accumulator import Delta
 from worker.telemetry import get_logger
 
 log = get_logger()
