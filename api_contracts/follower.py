@@ -153,6 +153,7 @@ class Follower:
             InvalidCursorError: ``after`` is beyond everything that is known of the job.
             JobNotFoundError: neither log nor row exist.
         """
+        self._heard = self._clock()
         while not self._ended:
             try:
                 yield Subscribe()

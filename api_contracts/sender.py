@@ -47,9 +47,7 @@ class Sender:
         )
         # Not Celery's own pools: those are shared by the whole process, so closing them would hurt others.
         self._connections = self._app.connection_for_write().Pool(limit=_CONNECTIONS)
-        self._producers: Any = ProducerPool(  # type: ignore[no-untyped-call]
-            self._connections, limit=_CONNECTIONS, Producer=self._app.amqp.Producer
-        )
+        self._producers: Any = ProducerPool(self._connections, limit=_CONNECTIONS, Producer=self._app.amqp.Producer)
 
     def send(self, job: dict[str, Any]) -> None:
         """Send one job, given as ``Job.to_wire()`` returns it.
