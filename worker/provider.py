@@ -22,14 +22,16 @@ import orjson
 
 from api_contracts.errors import ErrorCode
 from worker.failures import Failure
-from worker.provider_config import DEFAULT, ProviderConfig
+from worker.provider_config import ProviderConfig
 from worker.provider_http import Body, HttpTransport, ProviderFailure
 
 __all__ = ["ChatRequest", "Provider", "ProviderCheck", "ProviderFailure", "ProviderStream", "Providers", "Timeouts"]
 
 _DRAIN_SECONDS: Final = 0.1  #: The terminator follows the last event at once; waiting longer costs more than it saves.
+_LOOK_SECONDS: Final = 5.0  #: How long a connection that aiohttp gave up without a word may go unnoticed.
 _SECOND_LOOK: Final = 0.05  #: Seconds; a busy loop may have data in its sockets that nobody has read yet.
 _CHECK_SECONDS: Final = 10.0
+_SECURITY: Final[Any] = {"bearer_auth": True}  #: Never the administrator's key, should the environment hold one.
 _MODEL_LIST_BYTES: Final = 4 * 1024 * 1024
 
 _T = TypeVar("_T")
@@ -86,7 +88,7 @@ class ProviderCheck(NamedTuple):
 
 
 class _Watchdog:
-    """Ends a wait in which the provider sends no data for too long.
+    """Ends a wait in which the provider sends no data for too long, or in which nothing can come any more.
 
     One timer looks now and then at when data came last, so that a chunk costs an assignment and not a
     timer. Only our own waits are cut, so the caller never meets a cancellation that it did not ask for.
@@ -99,8 +101,10 @@ class _Watchdog:
         self._idle = timeouts.idle
         self._limit = timeouts.first_token
         self._last_data = self._loop.time()
-        self._any_data = self._waiting = self._overdue = self._expired = False
-        self._timer = self._loop.call_later(self._limit, self._look)
+        self._any_data = self._waiting = self._overdue = False
+        self._failure: Failure | None = None
+        self.body: Body | None = None  #: What is read, once there is an answer.
+        self._look_in(self._limit)
 
     def note_data(self) -> None:
         self._last_data = self._loop.time()
@@ -108,19 +112,29 @@ class _Watchdog:
             self._any_data = True
             self._limit = self._idle
             self._timer.cancel()
-            self._timer = self._loop.call_later(self._limit, self._look)
+            self._look_in(self._limit)
+
+    def _look_in(self, seconds: float) -> None:
+        self._timer = self._loop.call_later(min(seconds, _LOOK_SECONDS), self._look)
 
     def _look(self) -> None:
-        now, due = self._loop.time(), self._last_data + self._limit
-        if now < due:
+        left = self._last_data + self._limit - self._loop.time()
+        if self._waiting and self.body and self.body.lost:
+            self._cut(ErrorCode.CONNECTION, "the answer broke off: its framing is not HTTP")
+        elif left > 0:
             self._overdue = False
-            self._timer = self._loop.call_at(due, self._look)
-        elif self._overdue and self._waiting:
-            self._expired = True
-            self._task.cancel()
+            self._look_in(left)
+        elif self._waiting and self._overdue:
+            what = "no further data" if self._any_data else "no data"
+            self._cut(ErrorCode.TIMEOUT, f"{what} from the provider within {self._limit:g} s")
         else:
             self._overdue = True
-            self._timer = self._loop.call_later(_SECOND_LOOK, self._look)
+            self._look_in(_SECOND_LOOK)
+
+    def _cut(self, code: ErrorCode, message: str) -> None:
+        status, request_id = (self.body.status, self.body.request_id) if self.body else (None, None)
+        self._failure = Failure(code=code, message=message, http_status=status, provider_request_id=request_id)
+        self._task.cancel()
 
     async def wait_for(self, awaitable: Awaitable[_T]) -> _T:
         """Return what ``awaitable`` gives; raise ``ProviderFailure`` if there is no data for too long meanwhile."""
@@ -129,10 +143,8 @@ class _Watchdog:
             return await awaitable
         except asyncio.CancelledError:
             # As in asyncio.timeout: if somebody else cancels the task as well, the cancellation goes on.
-            if self._expired and self._task.uncancel() <= self._cancellations:
-                what = "no further data" if self._any_data else "no data"
-                message = f"{what} from the provider within {self._limit:g} s"
-                raise ProviderFailure(Failure(code=ErrorCode.TIMEOUT, message=message)) from None
+            if self._failure and self._task.uncancel() <= self._cancellations:
+                raise ProviderFailure(self._failure) from None
             raise
         finally:
             self._waiting = False
@@ -173,6 +185,7 @@ class Provider:
             max_connections=config.max_connections,
         )
         self._client = _sdk_client(config, transport)
+        self._headers = _headers(config)
         self._deployment_per_model = config.kind == "azure" and config.deployment is None
         self._draining: set[asyncio.Task[None]] = set()
 
@@ -191,7 +204,7 @@ class Provider:
         content = request.encode(ask_for_usage=self.config.stream_options)
         watchdog = _Watchdog(timeouts)
         try:
-            body = await watchdog.wait_for(self._post(request.model, content, timeouts.connect))
+            watchdog.body = body = await watchdog.wait_for(self._post(request.model, content, timeouts.connect))
             try:
                 yield ProviderStream(body, watchdog)
             except BaseException:
@@ -215,8 +228,9 @@ class Provider:
                 stream=True,
                 stream_cls=openai.AsyncStream[Any],
                 options={
+                    "headers": self._headers,
                     "timeout": httpx2.Timeout(None, connect=connect_timeout),
-                    "security": {"bearer_auth": True},  # never the administrator's key, should there be one
+                    "security": _SECURITY,
                 },
             )
             return cast("Body", cast("httpx2.Response", response).extensions["body"])
@@ -240,7 +254,7 @@ class Provider:
                         cast_to=httpx2.Response,
                         stream=True,
                         stream_cls=openai.AsyncStream[Any],
-                        options={"security": {"bearer_auth": True}},
+                        options={"headers": self._headers, "security": _SECURITY},
                     )
                     text = await _read_up_to(cast("httpx2.Response", response).extensions["body"], _MODEL_LIST_BYTES)
         except TimeoutError:
@@ -295,15 +309,9 @@ class Providers:
 
 
 def _sdk_client(config: ProviderConfig, transport: HttpTransport) -> openai.AsyncOpenAI:
-    headers: dict[str, Any] = {name: value.get_secret_value() for name, value in config.headers.items()}
-    # Compressing proxies hold small events back until a block is full, and inflating costs time.
-    headers.setdefault("Accept-Encoding", "identity")
-    if config.api_key_env is None:
-        headers.setdefault("Authorization", openai.omit)
     shared: dict[str, Any] = {
         "api_key": config.api_key.get_secret_value() if config.api_key else "none",
         "max_retries": 0,  # retries are the engine's: counted, visible to followers, and paid for in the books
-        "default_headers": headers,
         "default_query": {name: value.get_secret_value() for name, value in config.query.items()},
         "http_client": httpx2.AsyncClient(
             transport=transport,
@@ -312,19 +320,32 @@ def _sdk_client(config: ProviderConfig, transport: HttpTransport) -> openai.Asyn
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
         ),
     }
+    client: openai.AsyncOpenAI
     if config.kind == "azure":
-        return openai.AsyncAzureOpenAI(
+        client = openai.AsyncAzureOpenAI(
             azure_endpoint=config.endpoint or "",
             azure_deployment=config.deployment,
             api_version=config.api_version,
             **shared,
         )
-    client = openai.AsyncOpenAI(base_url=config.base_url, **shared)
-    if config.name != DEFAULT:
-        # The SDK's own environment variables describe the default provider; others must not see what is in them.
-        client.organization = client.project = None
-        client._custom_headers = headers  # noqa: SLF001  # what OPENAI_CUSTOM_HEADERS added; there is no public way
+    else:
+        client = openai.AsyncOpenAI(base_url=config.base_url, **shared)
+    # The SDK helps itself to OPENAI_ORG_ID, OPENAI_PROJECT_ID and OPENAI_CUSTOM_HEADERS, whoever the provider is.
+    # What is sent to whom is our configuration's decision.
+    client.organization = client.project = None
+    client._custom_headers = {}  # noqa: SLF001  # there is no public way
     return client
+
+
+def _headers(config: ProviderConfig) -> dict[str, str | openai.Omit]:
+    headers: dict[str, str | openai.Omit] = {
+        # Compressing proxies hold small events back until a block is full, and inflating costs time.
+        "Accept-Encoding": "identity",
+        **{name: value.get_secret_value() for name, value in config.headers.items()},
+    }
+    if config.api_key_env is None and "authorization" not in map(str.lower, headers):
+        headers["Authorization"] = openai.omit
+    return headers
 
 
 @contextlib.contextmanager

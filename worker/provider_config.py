@@ -4,8 +4,8 @@ In: the text of the providers file (TOML) and the environment.  Out: frozen ``Pr
 by name, to ``provider``.  Exists so that a job names a provider and nothing else: URLs come from the
 operator's file, keys from the operator's environment, and a mistake in either is one clear line.
 
-The provider ``default`` needs no file: OPENAI_API_KEY and OPENAI_BASE_URL describe it, as they do for
-the openai SDK. A file looks like this::
+The provider ``default`` needs no file: OPENAI_API_KEY, OPENAI_BASE_URL, OPENAI_ORG_ID and OPENAI_PROJECT_ID
+describe it, as they do for the openai SDK. A file looks like this::
 
     [providers.groq]
     base_url = "https://api.groq.com/openai/v1"
@@ -40,6 +40,7 @@ DEFAULT: Final = "default"
 OPENAI_URL: Final = "https://api.openai.com/v1"
 _KEY_VARIABLE: Final = "OPENAI_API_KEY"
 _URL_VARIABLE: Final = "OPENAI_BASE_URL"
+_ACCOUNT_HEADERS: Final = {"OpenAI-Organization": "OPENAI_ORG_ID", "OpenAI-Project": "OPENAI_PROJECT_ID"}
 
 _ENVIRONMENT_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 _KEY_PREFIX: Final = re.compile(r"(sk|pk|gsk|xai|hf|r8|nvapi|pplx|key|csk|tgp|fw|dapi)[-_]|AIza|eyJ|(Bearer|Basic) ")
@@ -164,7 +165,13 @@ def parse_providers(
 
 
 def _default_table(environment: Mapping[str, str]) -> dict[str, Any]:
-    return {"base_url": environment.get(_URL_VARIABLE) or OPENAI_URL, "api_key_env": _KEY_VARIABLE}
+    return {
+        "base_url": environment.get(_URL_VARIABLE) or OPENAI_URL,
+        "api_key_env": _KEY_VARIABLE,
+        "headers": {
+            name: {"env": variable} for name, variable in _ACCOUNT_HEADERS.items() if environment.get(variable)
+        },
+    }
 
 
 def _provider(name: str, table: Mapping[str, Any], environment: Mapping[str, str], where: str) -> ProviderConfig:

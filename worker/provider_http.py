@@ -8,6 +8,7 @@ bound, and cannot tell when a connection stands.
 """
 
 import asyncio
+import os
 import ssl
 import zlib
 from collections.abc import AsyncIterator
@@ -133,6 +134,16 @@ class Body(httpx2.AsyncByteStream):
         """Whether the whole body has arrived; the connection is then free for the next request."""
         return self._response.connection is None
 
+    @property
+    def lost(self) -> bool:
+        """Whether the connection is gone although the body is not complete.
+
+        A read usually says so itself, but on broken chunk framing aiohttp closes the connection and
+        leaves the reader waiting for good.
+        """
+        connection = self._response.connection
+        return connection is not None and connection.transport is None
+
     async def read(self) -> bytes:
         """Return what has arrived and was not read yet, waiting for some; empty at the end.
 
@@ -231,5 +242,5 @@ _NAMED: Final[tuple[tuple[type[Exception], ErrorCode, str], ...]] = (  # the fir
 def _failure(error: Exception, *, status: int | None = None, request_id: str | None = None) -> Failure:
     """Name what aiohttp, the system or zlib raised. The words are ours: theirs may hold addresses and headers."""
     code, message = next((code, message) for kind, code, message in _NAMED if isinstance(error, kind))
-    detail = (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
+    detail = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else type(error).__name__
     return Failure(code=code, message=f"{message} ({detail})", http_status=status, provider_request_id=request_id)
