@@ -1,0 +1,117 @@
+"""Server-sent events: bytes in, events out, however the bytes were cut.
+
+In: the response body, in pieces of any size, from the stream reader.  Out: the events that carry
+data, in order, to the same.  Exists so that framing, byte order mark, line ends, comments and
+oversized events are dealt with before anyone looks at JSON.
+
+The rules are those of the WHATWG, with two additions: an event that is still open when the stream
+ends is given out, because providers leave out the last blank line; and the ``error`` field of older
+llama.cpp servers is kept, because nothing else tells that their answer is broken.
+"""
+
+from typing import Final, NamedTuple
+
+_BOM: Final = b"\xef\xbb\xbf"
+_EVENT_END: Final = b"\n\n"
+
+
+class ServerSentEvent(NamedTuple):
+    """One event that has data."""
+
+    data: bytes  #: Never empty.
+    event: str = ""  #: The event's name; empty if it has none.
+
+
+class SSEDecoder:
+    """Decodes one response body. Comments and events without data give nothing out.
+
+    Args:
+        max_event_bytes: The largest event that is read. A larger one ends the decoding: ``oversized`` is
+            set, the events before it are given out, and nothing after it.
+    """
+
+    __slots__ = ("_after_cr", "_begun", "_max_event_bytes", "_tail", "error_field", "foreign_lines", "oversized")
+
+    def __init__(self, max_event_bytes: int = 16 * 1024 * 1024) -> None:
+        self.oversized = False
+        self.foreign_lines = False  #: Whether a line was seen that no event stream has.
+        self.error_field: bytes | None = None  #: What the last ``error:`` line said.
+        self._max_event_bytes = max_event_bytes
+        self._tail = bytearray()  # what has come of the event that is not yet whole
+        self._begun = False  # whether the place of a byte order mark is behind us
+        self._after_cr = False  # whether a line feed to come belongs to a carriage return already read
+
+    def feed(self, data: bytes) -> list[ServerSentEvent]:
+        """Take the next bytes and return the events they complete."""
+        if self.oversized:
+            return []
+        if not self._begun:
+            data = self._without_bom(data)
+        if self._after_cr and data:
+            self._after_cr = False
+            data = data.removeprefix(b"\n")
+        if b"\r" in data:
+            self._after_cr = data.endswith(b"\r")
+            data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        if self._tail:
+            # Looked for from where the last search ended: a large event in small pieces must not cost its square.
+            searched = len(self._tail) - 1
+            self._tail += data
+            if self._tail.find(_EVENT_END, searched) < 0:
+                self.oversized = len(self._tail) > self._max_event_bytes
+                return []
+            data = bytes(self._tail)
+            self._tail.clear()
+
+        *blocks, tail = data.split(_EVENT_END)
+        events: list[ServerSentEvent] = []
+        for block in blocks:
+            if len(block) > self._max_event_bytes:
+                self.oversized = True
+                return events
+            if block.startswith(b"data: ") and b"\n" not in block:  # nearly every event there is
+                if len(block) > len(b"data: "):
+                    events.append(ServerSentEvent(block[6:]))
+            elif (event := self._parse(block)) is not None:
+                events.append(event)
+        self._tail += tail
+        self.oversized = len(tail) > self._max_event_bytes
+        return events
+
+    def finish(self) -> list[ServerSentEvent]:
+        """Return the event that was still open when the stream ended, if there is one."""
+        if self.oversized:
+            return []
+        event = self._parse(bytes(self._tail).removesuffix(b"\n"))
+        self._tail.clear()
+        return [] if event is None else [event]
+
+    def _without_bom(self, data: bytes) -> bytes:
+        data = bytes(self._tail) + data
+        self._tail.clear()
+        if len(data) < len(_BOM) and _BOM.startswith(data):
+            self._tail += data
+            return b""
+        self._begun = True
+        return data.removeprefix(_BOM)
+
+    def _parse(self, block: bytes) -> ServerSentEvent | None:
+        """Return the event whose lines ``block`` holds, or None if it has no data."""
+        name = b""
+        data: list[bytes] = []
+        for line in block.split(b"\n"):
+            field, _, value = line.partition(b":")
+            value = value.removeprefix(b" ")
+            match field:
+                case b"data":
+                    data.append(value)
+                case b"event":
+                    name = value
+                case b"error":
+                    self.error_field = value
+                case b"" | b"id" | b"retry":  # a comment, or of use to browsers only
+                    pass
+                case _:
+                    self.foreign_lines = True
+        text = b"\n".join(data)
+        return ServerSentEvent(text, name.decode(errors="replace")) if text else None
