@@ -152,7 +152,7 @@ def test_provider_process_resets_a_connection_when_told_to() -> None:
     script = {"deltas": 9, "faults": [{"kind": "cut", "after": 3}]}
     body = {"messages": [{"role": "user", "content": "x"}], "stream": True, "script": script}
     received = b""
-    with (
+    with (  # noqa: PT012  # what comes before the error is the point
         EmbeddedProvider() as server,
         httpx2.stream("POST", f"{server.base_url}/chat/completions", json=body, trust_env=False) as response,
         pytest.raises(httpx2.ReadError),

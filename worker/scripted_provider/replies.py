@@ -22,6 +22,7 @@ _ARGUMENT_PIECE: Final = 8  #: Characters of tool arguments in one delta.
 _MAX_SCHEMA_DEPTH: Final = 8  #: Recursive schemas end here.
 _EXAMPLES: Final[dict[str, Any]] = {"string": "Zürich 🌊", "integer": 1, "number": 1.5, "boolean": True, "array": []}
 
+_encode_json: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _WORD: Final = re.compile(r"\s*\S+|\s+")
 
 #: An HTTP chunk to send; a stamp goes between its segments.
@@ -31,7 +32,7 @@ Write = tuple[bytes, ...]
 def to_json(value: object) -> bytes:
     """Return compact JSON as UTF-8; a text with lone surrogates is escaped, so that it can be sent at all."""
     try:
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+        return _encode_json(value).encode()
     except UnicodeEncodeError:
         return json.dumps(value, separators=(",", ":")).encode()
 
@@ -160,14 +161,9 @@ def encode_stream(body: dict[str, Any], script: Script, prompt_tokens: int) -> R
     tail = b',"usage":null' if include_usage else b""  # OpenAI sends it so with every chunk but the last.
     padding = tail + (b',"obfuscation":"%b"' % (b"x" * script.pad) if script.pad else b"")
 
-    def event(choice: int, delta: bytes, finish_reason: str | None = None, ending: bytes = padding) -> bytes:
-        return b'data: %b,"choices":[{"index":%d,"delta":%b,"logprobs":null,"finish_reason":%b}]%b}\n\n' % (
-            head,
-            choice,
-            delta,
-            to_json(finish_reason),
-            ending,
-        )
+    def event(choice: int, delta: bytes, finish_reason: bytes = b"null", ending: bytes = padding) -> bytes:
+        choices = b'{"index":%d,"delta":%b,"logprobs":null,"finish_reason":%b}' % (choice, delta, finish_reason)
+        return b'data: %b,"choices":[%b]%b}\n\n' % (head, choices, ending)
 
     deltas: list[Write] = []
     for text in _words(script.reasoning, 1):
@@ -184,9 +180,11 @@ def encode_stream(body: dict[str, Any], script: Script, prompt_tokens: int) -> R
         deltas += [(event(choice, to_json({"tool_calls": [tool_delta]})),) for choice in choices]
 
     finish_reason = _finish_reason(script)
-    finish = b"".join([event(choice, b"{}", finish_reason, tail) for choice in choices]) if finish_reason else b""
+    finish = b""
+    if finish_reason:
+        finish = b"".join([event(choice, b"{}", to_json(finish_reason), tail) for choice in choices])
     usage = _usage(script, prompt_tokens, len(deltas)) if include_usage else None
-    opening = b"".join([event(choice, b'{"role":"assistant","content":""}', None, tail) for choice in choices])
+    opening = b"".join([event(choice, b'{"role":"assistant","content":""}', ending=tail) for choice in choices])
     if not deltas:
         finish = opening + finish
     return Reply(
