@@ -14,7 +14,7 @@ import asyncio
 import random
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, Final
@@ -26,11 +26,12 @@ from worker import retry, store, usage
 from worker.database import Database
 from worker.failures import Failure
 from worker.provider import ChatRequest, ProviderFailure, Providers, Timeouts
+from worker.provider_config import ProviderConfig
 from worker.publisher import Flushed, Publication, Publisher
 from worker.recovery import LogReader
 from worker.settings import Settings
 from worker.store import Claim, ClaimRequest, Ended, Ending, JobKey, NotEnded, Outcome, Reason, Refusal
-from worker.stream import Output, StreamLimits, StreamReader
+from worker.stream import Delta, Limits, Output, StreamReader
 from worker.telemetry import get_logger
 
 log = get_logger()
@@ -80,22 +81,29 @@ class Run:
             self.interruptible = False
             self._task.cancel()
 
-    async def interruptibly(self, work: Awaitable[Failure | None]) -> Failure | None:
+    async def interruptibly(self, work: Coroutine[Any, Any, Failure | None]) -> Failure | None:
         """Await ``work``; if a stop is requested meanwhile, end it and return the stop as a failure."""
-        if self.stop is not None:
-            if isinstance(work, Coroutine):
-                work.close()
-            return _STOP_FAILURES.get(self.stop)
+        if self.stopping:
+            work.close()
+            return self._stop_failure()
         self.interruptible = True
         try:
             return await work
         except asyncio.CancelledError:
-            if self.stop is None:
+            if not self.stopping:
                 raise  # the event loop itself is ending
             self._task.uncancel()
-            return _STOP_FAILURES.get(self.stop)
+            return self._stop_failure()
         finally:
             self.interruptible = False
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a stop was requested."""
+        return self.stop is not None
+
+    def _stop_failure(self) -> Failure | None:
+        return None if self.stop is None else _STOP_FAILURES.get(self.stop)
 
 
 @dataclass(slots=True)
@@ -131,7 +139,7 @@ class Engine:
         providers: Providers,
         log_reader: LogReader,
     ) -> None:
-        self.runs: dict[JobKey, Run] = {}
+        self.runs: dict[JobKey, Run] = {}  #: What runs, waits or is being ended here.
         self._settings = settings
         self._worker_id = worker_id
         self._database = database
@@ -167,7 +175,7 @@ class Engine:
                     return
                 run.attempt = 0
                 await run.interruptibly(_sleep(wait))
-                if run.stop is not None:
+                if run.stopping:
                     return  # cancelled in the database already, or left to another worker's sweeper
         finally:
             del self.runs[key]
@@ -209,14 +217,12 @@ class Engine:
                 timer.cancel()
             failure = attempt.reader.finish(failure)
             self._publish_output(attempt, attempt.reader.final_deltas)
+            if run.stop is Stop.SUPERSEDED:
+                await self._give_up(attempt)
+                return None
         return await self._commit(run, attempt, self._conclude(run, attempt, failure))
 
     def _begin(self, run: Run, job: Job, claim: Claim) -> Attempt:
-        reader = StreamReader(
-            StreamLimits(
-                max_output_bytes=self._settings.max_output_bytes, max_event_bytes=self._settings.max_event_bytes
-            )
-        )
         key = JobKey(job.tenant, job.id)
 
         def snapshot() -> dict[str, Any]:
@@ -233,7 +239,7 @@ class Engine:
             on_fenced=lambda: run.request_stop(Stop.SUPERSEDED),
             on_cancel=lambda: run.request_stop(Stop.CANCELLED),
         )
-        attempt = Attempt(job, claim, key, publication, reader, started=time.monotonic())
+        attempt = Attempt(job, claim, key, publication, StreamReader(), started=time.monotonic())
         return attempt
 
     def _worn_out(self, attempt: Attempt) -> Ending:
@@ -258,33 +264,30 @@ class Engine:
 
     async def _stream(self, run: Run, attempt: Attempt) -> Failure | None:
         """Read the provider's answer to its end; returns why it broke off, or None."""
-        job, settings, reader = attempt.job, self._settings, attempt.reader
-        loop = asyncio.get_running_loop()
+        job, settings = attempt.job, self._settings
         try:
             provider = self._providers.get(job.provider)
-            config = provider.config
-            timeouts = Timeouts(
-                connect=config.timeouts.connect or settings.connect_timeout,
-                first_token=job.first_token_timeout or config.timeouts.first_token or settings.first_token_timeout,
-                idle=job.idle_timeout or config.timeouts.idle or settings.idle_timeout,
-            )
-            reader.configure(done_completes=config.done_completes, limits=config.limits)
+            timeouts = self._timeouts(job, provider.config)
             request = ChatRequest(job.model, job.messages, job.parameters)
             attempt.started = time.monotonic()
             async with provider.stream(request, timeouts) as response:
-                reader.content_type = response.content_type
                 attempt.provider_request_id = response.provider_request_id
+                reader = attempt.reader = self._make_reader(job, provider.config, response.content_type)
+                data_events = 0
                 usage_timer: asyncio.TimerHandle | None = None
                 async for data in response:
                     deltas = reader.feed(data)
-                    if reader.fed_data:
+                    if reader.data_events != data_events:
+                        data_events = reader.data_events
                         response.note_data()
                     if deltas:
                         self._publish_output(attempt, deltas)
                     if reader.done:
                         break
-                    if reader.complete and usage_timer is None:
-                        usage_timer = loop.call_later(settings.usage_wait, run.request_stop, Stop.USAGE_LATE)
+                    if usage_timer is None and reader.complete:
+                        usage_timer = asyncio.get_running_loop().call_later(
+                            settings.usage_wait, run.request_stop, Stop.USAGE_LATE
+                        )
                 if usage_timer is not None:
                     usage_timer.cancel()
         except ProviderFailure as error:
@@ -296,7 +299,29 @@ class Engine:
             return Failure(code=ErrorCode.INTERNAL, message=f"internal error ({type(error).__name__})")
         return None
 
-    def _publish_output(self, attempt: Attempt, deltas: list[Any]) -> None:
+    def _timeouts(self, job: Job, config: ProviderConfig) -> Timeouts:
+        """The job's own limits go first, then the provider's, then the worker's."""
+        given, settings = config.timeouts, self._settings
+        return Timeouts(
+            connect=given.connect or settings.connect_timeout,
+            first_token=job.first_token_timeout or given.first_token or settings.first_token_timeout,
+            idle=job.idle_timeout or given.idle or settings.idle_timeout,
+        )
+
+    def _make_reader(self, job: Job, config: ProviderConfig, content_type: str | None) -> StreamReader:
+        expected = job.parameters.get("n")
+        return StreamReader(
+            Limits(
+                max_event_bytes=config.limits.max_event_bytes or self._settings.max_event_bytes,
+                max_output_bytes=config.limits.max_output_bytes or self._settings.max_output_bytes,
+            ),
+            done_completes=config.done_completes,
+            content_type=content_type,
+            expected_choices=expected if isinstance(expected, int) else 1,
+            call_seed=job.id,
+        )
+
+    def _publish_output(self, attempt: Attempt, deltas: list[Delta]) -> None:
         if deltas:
             if attempt.first_output is None:
                 attempt.first_output = time.monotonic()
@@ -394,6 +419,13 @@ class Engine:
             words.append(("snapshot", snapshot_fields(ending.choices, False, ending.usage)))
         return words
 
+    async def _give_up(self, attempt: Attempt) -> None:
+        """The job is another worker's; what this attempt cost is noted all the same."""
+        key, number = attempt.key, attempt.claim.attempt
+        log.warning("attempt_superseded", tenant=key.tenant, job_id=key.id, attempt=number)
+        spent = self._usage_of(attempt, attempt.reader.output())
+        await self._database.persist(store.record_usage, store.LateUsage(key, number, spent), "usage")
+
     async def _announce(self, publication: Publication, key: JobKey) -> None:
         """Note that the terminal event is out; if it cannot go out now, the sweepers see to it."""
         if await publication.flushed(_ANNOUNCE_TIMEOUT) is not Flushed.WAITING:
@@ -464,8 +496,9 @@ class Engine:
         task.add_done_callback(self._background.discard)
 
 
-async def _sleep(seconds: float) -> None:
+async def _sleep(seconds: float) -> Failure | None:
     await asyncio.sleep(seconds)
+    return None
 
 
 def _cancelled(ending: Ending) -> Ending:

@@ -59,7 +59,7 @@ class _Handle:
         """Cancelling goes through the database (``client.cancel``), never through Celery's revoke."""
 
 
-class LoopPool(BasePool):  # type: ignore[misc]  # Celery is not typed
+class LoopPool(BasePool):
     """Celery's pool on one event loop in a thread of its own."""
 
     signal_safe = False

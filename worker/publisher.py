@@ -18,7 +18,6 @@ from enum import StrEnum
 from hashlib import sha1
 from typing import Any, Final
 
-import hiredis
 import orjson
 
 from api_contracts.names import job_keys
@@ -207,9 +206,7 @@ class Publication:
         return self._call(n, ttl_ms, b"h", [snapshot, *tail]), len(self._pending)
 
     def _call(self, first_n: int, ttl_ms: bytes, mode: bytes, events: list[bytes]) -> bytes:
-        return hiredis.pack_command(
-            (b"EVALSHA", _SCRIPT_SHA, b"3", *self.keys, b"%d" % self._attempt, b"%d" % first_n, ttl_ms, mode, *events)
-        )
+        return pack(b"EVALSHA", _SCRIPT_SHA, 3, *self.keys, self._attempt, first_n, ttl_ms, mode, *events)
 
     def settle(self, answer: object, covered: int, epoch: int) -> bool:
         """Take Redis' answer to a call; returns whether anything is still pending."""

@@ -6,7 +6,7 @@ that one that had not is at least estimated in the books.
 """
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import redis.asyncio
 from redis.exceptions import RedisError
@@ -47,7 +47,7 @@ class LogReader:
         start, end = f"{attempt}-0", f"({attempt + 1}-0"
         try:
             while True:
-                entries = await self._client.xrange(key, start, end, count=_PAGE)
+                entries: list[Any] = await self._client.xrange(key, start, end, count=_PAGE)  # type: ignore[assignment]
                 for entry_id, fields in entries:
                     event = parse_event(fields[b"event"])
                     if isinstance(event, AttemptFinished | Snapshot):

@@ -21,7 +21,8 @@ class LinkError(ConnectionError):
 
 def pack(*arguments: bytes | str | int) -> bytes:
     """Return one command in the Redis protocol."""
-    return hiredis.pack_command(arguments)
+    packed: bytes = hiredis.pack_command(arguments)  # type: ignore[arg-type]  # typed as a tuple of one
+    return packed
 
 
 class RedisLink(asyncio.Protocol):
@@ -42,7 +43,7 @@ class RedisLink(asyncio.Protocol):
             LinkError: no connection within ``timeout`` seconds, or Redis refused us; the message
                 holds no password.
         """
-        options = parse_url(url)
+        options: dict[str, Any] = dict(parse_url(url))
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(timeout):

@@ -17,6 +17,7 @@ from redis.backoff import NoBackoff
 
 from api_contracts.errors import ErrorCode, InvalidJobError, StoreUnavailableError
 from api_contracts.jobs import Job, parse_job
+from api_contracts.names import DEFAULT_TENANT
 from api_contracts.sender import Sender
 from worker import store
 from worker.announcer import Announcer
@@ -102,26 +103,15 @@ class Service:
 
     async def _refuse(self, argument: object, reason: str) -> None:
         """Record a message that is no valid job; if it names a job, that job ends as failed."""
-        claimed = argument if isinstance(argument, dict) else {}
-        try:
-            # Borrow the job's own rules for its names.
-            names = Job(
-                id=claimed["id"],
-                tenant=claimed.get("tenant", "default"),
-                model="unknown",
-                messages=[{}],
-            )
-        except (ValueError, KeyError):
-            key = None
-        else:
-            key = JobKey(names.tenant, names.id)
+        job = _names_in(argument)
+        key = JobKey(job.tenant, job.id) if job else None
         log.warning("job_invalid", reason=reason, tenant=key and key.tenant, job_id=key and key.id)
         rejection = Rejection(
             id=uuid.uuid4().hex, reason=reason, size=0, tenant=key and key.tenant, job_id=key and key.id
         )
         await self._database.persist(store.reject, rejection, "rejection")
-        if key is not None:
-            refused = Refused(names, ErrorCode.INVALID_JOB, reason)
+        if job is not None and key is not None:
+            refused = Refused(job, ErrorCode.INVALID_JOB, reason)
             await self._database.persist(store.refuse, refused, "refused job")
             try:
                 await self._announcer.announce(key)
@@ -163,3 +153,13 @@ class Service:
         await asyncio.to_thread(self._database.close)
         await asyncio.to_thread(self._sender.close)
         log.info("worker_stopped", worker=self.worker_id, handed_back=handed_back, left=len(self.engine.runs))
+
+
+def _names_in(argument: object) -> Job | None:
+    """Return a job with the id and tenant that an invalid one claims, if at least these are valid."""
+    if not isinstance(argument, dict) or "id" not in argument:
+        return None
+    try:
+        return Job(id=argument["id"], tenant=argument.get("tenant", DEFAULT_TENANT), model="unknown", messages=[{}])
+    except ValueError:
+        return None

@@ -9,7 +9,7 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import Any, Final
 
 import orjson
 import redis.asyncio
@@ -162,7 +162,7 @@ class Sweeper:
         """Move what the transport kept aside into the database."""
         name = rejected_list(self._settings.prefix)
         try:
-            records = await self._client.lrange(name, -_LIMIT, -1)
+            records: list[Any] = await self._client.lrange(name, -_LIMIT, -1)
             for raw in records:
                 await self._database.run(store.reject, _rejection(raw))
                 # Removed only when recorded; two sweepers that record the same one write one row.

@@ -10,7 +10,7 @@ import sys
 from typing import Literal
 
 import structlog
-from structlog.typing import FilteringBoundLogger
+from structlog.typing import FilteringBoundLogger, Processor
 
 #: Loggers of libraries that say the same as we do, or say it per request.
 _QUIET = ("celery.worker.strategy", "celery.app.trace", "httpx2", "httpcore2", "openai", "aiohttp", "kombu")
@@ -18,7 +18,7 @@ _QUIET = ("celery.worker.strategy", "celery.app.trace", "httpx2", "httpcore2", "
 
 def configure_logging(level: str, style: Literal["json", "console"]) -> None:
     """Send our events and the libraries' warnings to standard error in one style."""
-    shared = [
+    shared: list[Processor] = [
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,

@@ -8,10 +8,11 @@ cannot read ends the worker (and, put back, the next one).
 import base64
 import time
 import uuid
+from queue import Empty
 from typing import Any, Final
 
 import orjson
-from kombu.transport.redis import Channel, Empty, Transport
+from kombu.transport.redis import Channel, Transport
 from kombu.utils.encoding import bytes_to_str
 
 from api_contracts.names import rejected_list
@@ -24,12 +25,12 @@ log = get_logger()
 _KEPT_BYTES: Final = 64 * 1024
 
 
-class DoorkeeperChannel(Channel):  # type: ignore[misc]  # kombu is not typed
+class DoorkeeperChannel(Channel):
     """Reads the queue like its parent, but looks at each item first."""
 
     #: Set by the composition root through ``broker_transport_options``.
     rejected_prefix = "millrace"
-    from_transport_options = (*Channel.from_transport_options, "rejected_prefix")
+    from_transport_options: tuple[str, ...] = (*Channel.from_transport_options, "rejected_prefix")  # type: ignore[assignment]
 
     def _brpop_read(self, **options: Any) -> bool:
         try:
@@ -49,8 +50,8 @@ class DoorkeeperChannel(Channel):  # type: ignore[misc]  # kombu is not typed
                 raise Empty
             self.connection._deliver(message, queue)
         finally:
-            self._in_poll = None
-            self._flush_brpop_reauth()
+            self._in_poll = None  # type: ignore[assignment]  # inferred from its other uses
+            self._flush_brpop_reauth()  # type: ignore[no-untyped-call]
         return True
 
     def _keep_aside(self, raw: bytes, fault: Unreadable) -> None:
@@ -69,7 +70,7 @@ class DoorkeeperChannel(Channel):  # type: ignore[misc]  # kombu is not typed
             client.lpush(rejected_list(self.rejected_prefix), record)
 
 
-class DoorkeeperTransport(Transport):  # type: ignore[misc]  # kombu is not typed
+class DoorkeeperTransport(Transport):
     """Celery's Redis transport with our channel."""
 
     Channel = DoorkeeperChannel
