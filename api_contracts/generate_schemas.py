@@ -97,8 +97,8 @@ def _asyncapi() -> dict[str, Any]:
             "version": f"{VERSION}.0.0",
             "description": (
                 "Put a job on the queue; read its events on its channel and in its log. To lose nothing: subscribe,"
-                " wait for Redis to confirm it, read the log, then go on with the channel. Apply an event only if its id,"
-                " '<attempt>-<n>', is greater than the last one applied, compared as a pair of numbers; on a higher"
+                " wait for Redis to confirm it, read the log, then go on with the channel. Apply an event only if its"
+                " id, '<attempt>-<n>', is greater than the last one applied, compared as a pair of numbers; on a higher"
                 " attempt, and on 'attempt.failed', drop the output so far; a 'snapshot' replaces it; if n skips"
                 " otherwise, read the log again. The terminal event's output_sha256 proves that nothing is missing."
             ),
