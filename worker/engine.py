@@ -90,7 +90,7 @@ class Run:
         try:
             return await work
         except asyncio.CancelledError:
-            if not self.stopping:
+            if self.stop is None:
                 raise  # the event loop itself is ending
             self._task.uncancel()
             return self._stop_failure()
