@@ -38,7 +38,7 @@ check: $(VENV)/dev ## Formatting, lint, types, layers, and that schemas and migr
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/millrace schema --check
+	$(PY) -m api_contracts.generate_schemas --check
 	$(PY) -m pytest -q tests/adapters/test_migrations.py
 
 format: $(VENV)/dev ## Format the code and fix what can be fixed
@@ -50,7 +50,7 @@ conformance: $(VENV)/dev ## Decode recorded and hand-made provider streams [CASE
 chaos: $(VENV)/dev ## Kill workers, Redis and the provider at random, then count the jobs [SEED=1 JOBS=200]
 	@$(PY) -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(JOBS),--jobs $(JOBS))
 
-bench: $(VENV)/dev ## Measure this worker, the usual tutorial and the bare floor, side by side
+bench: $(VENV)/bench ## Measure this worker, the usual tutorial and the bare floor [ARGS=--quick]
 	@$(PY) -m benchmarks $(ARGS)
 
 fuzz: $(VENV)/dev ## Feed the decoders random bytes, longer than the tests do
@@ -63,11 +63,12 @@ COMPILE := $(BIN)/uv pip compile --quiet --no-config --universal --python-versio
 lock: $(VENV)/dev ## Write requirements/*.txt anew [UPGRADE=1 moves to newer versions]
 	@echo "Resolving from the public registry ..."
 	@$(COMPILE) $(if $(UPGRADE),--upgrade) pyproject.toml --all-extras --group build --group dev -o requirements/dev.txt
-	@$(COMPILE) pyproject.toml --all-extras --constraint requirements/dev.txt -o requirements/runtime.txt
-	@$(COMPILE) --group build --constraint requirements/dev.txt -o requirements/build.txt
+	@$(COMPILE) --constraint requirements/dev.txt pyproject.toml --all-extras -o requirements/runtime.txt
+	@$(COMPILE) --constraint requirements/dev.txt --group build -o requirements/build.txt
+	@$(COMPILE) --constraint requirements/dev.txt --group bench -o requirements/bench.txt
 
 clean: ## Remove the environment and everything generated
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) build dist bench-results .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find api_contracts worker migrations tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # Set-up. Each file is the stamp of one finished step, so that a second run starts at once.
@@ -92,4 +93,9 @@ $(VENV)/runtime: $(VENV)/python requirements/build.txt requirements/runtime.txt 
 $(VENV)/dev: $(VENV)/runtime requirements/dev.txt
 	@echo "Installing what the tests and checks need (75 MB more; about half a minute, once) ..."
 	@$(LOCKED) -r requirements/dev.txt
+	@touch $@
+
+$(VENV)/bench: $(VENV)/dev requirements/bench.txt
+	@echo "Installing what the benchmarks compare with and draw with ..."
+	@$(LOCKED) -r requirements/bench.txt
 	@touch $@

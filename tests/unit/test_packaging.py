@@ -17,7 +17,7 @@ from packaging.version import Version
 from worker.settings import Settings
 
 ROOT = Path(__file__).parents[2]
-LOCKS = ("build", "runtime", "dev")
+LOCKS = ("bench", "build", "dev", "runtime")
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
@@ -52,20 +52,28 @@ def test_a_lock_names_no_index_and_no_local_path(lock: str) -> None:
     assert re.findall(r"https?://|file:|--(?:index|extra-index|find-links|trusted-host)\S*| /\w+", text) == []
 
 
-@pytest.mark.parametrize("lock", ["build", "runtime"])
-def test_the_smaller_locks_agree_with_the_whole_one(lock: str) -> None:
-    assert versions(lock).items() <= versions("dev").items()
+@pytest.mark.parametrize("lock", LOCKS)
+def test_the_locks_agree_where_they_meet(lock: str) -> None:
+    whole, part = versions("dev"), versions(lock)
+    shared = part.keys() & whole.keys()
+    assert {name: part[name] for name in shared} == {name: whole[name] for name in shared}
+
+
+def test_the_development_lock_holds_the_environment_of_the_worker_and_the_build_backend() -> None:
+    assert versions("dev").keys() >= versions("runtime").keys() | versions("build").keys()
 
 
 def test_the_locks_hold_what_the_project_asks_for() -> None:
     project = PROJECT["project"]
     groups = [project["dependencies"], *project["optional-dependencies"].values()]
-    runtime, dev = versions("runtime"), versions("dev")
+    runtime = versions("runtime")
     for requirement in (Requirement(text) for group in groups for text in group):
         if requirement.name != "millrace":
             assert requirement.specifier.contains(runtime[requirement.name]), requirement
-    for requirement in (Requirement(text) for group in PROJECT["dependency-groups"].values() for text in group):
-        assert requirement.specifier.contains(dev[requirement.name]), requirement
+    for name, group in PROJECT["dependency-groups"].items():
+        locked = versions("bench") if name == "bench" else versions("dev")
+        for requirement in map(Requirement, group):
+            assert requirement.specifier.contains(locked[requirement.name]), requirement
 
 
 # -- wheel --
