@@ -1,0 +1,506 @@
+"""A follower gives every event once and in order and always comes to an end, whatever the world does to it.
+
+The world here is simulated: a worker that publishes, a Redis that loses connections and data, a
+database that comes and goes, and a clock that costs nothing.
+"""
+
+import json
+import random
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from api_contracts.errors import (
+    EventsLostError,
+    FollowTimeoutError,
+    InvalidCursorError,
+    JobNotFoundError,
+    StoreUnavailableError,
+)
+from api_contracts.events import Event, Snapshot
+from api_contracts.follower import (
+    LOG_PAGE,
+    DisconnectedError,
+    Follower,
+    Listen,
+    LogEntry,
+    Pause,
+    ReadLog,
+    ReadNewest,
+    ReadResult,
+    ReadSummary,
+    Step,
+    Subscribe,
+    parse_cursor,
+)
+from api_contracts.names import EventId, parse_event_id
+from api_contracts.results import AttemptResult, Choice, CompletionResult, JobStatus, JobSummary, output_sha256
+from api_contracts.transcript import Transcript
+from tests.histories import attempt_failed, attempt_finished, delta, ended, snapshot, started
+
+NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
+#: A first attempt that fails, and a second one that does not.
+HISTORY = [
+    started("1-1"),
+    *(delta(f"1-{n}", f"void{n} ") for n in range(2, 6)),
+    attempt_failed("1-6"),
+    started("2-1", "retry"),
+    *(delta(f"2-{n}", f"word{n} ") for n in range(2, 12)),
+    attempt_finished("2-12"),
+    ended("2-13", "completed", "".join(f"word{n} " for n in range(2, 12))),
+]
+TEXT = "".join(f"word{n} " for n in range(2, 12))
+
+
+def id_of(text: str) -> EventId:
+    return parse_event_id(json.loads(text)["id"])
+
+
+class World:
+    """A job's surroundings; every step of the follower is answered from here."""
+
+    def __init__(self, history: list[str] = HISTORY, *, row: bool = True) -> None:
+        self.now = 0.0
+        self.to_publish = list(history)
+        self.row = row
+        self.attempt = 0
+        self.log: dict[EventId, str] = {}
+        self.channel: list[str] = []
+        self.subscribed = False
+        self.redis_is_up = True
+        self.database_is_up = True
+        self.committed = False
+        self.steps: list[Step] = []
+
+    def publish(self, count: int = 1) -> None:
+        """Publish as the worker does: log and channel in one step, and a snapshot where the log has a hole."""
+        for _ in range(min(count, len(self.to_publish))):
+            if len(self.to_publish) == 1:
+                self.committed = True  # commit, then tell
+            if not self.redis_is_up:
+                return
+            text = self.to_publish.pop(0)
+            here = id_of(text)
+            self.attempt = here.attempt
+            if here.n > 1 and EventId(here.attempt, here.n - 1) not in self.log:
+                before = EventId(here.attempt, here.n - 1)
+                if "job." not in json.loads(text)["type"]:
+                    text = snapshot(str(here), self.text_until(here), finished="finished" in text)
+                else:
+                    self.append(snapshot(str(before), self.text_until(before), finished=True))
+            self.append(text)
+
+    def append(self, text: str) -> None:
+        self.log[id_of(text)] = text
+        if self.subscribed:
+            self.channel.append(text)
+
+    @staticmethod
+    def text_until(last: EventId) -> str:
+        events = [json.loads(text) for text in HISTORY if id_of(text) <= last and id_of(text).attempt == last.attempt]
+        if any(event["type"] == "attempt.failed" for event in events):
+            return ""
+        return "".join(event["delta"]["content"] for event in events if event["type"] == "delta")
+
+    def disconnect(self) -> None:
+        self.subscribed = False
+        self.channel.clear()
+
+    def restart_redis_empty(self) -> None:
+        self.disconnect()
+        self.log.clear()
+
+    def perform(self, step: Step) -> Any:
+        self.steps.append(step)
+        match step:
+            case Pause(seconds):
+                self.now += seconds
+                return None
+            case ReadSummary() | ReadResult():
+                if not self.database_is_up:
+                    raise StoreUnavailableError
+                return (self.summary() if isinstance(step, ReadSummary) else self.result()) if self.row else None
+        if not self.redis_is_up or (isinstance(step, Listen) and not self.subscribed):
+            self.disconnect()
+            raise DisconnectedError
+        match step:
+            case Subscribe():
+                self.disconnect()
+                self.subscribed = True
+            case Listen(seconds):
+                assert seconds > 0
+                if self.channel:
+                    return self.channel.pop(0).encode()
+                self.now += seconds
+            case ReadLog(after):
+                since = parse_event_id(after) if after else EventId(0, 0)
+                entries = [
+                    LogEntry(str(here), text.encode()) for here, text in sorted(self.log.items()) if here > since
+                ]
+                return entries[:LOG_PAGE]
+            case ReadNewest():
+                return str(max(self.log)) if self.log else None
+        return None
+
+    @property
+    def status(self) -> JobStatus:
+        return JobStatus.COMPLETED if self.committed else JobStatus.RUNNING
+
+    def summary(self) -> JobSummary:
+        return JobSummary(
+            id="j", tenant="t", status=self.status, model="m", provider="p", created_at=NOON, attempt=self.attempt
+        )
+
+    def result(self) -> CompletionResult:
+        tries = [
+            AttemptResult(number=n, reason="first", outcome=None, provider="p", model="m", started_at=NOON)
+            for n in (1, 2)
+        ]
+        return CompletionResult(
+            **self.summary().model_dump(),
+            choices=[Choice(index=0, content=TEXT, finish_reason="stop")],
+            output_sha256=output_sha256([TEXT]),
+            terminal_event_id="2-13",
+            attempts=tries,
+        )
+
+    def follow(
+        self, after: str | None = None, *, timeout: float = 60, patience: float = 10, **given: Any
+    ) -> Iterator[Event]:
+        """Follow the job as a client does."""
+        follower = Follower(
+            "job-1",
+            parse_cursor(after),
+            has_database=given.get("has_database", True),
+            timeout=timeout,
+            patience=patience,
+            clock=lambda: self.now,
+        )
+        plan = follower.run()
+        try:
+            step = next(plan)
+            while True:
+                if not isinstance(step, Step):
+                    yield step
+                    step = next(plan)
+                    continue
+                try:
+                    answer = self.perform(step)
+                except (DisconnectedError, StoreUnavailableError) as error:
+                    step = plan.throw(error)
+                else:
+                    step = plan.send(answer)
+        except StopIteration:
+            return
+
+
+def ids(events: Iterator[Event]) -> list[str]:
+    return [event.id for event in events]
+
+
+ALL = [str(id_of(text)) for text in HISTORY]
+
+
+def test_a_finished_log_is_replayed_whole() -> None:
+    world = World()
+    world.publish(99)
+    assert ids(world.follow()) == ALL
+
+
+def test_a_follower_subscribes_before_it_reads_the_log() -> None:
+    world = World()
+    world.publish(99)
+    list(world.follow())
+    assert [type(step) for step in world.steps[:2]] == [Subscribe, ReadLog]
+
+
+@pytest.mark.parametrize("position", range(len(ALL)))
+def test_every_cursor_gives_what_comes_after_it(position: int) -> None:
+    world = World()
+    world.publish(99)
+    assert ids(world.follow(ALL[position])) == ALL[position + 1 :]
+
+
+def test_a_log_longer_than_a_page_is_read_in_pages() -> None:
+    history = [started("1-1"), *(delta(f"1-{n}", "x") for n in range(2, 2 * LOG_PAGE + 1))]
+    world = World([*history, ended(f"1-{2 * LOG_PAGE + 1}", "completed", "x" * (2 * LOG_PAGE - 1))])
+    world.publish(9999)
+    assert len(ids(world.follow())) == 2 * LOG_PAGE + 1
+
+
+def test_live_events_that_the_log_had_already_are_dropped() -> None:
+    world = World()
+    events = world.follow()
+    world.publish(3)
+    assert next(events).id == "1-1"  # the log was read
+    world.channel = [world.log[EventId(1, n)] for n in (1, 2, 3)]  # and its events come on the channel as well
+    world.publish(99)
+    assert ids(events) == ALL[1:]
+
+
+def test_a_skipped_event_is_fetched_from_the_log() -> None:
+    world = World()
+    events = world.follow()
+    world.publish(2)
+    assert [next(events).id, next(events).id] == ALL[:2]
+    world.publish(1)
+    world.channel.clear()  # lost on the way
+    world.publish(99)
+    assert ids(events) == ALL[2:]
+    assert world.now == 0  # without waiting
+
+
+def test_a_subscription_that_fell_silent_is_found_out_by_the_log() -> None:
+    world = World()
+    events = world.follow()
+    world.publish(1)
+    assert next(events).id == "1-1"
+    world.publish(99)
+    world.channel.clear()
+    assert ids(events) == ALL[1:]
+    assert 0 < world.now < 10
+
+
+@pytest.mark.parametrize("after", [None, "1-3", "2-4"])
+def test_an_expired_log_is_replaced_by_the_stored_result(after: str | None) -> None:
+    world = World()
+    world.publish(99)
+    world.log.clear()
+    told = list(world.follow(after))
+    assert [(event.id, event.type) for event in told] == [("2-12", "snapshot"), ("2-13", "job.completed")]
+    assert isinstance(told[0], Snapshot)
+    assert told[0].choices[0].content == TEXT
+    assert world.now == 0  # without waiting
+
+
+def test_a_reader_who_lacks_only_the_end_gets_only_the_end() -> None:
+    world = World()
+    world.publish(99)
+    world.log.clear()
+    assert ids(world.follow("2-12")) == ["2-13"]
+
+
+def test_a_reader_who_has_the_end_gets_nothing_more() -> None:
+    world = World()
+    world.publish(99)
+    assert ids(world.follow("2-13")) == []
+    world.log.clear()
+    assert ids(world.follow("2-13")) == []
+
+
+def test_a_terminal_event_that_was_never_published_is_told_from_the_row() -> None:
+    world = World()
+    world.publish(len(HISTORY) - 1)
+    world.committed = True
+    assert ids(world.follow()) == ALL
+
+
+@pytest.mark.parametrize("after", ["", "1", "-1", "0-0", "1-0", "x", "1-1-1", "9" * 40 + "-1", "$"])
+def test_a_malformed_cursor_is_an_error_at_once(after: str) -> None:
+    with pytest.raises(InvalidCursorError, match="2-17"):
+        parse_cursor(after)
+
+
+@pytest.mark.parametrize("after", ["2-14", "3-1"])
+@pytest.mark.parametrize("log_is_there", [True, False])
+def test_a_cursor_beyond_the_end_is_an_error(after: str, log_is_there: bool) -> None:  # noqa: FBT001
+    world = World()
+    world.publish(99)
+    if not log_is_there:
+        world.log.clear()
+    with pytest.raises(InvalidCursorError, match="not come that far"):
+        list(world.follow(after))
+
+
+def test_a_cursor_beyond_a_running_job_is_an_error_at_once() -> None:
+    world = World()
+    world.publish(3)
+    with pytest.raises(InvalidCursorError):
+        next(world.follow("1-9"))
+    assert world.now == 0
+
+
+def test_a_reader_from_before_a_restart_of_redis_goes_on() -> None:
+    world = World()
+    world.publish(9)
+    world.restart_redis_empty()
+    events = world.follow("2-2")  # a good cursor, though no log knows it any more
+    world.publish(2)
+    assert next(events).type == "snapshot"
+    world.publish(99)
+    assert ids(events) == ALL[ALL.index("2-5") :]
+
+
+def test_an_unknown_job_is_an_error_after_some_patience() -> None:
+    world = World(row=False)
+    with pytest.raises(JobNotFoundError):
+        next(world.follow(patience=10))
+    assert 10 <= world.now <= 14
+
+
+def test_a_job_that_is_still_on_its_way_is_waited_for() -> None:
+    world = World(row=False)
+    events = world.follow(patience=10)
+    perform = world.perform
+
+    def arrive_later(step: Step) -> Any:
+        if world.now > 5:
+            world.row = True
+            world.publish(99)
+        return perform(step)
+
+    world.perform = arrive_later  # type: ignore[method-assign]
+    assert ids(events) == ALL
+
+
+def test_without_a_database_an_unknown_job_is_a_timeout() -> None:
+    world = World()
+    with pytest.raises(FollowTimeoutError):
+        next(world.follow(has_database=False, timeout=20))
+    assert 20 <= world.now < 21
+
+
+def test_a_silent_job_is_a_timeout() -> None:
+    world = World()
+    world.publish(3)
+    events = world.follow(timeout=20)
+    with pytest.raises(FollowTimeoutError, match="20 s"):
+        ids(events)
+    assert 20 <= world.now < 21
+
+
+def test_a_readers_own_pause_is_no_silence() -> None:
+    world = World()
+    world.publish(1)
+    events = world.follow(timeout=20)
+    next(events)
+    world.now += 1000
+    world.publish(99)
+    world.channel.clear()
+    assert ids(events) == ALL[1:]
+
+
+def test_a_redis_that_stays_away_is_a_timeout() -> None:
+    world = World()
+    world.redis_is_up = False
+    with pytest.raises(FollowTimeoutError):
+        next(world.follow(timeout=20))
+    assert 20 <= world.now < 23
+
+
+def test_a_redis_that_stays_away_does_not_hide_the_end() -> None:
+    world = World()
+    world.publish(3)
+    events = world.follow()
+    assert next(events).id == "1-1"
+    world.redis_is_up = False
+    world.committed, world.attempt = True, 2
+    assert ids(events) == ["1-2", "1-3", "2-12", "2-13"]
+
+
+def test_a_database_that_is_away_does_not_stop_the_events() -> None:
+    world = World()
+    world.database_is_up = False
+    events = world.follow()
+    world.publish(3)
+    assert next(events).id == "1-1"
+    world.publish(99)
+    assert ids(events) == ALL[1:]
+
+
+def test_lost_events_of_an_ended_job_are_an_error_without_a_database() -> None:
+    world = World()
+    world.publish(99)
+    del world.log[EventId(2, 5)]
+    events = world.follow(has_database=False)
+    with pytest.raises(EventsLostError):
+        ids(events)
+
+
+def test_lost_events_of_an_ended_job_are_made_up_for_by_its_row() -> None:
+    world = World()
+    world.publish(99)
+    del world.log[EventId(2, 5)]
+    assert ids(world.follow()) == [*ALL[: ALL.index("2-5")], "2-12", "2-13"]
+
+
+def test_a_hole_in_the_log_does_not_make_each_further_event_read_it() -> None:
+    world = World(HISTORY[:-2])
+    world.publish(9)
+    del world.log[EventId(2, 2)]
+    events = world.follow(has_database=False, timeout=20)
+    assert [next(events).id for _ in range(7)] == ALL[:7]
+    world.publish(99)
+    with pytest.raises(FollowTimeoutError):
+        next(events)
+    assert sum(isinstance(step, ReadLog) for step in world.steps) <= 10  # in twenty seconds
+
+
+@pytest.mark.parametrize("garbage", [b"", b"{}", b"\xff", b'{"v":2,"id":"2-2"}'])
+def test_garbage_on_the_channel_is_passed_over(garbage: bytes) -> None:
+    world = World()
+    events = world.follow()
+    world.publish(1)
+    next(events)
+    world.channel.append(garbage.decode("latin-1"))
+    world.publish(99)
+    assert ids(events) == ALL[1:]
+
+
+def test_an_event_of_the_future_in_the_log_is_made_up_for_by_the_row() -> None:
+    world = World()
+    world.publish(99)
+    world.log[EventId(2, 5)] = '{"v":2,"id":"2-5"}'
+    assert ids(world.follow())[-2:] == ["2-12", "2-13"]
+
+
+@settings(max_examples=500, deadline=None)
+@given(seed=st.integers(0, 2**32), after=st.sampled_from([None, None, "1-2", "2-3"]), has_database=st.booleans())
+def test_whatever_happens_the_reader_ends_up_with_the_stored_text(
+    seed: int,
+    after: str | None,
+    has_database: bool,  # noqa: FBT001
+) -> None:
+    dice = random.Random(seed)
+    world = World()
+    world.publish(9 if after else 0)  # a reader has a cursor only of what was published
+    perform = world.perform
+    trouble_ends = 200.0
+
+    def troubled(step: Step) -> Any:
+        troubled_times = world.now < trouble_ends and len(world.steps) < 400
+        if dice.random() < 0.5 and (troubled_times or dice.random() < 0.3):
+            world.publish(dice.randrange(4))
+        if troubled_times:
+            match dice.randrange(25):
+                case 0:
+                    world.disconnect()
+                case 1 if len(world.to_publish) > 1:
+                    world.restart_redis_empty()
+                case 2:
+                    world.redis_is_up = not world.redis_is_up
+                case 3:
+                    world.database_is_up = not world.database_is_up
+                case 4 if world.channel:
+                    world.channel.pop(0)
+        else:
+            world.redis_is_up = world.database_is_up = True
+        return perform(step)
+
+    world.perform = troubled  # type: ignore[method-assign]
+    told, held = [], Transcript()
+    for event in world.follow(after, has_database=has_database, timeout=1000):
+        told.append(event.event_id)
+        if after is None:
+            assert held.apply(event), f"{event.id} came out of turn"
+    assert all(before < later for before, later in pairwise(told))
+    assert told[-1] == EventId(2, 13)
+    if after is None:
+        assert held.text == TEXT
+        assert held.terminal is not None
+        assert held.sha256() == held.terminal.output_sha256
