@@ -15,7 +15,6 @@ import json
 import math
 from dataclasses import dataclass
 from hashlib import sha256
-from io import StringIO
 from typing import Any, Final, NamedTuple
 
 import orjson
@@ -29,13 +28,12 @@ FAILURE_REASONS: Final = frozenset({"error", "network_error", "insufficient_syst
 _BARE_CHUNK: Final = frozenset(
     {"id", "object", "created", "model", "choices", "usage", "system_fingerprint", "service_tier", "obfuscation"}
 )
-_BARE_CHOICE: Final = frozenset({"index", "delta", "finish_reason"})
+_BARE_CHOICE: Final = frozenset({"index", "delta", "finish_reason", "logprobs"})
 _BARE_CALL: Final = frozenset({"index", "id", "type", "function", "custom"})
 _NAMING: Final = frozenset({"id", "model", "created", "service_tier", "system_fingerprint"})
 _NOT_DETAILS: Final = frozenset({"choices", "usage", "object", "obfuscation", "error"})
-_UNREAD: Final = frozenset(
-    {"role", "index", "reasoning_content", "reasoning"}
-)  #: For _read_delta: of no use, or later.
+_REASONING: Final = frozenset({"reasoning_content", "reasoning", "reasoning_details"})
+_UNREAD: Final = frozenset({"role", "index"})  #: Fields of a delta.
 _REASONING_PARTS: Final = ("thinking", "reasoning", "reasoning_text", "summary_text")
 _TOKEN_COUNTS: Final = ("prompt_tokens", "completion_tokens", "total_tokens")
 _FUNCTION_CALL: Final = "function_call"  #: The key of the one call that the legacy field makes.
@@ -45,6 +43,7 @@ _LARGEST_DETAIL: Final = 256 * 1024  #: Bytes of a chunk whose unknown fields, o
 _MOST_FIELDS: Final = 64  #: Unknown fields of the stream, and fields of one level of usage.
 _LONGEST_LABEL: Final = 32  #: Characters of a call's type.
 _LONGEST_REASON: Final = 256  #: Characters of a finish reason.
+_BLOCK: Final = 64  #: Pieces of a text that are joined at a time.
 _DEEPEST: Final = 32  #: Levels of nested extras.
 _LARGEST_INDEX: Final = 2**31 - 1
 _LARGEST_COUNT: Final = 2**63 - 1
@@ -162,7 +161,7 @@ class Accumulator:
         self._chunk_size = size
         self._torn = torn
         error: object = None
-        if not (self._named and chunk.keys() <= _BARE_CHUNK):
+        if not (self._named and _BARE_CHUNK.issuperset(chunk)):
             error = self._read_envelope(chunk)
         usage = chunk.get("usage")
         if usage and (size <= _LARGEST_DETAIL or self._usage is None):
@@ -183,7 +182,7 @@ class Accumulator:
             delta = item.get("delta")
             if delta and type(delta) is dict:
                 self._read_delta(choice, delta, deltas)
-            if not item.keys() <= _BARE_CHOICE:
+            if not _BARE_CHOICE.issuperset(item) or item.get("logprobs"):
                 error = self._read_rare_fields(choice, item, usage_known=bool(usage)) or error
             reason = item.get("finish_reason")
             if reason and type(reason) is str and reason != "null":
@@ -220,7 +219,7 @@ class Accumulator:
             ends = []
             for call in choice.calls:
                 if call.type == "function" and not call.arguments.value().strip():
-                    call.arguments.buffer.write("{}")
+                    call.arguments.append("{}")
                     ends.append({"index": call.position, "arguments": "{}"})
             if ends:
                 deltas.append(Delta(choice.index, {"tool_calls": ends}))
@@ -283,14 +282,16 @@ class Accumulator:
                         if piece := self._append(choice.content, value):
                             fields["content"] = piece
                     else:
-                        reasoning += self._read_parts(choice, value, fields)
+                        reasoning = self._read_parts(choice, value, fields) or reasoning
+                elif name in _REASONING:
+                    reasoning = reasoning or _reasoning(delta)
+                    if name == "reasoning_details":
+                        self._keep(choice, name, value)  # the next request needs them as they came
                 elif name == "tool_calls":
-                    for fragment in value if type(value) is list else [value]:
-                        if type(fragment) is dict:
-                            self._read_call(choice, _fragment(fragment), fields)
+                    self._read_calls(choice, value, fields)
                 elif name not in _UNREAD:
                     self._read_rare_delta(choice, name, value, fields)
-            if reasoning := reasoning or _reasoning(delta):
+            if reasoning:
                 if choice.reasoning is None:
                     choice.reasoning = _Text()
                 if piece := self._append(choice.reasoning, reasoning):
@@ -341,10 +342,10 @@ class Accumulator:
             fields["refusal"] = fields.get("refusal", "") + piece
 
     def _read_rare_fields(self, choice: "_Choice", item: dict[str, Any], *, usage_known: bool) -> object:
-        """Read what a choice has besides index, delta and finish reason; return the error in it, if any."""
+        """Read what else a choice has; return the error in it, if any."""
         error: object = None
         for name, value in item.items():
-            if not value or name in _BARE_CHOICE:
+            if not value or name in {"index", "delta", "finish_reason"}:
                 continue
             if name == "error":
                 error = None if self.succeeded else value
@@ -380,6 +381,11 @@ class Accumulator:
             choice.extra["truncated"] = True
 
     # -- tool calls -------------------------------------------------------------------------------------
+
+    def _read_calls(self, choice: "_Choice", value: object, fields: dict[str, Any]) -> None:
+        for fragment in value if type(value) is list else [value]:
+            if type(fragment) is dict:
+                self._read_call(choice, _fragment(fragment), fields)
 
     def _read_call(self, choice: "_Choice", part: "_Fragment", fields: dict[str, Any]) -> None:
         """Add a fragment to the call it belongs to, and what it adds to ``fields``."""
@@ -438,9 +444,9 @@ class Accumulator:
             piece = text.rejoin(piece)
         elif "\x00" in piece:
             piece = piece.replace("\x00", "")
-        if not self._take_room(len(piece) if piece.isascii() else len(piece.encode())):
+        if not piece or not self._take_room(len(piece) if piece.isascii() else len(piece.encode())):
             return ""
-        text.buffer.write(piece)
+        text.append(piece)
         return piece
 
     def _take_room(self, size: int) -> bool:
@@ -467,13 +473,20 @@ class Accumulator:
 
 
 class _Text:
-    """A text under construction. The buffer holds it densely; a list of pieces takes ten times the memory."""
+    """A text under construction, kept in pieces: joining it with each piece would cost its square."""
 
-    __slots__ = ("buffer", "half")
+    __slots__ = ("blocks", "half", "pieces")
 
     def __init__(self) -> None:
-        self.buffer = StringIO()
         self.half = ""  # the first half of a surrogate pair whose second half has not come
+        self.pieces: list[str] = []
+        self.blocks: list[str] = []  # pieces joined, _BLOCK at a time: a short string costs ten times its length
+
+    def append(self, piece: str) -> None:
+        self.pieces.append(piece)
+        if len(self.pieces) == _BLOCK:
+            self.blocks.append("".join(self.pieces))
+            self.pieces.clear()
 
     def rejoin(self, piece: str) -> str:
         """Return ``piece`` with its surrogate pairs joined over deltas, and hold back half a pair at its end."""
@@ -486,13 +499,20 @@ class _Text:
 
     def end(self) -> str:
         """Append what is held back, which stays without its second half, and return it."""
-        rest = "\N{REPLACEMENT CHARACTER}" if self.half else ""
+        if not self.half:
+            return ""
         self.half = ""
-        self.buffer.write(rest)
-        return rest
+        self.append("\N{REPLACEMENT CHARACTER}")
+        return "\N{REPLACEMENT CHARACTER}"
 
     def value(self) -> str:
-        return self.buffer.getvalue()
+        whole = "".join(self.blocks) + "".join(self.pieces)
+        self.blocks = [whole] if whole else []
+        self.pieces.clear()
+        return whole
+
+    def __bool__(self) -> bool:
+        return bool(self.half or self.pieces or self.blocks)
 
 
 class _Call:
@@ -557,7 +577,7 @@ class _Choice:
     @property
     def has_output(self) -> bool:
         texts = (self.content, self.reasoning, self.refusal)
-        return bool(self.calls) or self.has_audio or any(text and (text.half or text.buffer.tell()) for text in texts)
+        return bool(self.calls) or self.has_audio or any(texts)
 
     def call_for(self, part: "_Fragment") -> _Call | None:
         """Return the call that a fragment continues; None: it begins a new one."""
