@@ -1,0 +1,5 @@
+"""``python -m tests.conformance [CASES.jsonl]``: see ``runner``."""
+
+from tests.conformance.runner import main
+
+raise SystemExit(main())
