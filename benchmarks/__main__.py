@@ -1,0 +1,63 @@
+"""The command line: ``python -m benchmarks [--quick] [--only NAME] [--repeat N] [--out DIR]``.
+
+In: options.  Out: progress on standard error, the table on standard output, ``results.json`` and plots in
+a directory.  Exists so that one command takes every figure.
+"""
+
+import argparse
+import os
+import signal
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+from benchmarks import plots, report
+from benchmarks.bench import Bench
+from benchmarks.harness import BenchmarkError, choose_cores
+from benchmarks.measures import MEASURES
+from benchmarks.services import Services
+
+
+def main() -> int:
+    """Run the chosen measures; return the exit code."""
+    arguments = _parse_arguments()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ends like Ctrl-C: with nothing left behind.
+    cores = choose_cores()
+    os.sched_setaffinity(0, cores.rest)  # Whatever is started from here on stays off the worker's core.
+    failures = []
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="millrace-bench-")))
+        directory.chmod(0o755)  # PostgreSQL does not run as root and must reach its data.
+        bench = Bench(Services(stack, directory), cores, directory, quick=arguments.quick, repeat=arguments.repeat)
+        for name in arguments.only or MEASURES:
+            bench.say(f"-- {name}")
+            try:
+                MEASURES[name](bench)
+            except BenchmarkError as error:
+                failures.append(name)
+                bench.say(f"{name} is incomplete: {error}")
+            except KeyboardInterrupt:
+                bench.say("interrupted; what was measured so far follows")
+                failures.append(name)
+                break
+    results = report.results(bench, incomplete=failures)
+    report.write_json(results, arguments.out)
+    plots.draw(results, arguments.out)
+    print(report.table(results))
+    return 1 if failures else 0
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="under three minutes: shows that the suite works")
+    parser.add_argument("--only", action="append", choices=list(MEASURES), help="this measure; may be repeated")
+    parser.add_argument("--repeat", type=int, help="repetitions of each figure (default 3, quick 1)")
+    parser.add_argument("--out", type=Path, default=Path("bench-results"), help="where results.json and plots go")
+    arguments = parser.parse_args()
+    arguments.repeat = arguments.repeat or (1 if arguments.quick else 3)
+    return arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,189 @@
+"""The contenders: how each is started, given work and checked.
+
+In: the services and a number of jobs.  Out: running workers that all take the same jobs and publish
+per job until an end mark, to ``bench``.  Exists so that a measure is written once for all of them.
+"""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, Final
+
+import sqlalchemy as sa
+
+from api_contracts import names, tables
+from benchmarks import tutorial
+from benchmarks.harness import Process, python
+from benchmarks.services import Services
+from benchmarks.wire import celery_message, completion_body
+
+MILLRACE: Final = "millrace"
+FLOOR: Final = "floor"
+DIRECT: Final = "direct"  #: Reading the provider without any worker; the reference of latencies.
+TUTORIALS: Final = ("prefork", "threads", "gevent", "asyncio")
+
+
+def tutorial_name(pool: str) -> str:
+    """Return the name under which a tutorial's samples are kept."""
+    return f"tutorial-{pool}"
+
+
+class Contender(ABC):
+    """A worker that runs; stop it through its ``process``."""
+
+    process: Process
+    ended: str  #: What each job's last message holds.
+    failed: str  #: What the last message of a failed job holds besides.
+
+    def __init__(self, name: str) -> None:
+        """Name it as in the results."""
+        self.name = name
+
+    @abstractmethod
+    def channel(self, job: str) -> str:
+        """Return the channel of a job's messages."""
+
+    @abstractmethod
+    def submit(self, jobs: list[str], script: dict[str, Any]) -> None:
+        """Hand over the jobs, all at once."""
+
+    def stored_characters(self) -> int | None:
+        """Return how many characters of output the database holds; None: the contender stores nothing."""
+        return None
+
+
+class Floor(Contender):
+    """The bare reader and publisher."""
+
+    ended = tutorial.DONE
+    failed = tutorial.FAILED
+
+    def __init__(self, services: Services, cores: frozenset[int], log: Path) -> None:
+        """Start it."""
+        super().__init__(FLOOR)
+        arguments = ("--base-url", services.base_url, "--redis-port", str(services.redis_port))
+        self.process = Process(self.name, python("benchmarks.floor", *arguments), cores, log)
+
+    def channel(self, job: str) -> str:
+        """Return the channel of a job's messages."""
+        return f"floor:{job}"
+
+    def submit(self, jobs: list[str], script: dict[str, Any]) -> None:
+        """Hand over the jobs."""
+        self.process.send({"channels": [self.channel(job) for job in jobs], "script": script})
+
+
+class _CeleryContender(Contender):
+    _stored: sa.Select[Any]
+
+    def __init__(self, name: str, services: Services, queue: str, database_url: str) -> None:
+        super().__init__(name)
+        self._redis = services.redis
+        self._queue = queue
+        self._engine = sa.create_engine(database_url)
+
+    @abstractmethod
+    def message(self, job: str, script: dict[str, Any]) -> bytes:
+        """Return a job's Celery message."""
+
+    def submit(self, jobs: list[str], script: dict[str, Any]) -> None:
+        """Put the jobs on the queue in one command."""
+        self._redis.lpush(self._queue, *(self.message(job, script) for job in jobs))
+
+    def stored_characters(self) -> int | None:
+        """Return how many characters of output the database holds."""
+        with self._engine.connect() as connection:
+            return int(connection.execute(self._stored).scalar() or 0)
+
+
+class Tutorial(_CeleryContender):
+    """The tutorial's Celery worker in one of its pools."""
+
+    ended = tutorial.DONE
+    failed = tutorial.FAILED
+    _stored = sa.select(sa.func.sum(sa.func.length(tutorial.completions.c.text)))
+
+    def __init__(
+        self,
+        pool: str,
+        concurrency: int,
+        services: Services,
+        database_url: str,
+        cores: frozenset[int],
+        log: Path,
+        events_url: str | None = None,
+    ) -> None:
+        """Start it; ``asyncio`` is the thread pool in front of one event loop."""
+        name = tutorial_name(pool)
+        super().__init__(name, services, name, database_url)
+        tutorial.completions.create(self._engine)
+        self._task = tutorial.GENERATE_ASYNC if pool == "asyncio" else tutorial.GENERATE
+        pool_class = "threads" if pool == "asyncio" else pool
+        options = ("--pool", pool_class, "--concurrency", str(concurrency), "--hostname", f"{name}@localhost")
+        quiet = ("--without-gossip", "--without-mingle", "--without-heartbeat", "--loglevel", "warning")
+        self.process = Process(
+            name,
+            python("celery", "--app", "benchmarks.tutorial", "worker", *options, *quiet),
+            cores,
+            log,
+            {
+                "TUTORIAL_REDIS_URL": events_url or services.redis_url,
+                "TUTORIAL_BROKER_URL": services.redis_url,
+                "TUTORIAL_DATABASE_URL": database_url,
+                "TUTORIAL_QUEUE": name,
+                "OPENAI_BASE_URL": services.base_url,
+                "OPENAI_API_KEY": "none",
+            },
+        )
+
+    def channel(self, job: str) -> str:
+        """Return the channel of a job's messages."""
+        return f"tutorial:{job}"
+
+    def message(self, job: str, script: dict[str, Any]) -> bytes:
+        """Return a job's Celery message."""
+        return celery_message(self._task, job, self._queue, job, self.channel(job), script)
+
+
+class Millrace(_CeleryContender):
+    """This project's worker."""
+
+    ended = '"type":"job.'
+    failed = '"type":"job.failed"'
+    _stored = sa.select(sa.func.sum(sa.func.length(tables.choices.c.content)))
+
+    def __init__(
+        self,
+        concurrency: int,
+        services: Services,
+        database_url: str,
+        cores: frozenset[int],
+        log: Path,
+        events_url: str | None = None,
+    ) -> None:
+        """Start it; ``events_url`` is the Redis of the events if it is not the broker's."""
+        super().__init__(MILLRACE, services, names.QUEUE, database_url)
+        tables.metadata.create_all(self._engine)
+        self.process = Process(
+            self.name,
+            python("worker.cli", "worker"),
+            cores,
+            log,
+            {
+                names.ENV_REDIS_URL: events_url or services.redis_url,
+                names.ENV_BROKER_URL: services.redis_url,
+                names.ENV_DATABASE_URL: database_url,
+                "MILLRACE_CONCURRENCY": str(concurrency),
+                "MILLRACE_LOG_LEVEL": "warning",
+                "OPENAI_BASE_URL": services.base_url,
+                "OPENAI_API_KEY": "none",
+            },
+        )
+
+    def channel(self, job: str) -> str:
+        """Return the channel of a job's events."""
+        return names.job_keys(names.DEFAULT_TENANT, job).channel
+
+    def message(self, job: str, script: dict[str, Any]) -> bytes:
+        """Return a job's Celery message."""
+        wire = {"id": job, "tenant": names.DEFAULT_TENANT, **completion_body(script)}
+        return celery_message(names.TASK, job, self._queue, wire)

@@ -1,0 +1,187 @@
+"""Processes: start them pinned, talk to them in JSON lines, read their CPU and memory, stop them all.
+
+In: command lines.  Out: ``Process`` values, to the services and the contenders.  Exists so that each
+figure rests on the kernel's own accounting of a whole process tree, and nothing outlives the run.
+"""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import psutil
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+_STOP_SECONDS: Final = 8.0
+_LOG_TAIL_BYTES: Final = 2000
+
+
+class BenchmarkError(Exception):
+    """A part of the run did not do what the measurement needs; the message says which and shows its log's end."""
+
+
+class Cores(NamedTuple):
+    """Which core the measured worker has to itself, and which the rest share."""
+
+    worker: frozenset[int]
+    rest: frozenset[int]
+
+
+class Memory(NamedTuple):
+    """Bytes held by a process tree."""
+
+    rss: int  #: Resident, shared pages counted once per process.
+    uss: int  #: Resident and shared with nobody.
+
+
+def choose_cores() -> Cores:
+    """Give the worker the last core this process may use and the rest all others; with one core they share it."""
+    cores = sorted(os.sched_getaffinity(0))
+    return Cores(frozenset(cores[-1:]), frozenset(cores[:-1] or cores))
+
+
+class Process:
+    """A child in a session of its own, so that a Ctrl-C at the terminal reaches the harness alone."""
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        cores: frozenset[int],
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+        *,
+        speaks: bool = False,
+    ) -> None:
+        """Start ``command``; what it prints goes to ``log``, unless it ``speaks`` JSON lines on standard output."""
+        self.name = name
+        self._log = log
+        self._unread = b""
+        with log.open("ab") as log_file:
+            self._child = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=os.environ | (environment or {}),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE if speaks else log_file,
+                stderr=log_file,
+                bufsize=0,
+                start_new_session=True,
+                preexec_fn=lambda: os.sched_setaffinity(0, cores),  # noqa: PLW1509  # The harness has no threads.
+            )
+
+    @property
+    def pid(self) -> int:
+        """The process id of the tree's root."""
+        return self._child.pid
+
+    def send(self, value: object) -> None:
+        """Write ``value`` as a JSON line to the child."""
+        assert self._child.stdin is not None
+        self._child.stdin.write(json.dumps(value).encode() + b"\n")
+
+    def receive(self, timeout: float) -> dict[str, Any]:
+        """Return the next JSON line of the child.
+
+        Raises:
+            TimeoutError: nothing came within ``timeout`` seconds.
+            BenchmarkError: the child ended.
+        """
+        assert self._child.stdout is not None
+        deadline = time.monotonic() + timeout
+        while b"\n" not in self._unread:
+            readable, _, _ = select.select([self._child.stdout], [], [], max(0.0, deadline - time.monotonic()))
+            if not readable:
+                raise TimeoutError(f"{self.name} said nothing for {timeout:.0f} s")
+            data = os.read(self._child.stdout.fileno(), 65_536)
+            if not data:
+                raise self.failure("ended early")
+            self._unread += data
+        line, self._unread = self._unread.split(b"\n", 1)
+        message: dict[str, Any] = json.loads(line)
+        return message
+
+    def expect(self, event: str, timeout: float, needed: "Process | None" = None) -> dict[str, Any]:
+        """Return the next line whose ``event`` is the given one, dropping others.
+
+        Raises:
+            TimeoutError: it did not come within ``timeout`` seconds.
+            BenchmarkError: the child ended, or ``needed``, without which it has nothing to say.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                message = self.receive(min(1.0, deadline - time.monotonic()))
+            except TimeoutError:
+                if needed is not None and not needed.is_running():
+                    raise needed.failure("ended") from None
+                if time.monotonic() > deadline:
+                    raise
+            else:
+                if message.get("event") == event:
+                    return message
+
+    def failure(self, what: str) -> BenchmarkError:
+        """Return an error that shows the end of the child's log."""
+        log = self._log.read_bytes()[-_LOG_TAIL_BYTES:].decode(errors="replace")
+        return BenchmarkError(f"{self.name} {what}; the end of its log:\n{log}")
+
+    def cpu_seconds(self) -> float:
+        """Return user and system time used so far by the tree's living processes, all threads, in seconds."""
+        return sum(map(cpu_seconds, self._tree()))
+
+    def memory(self) -> Memory:
+        """Return what the tree holds now."""
+        infos = [psutil.Process(pid).memory_full_info() for pid in self._tree()]
+        return Memory(sum(info.rss for info in infos), sum(info.uss for info in infos))
+
+    def is_running(self) -> bool:
+        """Tell whether the root has not ended."""
+        return self._child.poll() is None
+
+    def wait(self, timeout: float) -> None:
+        """Wait for the root to end by itself; raises ``subprocess.TimeoutExpired``."""
+        self._child.wait(timeout)
+
+    def close(self) -> None:
+        """End the whole tree: SIGTERM, a few seconds, SIGKILL."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGTERM)
+        try:
+            self._child.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            print(f"{self.name} did not stop within {_STOP_SECONDS:.0f} s and was killed", file=sys.stderr)
+        with suppress(ProcessLookupError):  # Also for grandchildren that outlived the root.
+            os.killpg(self.pid, signal.SIGKILL)
+        self._child.wait()
+        assert self._child.stdin is not None
+        self._child.stdin.close()
+        if self._child.stdout is not None:
+            self._child.stdout.close()
+
+    def _tree(self) -> list[int]:
+        try:
+            root = psutil.Process(self.pid)
+        except psutil.NoSuchProcess:
+            raise self.failure("ended") from None
+        return [self.pid, *(child.pid for child in root.children(recursive=True))]
+
+
+def python(module: str, *arguments: str) -> list[str]:
+    """Return the command that runs a module with this interpreter."""
+    return [sys.executable, "-m", module, *arguments]
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return user and system time used so far by one process, all its threads, in seconds; 0 if it has ended."""
+    # The clock that clock_getcpuclockid(3) names: nanoseconds, where /proc/<pid>/stat counts ticks of 10 ms.
+    with suppress(OSError):
+        return time.clock_gettime((~pid << 3) | 2)
+    return 0.0

@@ -1,0 +1,83 @@
+"""CPU per delta, saturated and paced, and the concurrency at which each tutorial is at its best.
+
+In: a ``Bench``.  Out: samples ``tune``, ``saturated`` and ``paced``.  Exists because CPU per delta, and
+nothing else, decides how many streams a core carries.
+"""
+
+from contextlib import ExitStack
+from typing import Final
+
+from benchmarks.bench import Bench, Load, Outcome, Sample
+from benchmarks.contenders import TUTORIALS
+
+_CANDIDATES: Final = {
+    "prefork": (1, 2, 4, 8),
+    "threads": (1, 2, 4, 16),
+    "gevent": (4, 16, 64),
+    "asyncio": (4, 16, 64),
+}
+_PACE: Final = 30.0  #: Deltas a second and stream: a fast hosted model.
+_HELD_BY_TUTORIALS: Final = 40  #: Streams at that pace that do not overload any of them.
+
+
+def tune(bench: Bench) -> None:
+    """Find each tutorial's best concurrency: the one with the least CPU per delta."""
+    if bench.quick:
+        bench.say("tune: left out, the usual best settings are used")
+        return
+    for pool in TUTORIALS:
+        costs: dict[int, float] = {}
+        for concurrency in _CANDIDATES[pool]:
+            with bench.tutorial(pool, concurrency=concurrency) as worker:
+                outcome = bench.round(worker, Load(streams=max(16, concurrency), deltas=250))
+            metrics = cpu_metrics(outcome)
+            costs[concurrency] = metrics["cpu_us_per_delta"]
+            bench.record(Sample("tune", worker.name, metrics, {"concurrency": concurrency}))
+        bench.concurrency[pool] = min(costs, key=costs.__getitem__)
+
+
+def saturated(bench: Bench) -> None:
+    """Measure CPU per delta when the provider is never the one to wait for."""
+    load = Load(200, 100) if bench.quick else Load(200, 500)
+    # CPU per delta does not depend on how often it is repeated, and the tutorials take 1 s for 3,000 deltas.
+    tutorials_load = Load(20, 100) if bench.quick else Load(40, 500)
+    with ExitStack() as stack:
+        runs = [(stack.enter_context(bench.floor()), load), (stack.enter_context(bench.millrace()), load)]
+        runs += [(stack.enter_context(bench.tutorial(pool)), tutorials_load) for pool in TUTORIALS]
+        for repetition in range(bench.repeat):
+            for worker, its_load in runs:
+                outcome = bench.round(worker, its_load)
+                parameters = {"streams": its_load.streams, "deltas": its_load.deltas}
+                bench.record(Sample("saturated", worker.name, cpu_metrics(outcome), parameters, repetition))
+
+
+def paced(bench: Bench) -> None:
+    """Measure CPU per delta when each stream brings 30 deltas a second, so that little arrives together."""
+    deltas = 60 if bench.quick else 150
+    many, few = Load(200, deltas, _PACE), Load(_HELD_BY_TUTORIALS, deltas, _PACE)
+    with ExitStack() as stack:
+        runs = [(stack.enter_context(bench.floor()), many), (stack.enter_context(bench.millrace()), many)]
+        for pool in TUTORIALS:
+            # Prefork would need 200 processes, 5 GB, for the larger load.
+            slots = few.streams if pool == "prefork" or bench.quick else many.streams
+            worker = stack.enter_context(bench.tutorial(pool, concurrency=slots))
+            runs += [(worker, load) for load in (few, many) if load.streams <= slots]
+        for repetition in range(bench.repeat):
+            for worker, load in runs:
+                outcome = bench.round(worker, load)
+                parameters = {"streams": load.streams, "rate": load.rate}
+                bench.record(Sample("paced", worker.name, cpu_metrics(outcome), parameters, repetition))
+
+
+def cpu_metrics(outcome: Outcome) -> dict[str, float]:
+    """Return a round's costs per delta and how busy it kept the worker's core."""
+    used, deltas = outcome.used, outcome.load.total
+    return {
+        "cpu_us_per_delta": used.cpu / deltas * 1e6,
+        "core_share": used.cpu / used.wall,
+        "deltas_per_second": deltas / used.wall,
+        "redis_cpu_us_per_delta": used.redis_cpu / deltas * 1e6,
+        "redis_commands_per_1000": sum(used.redis_commands.values()) / deltas * 1e3,
+        "provider_cpu_us_per_delta": used.provider_cpu / deltas * 1e6,
+        "failed": outcome.failed,
+    }

@@ -1,0 +1,95 @@
+"""Latency over load, and how many streams one process holds.
+
+In: a ``Bench``.  Out: samples ``load`` (a point each), ``capacity`` and ``hold``.  Exists because a live
+view is only live while the added latency stays small: from the provider's write to the follower's
+receipt, beyond what reading the provider directly takes.
+"""
+
+from contextlib import ExitStack
+from typing import Final
+
+from benchmarks.bench import Bench, Load, Sample, percentile
+from benchmarks.contenders import Contender
+
+LIMIT_MS: Final = 50.0  #: Added latency at p99 up to which a load counts as held.
+_DELIVERED: Final = 0.97  #: Share of the nominal rate that must arrive, or the load is not what it says.
+_SETTLE_SECONDS: Final = 0.5
+_FIRST_STREAMS: Final = {10.0: 50, 50.0: 10}
+_HEAD_START: Final = 5  #: Our worker's first load is that many times larger.
+_MOST_STREAMS: Final = 8000
+_POOLS: Final = ("threads", "gevent", "asyncio")  #: Prefork would need a process, 25 MB and more, per stream.
+
+
+def load(bench: Bench) -> None:
+    """Raise the load until it is not held, at 10 and at 50 deltas a second and stream."""
+    rates = (10.0,) if bench.quick else (10.0, 50.0)
+    with ExitStack() as stack:
+        millrace = stack.enter_context(bench.millrace())
+        for rate in rates:
+            _find_capacity(bench, millrace, rate, _FIRST_STREAMS[rate] * _HEAD_START)
+    for pool in _POOLS[1:2] if bench.quick else _POOLS:
+        with bench.tutorial(pool, concurrency=1000) as worker:
+            for rate in rates:
+                _find_capacity(bench, worker, rate, _FIRST_STREAMS[rate])
+
+
+def hold(bench: Bench) -> None:
+    """Repeat the load that the design promises: 1,000 streams at 10 deltas a second."""
+    with bench.millrace() as worker:
+        for repetition in range(bench.repeat):
+            _measure_point(bench, worker, 1000, 10.0, "hold", repetition)
+
+
+def _find_capacity(bench: Bench, worker: Contender, rate: float, first: int) -> None:
+    held, not_held = 0, 0
+    streams = first
+    # Doubling until it breaks, then two bisections: the answer is right within an eighth.
+    for _ in range(2 if bench.quick else 8):
+        if _measure_point(bench, worker, streams, rate, "load"):
+            held = streams
+        else:
+            not_held = streams
+        if not_held and not_held - held <= max(not_held // 8, 1):
+            break
+        streams = (held + not_held) // 2 if not_held else held * 2
+        if not 0 < streams <= _MOST_STREAMS:
+            break
+    bench.record(Sample("capacity", worker.name, {"streams": held, "not_held": not_held}, {"rate": rate}))
+
+
+def _measure_point(
+    bench: Bench, worker: Contender, streams: int, rate: float, measure: str, repetition: int = 0
+) -> bool:
+    window = 2.0 if bench.quick else 4.0
+    ramp = 1.0 + streams / 250  # Celery takes up some 250 jobs a second at worst.
+    point = Load(streams, int(rate * (ramp + _SETTLE_SECONDS + window)), rate, stamped=True)
+    reference = Load(streams, int(rate * (1 + streams / 1000 + window)), rate, stamped=True)
+    direct = bench.read_directly(reference).latencies_ms()
+    with bench.started_round(worker, point) as running:
+        begin = running.started_ns + int(_SETTLE_SECONDS * 1e9)
+    outcome = running.outcome()
+    assert outcome.arrivals is not None
+    end = min(begin + int(window * 1e9), outcome.arrivals.first_end_ns)
+    seconds = max(end - begin, 1) / 1e9
+    latencies = outcome.arrivals.latencies_ms(begin, end)
+    metrics = {
+        "p50_ms": percentile(latencies, 0.50),
+        "p99_ms": percentile(latencies, 0.99),
+        "direct_p50_ms": percentile(direct, 0.50),
+        "direct_p99_ms": percentile(direct, 0.99),
+        "added_p50_ms": percentile(latencies, 0.50) - percentile(direct, 0.50),
+        "added_p99_ms": percentile(latencies, 0.99) - percentile(direct, 0.99),
+        "delivered": len(latencies) / seconds / (streams * rate),
+        "window_s": seconds,
+        "core_share": outcome.used.cpu / outcome.used.wall,
+        "failed": outcome.failed,
+    }
+    held = (
+        metrics["added_p99_ms"] < LIMIT_MS
+        and metrics["delivered"] >= _DELIVERED
+        and seconds > window / 2
+        and not outcome.failed
+    )
+    parameters = {"rate": rate, "streams": streams}
+    bench.record(Sample(measure, worker.name, metrics | {"held": float(held)}, parameters, repetition))
+    return held

