@@ -87,7 +87,8 @@ def enqueue(connection: Connection, job: Job) -> bool:
         IdempotencyConflictError: the id belongs to a different request.
     """
     insert = (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(jobs)
-    if connection.execute(insert.values(queued_values(job)).on_conflict_do_nothing()).rowcount:
+    statement = insert.values(queued_values(job)).on_conflict_do_nothing().returning(jobs.c.id)
+    if connection.execute(statement).one_or_none() is not None:
         return True
     stored = connection.scalar(select(jobs.c.request_hash).where(_is(job.tenant, job.id)))
     if stored != job.request_hash():

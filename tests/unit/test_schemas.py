@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jsonschema
+import jsonschema  # type: ignore[import-untyped]
 import pytest
-from jsonschema.protocols import Validator
+from jsonschema.protocols import Validator  # type: ignore[import-untyped]
 
 from api_contracts import generate_schemas
 from api_contracts.events import KNOWN_EVENTS, parse_event, snapshot_event, terminal_event

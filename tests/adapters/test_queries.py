@@ -1,0 +1,391 @@
+"""The client's statements do on SQLite and on PostgreSQL what they say, also when others write at the same time."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, create_engine, select, update
+
+from api_contracts import queries, tables
+from api_contracts.database import Database
+from api_contracts.errors import (
+    IdempotencyConflictError,
+    InvalidSettingError,
+    JobNotFoundError,
+    StoreUnavailableError,
+)
+from api_contracts.events import JobCancelled, terminal_event
+from api_contracts.jobs import Job, parse_job
+from api_contracts.names import RESEND_AFTER
+from api_contracts.results import JobStatus, Usage, UsageSource, output_sha256
+from api_contracts.tables import attempts, choices, jobs, tool_calls
+
+
+def make_job(**fields: Any) -> Job:
+    return parse_job({"model": "m", "messages": [{"role": "user", "content": "Hello"}], **fields})
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    engine = create_engine(database_url)
+    tables.metadata.create_all(engine)
+    engine.dispose()
+    database = Database(database_url)
+    yield database
+    database.close()
+
+
+@pytest.fixture
+def connection(database: Database) -> Iterator[Connection]:
+    with database.transaction() as connection:
+        yield connection
+
+
+def row(connection: Connection, job_id: str) -> Any:
+    return connection.execute(select(jobs).where(jobs.c.id == job_id)).one()
+
+
+def change(connection: Connection, job: Job, **values: Any) -> None:
+    connection.execute(update(jobs).where(jobs.c.id == job.id).values(values))
+
+
+def add_attempt(connection: Connection, job: Job, number: int, **values: Any) -> None:
+    head = {"tenant": job.tenant, "job_id": job.id, "number": number, "reason": "first", "worker_id": "w"}
+    connection.execute(attempts.insert().values(**head, provider="p", model="m", started_at=tables.now(), **values))
+
+
+def add_choice(connection: Connection, job: Job, index: int, content: str) -> None:
+    values = {"tenant": job.tenant, "job_id": job.id, "index": index, "content": content}
+    connection.execute(choices.insert().values(**values, reasoning="", refusal="", finish_reason="stop"))
+
+
+def running(connection: Connection, **fields: Any) -> Job:
+    job = make_job(**fields)
+    queries.enqueue(connection, job)
+    change(connection, job, status="running", attempt=1, tries=1, worker_id="w")
+    add_attempt(connection, job, 1)
+    return job
+
+
+# -- enqueue --
+
+
+def test_a_new_job_is_queued_and_due_now(connection: Connection) -> None:
+    job = make_job(metadata={"user": 7}, max_attempts=3)
+    assert queries.enqueue(connection, job)
+    stored = row(connection, job.id)
+    assert (stored.status, stored.attempt, stored.tries, stored.max_attempts) == ("queued", 0, 0, 3)
+    assert stored.metadata == {"user": 7}
+    assert parse_job(json.loads(stored.request)) == job
+    waits = connection.scalar(select(tables.seconds_until(jobs.c.resend_at)).where(jobs.c.id == job.id))
+    assert waits == pytest.approx(RESEND_AFTER, abs=5)
+    assert connection.scalar(select(tables.seconds_until(jobs.c.due_at))) == pytest.approx(0, abs=5)
+
+
+def test_the_same_request_again_stays_one_job(connection: Connection) -> None:
+    job = make_job(idempotency_key="k")
+    assert queries.enqueue(connection, job)
+    assert not queries.enqueue(connection, make_job(idempotency_key="k", metadata={"try": 2}))
+    assert row(connection, job.id).metadata == {}
+
+
+def test_another_request_under_the_same_key_is_a_conflict(connection: Connection) -> None:
+    queries.enqueue(connection, make_job(idempotency_key="k"))
+    with pytest.raises(IdempotencyConflictError, match="new key"):
+        queries.enqueue(connection, make_job(idempotency_key="k", temperature=1))
+
+
+def test_tenants_may_use_the_same_id(connection: Connection) -> None:
+    assert queries.enqueue(connection, make_job(id="x", tenant="a"))
+    assert queries.enqueue(connection, make_job(id="x", tenant="b", temperature=1))
+
+
+def test_many_producers_of_one_key_make_one_job(database: Database) -> None:
+    barrier = threading.Barrier(8)
+
+    def produce(_: int) -> bool:
+        barrier.wait()
+        with database.transaction() as connection:
+            return queries.enqueue(connection, make_job(idempotency_key="k"))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sorted(pool.map(produce, range(8))) == [False] * 7 + [True]
+
+
+def test_any_text_that_json_can_hold_is_stored(connection: Connection) -> None:
+    odd = "NUL \x00, lone \ud800, emoji 🦙"
+    job = make_job(messages=[{"role": "user", "content": odd}], metadata={odd: odd})
+    queries.enqueue(connection, job)
+    stored = queries.get(connection, job.tenant, job.id)
+    assert stored is not None
+    assert stored.metadata == {odd: odd}
+
+
+def test_a_message_that_could_not_be_sent_is_due_for_a_sweeper_at_once(connection: Connection) -> None:
+    job = make_job()
+    queries.enqueue(connection, job)
+    queries.send_again(connection, job.tenant, job.id)
+    waits = connection.scalar(select(tables.seconds_until(jobs.c.resend_at)).where(jobs.c.id == job.id))
+    assert waits is not None
+    assert waits <= 0
+
+
+# -- cancel --
+
+
+def test_a_queued_job_is_cancelled_at_once(connection: Connection) -> None:
+    job = make_job()
+    queries.enqueue(connection, job)
+    assert queries.cancel(connection, job.tenant, job.id) is JobStatus.CANCELLED
+    stored = queries.get(connection, job.tenant, job.id)
+    assert stored is not None
+    assert (stored.status, stored.attempt, stored.terminal_event_id) == (JobStatus.CANCELLED, 1, "1-1")
+    assert stored.error is not None
+    assert stored.error.code == "cancelled"
+    assert (stored.partial, stored.usage, stored.output_sha256) == (False, None, output_sha256([]))
+    assert not row(connection, job.id).announced
+    assert row(connection, job.id).cancel_requested_at is not None
+    event = terminal_event(stored)
+    assert isinstance(event, JobCancelled)
+    assert event.attempts == 0
+
+
+def test_a_waiting_job_that_is_cancelled_keeps_its_output_and_its_bill(connection: Connection) -> None:
+    job = running(connection)
+    add_choice(connection, job, 1, "b")
+    add_choice(connection, job, 0, "a")
+    usage = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7, "usage_source": "provider"}
+    connection.execute(update(attempts).values(outcome="failed", **usage))
+    change(connection, job, status="retrying", worker_id=None)
+    assert queries.cancel(connection, job.tenant, job.id) is JobStatus.CANCELLED
+    stored = queries.get(connection, job.tenant, job.id)
+    assert stored is not None
+    assert (stored.attempt, stored.terminal_event_id) == (2, "2-2")  # 2-1 is a snapshot of what is kept
+    assert stored.partial
+    assert [choice.content for choice in stored.choices] == ["a", "b"]
+    assert stored.output_sha256 == output_sha256(["a", "b"])
+    assert stored.usage == Usage(prompt_tokens=3, completion_tokens=4, total_tokens=7, source=UsageSource.PROVIDER)
+
+
+def test_a_running_job_is_told_to_stop(connection: Connection) -> None:
+    job = running(connection)
+    assert queries.cancel(connection, job.tenant, job.id) is JobStatus.RUNNING
+    first = row(connection, job.id)
+    assert (first.status, first.attempt) == ("running", 1)
+    assert first.cancel_requested_at is not None
+    assert queries.cancel(connection, job.tenant, job.id) is JobStatus.RUNNING
+    assert row(connection, job.id).cancel_requested_at == first.cancel_requested_at
+
+
+@pytest.mark.parametrize("status", [status for status in JobStatus if status.terminal])
+def test_a_job_that_has_ended_stays_as_it_is(connection: Connection, status: JobStatus) -> None:
+    job = running(connection)
+    change(connection, job, status=status.value, finished_at=tables.now(), terminal_event_id="1-9", announced=True)
+    before = row(connection, job.id)
+    assert queries.cancel(connection, job.tenant, job.id) is status
+    assert row(connection, job.id) == before
+
+
+def test_cancelling_twice_changes_nothing(connection: Connection) -> None:
+    job = make_job()
+    queries.enqueue(connection, job)
+    queries.cancel(connection, job.tenant, job.id)
+    before = row(connection, job.id)
+    assert queries.cancel(connection, job.tenant, job.id) is JobStatus.CANCELLED
+    assert row(connection, job.id) == before
+
+
+def test_an_unknown_job_and_another_tenants_job_cannot_be_cancelled(connection: Connection) -> None:
+    job = make_job(tenant="a")
+    queries.enqueue(connection, job)
+    assert queries.cancel(connection, "a", "nothing") is None
+    assert queries.cancel(connection, "b", job.id) is None
+    assert row(connection, job.id).status == "queued"
+
+
+def test_a_claim_and_a_cancel_at_the_same_moment_never_both_win(database: Database) -> None:
+    waiting = [make_job() for _ in range(60)]
+    with database.transaction() as connection:
+        for job in waiting:
+            queries.enqueue(connection, job)
+    barrier = threading.Barrier(2)
+
+    def claim(connection: Connection, job: Job) -> bool:
+        claimable = (jobs.c.id == job.id, jobs.c.status.in_(["queued", "retrying"]))
+        values = {"status": "running", "attempt": jobs.c.attempt + 1, "worker_id": "w"}
+        return bool(connection.execute(update(jobs).where(*claimable).values(values)).rowcount)
+
+    def cancel(connection: Connection, job: Job) -> JobStatus | None:
+        return queries.cancel(connection, job.tenant, job.id)
+
+    def race(what: Callable[[Connection, Job], Any]) -> list[Any]:
+        answers = []
+        for job in waiting:
+            barrier.wait()
+            with database.transaction() as connection:
+                answers.append(what(connection, job))
+        return answers
+
+    with ThreadPoolExecutor(2) as pool:
+        claims, cancels = pool.map(race, [claim, cancel])
+    for claimed, answer in zip(claims, cancels, strict=True):
+        assert answer is (JobStatus.RUNNING if claimed else JobStatus.CANCELLED)
+    with database.transaction() as connection:
+        assert {stored.attempt for stored in connection.execute(select(jobs))} == {1}
+        assert all(stored.cancel_requested_at for stored in connection.execute(select(jobs)))
+
+
+# -- reading --
+
+
+def test_a_result_has_everything_in_order(connection: Connection) -> None:
+    job = running(connection)
+    for index in (2, 0, 1):
+        add_choice(connection, job, index, str(index))
+    for position in (1, 0):
+        connection.execute(
+            tool_calls.insert().values(
+                tenant=job.tenant,
+                job_id=job.id,
+                choice_index=1,
+                position=position,
+                call_id=f"c{position}",
+                type="function",
+                name="f",
+                arguments="{",
+                arguments_valid=False,
+            )
+        )
+    add_attempt(connection, job, 2, usage_source="unknown", error_code="timeout", error_message="no data")
+    stored = queries.get(connection, job.tenant, job.id)
+    assert stored is not None
+    assert [choice.index for choice in stored.choices] == [0, 1, 2]
+    assert [call.id for call in stored.choices[1].tool_calls] == ["c0", "c1"]
+    assert [attempt.number for attempt in stored.attempts] == [1, 2]
+    assert stored.attempts[0].usage is None
+    assert stored.attempts[1].usage == Usage()
+    assert stored.attempts[1].error is not None
+    assert (stored.text, stored.usage, stored.created_at.utcoffset() is not None) == ("0", None, True)
+
+
+def test_a_tenant_does_not_see_anothers_jobs(connection: Connection) -> None:
+    job = make_job(tenant="a")
+    queries.enqueue(connection, job)
+    assert queries.get(connection, "b", job.id) is None
+    assert queries.get_summary(connection, "b", job.id) is None
+    assert queries.list_jobs(connection, "b") == []
+
+
+def test_a_listing_goes_through_all_pages_newest_first(connection: Connection) -> None:
+    made = []
+    for number in range(25):
+        made.append(make_job(id=f"job-{number % 7}-{number}"))  # equal times, ids in no order
+        queries.enqueue(connection, made[-1])
+    seen: list[str] = []
+    before = None
+    while page := queries.list_jobs(connection, "default", before=before, limit=4):
+        seen += [summary.id for summary in page]
+        before = seen[-1]
+        if len(seen) == 8:  # new jobs do not shift the pages
+            queries.enqueue(connection, make_job())
+    assert sorted(seen) == sorted(job.id for job in made)
+    times = [row(connection, job_id).created_at for job_id in seen]
+    assert times == sorted(times, reverse=True)
+
+
+def test_a_listing_is_filtered(connection: Connection) -> None:
+    wanted = running(connection, model="a", provider="x")
+    queries.enqueue(connection, make_job(model="a", provider="x"))
+    running(connection, model="b", provider="x")
+    running(connection, model="a", provider="y")
+    found = queries.list_jobs(connection, "default", status=JobStatus.RUNNING, model="a", provider="x")
+    assert [summary.id for summary in found] == [wanted.id]
+
+
+def test_a_listing_cannot_go_on_after_an_unknown_job(connection: Connection) -> None:
+    with pytest.raises(JobNotFoundError):
+        queries.list_jobs(connection, "default", before="nothing")
+
+
+# -- purging --
+
+
+def test_old_ended_jobs_are_purged_with_all_that_is_theirs(connection: Connection) -> None:
+    old, fresh, unannounced, other, open_ = (running(connection, tenant=tenant) for tenant in "aaaba")
+    ended = {"status": "completed", "announced": True, "finished_at": tables.seconds_from_now(-100)}
+    for job in (old, unannounced, other):
+        change(connection, job, **ended)
+    change(connection, fresh, **ended | {"finished_at": tables.now()})
+    change(connection, unannounced, announced=False)
+    add_choice(connection, old, 0, "x")
+    assert queries.purge(connection, 50, tenant="a") == 1
+    left = set(connection.scalars(select(jobs.c.id)))
+    assert left == {fresh.id, unannounced.id, other.id, open_.id}
+    assert set(connection.scalars(select(attempts.c.job_id))) == left
+    assert connection.execute(select(choices)).all() == []
+    assert queries.purge(connection, 50) == 1
+    assert queries.purge(connection, 50) == 0
+
+
+def test_a_purge_takes_no_more_than_its_limit(connection: Connection) -> None:
+    for _ in range(5):
+        change(
+            connection,
+            running(connection),
+            status="failed",
+            announced=True,
+            finished_at=tables.seconds_from_now(-100),
+        )
+    assert [queries.purge(connection, 50, limit=2) for _ in range(4)] == [2, 2, 1, 0]
+
+
+# -- the connection --
+
+
+def test_a_database_without_our_tables_says_what_to_do(database_url: str) -> None:
+    database = Database(database_url)
+    with pytest.raises(StoreUnavailableError, match="millrace migrate"), database.transaction() as connection:
+        queries.get(connection, "a", "b")
+    database.close()
+
+
+def test_a_database_that_is_away_is_an_error_without_the_password() -> None:
+    database = Database("postgresql+psycopg://someone:hunter2@127.0.0.1:1/millrace")
+    with pytest.raises(StoreUnavailableError, match="refused") as caught, database.transaction():
+        pass
+    assert "hunter2" not in str(caught.value)
+    assert caught.value.__cause__ is None
+    database.close()
+
+
+@pytest.mark.parametrize("url", ["", "nonsense", "redis://localhost", "postgresql+nodriver://u:hunter2@h/d"])
+def test_a_url_that_is_none_is_an_error_without_its_text(url: str) -> None:
+    with pytest.raises(InvalidSettingError, match="sqlite:///") as caught:
+        Database(url)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_failed_transaction_leaves_nothing(database: Database) -> None:
+    job = make_job()
+
+    def fail_half_way() -> None:
+        with database.transaction() as connection:
+            queries.enqueue(connection, job)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_half_way()
+    with database.transaction() as connection:
+        assert queries.get_summary(connection, job.tenant, job.id) is None
+
+
+def test_the_engine_is_not_bound_to_a_thread(database: Database) -> None:
+    def count() -> int:
+        with database.transaction() as connection:
+            return len(connection.execute(select(jobs)).all())
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda _: count(), range(16))) == [0] * 16
