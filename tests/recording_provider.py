@@ -1,0 +1,102 @@
+"""The scripted provider with a memory: it keeps every attempt at a key, not only the last.
+
+In: a port.  Out: the same server, whose ``/_stats`` has a
+``history`` of all attempts by key.  Exists so that the tests can tell what was asked of the provider,
+when, and for how long, whatever the database says.
+"""
+
+import argparse
+import asyncio
+import http.client
+import json
+import signal
+import sys
+from collections import defaultdict
+from typing import Any, NamedTuple
+
+import uvloop
+from typing_extensions import override
+
+from worker.embedded import EmbeddedProvider
+from worker.scripted_provider import ScriptedProvider
+from worker.scripted_provider.connection import Attempt, Connection, Performance, Request
+
+
+class ProviderAttempt(NamedTuple):
+    """One request as the provider saw it; times are CLOCK_MONOTONIC in seconds."""
+
+    started: float
+    ended: float | None  #: None while it streams.
+    client_closed: float | None  #: When the client hung up before the answer had ended.
+    deltas: int
+
+
+class RecordingProvider(ScriptedProvider):
+    """Remembers all attempts."""
+
+    def __init__(self, host: str = "127.0.0.1", port: int = 0, api_key: str | None = None) -> None:
+        super().__init__(host, port, api_key)
+        self._history: dict[str, list[Attempt]] = defaultdict(list)
+
+    @property
+    @override
+    def stats(self) -> dict[str, Any]:
+        history = {
+            key: [[one.started_ns, one.ended_ns, one.client_closed_ns, one.deltas] for one in attempts]
+            for key, attempts in self._history.items()
+        }
+        return super().stats | {"history": history}
+
+    @override
+    def _perform(self, connection: Connection, request: Request) -> Performance:
+        performance = super()._perform(connection, request)
+        key = request.json().get("script", {}).get("key")
+        if key is not None:
+            self._history[key].append(self._attempts[key])  # it is kept up to date until the response ends
+        return performance
+
+
+class RecordingProviderProcess(EmbeddedProvider):
+    """The recording provider in a process of its own."""
+
+    @override
+    def _command(self) -> list[str]:
+        return [sys.executable, "-m", "tests.recording_provider", "--port", str(self.port)]
+
+    def stats(self) -> dict[str, Any]:
+        """What ``/_stats`` shows."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        try:
+            connection.request("GET", "/_stats")
+            stats: dict[str, Any] = json.loads(connection.getresponse().read())
+        finally:
+            connection.close()
+        return stats
+
+    def history(self) -> dict[str, list[ProviderAttempt]]:
+        """All attempts by key, in the order in which they began."""
+        return {
+            key: [
+                ProviderAttempt(started / 1e9, ended and ended / 1e9, closed and closed / 1e9, deltas)
+                for started, ended, closed, deltas in attempts
+            ]
+            for key, attempts in self.stats()["history"].items()
+        }
+
+    def attempts(self, key: str) -> list[ProviderAttempt]:
+        """All attempts at one key."""
+        return self.history().get(key, [])
+
+
+async def _serve(port: int) -> None:
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    async with RecordingProvider(port=port):
+        await stop.wait()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--port", type=int, required=True)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(parser.parse_args().port))
