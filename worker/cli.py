@@ -1,0 +1,689 @@
+"""The command line: `millrace`, for newcomers, for operators and for shell scripts.
+
+In: arguments and the environment.  Out: text for people or JSON for programs, and an exit code that
+tells what happened.  Exists so that everything Millrace does can be tried, watched and mended from a
+terminal.  Expected failures are one line on standard error that says what to do.
+
+Each command imports what it needs when it runs, so that help and errors are there at once.
+"""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from api_contracts.client import Client
+    from api_contracts.events import Event
+    from worker.settings import Settings
+
+OK, UNSUCCESSFUL, INVALID, UNAVAILABLE, NOT_FOUND, INTERRUPTED = 0, 1, 2, 3, 4, 130
+
+_EXIT_CODES: Final = (
+    "Exit codes: 0 done · 1 the job did not complete, or a check failed · 2 wrong input or setting · "
+    "3 a service is not available · 4 no such job · 130 Ctrl-C"
+)
+_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "": 1}
+_TRY, _JOBS, _OPERATE = "Try it", "Jobs", "Operate"
+
+app = typer.Typer(
+    help="Millrace runs LLM completions in the background: a job from the queue, live deltas on Redis, "
+    "the result in a database.",
+    epilog=f"Begin with [bold cyan]millrace demo[/].\n\n[dim]{_EXIT_CODES}[/]",
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+JobId = Annotated[str, typer.Argument(metavar="JOB_ID", help="The id that `millrace submit` printed.")]
+Tenant = Annotated[str, typer.Option(help="Whose jobs.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+AsJsonLines = Annotated[bool, typer.Option("--json", help="Print one JSON document per line.")]
+
+
+def _examples(*lines: str) -> str:
+    shown = "\n".join(f"  [cyan]{line}[/]" for line in lines)
+    return f"[bold]Examples[/]\n{shown}\n\n[dim]{_EXIT_CODES}[/]"
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    *, version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False
+) -> None:
+    if version:
+        from importlib.metadata import PackageNotFoundError
+        from importlib.metadata import version as installed
+
+        try:
+            typer.echo(f"millrace {installed('millrace')}")
+        except PackageNotFoundError:
+            typer.echo("millrace, not installed")
+        raise typer.Exit
+
+
+# -- to try it ------------------------------------------------------------------------------------
+
+
+@app.command(rich_help_panel=_TRY, epilog=_examples("millrace demo", "millrace demo --cut"))
+def demo(
+    *,
+    cut: Annotated[
+        bool, typer.Option("--cut", help="Cut the provider's first stream in the middle, to see a retry.")
+    ] = False,
+) -> None:
+    """Show one job on its whole way, in seconds, with nothing else installed.
+
+    Starts an embedded Valkey, a SQLite database, a scripted provider and a worker, sends a job through them,
+    shows its events as they come and the stored row, and ends everything. If OPENAI_API_KEY or OPENAI_BASE_URL
+    is set, your provider is used instead, with the model that MILLRACE_DEMO_MODEL names.
+    """
+    from worker.demo import WIDTH, run_demo
+
+    console = _console()
+    console.width = min(WIDTH, console.width) if console.is_terminal else WIDTH
+    with _start_errors():
+        if not run_demo(console, cut=cut):
+            raise typer.Exit(UNSUCCESSFUL)
+
+
+@app.command(rich_help_panel=_TRY, epilog=_examples("millrace dev", "millrace dev --directory /tmp/mill"))
+def dev(
+    *,
+    directory: Annotated[Path, typer.Option(help="Where the database is kept.", file_okay=False)] = Path(".millrace"),
+) -> None:
+    """Run everything here, for development: embedded Valkey, SQLite, scripted provider and a worker.
+
+    Prints what other terminals and your own service need, and stays until Ctrl-C. Jobs and results are kept in the
+    directory. If OPENAI_API_KEY or OPENAI_BASE_URL is set, your provider is used instead of the scripted one.
+    """
+    from worker.app import run_worker
+    from worker.playground import playground
+
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / ".gitignore").write_text("*\n")
+    with _start_errors(), playground(directory) as ground:
+        exports = directory / "env"
+        exports.write_text("".join(f"export {name}={value}\n" for name, value in ground.settings.items()))
+        console = _console()
+        console.print("[bold]Millrace runs.[/] In another terminal:\n")
+        console.print(f"  [cyan]. {exports}[/]", soft_wrap=True, highlight=False)
+        console.print("  [cyan]millrace submit --model scripted-1 -m 'Hello!' --follow[/]\n", highlight=False)
+        for name, value in ground.settings.items():
+            console.print(f"  {name}={value}", style="dim", soft_wrap=True, highlight=False, markup=False)
+        console.print("\nThe worker's log follows. Ctrl-C ends everything.\n", style="dim")
+        os.environ.update({"MILLRACE_LOG_FORMAT": "console", **ground.settings})
+        raise typer.Exit(run_worker())
+
+
+# -- jobs -----------------------------------------------------------------------------------------
+
+
+@app.command(
+    rich_help_panel=_JOBS,
+    epilog=_examples(
+        "millrace submit --model gpt-5-mini -m 'Why is the sky blue?' --follow",
+        "millrace submit --file job.json --idempotency-key order-4711",
+        'echo \'{"model": "gpt-5-mini", "messages": …}\' | millrace submit --file - --json',
+        "millrace submit --model gpt-5-mini -m Hi --param temperature=0.2 --tool weather.json",
+    ),
+)
+def submit(
+    *,
+    model: Annotated[str | None, typer.Option(help="Model, as the provider calls it.")] = None,
+    message: Annotated[str | None, typer.Option("--message", "-m", help="What the user says.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message, before the user's.")] = None,
+    provider: Annotated[str | None, typer.Option(help="Name of a configured provider.")] = None,
+    tenant: Tenant = "default",
+    file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Job as a JSON object; - reads standard input.")
+    ] = None,
+    param: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Further chat-completions parameter, JSON or text; repeatable."),
+    ] = None,
+    tool: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="JSON file with a function or tool (or several); repeatable."),
+    ] = None,
+    metadata: Annotated[
+        str | None, typer.Option(metavar="JSON", help="Object stored with the result, never sent to the provider.")
+    ] = None,
+    id_: Annotated[str | None, typer.Option("--id", help="Id of the job; by default a new one.")] = None,
+    idempotency_key: Annotated[
+        str | None, typer.Option(help="The same key gives the same job, however often it is submitted.")
+    ] = None,
+    max_attempts: Annotated[int | None, typer.Option(help="Provider streams at most.")] = None,
+    first_token_timeout: Annotated[
+        float | None, typer.Option(help="Seconds to wait for the first data of a stream.")
+    ] = None,
+    idle_timeout: Annotated[float | None, typer.Option(help="Seconds without data that end a stream.")] = None,
+    total_timeout: Annotated[float | None, typer.Option(help="Seconds for all attempts together.")] = None,
+    expires_in: Annotated[
+        str | None, typer.Option(metavar="DURATION", help="Do not start it any more after, say, 90s, 15m, 2h or 1d.")
+    ] = None,
+    follow_: Annotated[bool, typer.Option("--follow", "-f", help="Show the job's events until it ends.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the id as JSON; with --follow the events, one per line.")
+    ] = False,
+) -> None:
+    """Put a job on the queue and print its id.
+
+    The job comes from options, or from a file as the schema of `millrace schema job` describes it; options
+    win over the file.
+    """
+    job = _read_job(file) if file is not None else {}
+    messages = [("system", system), ("user", message)]
+    given: dict[str, Any] = {
+        "model": model,
+        "messages": [{"role": role, "content": text} for role, text in messages if text is not None] or None,
+        "provider": provider,
+        "metadata": None if metadata is None else _parse_json(metadata, "--metadata"),
+        "id": id_,
+        "idempotency_key": idempotency_key,
+        "max_attempts": max_attempts,
+        "first_token_timeout": first_token_timeout,
+        "idle_timeout": idle_timeout,
+        "total_timeout": total_timeout,
+        "expires_at": None if expires_in is None else datetime.now(UTC) + timedelta(seconds=_duration(expires_in)),
+        "tools": [definition for path in tool for definition in _read_tools(path)] if tool else None,
+    }
+    job |= {name: value for name, value in given.items() if value is not None}
+    job |= dict(_parse_param(text) for text in param or ())
+    if not job.get("messages"):
+        _fail("the job needs a message: --message TEXT, or --file FILE", INVALID)
+    with _client(job.get("tenant", tenant) if file is not None and tenant == "default" else tenant) as client:
+        job_id = client.enqueue(job)
+        if not follow_:
+            typer.echo(json.dumps({"job_id": job_id}) if as_json else job_id)
+            return
+        if not as_json:
+            _console().print(f"job {job_id}", style="dim", highlight=False)
+        raise typer.Exit(_follow(client, job_id, None, as_json=as_json))
+
+
+@app.command(
+    rich_help_panel=_JOBS,
+    epilog=_examples(
+        "millrace follow 3f2a9c7e…", "millrace follow 3f2a9c7e… --after 1-17", "millrace follow ID --json"
+    ),
+)
+def follow(
+    job_id: JobId,
+    *,
+    after: Annotated[
+        str | None, typer.Option(metavar="EVENT_ID", help="Only what comes after this event, 1-17 for instance.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds without any event after which to give up.")] = 600.0,
+    tenant: Tenant = "default",
+    as_json: AsJsonLines = False,
+) -> None:
+    """Show a job's events from its beginning, then live, until it ends.
+
+    Text appears as the model writes it, reasoning dimmed, tool calls as they are built. When an attempt fails
+    and the text starts over, a line says so. At the end the text is compared with the stored one.
+    """
+    with _client(tenant) as client:
+        raise typer.Exit(_follow(client, job_id, after, timeout=timeout, as_json=as_json))
+
+
+@app.command(
+    rich_help_panel=_JOBS,
+    epilog=_examples(
+        "millrace get 3f2a9c7e…", "millrace get ID --json | jq .usage", "millrace get ID --text > answer.md"
+    ),
+)
+def get(
+    job_id: JobId,
+    *,
+    tenant: Tenant = "default",
+    text: Annotated[bool, typer.Option("--text", help="Print the text alone, unchanged.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show everything that is stored about a job: text, tool calls, attempts, usage, times."""
+    with _client(tenant) as client:
+        result = client.get(job_id)
+    if result is None:
+        _fail(f"there is no job {job_id} of tenant {tenant}; see: millrace list", NOT_FOUND)
+    if as_json:
+        typer.echo(result.model_dump_json(indent=2))
+    elif text:
+        typer.echo(result.text)
+    else:
+        from worker.terminal import show_result
+
+        show_result(_console(), result)
+
+
+@app.command(
+    "list",
+    rich_help_panel=_JOBS,
+    epilog=_examples("millrace list", "millrace list --status failed --limit 20", "millrace list --json | jq -r .id"),
+)
+def list_(
+    *,
+    status: Annotated[
+        str | None,
+        typer.Option(help="queued, running, retrying, completed, failed, cancelled or expired."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Only jobs for this model.")] = None,
+    provider: Annotated[str | None, typer.Option(help="Only jobs for this provider.")] = None,
+    before: Annotated[str | None, typer.Option(metavar="JOB_ID", help="Go on after the last job of a page.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="Jobs at most.")] = 50,
+    tenant: Tenant = "default",
+    as_json: AsJsonLines = False,
+) -> None:
+    """List jobs, the newest first."""
+    from api_contracts.results import JobStatus
+
+    try:
+        wanted = None if status is None else JobStatus(status)
+    except ValueError:
+        _fail(f"--status: choose one of {', '.join(JobStatus)}", INVALID)
+    with _client(tenant) as client:
+        summaries = client.list(status=wanted, model=model, provider=provider, before=before, limit=limit)
+    if as_json:
+        _print_lines(summary.model_dump_json() for summary in summaries)
+        return
+    from worker.terminal import show_list
+
+    console = _console()
+    if not summaries:
+        console.print("No such jobs.", style="dim")
+        return
+    show_list(console, summaries)
+    if len(summaries) == limit:
+        console.print(f"\nThere may be more: --before {summaries[-1].id}", style="dim", highlight=False)
+
+
+@app.command(rich_help_panel=_JOBS, epilog=_examples("millrace cancel 3f2a9c7e…"))
+def cancel(job_id: JobId, *, tenant: Tenant = "default", as_json: AsJson = False) -> None:
+    """Cancel a job that is queued, running or waiting to retry; what it wrote so far is kept.
+
+    Cancelling twice, or a job that has ended, does no harm.
+    """
+    with _client(tenant) as client:
+        status = client.cancel(job_id)
+    if status is None:
+        _fail(f"there is no job {job_id} of tenant {tenant}; should it still come, it is cancelled", NOT_FOUND)
+    if as_json:
+        typer.echo(json.dumps({"job_id": job_id, "status": status}))
+    elif status.terminal:
+        typer.echo(status.value)
+    else:
+        typer.echo(f"{status.value}: its worker has been told to stop")
+
+
+# -- to operate it --------------------------------------------------------------------------------
+
+
+@app.command(
+    rich_help_panel=_OPERATE,
+    epilog=_examples("millrace worker", "millrace worker --processes 4 --concurrency 500"),
+)
+def worker(
+    *,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, help="Jobs that one process runs at once; else MILLRACE_CONCURRENCY.")
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, max=256, help="Processes, one per core; else MILLRACE_PROCESSES.")
+    ] = None,
+) -> None:
+    """Run a worker until it is told to stop.
+
+    On SIGTERM or Ctrl-C it takes no more jobs, lets streams finish for MILLRACE_SHUTDOWN_GRACE seconds, and hands
+    the rest to other workers; a second signal shortens that. With several processes, one that dies is replaced.
+    """
+    from worker.app import check_database, check_redis, run_worker
+    from worker.provider_config import load_providers
+
+    with _start_errors():
+        settings = _settings()
+        load_providers(settings.providers_file, os.environ)
+        if (count := processes or settings.processes) == 1:
+            raise typer.Exit(run_worker(concurrency=concurrency))
+        check_database(settings)
+        check_redis(settings)
+    from worker.supervisor import Supervisor, python_environment, python_module
+    from worker.telemetry import configure_logging
+
+    configure_logging(settings.log_level, settings.log_format)
+    environment = python_environment(os.environ)
+    if concurrency is not None:
+        environment["MILLRACE_CONCURRENCY"] = str(concurrency)
+    raise typer.Exit(Supervisor(python_module("worker.app"), count, environment).run())
+
+
+@app.command(rich_help_panel=_OPERATE, epilog=_examples("millrace migrate", "millrace migrate --check"))
+def migrate(
+    *,
+    check: Annotated[
+        bool, typer.Option("--check", help="Change nothing; exit 1 if the tables are not current.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Bring the database of MILLRACE_DATABASE_URL to the tables this version needs.
+
+    Old workers go on working meanwhile: every change is additive.
+    """
+    from worker import schema
+    from worker.database import make_engine
+
+    with _start_errors():
+        engine = make_engine(_settings().database_url)
+        try:
+            before = schema.current(engine)
+            after = before if check else schema.migrate(engine)
+        finally:
+            engine.dispose()
+    needed = schema.head()
+    if as_json:
+        typer.echo(json.dumps({"before": before, "after": after, "needed": needed}))
+    elif before == after:
+        typer.echo(f"the database is at {before or 'no revision yet'}; this version needs {needed}")
+    else:
+        typer.echo(f"migrated the database from {before or 'nothing'} to {after}")
+    if after != needed:
+        raise typer.Exit(UNSUCCESSFUL)
+
+
+@app.command(
+    rich_help_panel=_OPERATE,
+    epilog=_examples("millrace doctor", "millrace doctor --quick", "millrace doctor --json | jq .healthy"),
+)
+def doctor(
+    *,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="For a container's health check: no providers; is a worker on this host alive?"),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Look at everything a deployment needs and say what is wrong and what to do.
+
+    Settings, Redis, database, workers, waiting jobs, rejected messages, providers (their list of models is asked
+    for; that costs nothing). Exits 1 if something fails; a warning is none.
+    """
+    from worker.doctor import as_json as findings_json
+    from worker.doctor import examine, healthy, show
+
+    findings = examine(quick=quick)
+    if as_json:
+        typer.echo(json.dumps(findings_json(findings), indent=2))
+    else:
+        show(_console(), findings)
+    if not healthy(findings):
+        raise typer.Exit(UNSUCCESSFUL)
+
+
+@app.command(rich_help_panel=_OPERATE, epilog=_examples("millrace rejected", "millrace rejected --json | jq .reason"))
+def rejected(
+    *, limit: Annotated[int, typer.Option(min=1, max=1000, help="Messages at most.")] = 50, as_json: AsJsonLines = False
+) -> None:
+    """List messages from the queue that were no valid jobs, the newest first, with the reason.
+
+    They are kept in the table rejected_messages, with their payload.
+    """
+    from api_contracts.database import Database
+    from worker import inspection
+
+    database = Database(_settings().database_url)
+    try:
+        with database.transaction() as connection:
+            messages = inspection.rejected(connection, limit)
+    finally:
+        database.close()
+    if as_json:
+        _print_lines(json.dumps(message._asdict(), default=datetime.isoformat) for message in messages)
+        return
+    from worker.terminal import show_rejected
+
+    show_rejected(_console(), messages)
+
+
+@app.command(
+    rich_help_panel=_OPERATE,
+    epilog=_examples("millrace purge --older-than 30d", "millrace purge --older-than 1h --tenant a"),
+)
+def purge(
+    *,
+    older_than: Annotated[str, typer.Option(metavar="DURATION", help="Age since their end: 90s, 15m, 2h or 30d.")],
+    tenant: Annotated[str | None, typer.Option(help="Only this tenant's jobs; else of all.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Delete jobs that ended long ago, with their results. There is no way back."""
+    from api_contracts import queries
+    from api_contracts.database import Database
+
+    seconds, deleted = _duration(older_than), 0
+    database = Database(_settings().database_url)
+    try:
+        while True:  # in small transactions, so that workers need not wait
+            with database.transaction() as connection:
+                batch = queries.purge(connection, seconds, tenant)
+            deleted += batch
+            if not batch:
+                break
+    finally:
+        database.close()
+    typer.echo(json.dumps({"deleted": deleted}) if as_json else f"deleted {deleted} jobs")
+
+
+@app.command(
+    rich_help_panel=_OPERATE,
+    epilog=_examples("millrace schema job > job.schema.json", "millrace schema asyncapi", "millrace schema --check"),
+)
+def schema(
+    name: Annotated[str, typer.Argument(metavar="[job|event|result|asyncapi]", help="Which one.")] = "",
+    *,
+    check: Annotated[bool, typer.Option("--check", help="Exit 1 if the committed files are not current.")] = False,
+) -> None:
+    """Print the contract for services in any language: JSON Schemas and an AsyncAPI document."""
+    from api_contracts import generate_schemas
+
+    if check:
+        if outdated := generate_schemas.outdated():
+            message = f"{', '.join(outdated)}: not current; run: python -m api_contracts.generate_schemas"
+            _fail(message, UNSUCCESSFUL)
+        return
+    documents = {file.partition(".")[0]: text for file, text in generate_schemas.documents().items()}
+    text = documents.get({"events": "event", "jobs": "job", "results": "result"}.get(name, name))
+    if text is None:
+        _fail(f"which schema? choose one of {', '.join(documents)}", INVALID)
+    typer.echo(text, nl=False)
+
+
+# -- what the commands share ----------------------------------------------------------------------
+
+
+def _follow(client: "Client", job_id: str, after: str | None, *, timeout: float = 600.0, as_json: bool) -> int:
+    """Show a job's events; return the exit code."""
+    if as_json:
+        return _follow_json(client.follow(job_id, after, timeout=timeout))
+    from api_contracts.follower import parse_cursor
+    from worker.terminal import LiveView
+
+    view = LiveView(_console(), parse_cursor(after))
+    try:
+        for event in client.follow(job_id, after, timeout=timeout):
+            view.show(event)
+    except KeyboardInterrupt:
+        at = f" --after {view.transcript.last}" if view.transcript.last else ""
+        _say(f"\nthe job goes on; to follow it again: millrace follow {job_id}{at}")
+        return INTERRUPTED
+    terminal = view.transcript.terminal
+    return OK if terminal and terminal.type == "job.completed" and view.matches is not False else UNSUCCESSFUL
+
+
+def _follow_json(events: "Iterable[Event]") -> int:
+    last = ""
+    for event in events:
+        last = event.type
+        _print_lines([event.model_dump_json(exclude_none=True)])
+    return OK if last == "job.completed" else UNSUCCESSFUL
+
+
+def _settings() -> "Settings":
+    from worker.settings import SettingsError, load_settings
+
+    try:
+        return load_settings()
+    except SettingsError as error:
+        _fail(str(error), INVALID)
+
+
+def _client(tenant: str) -> "Client":
+    """Return a client for the same services as a worker in this environment."""
+    from api_contracts.client import Client
+
+    settings = _settings()
+    path = settings.database_url.removeprefix("sqlite:///")
+    if path != settings.database_url and path and not Path(path).exists():
+        _fail(f"there is no database {path}: run `millrace migrate`, or set MILLRACE_DATABASE_URL", UNAVAILABLE)
+    return Client(
+        settings.redis_url,
+        broker_url=settings.broker_url,
+        database_url=settings.database_url,
+        tenant=tenant,
+        prefix=settings.prefix,
+        queue=settings.queue,
+    )
+
+
+@contextmanager
+def _start_errors() -> Iterator[None]:
+    """End with one line if services or settings are not as they must be."""
+    from worker.app import StartError
+    from worker.embedded import EmbeddedServiceError
+    from worker.provider_config import ProviderConfigError
+    from worker.schema import SchemaError
+
+    try:
+        yield
+    except ProviderConfigError as error:
+        _fail(str(error), INVALID)
+    except (StartError, SchemaError, EmbeddedServiceError) as error:
+        _fail(str(error), UNAVAILABLE)
+
+
+def _read_job(file: str) -> dict[str, Any]:
+    try:
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        _fail(f"{file} cannot be read: {_reason(error)}", INVALID)
+    job = _parse_json(text, "standard input" if file == "-" else file)
+    if not isinstance(job, dict):
+        _fail(f"{file}: a job is a JSON object; see: millrace schema job", INVALID)
+    return job
+
+
+def _read_tools(path: Path) -> list[Any]:
+    try:
+        content = _parse_json(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        _fail(f"{path} cannot be read: {_reason(error)}", INVALID)
+    tools = content if isinstance(content, list) else [content]
+    # A function alone, as its author wrote it, is made a tool.
+    return [
+        {"type": "function", "function": tool} if isinstance(tool, dict) and "name" in tool else tool for tool in tools
+    ]
+
+
+def _parse_param(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        _fail(f"--param {text}: write NAME=VALUE, temperature=0.2 for instance", INVALID)
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _parse_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        place = f" (line {error.lineno}, column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
+        _fail(f"{where}: this is not valid JSON{place}", INVALID)
+
+
+def _duration(text: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text)
+    if match is None:
+        _fail(f"{text} is no duration; write 90s, 15m, 2h or 30d", INVALID)
+    return float(match[1]) * _UNITS[match[2]]
+
+
+def _reason(error: OSError | UnicodeDecodeError) -> str:
+    return error.strerror or type(error).__name__ if isinstance(error, OSError) else "it is not UTF-8"
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def _print_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+
+
+def _say(message: str) -> None:
+    sys.stderr.write(message + "\n")
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    """End with one line on standard error."""
+    _say(f"millrace: {message}")
+    raise typer.Exit(code)
+
+
+def _code_of(error: Exception) -> int | None:
+    """Return the exit code of a failure that the client raises on purpose; None: a defect."""
+    from api_contracts import errors
+
+    match error:
+        case errors.JobNotFoundError():
+            return NOT_FOUND
+        case (
+            errors.BrokerUnavailableError()
+            | errors.StoreUnavailableError()
+            | errors.FollowTimeoutError()
+            | errors.EventsLostError()
+        ):
+            return UNAVAILABLE
+        case errors.MillraceError():
+            return INVALID
+    return None
+
+
+def main() -> NoReturn:
+    """Run the command that the arguments name."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal that lacks a character shows "?"
+    try:
+        app(prog_name="millrace")
+    except Exception as error:
+        code = _code_of(error)
+        if code is None:
+            raise
+        _say(f"millrace: {error}")
+        raise SystemExit(code) from None
+    raise SystemExit(OK)
+
+
+if __name__ == "__main__":
+    main()
