@@ -162,7 +162,7 @@ def end_from_outside(
     return bool(changed)
 
 
-def sum_usage(rows: Sequence[Row[*tuple[Any, ...]]]) -> Usage | None:
+def sum_usage(rows: Sequence[Any]) -> Usage | None:
     """Return the sum over a job's attempts, with the weakest of their sources; None if no attempt cost anything.
 
     A figure that no attempt reported is null.

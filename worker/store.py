@@ -14,9 +14,25 @@ Each plural function takes a connection inside a transaction and a list, and ans
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
+from types import SimpleNamespace
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import Connection, Float, Row, and_, bindparam, case, delete, func, select, true, tuple_, update
+from sqlalchemy import (
+    Connection,
+    Float,
+    Integer,
+    Row,
+    and_,
+    bindparam,
+    case,
+    delete,
+    func,
+    select,
+    true,
+    tuple_,
+    update,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 
 from api_contracts.errors import ErrorCode
@@ -135,6 +151,9 @@ _CLAIM_COLUMNS: Final = (
 )
 
 
+_OPEN_ATTEMPT: Final = attempts.insert().values(started_at=now())
+
+
 def claim(connection: Connection, requests: list[ClaimRequest]) -> list[Claim | Refusal]:
     """Take each job that is due and that nobody holds; create its row if it is missing."""
     wanted: dict[JobKey, ClaimRequest] = {}
@@ -158,7 +177,7 @@ def claim(connection: Connection, requests: list[ClaimRequest]) -> list[Claim | 
     granted = {JobKey(row.tenant, row.id): row for row in rows}
     if granted:
         connection.execute(
-            attempts.insert().values(started_at=now()),
+            _OPEN_ATTEMPT,
             [
                 {
                     "tenant": key.tenant,
@@ -179,6 +198,7 @@ def claim(connection: Connection, requests: list[ClaimRequest]) -> list[Claim | 
     return answers
 
 
+@cache
 def _claim_statement(dialect: str) -> Any:
     insert = (postgresql if dialect == "postgresql" else sqlite).insert(jobs)
     statement = insert.values(
@@ -269,83 +289,114 @@ class NotEnded(StrEnum):
 
 def end(connection: Connection, endings: list[Ending]) -> list[Ended | NotEnded]:
     """Write each ending whose attempt still holds its job: status, output, usage and attempt, or nothing."""
-    answers: list[Ended | NotEnded] = []
-    written: list[Ending] = []
-    for ending in sorted(endings, key=lambda one: one.key):
-        if connection.execute(_ending_statement(ending)).rowcount:
-            written.append(ending)
-    _write_attempts(connection, written)
-    _write_outputs(connection, written)
-    totals = {ending.key: _write_totals(connection, ending) for ending in written}
-    for ending in endings:
-        ended = totals.get(ending.key)
-        answers.append(ended if ended is not None else _not_written(connection, ending))
-    return answers
+    rows = _lock(connection, [ending.key for ending in endings])
+    verdicts = [_verdict(rows.get(ending.key), ending) for ending in endings]
+    held = [ending for ending, verdict in zip(endings, verdicts, strict=True) if verdict is _HELD]
+    if held:
+        _write_attempts(connection, held)
+        _write_outputs(connection, held)
+    books = {ending.key: _close_books(connection, ending) for ending in endings}
+    _write_jobs(connection, held, books)
+    return [
+        verdict if isinstance(verdict, NotEnded) else books[ending.key]
+        for ending, verdict in zip(endings, verdicts, strict=True)
+    ]
 
 
-def _ending_statement(ending: Ending) -> Any:
-    values: dict[str, Any] = {
-        "status": ending.status,
-        "worker_id": None,
-        "partial": bool(ending.choices) and ending.status is not JobStatus.COMPLETED,
-    }
-    condition = and_(
-        _is(ending.key),
-        jobs.c.attempt == ending.attempt,
-        jobs.c.worker_id == ending.worker_id,
-        jobs.c.status == JobStatus.RUNNING,
+_HELD: Final = "held"
+_WRITTEN: Final = "written"  #: Our own write, whose commit was cut before we heard of it.
+
+
+_LOCK: Final = (
+    select(
+        jobs.c.tenant,
+        jobs.c.id,
+        jobs.c.status,
+        jobs.c.attempt,
+        jobs.c.worker_id,
+        jobs.c.terminal_event_id,
+        jobs.c.cancel_requested_at,
     )
-    if ending.status in (JobStatus.COMPLETED, JobStatus.RETRYING):
-        # A cancel that was accepted wins over everything that comes after it.
-        condition = and_(condition, jobs.c.cancel_requested_at.is_(None))
-    if ending.status is JobStatus.RETRYING:
-        values |= {
-            "due_at": seconds_from_now(ending.retry_in),
-            "resend_at": seconds_from_now(ending.resend_in),
-            "next_reason": ending.next_reason,
+    .where(tuple_(jobs.c.tenant, jobs.c.id).in_(bindparam("keys", expanding=True)))
+    .order_by(jobs.c.tenant, jobs.c.id)  # one order of locks for all workers
+    .with_for_update()
+)
+
+
+def _lock(connection: Connection, keys: list[JobKey]) -> dict[JobKey, Any]:
+    """Return the jobs' rows, which nobody else can change until the transaction ends."""
+    return {JobKey(row.tenant, row.id): row for row in connection.execute(_LOCK, {"keys": keys})}
+
+
+def _verdict(row: Any, ending: Ending) -> NotEnded | str:
+    if row is None or row.attempt != ending.attempt:
+        return NotEnded.SUPERSEDED
+    if row.status != JobStatus.RUNNING or row.worker_id != ending.worker_id:
+        ours = row.status == ending.status and row.terminal_event_id == ending.terminal_event_id
+        return _WRITTEN if ours and row.worker_id is None else NotEnded.SUPERSEDED
+    if row.cancel_requested_at is not None and ending.status in (JobStatus.COMPLETED, JobStatus.RETRYING):
+        return NotEnded.CANCEL_REQUESTED  # a cancel that was accepted wins over everything that comes after it
+    return _HELD
+
+
+_WRITE_ATTEMPT: Final = (
+    update(attempts)
+    .where(
+        attempts.c.tenant == bindparam("of_tenant"),
+        attempts.c.job_id == bindparam("of_job"),
+        attempts.c.number == bindparam("of_number"),
+    )
+    .values(
+        {
+            column: bindparam(column)
+            for column in (
+                "outcome",
+                "first_token_ms",
+                "error_code",
+                "error_message",
+                "http_status",
+                "retryable",
+                "provider_request_id",
+                "prompt_tokens",
+                "completion_tokens",
+                "total_tokens",
+                "usage_source",
+                "usage",
+            )
         }
-        if ending.outcome is Outcome.INTERRUPTED:
-            values["tries"] = jobs.c.tries - 1  # a shutdown is not the job's fault
-    else:
-        values |= {
-            "finished_at": now(),
-            "output_sha256": output_sha256(choice.content for choice in ending.choices),
-            "terminal_event_id": ending.terminal_event_id,
-            "provider_details": ending.provider_details,
-        }
-    if ending.failure is not None:
-        values |= {"error_code": ending.failure.code, "error_message": ending.failure.message}
-    elif ending.status is JobStatus.COMPLETED:
-        values |= {"error_code": None, "error_message": None}
-    return update(jobs).where(condition).values(values)
+        | {"finished_at": now()}
+    )
+)
 
 
 def _write_attempts(connection: Connection, endings: list[Ending]) -> None:
-    for ending in endings:
-        failure = ending.failure
-        connection.execute(
-            update(attempts)
-            .where(_of(attempts, ending.key), attempts.c.number == ending.attempt)
-            .values(
-                outcome=ending.outcome,
-                finished_at=now(),
-                first_token_ms=ending.first_token_ms,
-                error_code=failure.code if failure else None,
-                error_message=failure.message if failure else None,
-                http_status=failure.http_status if failure else None,
-                retryable=ending.retryable,
-                provider_request_id=ending.provider_request_id,
+    connection.execute(
+        _WRITE_ATTEMPT,
+        [
+            {
+                "of_tenant": ending.key.tenant,
+                "of_job": ending.key.id,
+                "of_number": ending.attempt,
+                "outcome": ending.outcome,
+                "first_token_ms": ending.first_token_ms,
+                "error_code": ending.failure and ending.failure.code,
+                "error_message": ending.failure and ending.failure.message,
+                "http_status": ending.failure and ending.failure.http_status,
+                "retryable": ending.retryable,
+                "provider_request_id": ending.provider_request_id,
                 **_usage_values(ending.usage),
-            )
-        )
+            }
+            for ending in endings
+        ],
+    )
 
 
 def _write_outputs(connection: Connection, endings: list[Ending]) -> None:
-    for ending in endings:
-        if ending.attempt > 1:
-            # Also takes along the tool calls: the output of a job is that of its last attempt.
-            connection.execute(delete(tool_calls).where(_of(tool_calls, ending.key)))
-            connection.execute(delete(choices).where(_of(choices, ending.key)))
+    # The output of a job is that of its last attempt.
+    again = [ending.key for ending in endings if ending.attempt > 1]
+    if again:
+        for table in (tool_calls, choices):
+            connection.execute(delete(table).where(tuple_(table.c.tenant, table.c.job_id).in_(again)))
     rows = [
         {
             "tenant": ending.key.tenant,
@@ -383,14 +434,91 @@ def _write_outputs(connection: Connection, endings: list[Ending]) -> None:
         connection.execute(tool_calls.insert(), calls)
 
 
-def _write_totals(connection: Connection, ending: Ending) -> Ended:
-    rows = connection.execute(select(attempts).where(_of(attempts, ending.key))).all()
-    total = sum_usage(rows)
-    if ending.status in TERMINAL_STATUSES and total is not None:
-        values = _usage_values(total)
-        del values["usage"]
-        connection.execute(update(jobs).where(_is(ending.key)).values(values))
-    return Ended(total, len(rows))
+def _close_books(connection: Connection, ending: Ending) -> Ended:
+    """Sum the job's attempts, the one that ends now included; a first attempt needs no look at the table."""
+    if ending.attempt == 1:
+        rows: Sequence[Any] = [
+            SimpleNamespace(
+                **_usage_values(ending.usage),
+                outcome=ending.outcome,
+                http_status=ending.failure and ending.failure.http_status,
+            )
+        ]
+    else:
+        rows = connection.execute(select(attempts).where(_of(attempts, ending.key))).all()
+    return Ended(sum_usage(rows), len(rows))
+
+
+_TERMINAL_COLUMNS: Final = (
+    "status",
+    "error_code",
+    "error_message",
+    "partial",
+    "output_sha256",
+    "terminal_event_id",
+    "provider_details",
+    "prompt_tokens",
+    "completion_tokens",
+    "total_tokens",
+    "usage_source",
+)
+_THIS_JOB: Final = and_(jobs.c.tenant == bindparam("of_tenant"), jobs.c.id == bindparam("of_job"))
+_WRITE_END: Final = (
+    update(jobs)
+    .where(_THIS_JOB)
+    .values({column: bindparam(column) for column in _TERMINAL_COLUMNS} | {"finished_at": now(), "worker_id": None})
+)
+_WRITE_PAUSE: Final = (
+    update(jobs)
+    .where(_THIS_JOB)
+    .values(
+        {column: bindparam(column) for column in ("status", "error_code", "error_message", "partial", "next_reason")}
+        | {
+            "worker_id": None,
+            "due_at": seconds_from_now(bindparam("retry_in", type_=Float)),
+            "resend_at": seconds_from_now(bindparam("resend_in", type_=Float)),
+            "tries": jobs.c.tries - bindparam("uncounted", type_=Integer),
+        }
+    )
+)
+
+
+def _write_jobs(connection: Connection, endings: list[Ending], books: dict[JobKey, Ended]) -> None:
+    """Write the jobs' rows, which ``_lock`` holds."""
+    ends, pauses = [], []
+    for ending in endings:
+        values: dict[str, Any] = {
+            "of_tenant": ending.key.tenant,
+            "of_job": ending.key.id,
+            "status": ending.status,
+            "error_code": ending.failure and ending.failure.code,
+            "error_message": ending.failure and ending.failure.message,
+            "partial": bool(ending.choices) and ending.status is not JobStatus.COMPLETED,
+        }
+        if ending.status is JobStatus.RETRYING:
+            values |= {
+                "next_reason": ending.next_reason,
+                "retry_in": ending.retry_in,
+                "resend_in": ending.resend_in,
+                # A shutdown is not the job's fault.
+                "uncounted": int(ending.outcome is Outcome.INTERRUPTED),
+            }
+            pauses.append(values)
+            continue
+        total = _usage_values(books[ending.key].usage or Usage())
+        if books[ending.key].usage is None:
+            total["usage_source"] = None
+        del total["usage"]
+        values |= total | {
+            "output_sha256": output_sha256(choice.content for choice in ending.choices),
+            "terminal_event_id": ending.terminal_event_id,
+            "provider_details": ending.provider_details,
+        }
+        ends.append(values)
+    if ends:
+        connection.execute(_WRITE_END, ends)
+    if pauses:
+        connection.execute(_WRITE_PAUSE, pauses)
 
 
 def _usage_values(usage: Usage) -> dict[str, Any]:
@@ -401,23 +529,6 @@ def _usage_values(usage: Usage) -> dict[str, Any]:
         "usage_source": usage.source,
         "usage": usage.details,
     }
-
-
-def _not_written(connection: Connection, ending: Ending) -> Ended | NotEnded:
-    row = connection.execute(
-        select(
-            jobs.c.status, jobs.c.attempt, jobs.c.worker_id, jobs.c.terminal_event_id, jobs.c.cancel_requested_at
-        ).where(_is(ending.key))
-    ).one_or_none()
-    if row is None or row.attempt != ending.attempt:
-        return NotEnded.SUPERSEDED
-    if row.status == JobStatus.RUNNING and row.worker_id == ending.worker_id and row.cancel_requested_at is not None:
-        return NotEnded.CANCEL_REQUESTED
-    if row.status == ending.status and row.terminal_event_id == ending.terminal_event_id:
-        # Our own write, whose commit was cut before we heard of it.
-        rows = connection.execute(select(attempts).where(_of(attempts, ending.key))).all()
-        return Ended(sum_usage(rows), len(rows))
-    return NotEnded.SUPERSEDED
 
 
 @dataclass(frozen=True, slots=True)
@@ -646,11 +757,14 @@ def _find_unannounced(connection: Connection, one: Sweep) -> list[JobKey]:
     return [JobKey(row.tenant, row.id) for row in rows]
 
 
+_MARK_ANNOUNCED: Final = (
+    update(jobs).where(tuple_(jobs.c.tenant, jobs.c.id).in_(bindparam("keys", expanding=True))).values(announced=True)
+)
+
+
 def mark_announced(connection: Connection, keys: list[JobKey]) -> list[None]:
     """Note that the terminal events of these jobs are in the log."""
-    connection.execute(
-        update(jobs).where(tuple_(jobs.c.tenant, jobs.c.id).in_(sorted(set(keys)))).values(announced=True)
-    )
+    connection.execute(_MARK_ANNOUNCED, {"keys": sorted(set(keys))})
     return [None] * len(keys)
 
 
