@@ -244,6 +244,8 @@ def _check_url(url: object, where: str, *, with_password: bool = False) -> None:
         raise ProviderConfigError(f"{where}: must be a URL that starts with http:// or https:// and names a host")
     if parts.username is not None and not with_password:
         raise ProviderConfigError(f"{where}: must not hold a user name or password")
+    if parts.query or parts.fragment:
+        raise ProviderConfigError(f"{where}: must end with its path; parameters go into 'query'")
 
 
 def _environment_proxy(url: str, environment: Mapping[str, str]) -> SecretStr | None:

@@ -127,7 +127,7 @@ class Body(httpx2.AsyncByteStream):
         """The provider's own name for this request."""
         headers = self._response.headers
         found = next((value for name in _REQUEST_ID_HEADERS if (value := headers.get(name))), None)
-        return found[:_REQUEST_ID_LENGTH] if found else None
+        return found[:_REQUEST_ID_LENGTH] if found and found.isascii() and found.isprintable() else None
 
     @property
     def complete(self) -> bool:

@@ -869,7 +869,7 @@ async def test_a_missing_key_is_answered_with_the_variable_to_set() -> None:
 @pytest.mark.parametrize(
     ("answer", "ok", "words"),
     [
-        (refusal(200, b'{"data":[{"id":"a"},{"id":"b"}]}'), True, "accepts the key and lists 2 models"),
+        (refusal(200, b'{"data":[{"id":"a"},{"id":"b"}]}'), True, "answers and lists 2 models"),
         (refusal(401, b"{}"), False, "did not accept the key"),
         (refusal(404, b"{}"), True, "lists no models"),
         (refusal(200, b"<html>"), False, "not like an OpenAI-compatible provider"),

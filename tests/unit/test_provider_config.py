@@ -202,6 +202,11 @@ def test_a_url_holds_no_password() -> None:
     assert message == "providers.toml: [providers.x] base_url: must not hold a user name or password"
 
 
+def test_a_url_ends_with_its_path() -> None:
+    message = complaint('[providers.x]\nbase_url = "https://h.example/v1?key=abc"')
+    assert message == "providers.toml: [providers.x] base_url: must end with its path; parameters go into 'query'"
+
+
 @pytest.mark.parametrize("key", ["sk-\nabc", "sk-ä", "sk-\x00"])
 def test_a_key_that_fits_no_header_is_refused_by_the_name_of_its_variable(key: str) -> None:
     assert complaint("", {"OPENAI_API_KEY": key}) == (
