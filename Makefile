@@ -45,7 +45,7 @@ format: $(VENV)/dev ## Format the code and fix what can be fixed
 	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
 
 conformance: $(VENV)/dev ## Decode recorded and hand-made provider streams [CASES=file.jsonl]
-	@$(PY) -m tests.conformance $(CASES)
+	@$(PY) -m tests.conformance $(if $(CASES),"$(CASES)")
 
 chaos: $(VENV)/dev ## Kill workers, Redis and the provider at random, then count the jobs [SEED=1 JOBS=200]
 	@$(PY) -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(JOBS),--jobs $(JOBS))
