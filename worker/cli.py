@@ -7,15 +7,16 @@ terminal.  Expected failures are one line on standard error that says what to do
 Each command imports what it needs when it runs, so that help and errors are there at once.
 """
 
+import inspect
 import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn, TypeVar
 
 import typer
 
@@ -52,9 +53,20 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")
 AsJsonLines = Annotated[bool, typer.Option("--json", help="Print one JSON document per line.")]
 
 
-def _examples(*lines: str) -> str:
-    shown = "\n".join(f"  [cyan]{line}[/]" for line in lines)
-    return f"[bold]Examples[/]\n{shown}\n\n[dim]{_EXIT_CODES}[/]"
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+def _command(panel: str, *examples: str, name: str | None = None) -> Callable[[Command], Command]:
+    """Make a function a command; its docstring is the help, and ``examples`` stand below it."""
+    shown = "\n".join(f"  [cyan]{line}[/]" for line in examples)
+    epilog = f"[bold]Examples[/]\n{shown}\n\n[dim]{_EXIT_CODES}[/]"
+
+    def register(function: Command) -> Command:
+        # The docstring's lines are as long as the source allows; the terminal's width is another.
+        text = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(function.__doc__ or ""))
+        return app.command(name, help=text, rich_help_panel=panel, epilog=epilog)(function)
+
+    return register
 
 
 @app.callback(invoke_without_command=True)
@@ -75,18 +87,18 @@ def _version(
 # -- to try it ------------------------------------------------------------------------------------
 
 
-@app.command(rich_help_panel=_TRY, epilog=_examples("millrace demo", "millrace demo --cut"))
+@_command(_TRY, "millrace demo", "millrace demo --cut")
 def demo(
     *,
     cut: Annotated[
         bool, typer.Option("--cut", help="Cut the provider's first stream in the middle, to see a retry.")
     ] = False,
 ) -> None:
-    """Show one job on its whole way, in seconds, with nothing else installed.
+    """Show one job on its whole way; needs nothing installed.
 
-    Starts an embedded Valkey, a SQLite database, a scripted provider and a worker, sends a job through them,
-    shows its events as they come and the stored row, and ends everything. If OPENAI_API_KEY or OPENAI_BASE_URL
-    is set, your provider is used instead, with the model that MILLRACE_DEMO_MODEL names.
+    Starts an embedded Valkey, a SQLite database, a scripted provider and a worker, sends a job through them, shows
+    its events as they come and the stored row, and ends everything. If OPENAI_API_KEY or OPENAI_BASE_URL is set,
+    your provider is used instead, with the model that MILLRACE_DEMO_MODEL names.
     """
     from worker.demo import WIDTH, run_demo
 
@@ -97,17 +109,17 @@ def demo(
             raise typer.Exit(UNSUCCESSFUL)
 
 
-@app.command(rich_help_panel=_TRY, epilog=_examples("millrace dev", "millrace dev --directory /tmp/mill"))
+@_command(_TRY, "millrace dev", "millrace dev --directory /tmp/mill")
 def dev(
     *,
     directory: Annotated[Path, typer.Option(help="Where the database is kept.", file_okay=False)] = Path(".millrace"),
 ) -> None:
-    """Run everything here, for development: embedded Valkey, SQLite, scripted provider and a worker.
+    """Run everything here, for development, until Ctrl-C.
 
-    Prints what other terminals and your own service need, and stays until Ctrl-C. Jobs and results are kept in the
-    directory. If OPENAI_API_KEY or OPENAI_BASE_URL is set, your provider is used instead of the scripted one.
+    Starts an embedded Valkey, a SQLite database, a scripted provider and a worker. Prints what other terminals and
+    your own service need. Jobs and results are kept in the directory. If OPENAI_API_KEY or OPENAI_BASE_URL is set,
+    your provider is used instead of the scripted one.
     """
-    from worker.app import run_worker
     from worker.playground import playground
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -123,20 +135,18 @@ def dev(
             console.print(f"  {name}={value}", style="dim", soft_wrap=True, highlight=False, markup=False)
         console.print("\nThe worker's log follows. Ctrl-C ends everything.\n", style="dim")
         os.environ.update({"MILLRACE_LOG_FORMAT": "console", **ground.settings})
-        raise typer.Exit(run_worker())
+        _run_worker()
 
 
 # -- jobs -----------------------------------------------------------------------------------------
 
 
-@app.command(
-    rich_help_panel=_JOBS,
-    epilog=_examples(
-        "millrace submit --model gpt-5-mini -m 'Why is the sky blue?' --follow",
-        "millrace submit --file job.json --idempotency-key order-4711",
-        'echo \'{"model": "gpt-5-mini", "messages": …}\' | millrace submit --file - --json',
-        "millrace submit --model gpt-5-mini -m Hi --param temperature=0.2 --tool weather.json",
-    ),
+@_command(
+    _JOBS,
+    "millrace submit --model gpt-5-mini -m 'Why is the sky blue?' --follow",
+    "millrace submit --file job.json --idempotency-key order-4711",
+    'echo \'{"model": "gpt-5-mini", "messages": …}\' | millrace submit --file - --json',
+    "millrace submit --model gpt-5-mini -m Hi --param temperature=0.2 --tool weather.json",
 )
 def submit(
     *,
@@ -179,8 +189,8 @@ def submit(
 ) -> None:
     """Put a job on the queue and print its id.
 
-    The job comes from options, or from a file as the schema of `millrace schema job` describes it; options
-    win over the file.
+    The job comes from options, or from a file as the schema of `millrace schema job` describes it; options win
+    over the file.
     """
     job = _read_job(file) if file is not None else {}
     messages = [("system", system), ("user", message)]
@@ -212,12 +222,7 @@ def submit(
         raise typer.Exit(_follow(client, job_id, None, as_json=as_json))
 
 
-@app.command(
-    rich_help_panel=_JOBS,
-    epilog=_examples(
-        "millrace follow 3f2a9c7e…", "millrace follow 3f2a9c7e… --after 1-17", "millrace follow ID --json"
-    ),
-)
+@_command(_JOBS, "millrace follow 3f2a9c7e…", "millrace follow 3f2a9c7e… --after 1-17", "millrace follow ID --json")
 def follow(
     job_id: JobId,
     *,
@@ -228,21 +233,17 @@ def follow(
     tenant: Tenant = "default",
     as_json: AsJsonLines = False,
 ) -> None:
-    """Show a job's events from its beginning, then live, until it ends.
+    """Show a job's text and events live, until it ends.
 
-    Text appears as the model writes it, reasoning dimmed, tool calls as they are built. When an attempt fails
-    and the text starts over, a line says so. At the end the text is compared with the stored one.
+    Begins with what has happened already. Text appears as the model writes it, reasoning dimmed, tool calls as
+    they are built. When an attempt fails and the text starts over, a line says so. At the end the text is compared
+    with the stored one.
     """
     with _client(tenant) as client:
         raise typer.Exit(_follow(client, job_id, after, timeout=timeout, as_json=as_json))
 
 
-@app.command(
-    rich_help_panel=_JOBS,
-    epilog=_examples(
-        "millrace get 3f2a9c7e…", "millrace get ID --json | jq .usage", "millrace get ID --text > answer.md"
-    ),
-)
+@_command(_JOBS, "millrace get 3f2a9c7e…", "millrace get ID --json | jq .usage", "millrace get ID --text > answer.md")
 def get(
     job_id: JobId,
     *,
@@ -250,7 +251,10 @@ def get(
     text: Annotated[bool, typer.Option("--text", help="Print the text alone, unchanged.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show everything that is stored about a job: text, tool calls, attempts, usage, times."""
+    """Show everything that is stored about a job.
+
+    Text, tool calls, usage, times, and each attempt with its outcome and cost.
+    """
     with _client(tenant) as client:
         result = client.get(job_id)
     if result is None:
@@ -265,10 +269,8 @@ def get(
         show_result(_console(), result)
 
 
-@app.command(
-    "list",
-    rich_help_panel=_JOBS,
-    epilog=_examples("millrace list", "millrace list --status failed --limit 20", "millrace list --json | jq -r .id"),
+@_command(
+    _JOBS, "millrace list", "millrace list --status failed --limit 20", "millrace list --json | jq -r .id", name="list"
 )
 def list_(
     *,
@@ -306,11 +308,11 @@ def list_(
         console.print(f"\nThere may be more: --before {summaries[-1].id}", style="dim", highlight=False)
 
 
-@app.command(rich_help_panel=_JOBS, epilog=_examples("millrace cancel 3f2a9c7e…"))
+@_command(_JOBS, "millrace cancel 3f2a9c7e…")
 def cancel(job_id: JobId, *, tenant: Tenant = "default", as_json: AsJson = False) -> None:
-    """Cancel a job that is queued, running or waiting to retry; what it wrote so far is kept.
+    """Cancel a job, in whatever state it is.
 
-    Cancelling twice, or a job that has ended, does no harm.
+    What it wrote so far is kept. Cancelling twice, or a job that has ended, does no harm.
     """
     with _client(tenant) as client:
         status = client.cancel(job_id)
@@ -327,10 +329,7 @@ def cancel(job_id: JobId, *, tenant: Tenant = "default", as_json: AsJson = False
 # -- to operate it --------------------------------------------------------------------------------
 
 
-@app.command(
-    rich_help_panel=_OPERATE,
-    epilog=_examples("millrace worker", "millrace worker --processes 4 --concurrency 500"),
-)
+@_command(_OPERATE, "millrace worker", "millrace worker --processes 4 --concurrency 500")
 def worker(
     *,
     concurrency: Annotated[
@@ -345,27 +344,13 @@ def worker(
     On SIGTERM or Ctrl-C it takes no more jobs, lets streams finish for MILLRACE_SHUTDOWN_GRACE seconds, and hands
     the rest to other workers; a second signal shortens that. With several processes, one that dies is replaced.
     """
-    from worker.app import check_database, check_redis, run_worker
-    from worker.provider_config import load_providers
-
-    with _start_errors():
-        settings = _settings()
-        load_providers(settings.providers_file, os.environ)
-        if (count := processes or settings.processes) == 1:
-            raise typer.Exit(run_worker(concurrency=concurrency))
-        check_database(settings)
-        check_redis(settings)
-    from worker.supervisor import Supervisor, python_environment, python_module
-    from worker.telemetry import configure_logging
-
-    configure_logging(settings.log_level, settings.log_format)
-    environment = python_environment(os.environ)
-    if concurrency is not None:
-        environment["MILLRACE_CONCURRENCY"] = str(concurrency)
-    raise typer.Exit(Supervisor(python_module("worker.app"), count, environment).run())
+    count = processes or _settings().processes
+    if count == 1:
+        _run_worker(concurrency)
+    _run_workers(count, concurrency)
 
 
-@app.command(rich_help_panel=_OPERATE, epilog=_examples("millrace migrate", "millrace migrate --check"))
+@_command(_OPERATE, "millrace migrate", "millrace migrate --check")
 def migrate(
     *,
     check: Annotated[
@@ -373,9 +358,10 @@ def migrate(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Bring the database of MILLRACE_DATABASE_URL to the tables this version needs.
+    """Create or update the database's tables.
 
-    Old workers go on working meanwhile: every change is additive.
+    The database is the one of MILLRACE_DATABASE_URL. Old workers go on working meanwhile: every change is
+    additive.
     """
     from worker import schema
     from worker.database import make_engine
@@ -398,10 +384,7 @@ def migrate(
         raise typer.Exit(UNSUCCESSFUL)
 
 
-@app.command(
-    rich_help_panel=_OPERATE,
-    epilog=_examples("millrace doctor", "millrace doctor --quick", "millrace doctor --json | jq .healthy"),
-)
+@_command(_OPERATE, "millrace doctor", "millrace doctor --quick", "millrace doctor --json | jq .healthy")
 def doctor(
     *,
     quick: Annotated[
@@ -410,10 +393,10 @@ def doctor(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Look at everything a deployment needs and say what is wrong and what to do.
+    """Say what is wrong with a deployment and what to do.
 
-    Settings, Redis, database, workers, waiting jobs, rejected messages, providers (their list of models is asked
-    for; that costs nothing). Exits 1 if something fails; a warning is none.
+    Looks at settings, Redis, database, workers, waiting jobs, rejected messages, providers (their list of models
+    is asked for; that costs nothing). Exits 1 if something fails; a warning is none.
     """
     from worker.doctor import as_json as findings_json
     from worker.doctor import examine, healthy, show
@@ -427,13 +410,13 @@ def doctor(
         raise typer.Exit(UNSUCCESSFUL)
 
 
-@app.command(rich_help_panel=_OPERATE, epilog=_examples("millrace rejected", "millrace rejected --json | jq .reason"))
+@_command(_OPERATE, "millrace rejected", "millrace rejected --json | jq .reason")
 def rejected(
     *, limit: Annotated[int, typer.Option(min=1, max=1000, help="Messages at most.")] = 50, as_json: AsJsonLines = False
 ) -> None:
-    """List messages from the queue that were no valid jobs, the newest first, with the reason.
+    """List messages that were no valid jobs, and why.
 
-    They are kept in the table rejected_messages, with their payload.
+    The newest come first. They are kept in the table rejected_messages, with their payload.
     """
     from api_contracts.database import Database
     from worker import inspection
@@ -452,17 +435,17 @@ def rejected(
     show_rejected(_console(), messages)
 
 
-@app.command(
-    rich_help_panel=_OPERATE,
-    epilog=_examples("millrace purge --older-than 30d", "millrace purge --older-than 1h --tenant a"),
-)
+@_command(_OPERATE, "millrace purge --older-than 30d", "millrace purge --older-than 1h --tenant a")
 def purge(
     *,
     older_than: Annotated[str, typer.Option(metavar="DURATION", help="Age since their end: 90s, 15m, 2h or 30d.")],
     tenant: Annotated[str | None, typer.Option(help="Only this tenant's jobs; else of all.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Delete jobs that ended long ago, with their results. There is no way back."""
+    """Delete jobs that ended long ago, with their results.
+
+    There is no way back.
+    """
     from api_contracts import queries
     from api_contracts.database import Database
 
@@ -480,16 +463,16 @@ def purge(
     typer.echo(json.dumps({"deleted": deleted}) if as_json else f"deleted {deleted} jobs")
 
 
-@app.command(
-    rich_help_panel=_OPERATE,
-    epilog=_examples("millrace schema job > job.schema.json", "millrace schema asyncapi", "millrace schema --check"),
-)
+@_command(_OPERATE, "millrace schema job > job.schema.json", "millrace schema asyncapi", "millrace schema --check")
 def schema(
     name: Annotated[str, typer.Argument(metavar="[job|event|result|asyncapi]", help="Which one.")] = "",
     *,
     check: Annotated[bool, typer.Option("--check", help="Exit 1 if the committed files are not current.")] = False,
 ) -> None:
-    """Print the contract for services in any language: JSON Schemas and an AsyncAPI document."""
+    """Print the contract for services in any language.
+
+    It consists of JSON Schemas and an AsyncAPI document.
+    """
     from api_contracts import generate_schemas
 
     if check:
@@ -534,6 +517,37 @@ def _follow_json(events: "Iterable[Event]") -> int:
     return OK if last == "job.completed" else UNSUCCESSFUL
 
 
+def _run_worker(concurrency: int | None = None) -> NoReturn:
+    """Run a worker in this process, so that signals reach it."""
+    from worker.app import StartError, run_worker
+
+    try:
+        code = run_worker(concurrency=concurrency)
+    except StartError as error:
+        _fail(str(error), UNAVAILABLE)
+    raise typer.Exit(code)
+
+
+def _run_workers(count: int, concurrency: int | None) -> NoReturn:
+    """Run several worker processes."""
+    from worker.app import StartError, check_database, check_redis
+    from worker.supervisor import Supervisor, python_environment, python_module
+    from worker.telemetry import configure_logging
+
+    settings = _settings()
+    configure_logging(settings.log_level, settings.log_format)
+    try:
+        # Once and here, rather than by each process again and again.
+        check_database(settings)
+        check_redis(settings)
+    except StartError as error:
+        _fail(str(error), UNAVAILABLE)
+    environment = python_environment(os.environ)
+    if concurrency is not None:
+        environment["MILLRACE_CONCURRENCY"] = str(concurrency)
+    raise typer.Exit(Supervisor(python_module("worker.app"), count, environment).run())
+
+
 def _settings() -> "Settings":
     from worker.settings import SettingsError, load_settings
 
@@ -563,17 +577,13 @@ def _client(tenant: str) -> "Client":
 
 @contextmanager
 def _start_errors() -> Iterator[None]:
-    """End with one line if services or settings are not as they must be."""
-    from worker.app import StartError
+    """End with one line if a service does not start or the database cannot be migrated."""
     from worker.embedded import EmbeddedServiceError
-    from worker.provider_config import ProviderConfigError
     from worker.schema import SchemaError
 
     try:
         yield
-    except ProviderConfigError as error:
-        _fail(str(error), INVALID)
-    except (StartError, SchemaError, EmbeddedServiceError) as error:
+    except (SchemaError, EmbeddedServiceError) as error:
         _fail(str(error), UNAVAILABLE)
 
 

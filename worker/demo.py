@@ -5,7 +5,6 @@ a console, and whether the stored text is the one that was streamed.  Exists so 
 Millrace is a look at the real thing: a queue, a worker process, live events, a database.
 """
 
-import json
 import os
 import sqlite3
 import tempfile
@@ -51,8 +50,9 @@ _CUT: Final[dict[str, Any]] = {
     "faults": [{"kind": "cut", "after": 25}],
 }
 _SQL: Final = """\
-SELECT j.status, j.output_sha256, c.content, t.name, t.arguments
-  FROM jobs j JOIN choices c ON c.job_id = j.id LEFT JOIN tool_calls t ON t.job_id = j.id WHERE j.id = ?"""
+  SELECT status, output_sha256, content, name, arguments FROM jobs
+    JOIN choices ON choices.job_id = jobs.id LEFT JOIN tool_calls ON tool_calls.job_id = jobs.id
+   WHERE jobs.id = ?"""
 
 
 def run_demo(console: Console, *, cut: bool = False) -> bool:
@@ -65,7 +65,7 @@ def run_demo(console: Console, *, cut: bool = False) -> bool:
         SchemaError: the database could not be migrated.
     """
     console.print(Text.assemble(("Millrace demo", "bold"), ": a job goes through a real queue and a real worker."))
-    console.print("starting the services and a worker ...", style="dim")
+    console.print("Starting the services and a worker ...", style="dim")
     with tempfile.TemporaryDirectory(prefix="millrace-demo-") as directory, playground(Path(directory)) as ground:
         # Of the settings only those of the playground: the demo is the same everywhere.
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("MILLRACE_")}
@@ -83,18 +83,25 @@ def run_demo(console: Console, *, cut: bool = False) -> bool:
 def _show(console: Console, ground: Playground, worker: WorkerProcess, *, cut: bool) -> bool:
     _show_services(console, ground, worker)
     job = _job(ground, cut=cut)
-    view = LiveView(console)
+    view = LiveView(console, wrap=True)
     with Client(ground.redis_url, database_url=ground.settings["MILLRACE_DATABASE_URL"]) as client:
         enqueued_at = time.time()
         job_id = client.enqueue(job)
-        _title(console, "The job goes in", f"a row in the database, and a message on the Celery queue '{QUEUE}'")
-        shown = {name: value for name, value in job.items() if name != "script"}
-        console.print(Text(json.dumps(shown, ensure_ascii=False), "cyan"), width=console.width)
-        _title(console, "Its events arrive live", f"Redis channel {job_keys('default', job_id).channel}")
+        _title(console, "1  A job goes in", f"as a row of the database and a message on the Celery queue '{QUEUE}'")
+        _show_facts(
+            console,
+            {
+                "model": job["model"],
+                "messages": f"user: {_PROMPT}",
+                "tools": "get_weather(city, days)",
+                "job id": job_id,
+            },
+        )
+        _title(console, "2  Its events arrive live", f"on {job_keys('default', job_id).channel}")
         for event in client.follow(job_id, timeout=_PATIENCE):
             view.show(event)
         result = client.get(job_id)
-    _title(console, "The result is stored", "and any program can read it with plain SQL")
+    _title(console, "3  The result is stored", "and read here with plain SQL")
     with closing(sqlite3.connect(ground.database)) as connection:
         row = connection.execute(_SQL, (job_id,)).fetchone()
     console.print(Text(_SQL.replace("?", f"'{job_id}'"), "cyan"), soft_wrap=True)
@@ -124,12 +131,15 @@ def _show_services(console: Console, ground: Playground, worker: WorkerProcess) 
     if ground.provider_url is None:
         model = os.environ.get(MODEL_VARIABLE) or DEFAULT_MODEL
         provider = f"yours, at {os.environ.get('OPENAI_BASE_URL') or OPENAI_URL}, model {model} ({MODEL_VARIABLE})"
-    table = Table.grid(padding=(0, 2))
-    table.add_row("  Redis", f"Valkey, embedded, at {ground.redis_url}")
-    table.add_row("  Database", f"SQLite, {ground.database}")
-    table.add_row("  Provider", provider)
-    table.add_row("  Worker", f"process {worker.pid}, up to 1000 streams at once")
-    console.print(table)
+    _show_facts(
+        console,
+        {
+            "Redis": f"Valkey, embedded, at {ground.redis_url}",
+            "database": f"SQLite, {ground.database}",
+            "provider": provider,
+            "worker": f"process {worker.pid}",
+        },
+    )
 
 
 def _title(console: Console, title: str, explanation: str) -> None:
@@ -142,17 +152,22 @@ def _show_row(console: Console, result: CompletionResult, status: str, content: 
     room = console.width - 40
     attempt = result.attempts[-1]
     whole = (attempt.finished_at or attempt.started_at) - attempt.started_at
+    facts = {
+        "status": status,
+        "text": f"{excerpt[:room]}{'…' if len(excerpt) > room else ''} ({len(content)} characters)",
+        "tool call": call,
+        "usage": usage_line(result.usage),
+        "timings": f"first token after {attempt.first_token_ms or 0:.0f} ms, whole after {whole.total_seconds():.2f} s",
+        "attempts": ", ".join(f"{one.number} {one.outcome}" for one in result.attempts),
+    }
+    _show_facts(console, facts)
+
+
+def _show_facts(console: Console, facts: dict[str, str | None]) -> None:
     table = Table.grid(padding=(0, 2))
-    table.add_row("  status", Text(status, "green"))
-    table.add_row("  text", Text(f"{excerpt[:room]}{'…' if len(excerpt) > room else ''} ({len(content)} characters)"))
-    if call:
-        table.add_row("  tool call", Text(printable(call)))
-    table.add_row("  usage", usage_line(result.usage))
-    table.add_row(
-        "  timings",
-        f"first token after {attempt.first_token_ms or 0:.0f} ms, whole after {whole.total_seconds():.2f} s"
-        f"; attempt {attempt.number} of {len(result.attempts)}",
-    )
+    for name, value in facts.items():
+        if value is not None:
+            table.add_row(Text(f"  {name}", "dim"), Text(printable(value)))
     console.print(table)
 
 
@@ -168,8 +183,7 @@ def _show_verdict(console: Console, *, same: bool, sha256: str, deltas: int, fir
     since = "" if first_delta_ms is None else f", the first {first_delta_ms:.0f} ms after the job went in"
     console.print(f"  {deltas} deltas came one by one{since}.")
     console.print(
-        Text.assemble(("  Next  ", "dim"), ("millrace dev", "cyan"), "   keep such a set-up running and try "),
-        Text.assemble(("millrace submit --follow", "cyan")),
+        "  Next: [cyan]millrace dev[/] keeps a set-up like this running; [cyan]millrace --help[/] shows the rest."
     )
 
 

@@ -77,10 +77,9 @@ class _Flow:
     The last word is held back until it is whole, which is when the next piece comes.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, width: int | None) -> None:
         self._console = console
-        # What is read by a program or kept in a file is not broken.
-        self._width = console.width if console.is_terminal or console.legacy_windows else None
+        self._width = width
         self._column = 0
         self._space = ""
         self._word = ""
@@ -136,16 +135,18 @@ class LiveView:
     Args:
         console: Where to.
         after: The event after which the showing begins; None: the job's first.
+        wrap: Whether to break lines; by default on a terminal only, so that a file gets the text as it is.
     """
 
-    def __init__(self, console: Console, after: EventId | None = None) -> None:
+    def __init__(self, console: Console, after: EventId | None = None, *, wrap: bool | None = None) -> None:
         self.transcript = Transcript()
         self.transcript.last = after
         self.first_output_at: int | None = None  #: Time of the first delta, in ms since 1970 by the worker's clock.
         self.deltas = 0
         self._whole = after is None
         self._console = console
-        self._flow = _Flow(console)
+        self._wrap = console.is_terminal if wrap is None else wrap
+        self._flow = _Flow(console, console.width if self._wrap else None)
         self._section = ""  #: What the last delta was part of.
         self._content = ""  #: The first choice's text, as far as it stands on the screen.
         self._started_at: int | None = None
@@ -183,7 +184,7 @@ class LiveView:
     def _note(self, *parts: str | tuple[str, str]) -> None:
         self._flow.end_line()
         self._section = ""
-        self._console.print(Text.assemble(*parts), soft_wrap=True)
+        self._console.print(Text.assemble(*parts), soft_wrap=not self._wrap)
 
     def _attempt_started(self, event: AttemptStarted) -> None:
         where = f"{event.model}, provider {event.provider}"
@@ -259,14 +260,14 @@ class LiveView:
         facts.append(f"{event.attempts} attempt{'s' * (event.attempts != 1)}")
         if self._started_at is not None:
             facts.append(f"{(event.ts - self._started_at) / 1000:.2f} s")
+        if self.matches:
+            facts.append("sha256 matches")
         mark = "✓" if status is JobStatus.COMPLETED else "✗"
         self._note((f"{mark} {status.value}", f"bold {_STATUS_STYLES[status]}"), " · ", " · ".join(filter(None, facts)))
         if event.error is not None:
             self._note(("  " + printable(_error(event.error)), "red"))
-        if self.matches:
-            self._note(("  the text above is the stored text: sha256 ", "dim"), (event.output_sha256[:16] + "…", "dim"))
-        elif self.matches is False:
-            self._note(("  the text above is NOT the stored text: the sha256 differs", "bold red"))
+        if self.matches is False:
+            self._note(("  the text above is NOT the stored text: its sha256 differs", "bold red"))
 
 
 def usage_line(usage: Usage | None) -> str:
