@@ -169,9 +169,12 @@ class Publication:
     async def flushed(self, timeout: float) -> Flushed:
         """Wait until all events are in the log, at most ``timeout`` seconds."""
         if self._pending and not self.fenced:
-            waiter = asyncio.get_running_loop().create_future()
+            loop = asyncio.get_running_loop()
+            waiter = loop.create_future()
             self._waiters.append(waiter)
-            await asyncio.wait((waiter,), timeout=timeout)
+            timer = loop.call_later(timeout, _wake, waiter)
+            await waiter
+            timer.cancel()
         if self.fenced:
             return Flushed.FENCED
         return Flushed.WAITING if self._pending else Flushed.SENT
@@ -233,8 +236,7 @@ class Publication:
             raise PublishError(str(answer)[:120])
         if not self._pending:
             for waiter in self._waiters:
-                if not waiter.done():
-                    waiter.set_result(None)
+                _wake(waiter)
             self._waiters.clear()
         return bool(self._pending)
 
@@ -246,6 +248,11 @@ class Publication:
             # Placeholders keep the count, from which ids are derived, at no cost.
             self._pending = [b""] * (len(self._pending) - len(tail)) + tail
             self._pending_bytes = sum(map(len, tail))
+
+
+def _wake(waiter: "asyncio.Future[None]") -> None:
+    if not waiter.done():
+        waiter.set_result(None)
 
 
 class PublishError(Exception):
@@ -298,8 +305,8 @@ class Publisher:
     def notice(self, publication: Publication) -> None:
         """Remember that ``publication`` has something to send."""
         self._dirty[publication] = None
-        if self._wake is not None and not self._wake.done():
-            self._wake.set_result(None)
+        if self._wake is not None:
+            _wake(self._wake)
 
     @property
     def connected(self) -> bool:

@@ -29,6 +29,7 @@ def make_celery(settings: Settings, service: LoopService) -> Celery:
         broker_transport="worker.transport:DoorkeeperTransport",
         broker_transport_options={
             "rejected_prefix": settings.prefix,
+            "capacity": settings.concurrency,
             # Nothing stays unacknowledged for long, so this redelivers only what a dying worker had prefetched.
             "visibility_timeout": 3600,
             "socket_timeout": 10,  # more than the second a BRPOP waits; a dead connection is noticed
