@@ -53,6 +53,7 @@ def _make_engine(url: str) -> Engine:
     if not url.startswith("sqlite"):
         return create_engine(
             url,
+            hide_parameters=True,  # they are prompts and outputs
             pool_pre_ping=True,
             pool_timeout=5,
             connect_args={
@@ -65,7 +66,9 @@ def _make_engine(url: str) -> Engine:
                 "options": "-c lock_timeout=5000 -c statement_timeout=30000",
             },
         )
-    engine = create_engine(url, pool_timeout=5, connect_args={"timeout": 5})  # waits that long for another writer
+    engine = create_engine(
+        url, hide_parameters=True, pool_timeout=5, connect_args={"timeout": 5}
+    )  # waits that long for another writer
 
     @event.listens_for(engine, "connect")
     def _configure(connection: Any, _record: Any) -> None:

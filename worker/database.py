@@ -37,7 +37,7 @@ class _Request(NamedTuple):
 def make_engine(url: str) -> Engine:
     """Return an engine for ``url`` with the time-outs and pragmas that we rely on."""
     if url.startswith("sqlite"):
-        engine = create_engine(url, connect_args={"timeout": 15, "check_same_thread": False})
+        engine = create_engine(url, hide_parameters=True, connect_args={"timeout": 15, "check_same_thread": False})
 
         @event.listens_for(engine, "connect")
         def _configure(connection: Any, _record: Any) -> None:
@@ -55,6 +55,7 @@ def make_engine(url: str) -> Engine:
         return engine
     return create_engine(
         url,
+        hide_parameters=True,  # they are prompts and outputs
         pool_pre_ping=True,
         pool_size=2,
         connect_args={

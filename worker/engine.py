@@ -19,6 +19,8 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, Final
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from api_contracts.errors import ErrorCode
 from api_contracts.jobs import Job
 from api_contracts.results import Choice, JobStatus, Usage, output_sha256
@@ -264,7 +266,8 @@ class Engine:
 
     async def _stream(self, run: Run, attempt: Attempt) -> Failure | None:
         """Read the provider's answer to its end; returns why it broke off, or None."""
-        job, settings = attempt.job, self._settings
+        job = attempt.job
+        usage_timer: asyncio.TimerHandle | None = None
         try:
             provider = self._providers.get(job.provider)
             timeouts = self._timeouts(job, provider.config)
@@ -274,7 +277,6 @@ class Engine:
                 attempt.provider_request_id = response.provider_request_id
                 reader = attempt.reader = self._make_reader(job, provider.config, response.content_type)
                 data_events = 0
-                usage_timer: asyncio.TimerHandle | None = None
                 async for data in response:
                     deltas = reader.feed(data)
                     if reader.data_events != data_events:
@@ -286,10 +288,8 @@ class Engine:
                         break
                     if usage_timer is None and reader.complete:
                         usage_timer = asyncio.get_running_loop().call_later(
-                            settings.usage_wait, run.request_stop, Stop.USAGE_LATE
+                            self._settings.usage_wait, run.request_stop, Stop.USAGE_LATE
                         )
-                if usage_timer is not None:
-                    usage_timer.cancel()
         except ProviderFailure as error:
             return error.failure
         except asyncio.CancelledError:
@@ -297,6 +297,9 @@ class Engine:
         except Exception as error:  # a defect of ours must not leave the job hanging
             log.exception("attempt_defect", tenant=job.tenant, job_id=job.id, attempt=attempt.claim.attempt)
             return Failure(code=ErrorCode.INTERNAL, message=f"internal error ({type(error).__name__})")
+        finally:
+            if usage_timer is not None:
+                usage_timer.cancel()
         return None
 
     def _timeouts(self, job: Job, config: ProviderConfig) -> Timeouts:
@@ -390,7 +393,15 @@ class Engine:
             last_words = [] if ending.status is JobStatus.RETRYING else self._last_words(attempt, ending)
             if ending.status is not JobStatus.RETRYING:
                 ending = replace(ending, terminal_event_id=publication.next_id(len(last_words) + 1))
-            answer = await self._database.persist(store.end, ending, "result")
+            try:
+                answer = await self._database.persist(store.end, ending, "result")
+            except SQLAlchemyError as error:
+                if not ending.choices:
+                    raise
+                # A value that the database refuses must not leave the job hanging; what it cost is kept.
+                log.exception("result_unstorable", tenant=ending.key.tenant, job_id=ending.key.id)
+                ending = _unstorable(ending, error)
+                continue
             if answer is not NotEnded.CANCEL_REQUESTED:
                 break
             ending = _cancelled(ending)
@@ -398,8 +409,8 @@ class Engine:
         if isinstance(answer, NotEnded):
             log.warning("attempt_superseded", **known)
             return None
-        error = ending.failure.code if ending.failure else None
-        log.info("attempt_ended", **known, outcome=ending.outcome, status=ending.status, error=error)
+        code = ending.failure.code if ending.failure else None
+        log.info("attempt_ended", **known, outcome=ending.outcome, status=ending.status, error=code)
         if ending.status is JobStatus.RETRYING:
             publication.send("attempt.failed", failure_fields(ending))
             return None if ending.outcome is Outcome.INTERRUPTED else ending.retry_in
@@ -499,6 +510,19 @@ class Engine:
 async def _sleep(seconds: float) -> Failure | None:
     await asyncio.sleep(seconds)
     return None
+
+
+def _unstorable(ending: Ending, error: Exception) -> Ending:
+    message = f"the database refused the output ({type(error).__name__})"
+    return replace(
+        ending,
+        outcome=Outcome.FAILED,
+        status=JobStatus.FAILED,
+        choices=(),
+        provider_details=None,
+        failure=Failure(code=ErrorCode.INTERNAL, message=message),
+        retryable=False,
+    )
 
 
 def _cancelled(ending: Ending) -> Ending:

@@ -14,6 +14,7 @@ import uuid
 import redis.asyncio
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from sqlalchemy.exc import SQLAlchemyError
 
 from api_contracts.errors import ErrorCode, InvalidJobError, StoreUnavailableError
 from api_contracts.jobs import Job, parse_job
@@ -99,17 +100,20 @@ class Service:
             await self._refuse(argument, str(error))
             delivery.accept()
             return
-        await self.engine.run(job, delivery.accept)
+        try:
+            await self.engine.run(job, delivery.accept)
+        except SQLAlchemyError as error:
+            # Not an outage, for which the engine waits: the database refuses this job.
+            log.exception("job_unstorable", tenant=job.tenant, job_id=job.id)
+            await self._reject(f"the database refused the job ({type(error).__name__})", job)
+            delivery.accept()
 
     async def _refuse(self, argument: object, reason: str) -> None:
         """Record a message that is no valid job; if it names a job, that job ends as failed."""
         job = _names_in(argument)
         key = JobKey(job.tenant, job.id) if job else None
         log.warning("job_invalid", reason=reason, tenant=key and key.tenant, job_id=key and key.id)
-        rejection = Rejection(
-            id=uuid.uuid4().hex, reason=reason, size=0, tenant=key and key.tenant, job_id=key and key.id
-        )
-        await self._database.persist(store.reject, rejection, "rejection")
+        await self._reject(reason, job)
         if job is not None and key is not None:
             refused = Refused(job, ErrorCode.INVALID_JOB, reason)
             await self._database.persist(store.refuse, refused, "refused job")
@@ -117,6 +121,16 @@ class Service:
                 await self._announcer.announce(key)
             except StoreUnavailableError:
                 log.warning("announcement_delayed", tenant=key.tenant, job_id=key.id)
+
+    async def _reject(self, reason: str, job: Job | None) -> None:
+        rejection = Rejection(
+            id=uuid.uuid4().hex,
+            reason=reason,
+            size=0,
+            tenant=job.tenant if job else None,
+            job_id=job.id if job else None,
+        )
+        await self._database.persist(store.reject, rejection, "rejection")
 
     # -- the end --
 
