@@ -671,7 +671,7 @@ def _error_in(chunk: dict[str, Any]) -> object:
     verdict = chunk.get("base_resp")
     if type(verdict) is dict and verdict.get("status_code"):
         return chunk
-    if type(chunk.get("choices")) is list and chunk.get("object") != "error":
+    if type(chunk.get("choices")) is list:
         return None
     if chunk.get("object") == "error" or chunk.get("type") == "error" or chunk.get("errors") or chunk.get("detail"):
         return chunk

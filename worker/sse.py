@@ -13,6 +13,7 @@ from typing import Final, TypeAlias
 
 #: An event's data, never empty, and its name, mostly empty. A bare pair: a named one takes longer to make than to read.
 ServerSentEvent: TypeAlias = tuple[bytes, str]
+ERROR_FIELD: Final = "\n"  #: The name given to an ``error:`` line, which is no event; no event can have it.
 
 _BOM: Final = b"\xef\xbb\xbf"
 _EVENT_END: Final = b"\n\n"
@@ -29,12 +30,11 @@ class SSEDecoder:
             set, the events before it are given out, and nothing after it.
     """
 
-    __slots__ = ("_after_cr", "_begun", "_max_event_bytes", "_tail", "error_field", "foreign_lines", "oversized")
+    __slots__ = ("_after_cr", "_begun", "_max_event_bytes", "_tail", "foreign_lines", "oversized")
 
     def __init__(self, max_event_bytes: int = 16 * 1024 * 1024) -> None:
         self.oversized = False
         self.foreign_lines = False  #: Whether a line was seen that no event stream has.
-        self.error_field: bytes | None = None  #: What the last ``error:`` line said.
         self._max_event_bytes = max_event_bytes
         self._tail = bytearray()  # what has come of the event that is not yet whole
         self._begun = False  # whether the place of a byte order mark is behind us
@@ -100,7 +100,7 @@ class SSEDecoder:
 
     def _parse(self, block: bytes) -> ServerSentEvent | None:
         """Return the event whose lines ``block`` holds, or None if it has no data."""
-        name = b""
+        name = error = b""
         data: list[bytes] = []
         for line in block.split(b"\n"):
             field, _, value = line.partition(b":")
@@ -111,10 +111,12 @@ class SSEDecoder:
                 case b"event":
                     name = value
                 case b"error":
-                    self.error_field = value
+                    error = value
                 case b"" | b"id" | b"retry":  # a comment, or of use to browsers only
                     pass
                 case _:
                     self.foreign_lines = True
         text = b"\n".join(data)
-        return (text, name.decode(errors="replace")) if text else None
+        if text:
+            return (text, name.decode(errors="replace"))
+        return (error, ERROR_FIELD) if error else None

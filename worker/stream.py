@@ -19,7 +19,7 @@ import orjson
 from api_contracts.errors import ErrorCode
 from worker.accumulator import Accumulator, Delta, Limits, Output
 from worker.failures import Failure, failure_from_stream_error
-from worker.sse import ServerSentEvent, SSEDecoder
+from worker.sse import ERROR_FIELD, ServerSentEvent, SSEDecoder
 
 __all__ = ["Delta", "Limits", "Output", "StreamReader"]
 
@@ -53,6 +53,7 @@ class StreamReader:
         "_decoder",
         "_done_completes",
         "_ending",
+        "_error_field",
         "_expected_choices",
         "_failure",
         "_framing",
@@ -87,6 +88,7 @@ class StreamReader:
         self._saw_done = False
         self._whole = False  # whether the body was one JSON answer, which has no end but its own
         self._ending = False
+        self._error_field: bytes | None = None  # outside of any event, so it counts only if nothing else does
         self._failure: Failure | None = None
 
     @property
@@ -142,8 +144,8 @@ class StreamReader:
         if answer.complete:
             return None
         if answer.has_output:
-            if self._decoder.error_field is not None:
-                return failure_from_stream_error(self._decoder.error_field)
+            if self._error_field is not None:
+                return failure_from_stream_error(self._error_field)
             if self._whole or (self._saw_done and self._done_completes):
                 return None
         elif self._whole or self._saw_done:
@@ -166,6 +168,9 @@ class StreamReader:
 
     def _read_event(self, payload: bytes, name: str, deltas: list[Delta]) -> None:
         if name in _KEEP_ALIVE_EVENTS:
+            return
+        if name == ERROR_FIELD:
+            self._error_field = payload
             return
         torn = False
         try:

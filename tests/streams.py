@@ -1,0 +1,144 @@
+"""Streams for tests: the conformance cases as bytes, and a stream played to the reader.
+
+In: ``conformance/sse_cases.jsonl``.  Out: cases, and what the reader made of a stream.  Exists so that
+the tests of single parts, of all cases and the fuzzer hold the reader to the same promises.
+"""
+
+import base64
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from api_contracts.errors import ErrorCode
+from worker.failures import Failure
+from worker.stream import Delta, Limits, Output, StreamReader
+
+CASES: Final = Path(__file__).parent / "conformance" / "sse_cases.jsonl"
+CAUSES: Final[dict[str, Failure | None]] = {
+    "clean": None,
+    "reset": Failure(ErrorCode.CONNECTION, "the connection was reset"),
+    "stall": Failure(ErrorCode.TIMEOUT, "nothing came any more"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One line of the file of cases."""
+
+    name: str
+    http_status: int
+    headers: dict[str, str]
+    chunks: list[bytes]
+    cause: Failure | None  #: What the transport says at the end.
+    expect: dict[str, Any]
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(self.chunks)
+
+
+def load_cases() -> list[Case]:
+    """Return all cases."""
+    lines = [json.loads(line) for line in CASES.read_text(encoding="utf-8").splitlines()]
+    return [
+        Case(
+            name=line["name"],
+            http_status=line["http_status"],
+            headers=line["headers"],
+            chunks=[base64.b64decode(c["b64"]) if isinstance(c, dict) else c.encode() for c in line["chunks"]],
+            cause=CAUSES[line["close"]],
+            expect=line["expect"],
+        )
+        for line in lines
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Played:
+    """What the reader made of a stream."""
+
+    failure: Failure | None
+    output: Output
+    deltas: list[Delta]
+
+    def seen(self) -> tuple[Failure | None, Output, dict[int, dict[str, Any]]]:
+        """What must not depend on how the bytes were cut."""
+        return self.failure, self.output, joined(self.deltas)
+
+
+def play(
+    pieces: Iterable[bytes],
+    cause: Failure | None = None,
+    *,
+    limits: Limits | None = None,
+    done_completes: bool = True,
+) -> Played:
+    """Feed ``pieces`` to a reader until it has enough, and end it; check its promises on the way."""
+    reader = StreamReader(limits, done_completes=done_completes, call_seed="job-1")
+    deltas: list[Delta] = []
+    for piece in pieces:
+        if reader.done:
+            break
+        deltas += reader.feed(piece)
+    failure = reader.finish(cause)
+    deltas += reader.final_deltas
+    output = reader.output()
+    check(deltas, output)
+    return Played(failure, output, deltas)
+
+
+def check(deltas: Sequence[Delta], output: Output) -> None:
+    """Check what holds for every stream: the deltas give the output, and all of it can be stored."""
+    for _, fields in deltas:
+        check_fields(fields)
+    held = joined(deltas)
+    for choice in output.choices:
+        calls = [{"id": call.id, "name": call.name, "arguments": call.arguments} for call in choice.tool_calls]
+        texts = {"content": choice.content, "reasoning": choice.reasoning, "refusal": choice.refusal}
+        nothing = {"content": "", "reasoning": "", "refusal": "", "tool_calls": []}
+        assert held.get(choice.index, nothing) == {**texts, "tool_calls": calls}
+    assert held.keys() <= {choice.index for choice in output.choices}
+    for part in (*(choice.model_dump() for choice in output.choices), output.usage, output.provider_details):
+        text = json.dumps(part, allow_nan=False, ensure_ascii=False)
+        text.encode()  # no half of a surrogate pair
+        assert "\\u0000" not in text.replace("\\\\", "")
+
+
+def check_fields(fields: dict[str, Any]) -> None:
+    """Check that a delta has the shape of the contract and says something."""
+    assert fields
+    assert fields.keys() <= {"content", "reasoning", "refusal", "tool_calls"}
+    for name, value in fields.items():
+        assert value
+        if name != "tool_calls":
+            assert isinstance(value, str)
+            continue
+        for fragment in value:
+            assert {"index"} < fragment.keys() <= {"index", "id", "name", "arguments"}
+            assert all(isinstance(part, str) and part for key, part in fragment.items() if key != "index")
+
+
+def joined(deltas: Iterable[Delta]) -> dict[int, dict[str, Any]]:
+    """Return what a follower holds who applied ``deltas``."""
+    held: dict[int, dict[str, Any]] = {}
+    for index, fields in deltas:
+        choice = held.setdefault(index, {"content": [], "reasoning": [], "refusal": [], "tool_calls": []})
+        for name, value in fields.items():
+            if name != "tool_calls":
+                choice[name].append(value)
+                continue
+            for fragment in value:
+                if fragment["index"] == len(choice["tool_calls"]):
+                    choice["tool_calls"].append({"id": fragment["id"], "name": "", "arguments": []})
+                call = choice["tool_calls"][fragment["index"]]
+                call["id"] = fragment.get("id", call["id"])
+                call["name"] = fragment.get("name", call["name"])
+                call["arguments"].append(fragment.get("arguments", ""))
+    for choice in held.values():
+        for name in ("content", "reasoning", "refusal"):
+            choice[name] = "".join(choice[name])
+        for call in choice["tool_calls"]:
+            call["arguments"] = "".join(call["arguments"])
+    return held
