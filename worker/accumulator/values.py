@@ -1,0 +1,101 @@
+"""Values: texts, numbers and JSON as they may be stored, and how two reports of one field become one.
+
+In: decoded JSON.  Out: the same, safe and bounded.  Exists so that no database has to refuse an output.
+"""
+
+import json
+import math
+from typing import Any, Final
+
+import orjson
+
+DEEPEST: Final = 32  #: Levels of nested values that are kept.
+MOST_FIELDS: Final = 64  #: Unknown fields of the stream, and fields of one level of usage.
+_LARGEST_COUNT: Final = 2**63 - 1
+
+
+def byte_length(text: str) -> int:
+    """Return the bytes that ``text`` takes as UTF-8."""
+    return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
+
+
+def merged(known: Any, new: Any, depth: int = DEEPEST) -> Any:
+    """Return two values of one field as one: lists are joined, objects merged, anything else is replaced."""
+    if type(known) is list and type(new) is list:
+        known.extend(new)
+        return known
+    if type(known) is dict and type(new) is dict and depth:
+        for name, value in new.items():
+            known[name] = merged(known.get(name), value, depth - 1)
+        return known
+    return known if new is None else new
+
+
+def merged_usage(known: dict[str, Any] | None, new: object, depth: int = 2) -> dict[str, Any] | None:
+    """Return usage as reported so far, field by field: the newest counts, but null and 0 never beat a figure."""
+    if type(new) is not dict:
+        return known
+    merged = {} if known is None else known
+    for given_name, value in new.items():
+        name = safe(given_name)
+        before = merged.get(name)
+        if value is None or (before is None and len(merged) >= MOST_FIELDS):
+            continue
+        if type(value) is dict and depth:
+            merged[name] = merged_usage(before if type(before) is dict else None, value, depth - 1)
+        elif number(value) != 0 or not number(before):
+            merged[name] = storable(value)
+    return merged
+
+
+def number(value: object) -> float | None:
+    """Return the number that ``value`` is or spells, or None."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        result = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return result if math.isfinite(result) else None
+
+
+def whole_number(value: object) -> int | None:
+    """Return the count that ``value`` is or spells, or None; providers write them as texts and fractions, too."""
+    count = number(value)
+    return int(count) if count is not None and 0 <= count < _LARGEST_COUNT else None
+
+
+def safe(text: str) -> str:
+    """Return ``text`` with its surrogate pairs joined, single halves replaced and NUL removed."""
+    if not text.isascii():
+        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text.replace("\x00", "")
+
+
+def storable(value: Any, depth: int = DEEPEST) -> Any:
+    """Return a JSON value as every database takes it: safe texts, no NaN, nothing nested without end."""
+    if isinstance(value, str):
+        return safe(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, bool) or value is None:
+        return value
+    if isinstance(value, int):
+        return value if abs(value) <= _LARGEST_COUNT else None
+    if not depth:
+        return None
+    if isinstance(value, list):
+        return [storable(item, depth - 1) for item in value]
+    return {safe(name): storable(item, depth - 1) for name, item in value.items()}
+
+
+def is_json(text: str) -> bool:
+    """Tell whether ``text`` is a JSON text."""
+    try:
+        orjson.loads(text)
+    except orjson.JSONDecodeError:
+        try:
+            json.loads(text)
+        except (ValueError, RecursionError):
+            return False
+    return True
