@@ -36,4 +36,4 @@ STOPSIGNAL SIGTERM
 ENTRYPOINT ["millrace"]
 CMD ["worker"]
 
-HEALTHCHECK --interval=30s --timeout=15s --start-period=30s --retries=3 CMD ["millrace", "doctor", "--json"]
+HEALTHCHECK --interval=30s --timeout=15s --start-period=30s --retries=3 CMD ["millrace", "doctor", "--quick"]
