@@ -14,7 +14,7 @@ from sqlalchemy import Connection
 
 from api_contracts import queries
 from api_contracts.errors import StoreUnavailableError
-from api_contracts.names import control_channel
+from api_contracts.names import control_channel, job_keys
 from api_contracts.results import JobStatus
 from worker.announcer import Announcer
 from worker.database import Database
@@ -37,6 +37,7 @@ class Control:
         self, client: redis.asyncio.Redis, prefix: str, database: Database, engine: Engine, announcer: Announcer
     ) -> None:
         self._client = client
+        self._prefix = prefix
         self._channel = control_channel(prefix)
         self._database = database
         self._engine = engine
@@ -60,6 +61,7 @@ class Control:
             try:
                 async with self._client.pubsub(ignore_subscribe_messages=True) as pubsub:
                     await pubsub.subscribe(self._channel)
+                    await self._look()
                     while True:
                         message = await pubsub.get_message(timeout=10.0)
                         if message is None:
@@ -69,6 +71,18 @@ class Control:
             except (RedisError, OSError) as error:
                 log.warning("control_unavailable", reason=type(error).__name__)
                 await asyncio.sleep(1.0)
+
+    async def _look(self) -> None:
+        """Find the requests for jobs that run here which came while nobody listened."""
+        keys = list(self._engine.runs)
+        if not keys:
+            return
+        async with self._client.pipeline(transaction=False) as pipe:
+            for key in keys:
+                pipe.exists(job_keys(key.tenant, key.id, self._prefix).cancel)  # type: ignore[unused-awaitable]
+            for key, requested in zip(keys, await pipe.execute(), strict=True):
+                if requested:
+                    await self._cancel(key)
 
     def _receive(self, data: bytes) -> None:
         try:

@@ -177,8 +177,10 @@ class Engine:
                     return
                 run.attempt = 0
                 await run.interruptibly(_sleep(wait))
+                if run.stop is Stop.INTERRUPTED:
+                    await self._database.persist(store.hand_back, key, "hand back")
                 if run.stopping:
-                    return  # cancelled in the database already, or left to another worker's sweeper
+                    return
         finally:
             del self.runs[key]
 
@@ -207,6 +209,7 @@ class Engine:
             if claim.tries > self._max_attempts(attempt):
                 return await self._commit(run, attempt, self._worn_out(attempt))
         if failure is None:
+            attempt.carried = None
             attempt.publication.send(
                 "attempt.started", {"model": job.model, "provider": job.provider, "reason": claim.reason}
             )
@@ -228,8 +231,8 @@ class Engine:
         key = JobKey(job.tenant, job.id)
 
         def snapshot() -> dict[str, Any]:
-            if attempt.finished and attempt.carried is not None:
-                return snapshot_fields(attempt.carried, True, Usage())
+            if attempt.carried is not None:
+                return snapshot_fields(attempt.carried, attempt.finished, Usage())
             output = attempt.reader.output()
             return snapshot_fields(output.choices, attempt.finished, self._usage_of(attempt, output))
 
@@ -250,7 +253,7 @@ class Engine:
             key=attempt.key,
             attempt=attempt.claim.attempt,
             worker_id=self._worker_id,
-            outcome=Outcome.FAILED,
+            outcome=Outcome.UNSTARTED,
             status=JobStatus.FAILED,
             choices=attempt.carried or (),
             failure=Failure(code=ErrorCode.WORKER_LOST, message="its workers died, each time"),
@@ -364,7 +367,8 @@ class Engine:
         if run.stop is Stop.CANCELLED or failure.code is ErrorCode.CANCELLED:
             return _cancelled(ending)
         if failure.code is ErrorCode.EXPIRED:
-            return replace(ending, outcome=Outcome.FAILED, status=JobStatus.EXPIRED)
+            return replace(ending, outcome=Outcome.UNSTARTED, status=JobStatus.EXPIRED)
+        failed = Outcome.FAILED if attempt.publication.last_n else Outcome.UNSTARTED
         decision = retry.decide(
             failure,
             attempt=attempt.claim.tries,
@@ -374,7 +378,7 @@ class Engine:
             random=random.random,
         )
         if not decision.retry:
-            return replace(ending, outcome=Outcome.FAILED, status=JobStatus.FAILED)
+            return replace(ending, outcome=failed, status=JobStatus.FAILED)
         interrupted = failure.code is ErrorCode.INTERRUPTED
         sleeps_here = not interrupted and decision.delay <= self._settings.sleep_limit
         return replace(

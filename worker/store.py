@@ -100,6 +100,7 @@ class Outcome(StrEnum):
     CANCELLED = "cancelled"
     INTERRUPTED = "interrupted"
     LOST = "lost"
+    UNSTARTED = "unstarted"  #: There was no time or no try left; such an attempt leaves no row.
 
 
 # -- claiming -------------------------------------------------------------------------------------
@@ -370,6 +371,9 @@ _WRITE_ATTEMPT: Final = (
 
 
 def _write_attempts(connection: Connection, endings: list[Ending]) -> None:
+    for ending in endings:
+        if ending.outcome is Outcome.UNSTARTED:
+            connection.execute(delete(attempts).where(_of(attempts, ending.key), attempts.c.number == ending.attempt))
     connection.execute(
         _WRITE_ATTEMPT,
         [
@@ -436,8 +440,10 @@ def _write_outputs(connection: Connection, endings: list[Ending]) -> None:
 
 def _close_books(connection: Connection, ending: Ending) -> Ended:
     """Sum the job's attempts, the one that ends now included; a first attempt needs no look at the table."""
-    if ending.attempt == 1:
-        rows: Sequence[Any] = [
+    if ending.outcome is Outcome.UNSTARTED and ending.attempt == 1:
+        rows: Sequence[Any] = []
+    elif ending.attempt == 1:
+        rows = [
             SimpleNamespace(
                 **_usage_values(ending.usage),
                 outcome=ending.outcome,
@@ -682,6 +688,16 @@ def release(connection: Connection, held: list[Held]) -> list[None]:
         if released:
             _mark_lost(connection, one.key, one.attempt)
     return [None] * len(held)
+
+
+def hand_back(connection: Connection, keys: list[JobKey]) -> list[None]:
+    """Leave the next attempt of waiting jobs to any worker, as soon as it is due."""
+    connection.execute(
+        update(jobs)
+        .where(tuple_(jobs.c.tenant, jobs.c.id).in_(sorted(set(keys))), jobs.c.status.in_(WAITING))
+        .values(resend_at=jobs.c.due_at)
+    )
+    return [None] * len(keys)
 
 
 def resend_soon(connection: Connection, keys: list[JobKey]) -> list[None]:
