@@ -5,9 +5,11 @@ says what is wrong and what to do.  Exists so that everything is put together, a
 """
 
 import os
+import warnings
 from typing import NoReturn
 
 import redis
+from celery.platforms import SecurityWarning
 from redis.exceptions import AuthenticationError, RedisError
 
 from worker import schema
@@ -36,6 +38,8 @@ def run_worker(*, concurrency: int | None = None) -> int:
     if concurrency is not None:
         settings = settings.model_copy(update={"concurrency": concurrency})
     configure_logging(settings.log_level, settings.log_format)
+    # Celery warns of root because of pickle, which we never accept; in a container root is the deployer's choice.
+    warnings.filterwarnings("ignore", category=SecurityWarning)
     try:
         providers = load_providers(settings.providers_file, os.environ)
     except ProviderConfigError as error:

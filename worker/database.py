@@ -28,6 +28,10 @@ Operation = Callable[[Connection, list[Argument]], list[Result]]
 MAX_GROUP = 200
 
 
+class StoreRefusedError(Exception):
+    """The database is there and refuses a statement or a value; repeating it would change nothing."""
+
+
 class _Request(NamedTuple):
     operation: Operation[Any, Any]
     argument: Any
@@ -92,6 +96,7 @@ class Database:
         Raises:
             StoreUnavailableError: the database did not answer; nothing was changed, or, if the
                 commit itself was cut, everything: operations must bear being repeated.
+            StoreRefusedError: the database refused it.
         """
         future: asyncio.Future[Result] = self._loop.create_future()
         with self._wake:
@@ -173,6 +178,10 @@ def _translate(error: Exception) -> Exception:
         return StoreUnavailableError(f"the database did not answer ({type(error.orig).__name__})")
     if isinstance(error, SQLAlchemyError) and not isinstance(error, DBAPIError) and "QueuePool" in str(error):
         return StoreUnavailableError("no database connection was free in time")
+    if isinstance(error, SQLAlchemyError):
+        refusal = StoreRefusedError(f"the database refused it ({type(getattr(error, 'orig', error)).__name__})")
+        refusal.__cause__ = error
+        return refusal
     return error
 
 

@@ -19,13 +19,11 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, Final
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from api_contracts.errors import ErrorCode
 from api_contracts.jobs import Job
 from api_contracts.results import Choice, JobStatus, Usage, output_sha256
 from worker import retry, store, usage
-from worker.database import Database
+from worker.database import Database, StoreRefusedError
 from worker.failures import Failure
 from worker.provider import ChatRequest, ProviderFailure, Providers, Timeouts
 from worker.provider_config import ProviderConfig
@@ -399,7 +397,7 @@ class Engine:
                 ending = replace(ending, terminal_event_id=publication.next_id(len(last_words) + 1))
             try:
                 answer = await self._database.persist(store.end, ending, "result")
-            except SQLAlchemyError as error:
+            except StoreRefusedError as error:
                 if not ending.choices:
                     raise
                 # A value that the database refuses must not leave the job hanging; what it cost is kept.
@@ -516,15 +514,14 @@ async def _sleep(seconds: float) -> Failure | None:
     return None
 
 
-def _unstorable(ending: Ending, error: Exception) -> Ending:
-    message = f"the database refused the output ({type(error).__name__})"
+def _unstorable(ending: Ending, error: StoreRefusedError) -> Ending:
     return replace(
         ending,
         outcome=Outcome.FAILED,
         status=JobStatus.FAILED,
         choices=(),
         provider_details=None,
-        failure=Failure(code=ErrorCode.INTERNAL, message=message),
+        failure=Failure(code=ErrorCode.INTERNAL, message=f"the output could not be stored: {error}"),
         retryable=False,
     )
 

@@ -6,6 +6,8 @@ one place, in the right order.
 """
 
 import asyncio
+import base64
+import json
 import os
 import socket
 import time
@@ -14,7 +16,6 @@ import uuid
 import redis.asyncio
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from sqlalchemy.exc import SQLAlchemyError
 
 from api_contracts.errors import ErrorCode, InvalidJobError, StoreUnavailableError
 from api_contracts.jobs import Job, parse_job
@@ -23,7 +24,7 @@ from api_contracts.sender import Sender
 from worker import store
 from worker.announcer import Announcer
 from worker.control import Control
-from worker.database import Database, make_engine
+from worker.database import Database, StoreRefusedError, make_engine
 from worker.engine import Engine, Stop
 from worker.pool import Delivery
 from worker.provider import Providers
@@ -39,6 +40,8 @@ log = get_logger()
 
 #: Seconds for interrupted jobs to be handed back, after which the process ends all the same.
 _HAND_BACK_TIMEOUT = 10.0
+#: Bytes of an invalid job that are kept; enough to see what it was.
+_KEPT_BYTES = 64 * 1024
 
 
 class Service:
@@ -93,7 +96,7 @@ class Service:
         """Run the job of one message, or record why it is none."""
         if self._draining.is_set():
             return  # not accepted, so Celery gives the message back; the row is found by others in any case
-        argument = delivery.arguments[0]
+        argument = _with_id(delivery.arguments[0], delivery.task_id)
         try:
             job = parse_job(argument)
         except InvalidJobError as error:
@@ -102,10 +105,14 @@ class Service:
             return
         try:
             await self.engine.run(job, delivery.accept)
-        except SQLAlchemyError as error:
+        except InvalidJobError as error:
+            # The claim found out: the job is too large or too deep to be stored.
+            await self._refuse(argument, str(error))
+            delivery.accept()
+        except StoreRefusedError as error:
             # Not an outage, for which the engine waits: the database refuses this job.
             log.exception("job_unstorable", tenant=job.tenant, job_id=job.id)
-            await self._reject(f"the database refused the job ({type(error).__name__})", job)
+            await self._reject(argument, str(error), job)
             delivery.accept()
 
     async def _refuse(self, argument: object, reason: str) -> None:
@@ -113,7 +120,7 @@ class Service:
         job = _names_in(argument)
         key = JobKey(job.tenant, job.id) if job else None
         log.warning("job_invalid", reason=reason, tenant=key and key.tenant, job_id=key and key.id)
-        await self._reject(reason, job)
+        await self._reject(argument, reason, job)
         if job is not None and key is not None:
             refused = Refused(job, ErrorCode.INVALID_JOB, reason)
             await self._database.persist(store.refuse, refused, "refused job")
@@ -122,11 +129,16 @@ class Service:
             except StoreUnavailableError:
                 log.warning("announcement_delayed", tenant=key.tenant, job_id=key.id)
 
-    async def _reject(self, reason: str, job: Job | None) -> None:
+    async def _reject(self, argument: object, reason: str, job: Job | None) -> None:
+        try:
+            text = json.dumps(argument).encode()
+        except RecursionError:  # it could be read, barely
+            text = b""
         rejection = Rejection(
             id=uuid.uuid4().hex,
             reason=reason,
-            size=0,
+            size=len(text),
+            payload=base64.b64encode(text[:_KEPT_BYTES]).decode(),
             tenant=job.tenant if job else None,
             job_id=job.id if job else None,
         )
@@ -167,6 +179,13 @@ class Service:
         await asyncio.to_thread(self._database.close)
         await asyncio.to_thread(self._sender.close)
         log.info("worker_stopped", worker=self.worker_id, handed_back=handed_back, left=len(self.engine.runs))
+
+
+def _with_id(argument: object, task_id: str) -> object:
+    """The task id is the job id: a job that names none gets it, so that its message, repeated, stays one job."""
+    if isinstance(argument, dict) and not argument.keys() & {"id", "idempotency_key"}:
+        return {**argument, "id": task_id}
+    return argument
 
 
 def _names_in(argument: object) -> Job | None:
