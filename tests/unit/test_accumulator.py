@@ -545,6 +545,12 @@ def test_extras_beyond_the_limit_are_left_out_and_their_absence_is_marked():
     assert choice.extra == {"logprobs": {"content": [{"token": "a"}] * 2}, "truncated": True}
 
 
+def test_what_is_repeated_with_every_chunk_takes_no_room():
+    data = chunk({"content": "a"}, content_filter_results={"hate": {"filtered": False}})
+    stream = Stream(Limits(max_extra_bytes=2 * len(json.dumps(data)))).apply(*[data] * 9)
+    assert stream.end().choices[0].extra == {"content_filter_results": {"hate": {"filtered": False}}}
+
+
 def test_arguments_nested_without_end_leave_the_deltas_true():
     arguments: Any = {}
     for _ in range(5_000):

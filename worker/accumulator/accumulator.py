@@ -372,8 +372,11 @@ class Accumulator:
         """Keep a field that is no output beside its choice, if there is room for such."""
         if choice.extra is None:
             choice.extra = {}
+        known = choice.extra.get(name)
+        if type(value) is not list and value == known:
+            return  # some providers say it with every token
         if self._take_extra_room():
-            choice.extra[name] = merged(choice.extra.get(name), value)
+            choice.extra[name] = merged(known, value)
         else:
             choice.extra["truncated"] = True
 
@@ -441,7 +444,8 @@ class Accumulator:
             piece = text.rejoin(piece)
         elif "\x00" in piece:
             piece = piece.replace("\x00", "")
-        if not piece or not self._take_room(byte_length(piece)):
+        size = len(piece) if piece.isascii() else len(piece.encode())  # byte_length, without the call
+        if not piece or not self._take_room(size):
             return ""
         text.append(piece)
         return piece
