@@ -25,7 +25,16 @@ from worker.accumulator.shapes import (
     read_index,
     reasoning_in,
 )
-from worker.accumulator.values import MOST_FIELDS, byte_length, merged, merged_usage, safe, storable, whole_number
+from worker.accumulator.values import (
+    MOST_FIELDS,
+    byte_length,
+    has_list,
+    merged,
+    merged_usage,
+    safe,
+    storable,
+    whole_number,
+)
 
 #: Finish reasons with which a provider says that it failed.
 FAILURE_REASONS: Final = frozenset({"error", "network_error", "insufficient_system_resource", "abort"})
@@ -373,7 +382,7 @@ class Accumulator:
         if choice.extra is None:
             choice.extra = {}
         known = choice.extra.get(name)
-        if type(value) is not list and value == known:
+        if value == known and not has_list(value):
             return  # some providers say it with every token
         if self._take_extra_room():
             choice.extra[name] = merged(known, value)

@@ -31,6 +31,13 @@ def merged(known: Any, new: Any, depth: int = DEEPEST) -> Any:
     return known if new is None else new
 
 
+def has_list(value: object, depth: int = DEEPEST) -> bool:
+    """Tell whether merging ``value`` once more would add to a list."""
+    if type(value) is dict and depth:
+        return any(has_list(item, depth - 1) for item in value.values())
+    return type(value) is list
+
+
 def merged_usage(known: dict[str, Any] | None, new: object, depth: int = 2) -> dict[str, Any] | None:
     """Return usage as reported so far, field by field: the newest counts, but null and 0 never beat a figure."""
     if type(new) is not dict:
