@@ -210,6 +210,8 @@ def submit(
     }
     job |= {name: value for name, value in given.items() if value is not None}
     job |= dict(_parse_param(text) for text in param or ())
+    if not job.get("model"):
+        _fail("the job needs a model: --model NAME", INVALID)
     if not job.get("messages"):
         _fail("the job needs a message: --message TEXT, or --file FILE", INVALID)
     with _client(job.get("tenant", tenant) if file is not None and tenant == "default" else tenant) as client:
@@ -344,10 +346,17 @@ def worker(
     On SIGTERM or Ctrl-C it takes no more jobs, lets streams finish for MILLRACE_SHUTDOWN_GRACE seconds, and hands
     the rest to other workers; a second signal shortens that. With several processes, one that dies is replaced.
     """
-    count = processes or _settings().processes
+    from worker.provider_config import ProviderConfigError, load_providers
+
+    settings = _settings()
+    try:
+        load_providers(settings.providers_file, os.environ)
+    except ProviderConfigError as error:
+        _fail(str(error), INVALID)
+    count = processes or settings.processes
     if count == 1:
         _run_worker(concurrency)
-    _run_workers(count, concurrency)
+    _run_workers(settings, count, concurrency)
 
 
 @_command(_OPERATE, "millrace migrate", "millrace migrate --check")
@@ -528,13 +537,12 @@ def _run_worker(concurrency: int | None = None) -> NoReturn:
     raise typer.Exit(code)
 
 
-def _run_workers(count: int, concurrency: int | None) -> NoReturn:
+def _run_workers(settings: "Settings", count: int, concurrency: int | None) -> NoReturn:
     """Run several worker processes."""
     from worker.app import StartError, check_database, check_redis
     from worker.supervisor import Supervisor, python_environment, python_module
     from worker.telemetry import configure_logging
 
-    settings = _settings()
     configure_logging(settings.log_level, settings.log_format)
     try:
         # Once and here, rather than by each process again and again.
@@ -642,7 +650,8 @@ def _reason(error: OSError | UnicodeDecodeError) -> str:
 def _console() -> "Console":
     from rich.console import Console
 
-    return Console(highlight=False)
+    # What is not a terminal has no width; a pipe should get whole lines.
+    return Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)
 
 
 def _print_lines(lines: Iterable[str]) -> None:
@@ -690,7 +699,8 @@ def main() -> NoReturn:
         code = _code_of(error)
         if code is None:
             raise
-        _say(f"millrace: {error}")
+        hint = "; to see what is wrong: millrace doctor" if code == UNAVAILABLE else ""
+        _say(f"millrace: {error}{hint}")
         raise SystemExit(code) from None
     raise SystemExit(OK)
 

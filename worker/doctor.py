@@ -10,7 +10,7 @@ import socket
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import redis
 from redis.exceptions import AuthenticationError, RedisError
@@ -23,8 +23,11 @@ from api_contracts.errors import InvalidSettingError, StoreUnavailableError
 from worker import inspection, schema
 from worker.database import make_engine
 from worker.inspection import Overview
-from worker.provider_config import ProviderConfig, ProviderConfigError, load_providers
+from worker.provider_config import DEFAULT, ProviderConfig, ProviderConfigError, load_providers
 from worker.settings import Settings, SettingsError, load_settings
+
+if TYPE_CHECKING:
+    from worker.provider import ProviderCheck
 
 _REDIS_TIMEOUT: Final = 3.0  #: Seconds.
 _LONG_WAIT: Final = 30.0  #: Seconds in the queue after which more workers would help.
@@ -217,13 +220,16 @@ async def _try_providers(configs: dict[str, ProviderConfig]) -> list[Finding]:
         checks = await asyncio.gather(*(providers.get(name).check() for name in configs))
     finally:
         await providers.aclose()
-    return [
-        Finding(f"provider {name}", Verdict.OK, check.line)
-        if check.ok
-        # Others may work; the jobs that name this one will not.
-        else Finding(f"provider {name}", Verdict.FAIL, check.line, "jobs that name this provider will fail")
-        for name, check in zip(configs, checks, strict=True)
-    ]
+    return [_provider(config, check, len(configs)) for config, check in zip(configs.values(), checks, strict=True)]
+
+
+def _provider(config: ProviderConfig, check: "ProviderCheck", count: int) -> Finding:
+    name = f"provider {config.name}"
+    if check.ok:
+        return Finding(name, Verdict.OK, check.line)
+    if config.name == DEFAULT and config.key_missing and count > 1:
+        return Finding(name, Verdict.WARN, check.line, "only needed for jobs that name no other provider")
+    return Finding(name, Verdict.FAIL, check.line, "until then, jobs for this provider fail")
 
 
 def _count(number: int, one: str, many: str) -> str:

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any, Final
 
-from rich import box
 from rich.cells import cell_len
 from rich.console import Console
 from rich.padding import Padding
@@ -38,6 +37,7 @@ from api_contracts.transcript import Transcript
 from worker.inspection import RejectedMessage
 
 INDENT: Final = 2
+_WIDE_LIST: Final = 100  #: Columns from which a listing says more.
 
 _STATUS_STYLES: Final = {
     JobStatus.QUEUED: "yellow",
@@ -150,6 +150,7 @@ class LiveView:
         self._section = ""  #: What the last delta was part of.
         self._content = ""  #: The first choice's text, as far as it stands on the screen.
         self._started_at: int | None = None
+        self._error: ErrorInfo | None = None  #: The last one shown.
 
     def show(self, event: Event) -> None:
         """Show one event."""
@@ -247,6 +248,7 @@ class LiveView:
         self._note(
             (f"✗ attempt {event.attempt} failed: ", "red"), printable(_error(event.error)), (dropped + retry, "yellow")
         )
+        self._error = event.error
         self._content = ""
 
     def _ended(self, event: TerminalEvent) -> None:
@@ -264,7 +266,7 @@ class LiveView:
             facts.append("sha256 matches")
         mark = "✓" if status is JobStatus.COMPLETED else "✗"
         self._note((f"{mark} {status.value}", f"bold {_STATUS_STYLES[status]}"), " · ", " · ".join(filter(None, facts)))
-        if event.error is not None:
+        if event.error is not None and event.error != self._error:
             self._note(("  " + printable(_error(event.error)), "red"))
         if self.matches is False:
             self._note(("  the text above is NOT the stored text: its sha256 differs", "bold red"))
@@ -304,15 +306,15 @@ def show_result(console: Console, result: CompletionResult) -> None:
         facts.add_row("metadata", Text(printable(json.dumps(result.metadata, ensure_ascii=False))))
     if result.output_sha256:
         right = result.output_sha256 == output_sha256(choice.content for choice in result.choices)
-        facts.add_row("sha256", f"{result.output_sha256} ({'checked' if right else 'DIFFERS from the text'})")
+        facts.add_row("sha256", f"{result.output_sha256} {'✓' if right else '✗ differs from the text'}")
     console.print(facts)
     for choice in result.choices:
         title = "text" if len(result.choices) == 1 else f"choice {choice.index}"
         console.print()
-        console.print(Text.assemble((title, "bold"), (f"  {choice.finish_reason or 'no finish reason'}", "dim")))
+        console.print(Text.assemble((title, "bold"), (f"  finish reason {choice.finish_reason or 'unknown'}", "dim")))
         for text, style in ((choice.reasoning, "dim italic"), (choice.content, ""), (choice.refusal, "magenta")):
             if text:
-                console.print(Padding(Text(printable(text), style), (0, INDENT)))
+                console.print(Padding(Text(printable(text).rstrip(), style), (0, INDENT)))
     show_tool_calls(console, result)
     if result.attempts:
         console.print()
@@ -362,19 +364,20 @@ def show_attempts(console: Console, result: CompletionResult) -> None:
 
 def show_list(console: Console, summaries: list[JobSummary]) -> None:
     """Show jobs, one a line."""
+    wide = console.width >= _WIDE_LIST
     table = plain_table()
-    for title in ("job", "status", "created (UTC)", "took", "tokens"):
+    for title in ("job", "status", "created (UTC)", *(("took", "tokens") if wide else ())):
         table.add_column(title, no_wrap=True)
     table.add_column("model", overflow="fold")
-    table.add_column("error", no_wrap=True)
+    table.add_column("error", overflow="fold")
     for one in summaries:
         tokens = one.usage.total_tokens if one.usage else None
+        took = "-" if one.finished_at is None else _seconds(one.created_at, one.finished_at)
         table.add_row(
             Text(one.id),
             status_text(one.status),
-            one.created_at.strftime("%Y-%m-%d %H:%M:%S"),
-            "-" if one.finished_at is None else _seconds(one.created_at, one.finished_at),
-            "-" if tokens is None else str(tokens),
+            f"{one.created_at:%m-%d %H:%M:%S}",
+            *((took, "-" if tokens is None else str(tokens)) if wide else ()),
             Text(one.model),
             Text("" if one.error is None else one.error.code, "red"),
         )
@@ -383,7 +386,7 @@ def show_list(console: Console, summaries: list[JobSummary]) -> None:
 
 def plain_table() -> Table:
     """Return an empty table in our style."""
-    return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
 
 
 def _error(error: ErrorInfo) -> str:
@@ -393,9 +396,9 @@ def _error(error: ErrorInfo) -> str:
 def _times(result: CompletionResult) -> str:
     parts = [f"created {result.created_at:%Y-%m-%d %H:%M:%S} UTC"]
     if result.started_at is not None:
-        parts.append(f"started {_seconds(result.created_at, result.started_at)} later")
+        parts.append(f"started +{_seconds(result.created_at, result.started_at)}")
     if result.finished_at is not None:
-        parts.append(f"finished {_seconds(result.created_at, result.finished_at)} after creation")
+        parts.append(f"finished +{_seconds(result.created_at, result.finished_at)}")
     return ", ".join(parts)
 
 
