@@ -204,7 +204,7 @@ class StreamReader:
         try:
             error = self._accumulator.apply(chunk, deltas, size, torn)
         except RecursionError:
-            self._read_unreadable(b"", "")
+            self._stop(Failure(ErrorCode.INVALID_STREAM, "The provider's stream has an event nested too deeply."))
             return
         # Both speak of the time before this chunk's finish reason, which may have made the answer look whole.
         if error is not None:
@@ -236,12 +236,12 @@ class StreamReader:
         """Keep ``data`` until it is known what the body is; return what belongs to an event stream."""
         self._body += data
         if self._framing is _Framing.UNKNOWN:
-            first = self._body.lstrip(_BLANK)[:1]
-            if not first:
+            self._body = self._body.lstrip(_BLANK)
+            if not self._body:
                 return b""
-            if first in b"{[":
+            if self._body.startswith((b"{", b"[")):
                 self._framing = _Framing.JSON
-            elif first == b"<":
+            elif self._body.startswith(b"<"):
                 self._stop(self._no_stream())
             else:
                 self._framing = _Framing.EVENTS
@@ -255,7 +255,7 @@ class StreamReader:
 
     def _read_body(self, *, cut: bool) -> None:
         """Read a body that is JSON; ``cut`` tells whether its end may be missing."""
-        payload = bytes(self._body).strip(_BLANK)
+        payload = bytes(self._body)
         torn = False
         try:
             value = orjson.loads(payload)

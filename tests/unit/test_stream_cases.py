@@ -3,7 +3,7 @@
 import json
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -89,7 +89,7 @@ def test_a_known_refusal_comes_out_as_expected(case: Case):
 
 def cuts(body: bytes) -> Iterator[tuple[bytes, bytes]]:
     """Every cut of a usual body; of a very large one those near its ends and some between."""
-    places = range(len(body))
+    places: Sequence[int] = range(len(body))
     if len(body) > 10_000:
         places = sorted({*range(300), *range(300, len(body) - 600, 30_011), *range(len(body) - 600, len(body))})
     for place in places:
@@ -207,6 +207,18 @@ def test_the_verdict(body: bytes, cause: Failure | None, code: ErrorCode | None)
     played = play([body], cause)
     assert (played.failure and played.failure.code) == code
     assert play((body[i : i + 1] for i in range(len(body))), cause).seen() == played.seen()
+
+
+def test_an_answer_with_deeply_nested_arguments_is_read_or_refused_but_never_shortened():
+    arguments = b'{"a":' * 900 + b"1" + b"}" * 900
+    call = b'{"index":0,"id":"c","function":{"name":"f","arguments":' + arguments + b"}}"
+    answer = b'{"choices":[{"message":{"content":"x","tool_calls":[' + call + b']},"finish_reason":"stop"}]}'
+    for body in (answer, b"data: " + answer.replace(b"message", b"delta") + b"\n\n"):
+        played = play([body])
+        if played.failure is None:
+            assert played.output.choices[0].tool_calls[0].arguments == arguments.decode()
+        else:
+            assert played.failure.code == ErrorCode.INVALID_STREAM
 
 
 MESSAGE = {"choices": [{"index": 0, "message": {"role": "assistant", "content": "full"}, "finish_reason": "stop"}]}
