@@ -93,7 +93,7 @@ def _try(body: bytes, cause: Any, rng: random.Random) -> str:
 
 def pieces(body: bytes, rng: random.Random) -> Iterator[bytes]:
     """Yield ``body`` in pieces: many small ones, few large ones, or anything between."""
-    most = rng.choice([1, 3, 20, 300, 5_000])
+    (most,) = rng.choices([1, 4, 30, 300, 5_000], weights=[1, 1, 6, 6, 6])
     place = 0
     while place < len(body):
         size = rng.randint(1, most)
