@@ -290,12 +290,13 @@ class _Report:
 
 
 def _decoded(body: object) -> object:
-    if isinstance(body, bytes | bytearray | str):
-        try:
-            return orjson.loads(body[:_LONGEST_BODY])
-        except orjson.JSONDecodeError:
-            return body if isinstance(body, str) else None
-    return body
+    if not isinstance(body, bytes | bytearray | str):
+        return body
+    beginning = body[:_LONGEST_BODY]
+    try:
+        return orjson.loads(beginning)
+    except orjson.JSONDecodeError:
+        return beginning if isinstance(beginning, str) else beginning.decode(errors="replace")
 
 
 def _layers(value: object, depth: int) -> Iterator[Mapping[str, Any]]:
@@ -311,7 +312,7 @@ def _layers(value: object, depth: int) -> Iterator[Mapping[str, Any]]:
         yield value
         verdict = value.get("base_resp")  # MiniMax; its numbers mean something else elsewhere
         if isinstance(verdict, Mapping) and verdict.get("status_code"):
-            yield {"code": f"base_resp_{verdict['status_code']}", "message": verdict.get("status_msg")}
+            yield {"code": f"base_resp_{_word(verdict['status_code'])}", "message": verdict.get("status_msg")}
         for key in ("error", "errors", "detail", "innererror"):
             yield from _layers(value.get(key), depth - 1)
 
@@ -338,7 +339,8 @@ def _waits(layer: Mapping[str, Any]) -> Iterator[float]:
         yield wait
     details = layer.get("details")  # Google: a RetryInfo among the details
     for detail in details if isinstance(details, list) else ():
-        if isinstance(detail, Mapping) and (wait := _duration(str(detail.get("retryDelay")))) is not None:
+        delay = detail.get("retryDelay") if isinstance(detail, Mapping) else None
+        if isinstance(delay, str) and (wait := _duration(delay)) is not None:
             yield wait
 
 

@@ -34,6 +34,8 @@ def error(**fields: object) -> dict[str, object]:
         (400, error(code="x", innererror={"code": "ResponsibleAIPolicyViolation"}), ErrorCode.CONTENT_FILTER),
         (400, error(message="x", code="tool_use_failed"), ErrorCode.TOOL_USE_FAILED),
         (400, {"object": "error", "message": "maximum context length", "code": 400}, ErrorCode.CONTEXT_LENGTH_EXCEEDED),
+        (400, b"Error: prompt is too long", ErrorCode.CONTEXT_LENGTH_EXCEEDED),
+        (400, b"\xff\xfe", ErrorCode.BAD_REQUEST),
         (401, error(code="invalid_api_key"), ErrorCode.AUTH),
         (402, error(code=402, message="Insufficient credits"), ErrorCode.INSUFFICIENT_QUOTA),
         (403, error(message="no"), ErrorCode.PERMISSION),
@@ -240,8 +242,17 @@ def test_any_body_gives_a_failure_without_the_providers_text(body: object, statu
         assert failure.retry_after is None or 0 < failure.retry_after < 1e7
 
 
-def test_a_body_nested_without_end_is_no_obstacle():
-    body: list[Any] = []
+@pytest.mark.parametrize("key", ["error", "code", "type", "message", "detail", "details", "base_resp", "retry_after"])
+def test_a_body_nested_without_end_is_no_obstacle(key: str):
+    deep: Any = []
     for _ in range(100_000):
-        body = [body]
-    assert failure_from_response(500, {}, body).code == ErrorCode.SERVER_ERROR
+        deep = [deep]
+    for body in (
+        deep,
+        {key: deep},
+        {"error": {key: deep}},
+        {key: {"status_code": deep}},
+        {key: [{"retryDelay": deep}]},
+    ):
+        assert failure_from_response(500, {}, body).code == ErrorCode.SERVER_ERROR
+        assert failure_from_stream_error(body).code == ErrorCode.PROVIDER_ERROR
