@@ -70,6 +70,7 @@ def queued_values(job: Job) -> dict[str, Any]:
         "due_at": tables.now(),
         # The message is on its way; if no worker has claimed the job by then, it was lost.
         "resend_at": tables.seconds_from_now(names.RESEND_AFTER),
+        "sends": 1,
         "expires_at": job.expires_at,
         "attempt": 0,
         "tries": 0,
@@ -99,7 +100,9 @@ def enqueue(connection: Connection, job: Job) -> bool:
 def send_again(connection: Connection, tenant: str, job_id: str) -> None:
     """Have a worker's sweeper send the job's message at its next round, because it could not be sent."""
     connection.execute(
-        update(jobs).where(_is(tenant, job_id), jobs.c.status == JobStatus.QUEUED).values(resend_at=tables.now())
+        update(jobs)
+        .where(_is(tenant, job_id), jobs.c.status == JobStatus.QUEUED)
+        .values(resend_at=tables.now(), sends=0)
     )
 
 

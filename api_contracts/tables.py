@@ -127,6 +127,7 @@ jobs: Final = Table(
     Column("created_at", UtcDateTime, nullable=False),
     Column("due_at", UtcDateTime, nullable=False, comment="not to be started before"),
     Column("resend_at", UtcDateTime, nullable=False, comment="when a worker's sweeper sends its message (again)"),
+    Column("sends", Integer, nullable=False, comment="messages sent for the next attempt, as far as is known"),
     Column("expires_at", UtcDateTime),
     Column("deadline_at", UtcDateTime, comment="first start plus total time-out"),
     Column("started_at", UtcDateTime, comment="start of the first attempt"),

@@ -97,10 +97,16 @@ class Control:
         task.add_done_callback(self._work.discard)
 
     async def _cancel(self, key: JobKey) -> None:
+        """Cancel a job for which Redis holds a request: who may only nudge cancels nothing."""
         try:
+            if not await self._client.exists(job_keys(key.tenant, key.id, self._prefix).cancel):
+                return
             status = await self._database.run(cancel_jobs, key)
             if status is JobStatus.CANCELLED:
                 await self._announcer.announce(key)
         except StoreUnavailableError as error:
             log.warning("database_unavailable", waiting_to="cancel", reason=str(error))
+        except (RedisError, OSError) as error:
+            log.warning("redis_unavailable", waiting_to="cancel", reason=type(error).__name__)
+            return
         self._engine.request_stop(key, Stop.CANCELLED)

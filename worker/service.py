@@ -59,13 +59,8 @@ class Service:
         # Unique for each start, so that a restarted process is not taken for its predecessor.
         self.worker_id = f"{socket.gethostname()[:64]}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._database = Database(make_engine(settings.database_url))
-        self._client = redis.asyncio.Redis.from_url(
-            settings.redis_url,
-            socket_timeout=15.0,  # more than the longest wait of the control listener
-            socket_connect_timeout=2.0,
-            health_check_interval=15,
-            retry=Retry(NoBackoff(), 1),
-        )
+        self._client = _redis_client(settings.redis_url)
+        self._broker = _redis_client(settings.broker)
         self._publisher = Publisher(
             settings.redis_url,
             prefix=settings.prefix,
@@ -86,7 +81,14 @@ class Service:
         )
         self._control = Control(self._client, settings.prefix, self._database, self.engine, self._announcer)
         self._sweeper = Sweeper(
-            settings, self.worker_id, self._database, self.engine, self._announcer, self._sender, self._client
+            settings,
+            self.worker_id,
+            self._database,
+            self.engine,
+            self._announcer,
+            self._sender,
+            self._client,
+            self._broker,
         )
         await self._sweeper.start()
         self._control.start()
@@ -176,6 +178,7 @@ class Service:
         await self._sweeper.stop()
         await self._providers.aclose()
         await self._client.aclose()
+        await self._broker.aclose()
         await asyncio.to_thread(self._database.close)
         await asyncio.to_thread(self._sender.close)
         log.info("worker_stopped", worker=self.worker_id, handed_back=handed_back, left=len(self.engine.runs))
@@ -196,3 +199,13 @@ def _names_in(argument: object) -> Job | None:
         return Job(id=argument["id"], tenant=argument.get("tenant", DEFAULT_TENANT), model="unknown", messages=[{}])
     except ValueError:
         return None
+
+
+def _redis_client(url: str) -> redis.asyncio.Redis:
+    return redis.asyncio.Redis.from_url(
+        url,
+        socket_timeout=15.0,  # more than the longest wait of the control listener
+        socket_connect_timeout=2.0,
+        health_check_interval=15,
+        retry=Retry(NoBackoff(), 1),
+    )

@@ -63,6 +63,8 @@ WAITING: Final = (JobStatus.QUEUED, JobStatus.RETRYING)
 _DATABASE_CLOCK: Final = {"created_at", "due_at", "resend_at"}
 #: Claims beyond a job's max_attempts, each of which may still recover a finished stream from the log.
 _SPARE_CLAIMS: Final = 3
+#: Seconds for which a worker that is gone stays in the table, for `millrace doctor` and for people.
+_REMEMBERED: Final = 172_800.0
 
 
 #: What becomes of a job whose worker does not run it any more.
@@ -72,6 +74,7 @@ _RELEASED: Final[dict[str, Any]] = {
     "next_reason": "worker_lost",
     "due_at": now(),
     "resend_at": now(),
+    "sends": 0,
 }
 
 
@@ -483,6 +486,7 @@ _WRITE_PAUSE: Final = (
             "worker_id": None,
             "due_at": seconds_from_now(bindparam("retry_in", type_=Float)),
             "resend_at": seconds_from_now(bindparam("resend_in", type_=Float)),
+            "sends": 0,
             "tries": jobs.c.tries - bindparam("uncounted", type_=Integer),
         }
     )
@@ -547,13 +551,21 @@ class LateUsage:
 
 
 def record_usage(connection: Connection, usages: list[LateUsage]) -> list[None]:
-    """Write usage of lost attempts that nobody has reported yet."""
+    """Write usage of lost attempts that nobody has reported yet; a job that has ended meanwhile is summed up again."""
+    _lock(connection, [late.key for late in usages])  # so that no ending sums up between the two writes
     for late in usages:
-        connection.execute(
+        written = connection.execute(
             update(attempts)
             .where(_of(attempts, late.key), attempts.c.number == late.attempt, attempts.c.total_tokens.is_(None))
             .values(_usage_values(late.usage))
-        )
+        ).rowcount
+        if not written:
+            continue
+        total = sum_usage(connection.execute(select(attempts).where(_of(attempts, late.key))).all())
+        if total is not None:
+            sums = _usage_values(total)
+            del sums["usage"]
+            connection.execute(update(jobs).where(_is(late.key), jobs.c.status.in_(TERMINAL_STATUSES)).values(sums))
     return [None] * len(usages)
 
 
@@ -621,6 +633,7 @@ class Sweep(NamedTuple):
     lease: float
     bury: bool  #: Whether the silence of other workers counts as death.
     resend_after: float
+    queue_length: int | None  #: Messages that wait on the queue; None: the broker is away, so nothing can be sent.
     max_attempts: int  #: For jobs that do not say.
     limit: int  #: Rows of each kind at most.
 
@@ -666,6 +679,7 @@ def _release_lost(connection: Connection, one: Sweep) -> list[JobKey]:
         else:
             connection.execute(update(jobs).where(_is(key), jobs.c.attempt == row.attempt).values(_RELEASED))
         lost.append(key)
+    _forget_workers(connection)
     return lost
 
 
@@ -705,7 +719,7 @@ def resend_soon(connection: Connection, keys: list[JobKey]) -> list[None]:
     connection.execute(
         update(jobs)
         .where(tuple_(jobs.c.tenant, jobs.c.id).in_(sorted(set(keys))), jobs.c.status.in_(WAITING))
-        .values(resend_at=seconds_from_now(2.0))
+        .values(resend_at=seconds_from_now(2.0), sends=0)
     )
     return [None] * len(keys)
 
@@ -725,19 +739,51 @@ def _mark_lost(connection: Connection, key: JobKey, attempt: int) -> None:
     )
 
 
+def _forget_workers(connection: Connection) -> None:
+    """Delete workers that have been gone for two days and hold nothing."""
+    holding = select(jobs.c.worker_id).where(jobs.c.worker_id.is_not(None))
+    connection.execute(
+        delete(workers).where(workers.c.heartbeat_at < seconds_from_now(-_REMEMBERED), workers.c.id.not_in(holding))
+    )
+
+
 def _take_due(connection: Connection, one: Sweep) -> list[str]:
-    due = (
+    """Take the jobs whose message is to be sent: those that have none, and those whose message must be lost."""
+    if one.queue_length is None:
+        return []
+    overdue = and_(jobs.c.status.in_(WAITING), jobs.c.resend_at <= now())
+    to_send = _note_sent(connection, and_(overdue, jobs.c.sends == 0), one.resend_after, one.limit)
+    if connection.scalar(select(jobs.c.id).where(overdue, jobs.c.sends > 0).limit(1)) is None:
+        return to_send
+    # These have a message, or had one. In a backlog all are still in the queue, and sending them again would
+    # fill it without end; a message is missing only if more jobs are due than messages wait.
+    due = connection.scalar(
+        select(func.count()).select_from(jobs).where(jobs.c.status.in_(WAITING), jobs.c.due_at <= now())
+    )
+    missing = (due or 0) - one.queue_length - len(to_send)
+    if missing > 0:
+        to_send += _note_sent(connection, and_(overdue, jobs.c.sends > 0), one.resend_after, min(missing, one.limit))
+    else:
+        connection.execute(
+            update(jobs).where(overdue, jobs.c.sends > 0).values(resend_at=seconds_from_now(one.resend_after))
+        )
+    return to_send
+
+
+def _note_sent(connection: Connection, condition: Any, resend_after: float, limit: int) -> list[str]:
+    """Note a message for each of the jobs, oldest first; return the jobs."""
+    chosen = (
         select(jobs.c.tenant, jobs.c.id)
-        .where(jobs.c.status.in_(WAITING), jobs.c.resend_at <= now())
+        .where(condition)
         .order_by(jobs.c.resend_at)
-        .limit(one.limit)
+        .limit(limit)
         .with_for_update(skip_locked=True)
     )
     return list(
         connection.scalars(
             update(jobs)
-            .where(tuple_(jobs.c.tenant, jobs.c.id).in_(due), jobs.c.resend_at <= now())
-            .values(resend_at=seconds_from_now(one.resend_after))
+            .where(tuple_(jobs.c.tenant, jobs.c.id).in_(chosen), condition)
+            .values(sends=jobs.c.sends + 1, resend_at=seconds_from_now(resend_after))
             .returning(jobs.c.request)
         )
     )

@@ -46,6 +46,7 @@ class Sweeper:
         announcer: Announcer,
         sender: Sender,
         client: redis.asyncio.Redis,
+        broker: redis.asyncio.Redis,
     ) -> None:
         self._settings = settings
         self._worker_id = worker_id
@@ -54,6 +55,7 @@ class Sweeper:
         self._announcer = announcer
         self._sender = sender
         self._client = client
+        self._broker = broker
         self._steady_since: float | None = None  #: Since when this worker's own signs of life had no gap.
         self._orphans: frozenset[tuple[JobKey, int]] = frozenset()
         self._tasks: list[asyncio.Task[None]] = []
@@ -134,6 +136,7 @@ class Sweeper:
                 lease=settings.lease,
                 bury=self._may_bury(),
                 resend_after=settings.resend_after,
+                queue_length=await self._queue_length(),
                 max_attempts=settings.max_attempts,
                 limit=_LIMIT,
             ),
@@ -148,6 +151,12 @@ class Sweeper:
             if not any(announced):
                 break  # Redis is away; the next sweep tries again
         await self._record_unreadable()
+
+    async def _queue_length(self) -> int | None:
+        try:
+            return int(await self._broker.llen(self._settings.queue))
+        except (RedisError, OSError):
+            return None
 
     async def _send(self, jobs: list[Job]) -> None:
         try:

@@ -30,8 +30,9 @@ def make_celery(settings: Settings, service: LoopService) -> Celery:
         broker_transport_options={
             "rejected_prefix": settings.prefix,
             "capacity": settings.concurrency,
-            # Nothing stays unacknowledged for long, so this redelivers only what a dying worker had prefetched.
-            "visibility_timeout": 3600,
+            # Only messages whose claim is not committed yet are unacknowledged. They come back after this
+            # time if their worker dies; a message that comes back too early finds its job claimed.
+            "visibility_timeout": 120,
             "socket_timeout": 10,  # more than the second a BRPOP waits; a dead connection is noticed
             "socket_connect_timeout": 5,
             "socket_keepalive": True,

@@ -39,6 +39,12 @@ def upgrade() -> None:
             nullable=False,
             comment="when a worker's sweeper sends its message (again)",
         ),
+        sa.Column(
+            "sends",
+            sa.Integer(),
+            nullable=False,
+            comment="messages sent for the next attempt, as far as is known",
+        ),
         sa.Column("expires_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("deadline_at", sa.DateTime(timezone=True), nullable=True, comment="first start plus total time-out"),
         sa.Column("started_at", sa.DateTime(timezone=True), nullable=True, comment="start of the first attempt"),
