@@ -29,7 +29,7 @@ from api_contracts.results import (
     UsageSource,
     output_sha256,
 )
-from api_contracts.tables import attempts, choices, jobs, tool_calls
+from api_contracts.tables import attempts, choices, jobs, rejected_messages, tool_calls
 
 CANCELLED_MESSAGE: Final = "the job was cancelled"
 _SUMMARY_COLUMNS: Final = (
@@ -192,7 +192,16 @@ def sum_usage(rows: Sequence[Any]) -> Usage | None:
 
 
 def purge(connection: Connection, older_than_seconds: float, tenant: str | None = None, limit: int = 500) -> int:
-    """Delete jobs that ended and were announced that long ago, oldest first; return how many were deleted."""
+    """Delete jobs that ended and were announced that long ago, oldest first; return how many were deleted.
+
+    Rejected messages of that age, which may hold prompts, go with them.
+    """
+    rejected = delete(rejected_messages).where(
+        rejected_messages.c.rejected_at < tables.seconds_from_now(-older_than_seconds)
+    )
+    if tenant is not None:
+        rejected = rejected.where(rejected_messages.c.tenant == tenant)
+    connection.execute(rejected)
     ended = (
         select(jobs.c.tenant, jobs.c.id)
         .where(

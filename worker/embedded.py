@@ -23,7 +23,7 @@ from typing import Any, Final, Self
 
 from typing_extensions import override
 
-START_TIMEOUT: Final = 20.0  #: Seconds; a start takes a tenth of one, on a machine that is not overloaded.
+START_TIMEOUT: Final = 60.0  #: Seconds; a start takes one or two, and many times that on an overloaded machine.
 STOP_TIMEOUT: Final = 10.0  #: Seconds that a server has to end in its own way before it is killed.
 
 _POLL_INTERVAL: Final = 0.01  #: Seconds between two looks at whether a server answers.
