@@ -11,12 +11,15 @@ import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Final
 
 from benchmarks import plots, report
 from benchmarks.bench import Bench
 from benchmarks.harness import BenchmarkError, choose_cores
 from benchmarks.measures import MEASURES
 from benchmarks.services import Services
+
+_QUIET_LOAD: Final = 0.5
 
 
 def main() -> int:
@@ -30,6 +33,8 @@ def main() -> int:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="millrace-bench-")))
         directory.chmod(0o755)  # PostgreSQL does not run as root and must reach its data.
         bench = Bench(Services(stack, directory), cores, directory, quick=arguments.quick, repeat=arguments.repeat)
+        if (load := os.getloadavg()[0]) > _QUIET_LOAD:
+            bench.say(f"this machine is busy (load {load:.1f}): ratios hold, times and latencies come out too large")
         for name in arguments.only or MEASURES:
             bench.say(f"-- {name}")
             try:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.contenders import FLOOR, MILLRACE, Contender, Floor, Millrace, Tutorial
+from benchmarks.contenders import FLOOR, MILLRACE, TUTORIALS, UNMERGED, Contender, Floor, Millrace, Tutorial
 from benchmarks.harness import BenchmarkError, Cores, Process, python
 from benchmarks.services import Services
 
@@ -103,7 +103,8 @@ class Outcome:
     load: Load
     used: Reading  #: From just before the jobs were handed over to the last end mark.
     failed: int
-    arrivals: Arrivals | None = None  #: Of stamped loads.
+    messages: int  #: Received by the follower; merged deltas are one message.
+    arrivals: Arrivals  #: Empty, unless the load is stamped.
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +129,8 @@ class Bench:
         self.repeat = repeat
         self.samples: list[Sample] = []
         self.valkey_version = str(services.redis.info("server").get("valkey_version", "unknown"))
-        self.concurrency = {"prefork": 4, "threads": 4, "gevent": 16, "asyncio": 64}  #: Tuned by ``tune``.
+        self.pools = ("threads",) if quick else TUTORIALS
+        self.concurrency = {"prefork": 2, "threads": 16, "gevent": 64, "asyncio": 16}  #: Tuned by ``tune``.
         self._directory = directory
         self._numbers = itertools.count(1)
         self._began = time.monotonic()
@@ -146,12 +148,17 @@ class Bench:
 
     @contextmanager
     def millrace(
-        self, *, concurrency: int = 4000, database: str = "sqlite", events_url: str | None = None, warm: bool = True
+        self,
+        *,
+        database: str = "sqlite",
+        events_url: str | None = None,
+        merging: bool = True,
+        warm: bool = True,
     ) -> Iterator[Contender]:
-        """Run this project's worker."""
+        """Run this project's worker; without ``merging`` it never makes one event of several deltas."""
         number, log = self._number_and_log(MILLRACE)
         url = self.services.new_database(database, f"millrace-{number}")
-        worker = Millrace(concurrency, self.services, url, self.cores.worker, log, events_url)
+        worker = Millrace(MILLRACE if merging else UNMERGED, self.services, url, self.cores.worker, log, events_url)
         yield from self._running(worker, warm=warm)
 
     @contextmanager
@@ -219,7 +226,9 @@ class Bench:
                 running.finish(follower.expect("ended", timeout, contender.process), file)
             except TimeoutError as error:
                 raise contender.process.failure(f"did not finish {load} in {timeout:.0f} s") from error
-        if stored is not None and running.outcome().failed == 0:
+        if failed := running.outcome().failed:
+            self.say(f"{contender.name}: {failed} jobs failed: {contender.explain_failures()}")
+        elif stored is not None:
             missing = load.characters - ((contender.stored_characters() or 0) - stored)
             if missing:
                 raise BenchmarkError(f"{contender.name} stored {missing} characters less than it was sent")
@@ -280,8 +289,9 @@ class Round:
     def finish(self, result: dict[str, Any], file: Path) -> None:
         """Take the follower's last line."""
         used = self.read().since(self.before)
-        arrivals = _arrivals(result, file) if self._load.stamped else None
-        self._outcome = Outcome(self._load, used, int(result["failed"]), arrivals)
+        self._outcome = Outcome(
+            self._load, used, int(result["failed"]), int(result["messages"]), _arrivals(result, file)
+        )
 
     def outcome(self) -> Outcome:
         """Return what the round showed, once it is over."""
@@ -291,7 +301,8 @@ class Round:
 
 def _arrivals(result: dict[str, Any], file: Path) -> Arrivals:
     pairs = array("q")
-    pairs.frombytes(file.read_bytes())
+    if file.exists():
+        pairs.frombytes(file.read_bytes())
     return Arrivals(pairs, int(result["first_end_ns"]))
 
 

@@ -4,6 +4,8 @@ In: the services and a number of jobs.  Out: running workers that all take the s
 per job until an end mark, to ``bench``.  Exists so that a measure is written once for all of them.
 """
 
+import os
+import subprocess
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Final
@@ -12,14 +14,19 @@ import sqlalchemy as sa
 
 from api_contracts import names, tables
 from benchmarks import tutorial
-from benchmarks.harness import Process, python
+from benchmarks.harness import ROOT, Process, python
 from benchmarks.services import Services
 from benchmarks.wire import celery_message, completion_body
 
 MILLRACE: Final = "millrace"
+UNMERGED: Final = "millrace-unmerged"  #: The same worker, told to publish every delta on its own.
 FLOOR: Final = "floor"
 DIRECT: Final = "direct"  #: Reading the provider without any worker; the reference of latencies.
 TUTORIALS: Final = ("prefork", "threads", "gevent", "asyncio")
+
+
+_CONCURRENCY: Final = 10_000  #: Jobs our worker takes at once: more than any load has.
+_SETTINGS: Final = {UNMERGED: {"MILLRACE_MERGE_ABOVE": str(2**31)}}
 
 
 def tutorial_name(pool: str) -> str:
@@ -49,6 +56,10 @@ class Contender(ABC):
     def stored_characters(self) -> int | None:
         """Return how many characters of output the database holds; None: the contender stores nothing."""
         return None
+
+    def explain_failures(self) -> str:
+        """Return what is known of the jobs that failed."""
+        return "no reason is kept"
 
 
 class Floor(Contender):
@@ -153,7 +164,7 @@ class Millrace(_CeleryContender):
 
     def __init__(
         self,
-        concurrency: int,
+        name: str,
         services: Services,
         database_url: str,
         cores: frozenset[int],
@@ -161,23 +172,44 @@ class Millrace(_CeleryContender):
         events_url: str | None = None,
     ) -> None:
         """Start it; ``events_url`` is the Redis of the events if it is not the broker's."""
-        super().__init__(MILLRACE, services, names.QUEUE, database_url)
-        tables.metadata.create_all(self._engine)
+        super().__init__(name, services, name, database_url)
+        environment = {names.ENV_DATABASE_URL: database_url}
+        with log.open("wb") as file:
+            subprocess.run(
+                python("worker.cli", "migrate"),
+                cwd=ROOT,
+                env=os.environ | environment,
+                stdout=file,
+                stderr=file,
+                check=True,
+            )
         self.process = Process(
             self.name,
             python("worker.cli", "worker"),
             cores,
             log,
-            {
+            environment
+            | {
                 names.ENV_REDIS_URL: events_url or services.redis_url,
                 names.ENV_BROKER_URL: services.redis_url,
-                names.ENV_DATABASE_URL: database_url,
-                "MILLRACE_CONCURRENCY": str(concurrency),
+                names.ENV_QUEUE: name,
+                "MILLRACE_CONCURRENCY": str(_CONCURRENCY),
+                **_SETTINGS.get(name, {}),
                 "MILLRACE_LOG_LEVEL": "warning",
                 "OPENAI_BASE_URL": services.base_url,
                 "OPENAI_API_KEY": "none",
             },
         )
+
+    def explain_failures(self) -> str:
+        """Return the attempts that did not finish, counted by outcome and error."""
+        attempts = tables.attempts.c
+        what = (attempts.reason, attempts.outcome, attempts.error_code)
+        failed = sa.select(*what, sa.func.count()).where(attempts.outcome != "finished").group_by(*what)
+        with self._engine.connect() as connection:
+            return ", ".join(
+                f"{n} × {reason}/{outcome}/{code}" for reason, outcome, code, n in connection.execute(failed)
+            )
 
     def channel(self, job: str) -> str:
         """Return the channel of a job's events."""

@@ -9,13 +9,12 @@ import argparse
 import asyncio
 import json
 import sys
-from functools import partial
 from typing import Final, cast
 
 import orjson
 import uvloop
 
-from benchmarks.wire import address, completion_request, resp_command
+from benchmarks.wire import address, completion_request
 
 _CONNECTS_AT_ONCE: Final = 100
 
@@ -85,22 +84,18 @@ async def _main(base_url: str, redis_port: int) -> None:
     loop = asyncio.get_running_loop()
     host, port = address(base_url)
     _, redis = await loop.create_connection(Redis, "127.0.0.1", redis_port)
-    redis.transport.write(resp_command(b"CLIENT", b"SETNAME", b"floor"))
+
+    async def open_stream(stream: Stream) -> None:
+        await loop.create_connection(lambda: stream, host, port)
+
     orders = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(orders), sys.stdin)
     while line := await _read_line(orders):
         order = json.loads(line)
         request = completion_request(base_url, order["script"])
-        channels = [channel.encode() for channel in order["channels"]]
-        for first in range(0, len(channels), _CONNECTS_AT_ONCE):
-            streams = (
-                Stream(request, channel, redis.transport) for channel in channels[first : first + _CONNECTS_AT_ONCE]
-            )
-            await asyncio.gather(*(loop.create_connection(partial(_same, s), host, port) for s in streams))
-
-
-def _same(stream: Stream) -> Stream:
-    return stream
+        streams = [Stream(request, channel.encode(), redis.transport) for channel in order["channels"]]
+        for first in range(0, len(streams), _CONNECTS_AT_ONCE):
+            await asyncio.gather(*map(open_stream, streams[first : first + _CONNECTS_AT_ONCE]))
 
 
 async def _read_line(reader: asyncio.StreamReader) -> bytes:

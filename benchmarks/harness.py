@@ -19,7 +19,7 @@ from typing import Any, Final, NamedTuple
 import psutil
 
 ROOT: Final = Path(__file__).resolve().parent.parent
-_STOP_SECONDS: Final = 8.0
+_STOP_SECONDS: Final = 5.0
 _LOG_TAIL_BYTES: Final = 2000
 
 
@@ -152,12 +152,9 @@ class Process:
 
     def close(self) -> None:
         """End the whole tree: SIGTERM, a few seconds, SIGKILL."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGTERM)
-        try:
+        self._child.terminate()
+        with suppress(subprocess.TimeoutExpired):
             self._child.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            print(f"{self.name} did not stop within {_STOP_SECONDS:.0f} s and was killed", file=sys.stderr)
         with suppress(ProcessLookupError):  # Also for grandchildren that outlived the root.
             os.killpg(self.pid, signal.SIGKILL)
         self._child.wait()

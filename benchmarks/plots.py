@@ -85,23 +85,23 @@ def draw(results: Results, directory: Path) -> None:
 
 
 def _saturated(samples: list[Sample], ax: "Axes") -> bool:
-    ax.set_title("CPU per delta, saturated (µs, less is better)")
-    return _bars(samples, ax, "saturated", "cpu_us_per_delta", log=True)
+    ax.set_title("CPU per delta, saturated (µs)")
+    return _bars(samples, ax, "saturated", "cpu_us_per_delta", log=False)
 
 
 def _paced(samples: list[Sample], ax: "Axes") -> bool:
-    ax.set_title("CPU per delta, streams at 30 a second (µs)")
-    return _bars(samples, ax, "paced", "cpu_us_per_delta", log=True)
+    ax.set_title("CPU per delta, 30 a second each (µs)")
+    return _bars(samples, ax, "paced", "cpu_us_per_delta", log=False)
 
 
 def _jobs_postgresql(samples: list[Sample], ax: "Axes") -> bool:
-    ax.set_title("Jobs of 20 deltas per core and second, PostgreSQL")
+    ax.set_title("Short jobs per second of a core, PostgreSQL")
     chosen = [sample for sample in samples if sample.parameters.get("database") == "postgresql"]
     return _bars(chosen, ax, "short_jobs", "jobs_per_core_second", log=False)
 
 
 def _memory(samples: list[Sample], ax: "Axes") -> bool:
-    ax.set_title("Memory per stream in flight (KB, less is better)")
+    ax.set_title("Memory per stream in flight (KB)")
     return _bars(samples, ax, "memory", "uss_kb_per_stream", log=True)
 
 
@@ -133,7 +133,9 @@ def _bars(samples: list[Sample], ax: "Axes", measure: str, metric: str, *, log: 
     ax.grid(axis="x")
     if log:
         ax.set_xscale("log")
+        ax.set_xlim(left=1)
     ax.margins(x=0.12)
+    ax.xaxis.set_major_formatter("{x:,g}")
     return bool(names)
 
 
@@ -146,28 +148,33 @@ def _latency_at_50(samples: list[Sample], ax: "Axes") -> bool:
 
 
 def _latency(samples: list[Sample], ax: "Axes", rate: float) -> bool:
-    ax.set_title(f"Latency at the follower, {rate:.0f} deltas a second and stream")
+    ax.set_title(f"Latency, {rate:.0f} deltas a second and stream (ms)")
     chosen = [sample for sample in samples if sample.parameters.get("rate") == rate]
     drawn = _lines(chosen, ax, "load", "streams", "p99_ms")
     _lines(chosen, ax, "load", "streams", "p50_ms", linestyle=":", label=False)
     ax.axhline(LIMIT_MS, color=_GREY, linewidth=1, linestyle="--")
     ax.set_yscale("log")
+    ax.yaxis.set_major_formatter("{x:,g}")
     ax.set_xlabel("streams in one process")
-    ax.set_ylabel("ms: p99 solid, p50 dotted")
+    ax.set_ylabel("p99 solid, p50 dotted")
     return drawn
 
 
 def _flat_streams(samples: list[Sample], ax: "Axes") -> bool:
-    ax.set_title("CPU per delta, 8,000 deltas a second over n streams (µs)")
+    ax.set_title("CPU per delta, 8,000 a second in all (µs)")
     ax.set_xlabel("streams in flight")
-    return _lines(samples, ax, "flat_streams", "streams", "cpu_us_per_delta")
+    drawn = _lines(samples, ax, "flat_streams", "streams", "cpu_us_per_delta")
+    ax.set_ylim(bottom=0)
+    return drawn
 
 
 def _flat_length(samples: list[Sample], ax: "Axes") -> bool:
-    ax.set_title("CPU per further delta over a stream's length (µs)")
+    ax.set_title("CPU per delta over a stream's length (µs)")
     ax.set_xlabel("deltas in a stream")
     longer = [sample for sample in samples if sample.parameters.get("deltas") != 1]
-    return _lines(longer, ax, "flat_length", "deltas", "cpu_us_per_further_delta")
+    drawn = _lines(longer, ax, "flat_length", "deltas", "cpu_us_per_further_delta")
+    ax.set_ylim(bottom=0)
+    return drawn
 
 
 def _lines(
@@ -184,9 +191,8 @@ def _lines(
         marker = "o" if label else ""
         ax.plot(xs, medians, color=_COLOURS[name], label=name if label else None, linestyle=linestyle, marker=marker)
     ax.set_xscale("log")
+    ax.xaxis.set_major_formatter("{x:,g}")
     ax.grid(visible=True)
-    if linestyle == "-":
-        ax.set_ylim(bottom=0)
     if points and label:
         ax.legend()
     return bool(points)

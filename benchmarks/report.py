@@ -22,7 +22,7 @@ from typing import Any, Final
 import psutil
 
 from benchmarks.bench import Bench, Sample
-from benchmarks.contenders import DIRECT, FLOOR, MILLRACE
+from benchmarks.contenders import DIRECT, FLOOR, MILLRACE, UNMERGED
 from benchmarks.harness import ROOT
 
 _PACKAGES: Final = (
@@ -146,6 +146,8 @@ def _cpu_figures(ask: _Samples) -> Iterable[Figure]:
             )
             title = f"{measure}: tutorial's CPU per delta ÷ ours"
             yield Figure(f"{measure}_gain", title, _ratios(theirs, ours), at_least=least_gain, note=best)
+        unmerged = ask.values(measure, UNMERGED, metric)
+        yield Figure(f"{measure}_unmerged_us", f"{measure}: CPU per delta, each delta its own event, µs", unmerged)
         title = f"{measure}: our CPU per delta ÷ the floor's"
         yield Figure(f"{measure}_floors", title, _ratios(ours, floor), at_most=most_floors)
 

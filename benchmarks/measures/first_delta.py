@@ -9,7 +9,7 @@ import time
 from typing import Final
 
 from benchmarks.bench import Bench, Load, Sample, percentile
-from benchmarks.contenders import DIRECT, TUTORIALS, Contender
+from benchmarks.contenders import DIRECT, Contender
 from benchmarks.wire import address, completion_request
 
 _LOAD: Final = Load(streams=1, deltas=3, stamped=True)
@@ -23,7 +23,7 @@ def first_delta(bench: Bench) -> None:
     _record(bench, DIRECT, [_read_directly(bench) for _ in range(jobs)])
     with bench.millrace() as worker:
         _record(bench, worker.name, [_run(bench, worker, number) for number in range(jobs)])
-    for pool in TUTORIALS:
+    for pool in bench.pools:
         with bench.tutorial(pool) as worker:
             _record(bench, worker.name, [_run(bench, worker, number) for number in range(jobs)])
 

@@ -7,29 +7,27 @@ a machine carries is how much each of them holds.
 from benchmarks.bench import Bench, Load, Sample
 from benchmarks.contenders import Contender
 
-_PREFORK_SLOTS = 20
-
 
 def memory(bench: Bench) -> None:
     """Measure the growth from an idle, warm worker to one with all streams in flight."""
     streams = 200 if bench.quick else 1000
     # One delta a second: slow enough for the slowest worker to have all of them in flight at once.
-    load = Load(streams, deltas=6 if bench.quick else 16, rate=1.0, stamped=True)
+    load = Load(streams, deltas=5 if bench.quick else 16, rate=1.0, stamped=True)
     with bench.floor() as worker:
         _measure(bench, worker, load)
     with bench.millrace() as worker:
         _measure(bench, worker, load)
-    for pool in ("gevent",) if bench.quick else ("threads", "gevent", "asyncio"):
+    for pool in (pool for pool in bench.pools if pool != "prefork"):
         with bench.tutorial(pool, concurrency=streams) as worker:
             _measure(bench, worker, load)
-    with bench.tutorial("prefork", concurrency=_PREFORK_SLOTS) as worker:
-        # A stream in flight is a process here.
-        held = worker.process.memory()
+    slots = 4 if bench.quick else 20
+    with bench.tutorial("prefork", concurrency=slots) as worker:
+        held = worker.process.memory()  # A stream in flight is a process here.
         metrics = {
-            "rss_kb_per_stream": held.rss / _PREFORK_SLOTS / 1e3,
-            "uss_kb_per_stream": held.uss / _PREFORK_SLOTS / 1e3,
+            "rss_kb_per_stream": held.rss / slots / 1e3,
+            "uss_kb_per_stream": held.uss / slots / 1e3,
         }
-        bench.record(Sample("memory", worker.name, metrics, {"streams": _PREFORK_SLOTS}))
+        bench.record(Sample("memory", worker.name, metrics, {"streams": slots}))
 
 
 def _measure(bench: Bench, worker: Contender, load: Load) -> None:

@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from typing import Final
 
 from benchmarks.bench import Bench, Load, Sample
-from benchmarks.contenders import TUTORIALS
 
 _DELTAS: Final = 20
 
@@ -23,7 +22,7 @@ def short_jobs(bench: Bench) -> None:
             return
         with ExitStack() as stack:
             runs = [(stack.enter_context(bench.millrace(database=database)), load)]
-            tutorials = (stack.enter_context(bench.tutorial(pool, database=database)) for pool in TUTORIALS)
+            tutorials = (stack.enter_context(bench.tutorial(pool, database=database)) for pool in bench.pools)
             runs += [(worker, tutorials_load) for worker in tutorials]
             for repetition in range(bench.repeat):
                 for worker, its_load in runs:
