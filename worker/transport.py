@@ -18,7 +18,7 @@ from kombu.asynchronous import get_event_loop
 from kombu.transport import virtual
 from kombu.transport.redis import Channel, QoS, Transport
 from kombu.utils.encoding import bytes_to_str
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 
 from api_contracts.names import rejected_list
 from worker.envelope import Unreadable, open_envelope
@@ -48,7 +48,11 @@ class LightQoS(QoS):
         self._acknowledged: list[str] = []
 
     def note(self, messages: list[dict[str, Any]]) -> None:
-        """Note messages that were taken from the queue, before they are delivered."""
+        """Note messages that were taken from the queue, before they are delivered.
+
+        If Redis refuses, for want of memory for instance, they are delivered all the same: they are in
+        no queue any more, and an exception here would end the worker.
+        """
         now = time.time()
         entries: dict[str, bytes] = {}
         for message in messages:
@@ -57,10 +61,13 @@ class LightQoS(QoS):
             entries[properties["delivery_tag"]] = orjson.dumps(
                 [message, delivery.get("exchange", ""), delivery.get("routing_key", "")]
             )
-        with self._client.pipeline(transaction=False) as pipe:
-            pipe.hset(self.unacked_key, mapping=entries)
-            pipe.zadd(self.unacked_index_key, dict.fromkeys(entries, now))
-            pipe.execute()
+        try:
+            with self._client.pipeline(transaction=False) as pipe:
+                pipe.hset(self.unacked_key, mapping=entries)
+                pipe.zadd(self.unacked_index_key, dict.fromkeys(entries, now))
+                pipe.execute()
+        except (RedisError, OSError) as error:
+            log.warning("messages_unnoted", count=len(entries), reason=type(error).__name__)
 
     def append(self, message: Any, delivery_tag: str) -> None:
         """Remember a message that is delivered; ``note`` has told Redis."""
@@ -84,7 +91,7 @@ class LightQoS(QoS):
                 pipe.zrem(self.unacked_index_key, *tags)
                 pipe.hdel(self.unacked_key, *tags)
                 pipe.execute()
-        except self.channel.connection_errors as error:
+        except (RedisError, OSError) as error:
             # They will be delivered again some time, and find their jobs claimed.
             log.warning("acknowledgements_lost", count=len(tags), reason=type(error).__name__)
 
@@ -111,7 +118,12 @@ class DoorkeeperChannel(Channel):
     #: Whether the server knows BLMPOP (Redis 7, Valkey); else items come one by one.
     _takes_many = True
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self._aside: list[bytes] = []  # records of unreadable items that Redis has not taken yet
+
     def _brpop_start(self, timeout: float | None = None) -> None:
+        self._flush_aside()
         if not self._takes_many:
             super()._brpop_start(timeout)  # type: ignore[no-untyped-call]
             return
@@ -166,18 +178,29 @@ class DoorkeeperChannel(Channel):
 
     def _keep_aside(self, raw: bytes, fault: Unreadable) -> None:
         log.warning("message_unreadable", reason=fault.reason, size=len(raw), task_id=fault.task_id)
-        record = orjson.dumps(
-            {
-                "id": uuid.uuid4().hex,
-                "reason": fault.reason,
-                "size": len(raw),
-                "task_id": fault.task_id,
-                "received_at": time.time(),
-                "payload": base64.b64encode(raw[:_KEPT_BYTES]).decode(),
-            }
+        self._aside.append(
+            orjson.dumps(
+                {
+                    "id": uuid.uuid4().hex,
+                    "reason": fault.reason,
+                    "size": len(raw),
+                    "task_id": fault.task_id,
+                    "received_at": time.time(),
+                    "payload": base64.b64encode(raw[:_KEPT_BYTES]).decode(),
+                }
+            )
         )
-        with self.conn_or_acquire() as client:
-            client.lpush(rejected_list(self.rejected_prefix), record)
+
+    def _flush_aside(self) -> None:
+        if not self._aside:
+            return
+        try:
+            with self.conn_or_acquire() as client:
+                client.lpush(rejected_list(self.rejected_prefix), *self._aside)
+        except (RedisError, OSError) as error:
+            log.warning("unreadable_messages_unrecorded", count=len(self._aside), reason=type(error).__name__)
+        else:
+            self._aside.clear()
 
 
 class DoorkeeperTransport(Transport):
