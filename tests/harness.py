@@ -9,12 +9,12 @@ states instead of sleeping.
 import itertools
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -100,7 +100,7 @@ class WorkerProcess(EmbeddedProcess):
 
     def terminate(self) -> None:
         """Ask the worker to end, and do not wait."""
-        self._signal(signal.SIGTERM)
+        self._signal(self.stop_signal)
 
     def wait(self, timeout: float = PATIENCE) -> int:
         """Return the exit code of a worker that was asked to end, or that ends by itself."""
@@ -261,6 +261,13 @@ class Stand:
         worker = self.new_worker(**settings)
         worker.start()
         return worker
+
+    def start_workers(self, count: int, **settings: Any) -> list[WorkerProcess]:
+        """Start some workers at the same time and wait until they are at work."""
+        workers = [self.new_worker(**settings) for _ in range(count)]
+        with ThreadPoolExecutor(count) as threads:
+            list(threads.map(WorkerProcess.start, workers))
+        return workers
 
     def worker_of(self, job_id: str) -> WorkerProcess:
         """Wait until a worker runs the job, and return it."""

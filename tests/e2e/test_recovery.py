@@ -18,8 +18,7 @@ def make_due(stand: Stand, job_id: str) -> None:
 
 def test_killed_workers_job_is_run_again_by_another_one(any_stand: Stand) -> None:
     stand = any_stand
-    stand.start_worker()
-    stand.start_worker()
+    stand.start_workers(2)
     job_id = stand.enqueue(deltas=60, rate=15)
     following = stand.follow(job_id)
     following.wait_for("delta", count=5)
@@ -34,8 +33,7 @@ def test_killed_workers_job_is_run_again_by_another_one(any_stand: Stand) -> Non
 
 
 def test_usage_of_a_lost_attempt_is_estimated_from_the_log(stand: Stand) -> None:
-    stand.start_worker()
-    stand.start_worker()
+    stand.start_workers(2)
     job_id = stand.enqueue(deltas=60, rate=15)
     stand.follow(job_id).wait_for("delta", count=10)
     stand.worker_of(job_id).kill()
