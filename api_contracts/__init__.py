@@ -18,6 +18,7 @@ from api_contracts.results import (
     UsageSource,
     output_sha256,
 )
+from api_contracts.transcript import Transcript
 
 __all__ = [
     "AttemptResult",
@@ -31,6 +32,7 @@ __all__ = [
     "JobSummary",
     "MillraceError",
     "ToolCall",
+    "Transcript",
     "Usage",
     "UsageSource",
     "is_terminal",

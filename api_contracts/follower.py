@@ -60,7 +60,7 @@ class ReadLog(Step):
 
 @dataclass(frozen=True, slots=True)
 class ReadNewest(Step):
-    """Answer the id of the log's newest entry, or None if there is no log."""
+    """Answer the log's newest entry (``LogEntry``), or None if there is no log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,13 +184,14 @@ class Follower:
         if self._ended:
             return
         if self._last == last:
-            newest: str | None = yield ReadNewest()
+            newest: LogEntry | None = yield ReadNewest()
             self._log_is_missing = newest is None
             if newest is not None:
-                self._check_cursor(_stream_id(newest))
+                self._check_cursor(_stream_id(newest.id))
+                self._ended = newest.id == position and _is_end(newest)  # the reader had everything before
         if self._end_is_ahead and not self._has_database:
             raise EventsLostError(f"job {self._job_id} has ended, but events before its end are lost")
-        if self._last == last or self._end_is_ahead:
+        if not self._ended and (self._last == last or self._end_is_ahead):
             yield from self._ask_database()
         if not self._ended:
             self._check_timeout()
@@ -286,6 +287,13 @@ def _stored_events(result: CompletionResult, last: EventId | None) -> Iterator[E
         yield snapshot_event(result, str(before))
     if last is None or last < end.event_id:
         yield end
+
+
+def _is_end(entry: LogEntry) -> bool:
+    try:
+        return is_terminal(parse_event(entry.payload))
+    except ValueError:
+        return False
 
 
 def _stream_id(text: str) -> EventId:

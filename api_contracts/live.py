@@ -9,7 +9,7 @@ only importer of redis-py among the contracts.
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import redis
 import redis.asyncio
@@ -18,7 +18,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, AuthorizationError, MasterDownError, RedisError
 from redis.retry import Retry
 
-from api_contracts.errors import BrokerUnavailableError, InvalidSettingError
+from api_contracts.errors import BrokerUnavailableError, InvalidSettingError, StoreUnavailableError
 from api_contracts.events import Event
 from api_contracts.follower import (
     LOG_PAGE,
@@ -46,17 +46,19 @@ _SUBSCRIPTION_POOL: Final[dict[str, Any]] = {**_TIMEOUTS, "max_connections": 100
 _CANCEL_KEPT: Final = 86_400  #: Seconds for which a request to cancel waits for its job.
 _BAD_URL: Final = "the Redis URL cannot be used; it looks like redis://host:6379/0"
 
+T = TypeVar("T")
+
 
 class Live:
     """Redis for one client, from any thread."""
 
     def __init__(self, url: str) -> None:
         try:
-            self._commands = redis.Redis(
-                connection_pool=redis.BlockingConnectionPool.from_url(url, retry=Retry(NoBackoff(), 1), **_COMMAND_POOL)
+            self._commands = redis.Redis.from_pool(
+                redis.BlockingConnectionPool.from_url(url, retry=Retry(NoBackoff(), 1), **_COMMAND_POOL)
             )
-            self._subscriptions = redis.Redis(
-                connection_pool=redis.ConnectionPool.from_url(url, retry=Retry(NoBackoff(), 0), **_SUBSCRIPTION_POOL)
+            self._subscriptions = redis.Redis.from_pool(
+                redis.ConnectionPool.from_url(url, retry=Retry(NoBackoff(), 0), **_SUBSCRIPTION_POOL)
             )
         except ValueError:
             raise InvalidSettingError(_BAD_URL) from None
@@ -80,7 +82,7 @@ class Live:
                 case ReadLog(after):
                     return _entries(self._commands.xrange(keys.log, _after(after), count=LOG_PAGE))
                 case ReadNewest():
-                    return _newest(self._commands.xrevrange(keys.log, count=1))
+                    return next(iter(_entries(self._commands.xrevrange(keys.log, count=1))), None)
                 case Pause(seconds):
                     time.sleep(seconds)
                 case ReadSummary() | ReadResult():
@@ -130,15 +132,11 @@ class AsyncLive:
 
     def __init__(self, url: str) -> None:
         try:
-            self._commands = redis.asyncio.Redis(
-                connection_pool=redis.asyncio.BlockingConnectionPool.from_url(
-                    url, retry=AsyncRetry(NoBackoff(), 1), **_COMMAND_POOL
-                )
+            self._commands = redis.asyncio.Redis.from_pool(
+                redis.asyncio.BlockingConnectionPool.from_url(url, retry=AsyncRetry(NoBackoff(), 1), **_COMMAND_POOL)
             )
-            self._subscriptions = redis.asyncio.Redis(
-                connection_pool=redis.asyncio.ConnectionPool.from_url(
-                    url, retry=AsyncRetry(NoBackoff(), 0), **_SUBSCRIPTION_POOL
-                )
+            self._subscriptions = redis.asyncio.Redis.from_pool(
+                redis.asyncio.ConnectionPool.from_url(url, retry=AsyncRetry(NoBackoff(), 0), **_SUBSCRIPTION_POOL)
             )
         except ValueError:
             raise InvalidSettingError(_BAD_URL) from None
@@ -162,7 +160,7 @@ class AsyncLive:
                 case ReadLog(after):
                     return _entries(await self._commands.xrange(keys.log, _after(after), count=LOG_PAGE))
                 case ReadNewest():
-                    return _newest(await self._commands.xrevrange(keys.log, count=1))
+                    return next(iter(_entries(await self._commands.xrevrange(keys.log, count=1))), None)
                 case Pause(seconds):
                     await asyncio.sleep(seconds)
                 case ReadSummary() | ReadResult():
@@ -177,7 +175,7 @@ class AsyncLive:
                     step = next(plan)
                     continue
                 try:
-                    answer = await perform(step)
+                    answer = await _cancellable(perform(step))
                 except Exception as error:  # noqa: BLE001  # what the plan does not know comes out of it again
                     step = plan.throw(_for_the_plan(error))
                 else:
@@ -191,6 +189,21 @@ class AsyncLive:
         """Close all connections."""
         await self._commands.aclose()
         await self._subscriptions.aclose()
+
+
+async def _cancellable(work: Awaitable[T]) -> T:
+    """Await ``work``, and be cancelled if a cancellation was swallowed in it.
+
+    redis-py uses ``asyncio.wait_for``, which before Python 3.12 swallows one that comes at the very
+    moment at which its own wait is over.
+    """
+    task = asyncio.current_task()
+    before = task.cancelling() if task is not None else 0
+    try:
+        return await work
+    finally:
+        if task is not None and task.cancelling() > before:
+            raise asyncio.CancelledError
 
 
 def _check_confirmed(message: dict[str, Any] | None) -> None:
@@ -214,12 +227,10 @@ def _entries(reply: Any) -> list[LogEntry]:
     return [LogEntry(entry_id.decode(), fields.get(b"event", b"")) for entry_id, fields in reply]
 
 
-def _newest(reply: Any) -> str | None:
-    return str(reply[0][0].decode()) if reply else None
-
-
 def _for_the_plan(error: Exception) -> Exception:
-    """An outage becomes ``DisconnectedError``, which the plan survives; a wrong password stays what it is."""
+    """An outage of Redis becomes ``DisconnectedError``, which the plan survives; all else stays what it is."""
+    if isinstance(error, StoreUnavailableError):  # an OSError too, but the database's
+        return error
     is_outage = isinstance(error, redis.ConnectionError | redis.TimeoutError | MasterDownError | OSError)
     is_refusal = isinstance(error, AuthenticationError | AuthorizationError)
     return DisconnectedError() if is_outage and not is_refusal else error

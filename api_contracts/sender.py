@@ -45,8 +45,12 @@ class Sender:
                 "max_retries": 0,  # of a connection; Kombu's own three would take six seconds
             },
         )
+        try:
+            connection = self._app.connection_for_write()
+        except (KeyError, ValueError, ImportError):
+            raise InvalidSettingError("the broker URL cannot be used; it looks like redis://host:6379/0") from None
         # Not Celery's own pools: those are shared by the whole process, so closing them would hurt others.
-        self._connections = self._app.connection_for_write().Pool(limit=_CONNECTIONS)
+        self._connections = connection.Pool(limit=_CONNECTIONS)
         self._producers: Any = ProducerPool(self._connections, limit=_CONNECTIONS, Producer=self._app.amqp.Producer)
 
     def send(self, job: dict[str, Any]) -> None:

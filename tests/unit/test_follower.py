@@ -144,7 +144,7 @@ class World:
                 ]
                 return entries[:LOG_PAGE]
             case ReadNewest():
-                return str(max(self.log)) if self.log else None
+                return LogEntry(str(max(self.log)), self.log[max(self.log)].encode()) if self.log else None
         return None
 
     @property
@@ -289,6 +289,7 @@ def test_a_reader_who_has_the_end_gets_nothing_more() -> None:
     world = World()
     world.publish(99)
     assert ids(world.follow("2-13")) == []
+    assert ids(world.follow("2-13", has_database=False)) == []
     world.log.clear()
     assert ids(world.follow("2-13")) == []
 
