@@ -1,0 +1,102 @@
+"""The Redis users that the operations guide gives: each can do its work, and nothing beyond it."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import redis
+from redis.exceptions import NoPermissionError, ResponseError
+
+from api_contracts.client import Client
+from api_contracts.errors import BrokerUnavailableError
+from api_contracts.events import is_terminal
+from api_contracts.names import QUEUE, control_channel, job_keys
+from tests.harness import Stand
+from worker.embedded import sqlite_url
+
+GUIDE = Path(__file__).parents[2] / "docs" / "operations" / "running.md"
+USERS = re.findall(r"^user (\S+) (on .*)$", GUIDE.read_text(), re.MULTILINE)
+JOB = {"model": "scripted-1", "messages": [{"role": "user", "content": "Hello!"}]}
+
+UrlOf = Callable[[str], str]
+
+
+@pytest.fixture
+def guarded(tmp_path: Path) -> Iterator[tuple[Stand, UrlOf]]:
+    """A stand whose worker is the guide's user `worker`, and the URL of each of the guide's users."""
+    with Stand(tmp_path, sqlite_url(tmp_path / "millrace.db")) as stand:
+        host = stand.valkey.url.removeprefix("redis://")
+
+        def url_of(user: str) -> str:
+            return f"redis://{user}:{user}-password@{host}"
+
+        with stand.redis() as admin:
+            for name, rules in USERS:
+                own = re.sub(r">\S+", f">{name}-password", rules).split()
+                admin.execute_command("ACL", "SETUSER", name, "reset", *own)
+        stand.start_worker(redis_url=url_of("worker"))
+        yield stand, url_of
+
+
+def test_a_service_confined_to_its_tenant_enqueues_and_follows(guarded: tuple[Stand, UrlOf]) -> None:
+    stand, url_of = guarded
+    with Client(url_of("shop"), broker_url=url_of("producer"), tenant="shop") as client:
+        events = list(client.follow(client.enqueue(JOB)))
+    assert events[-1].type == "job.completed"
+    with stand.redis() as admin:
+        assert [(entry["username"], entry["object"]) for entry in admin.acl_log()] == []  # nobody was refused anything
+
+
+def test_a_cancel_by_the_database_needs_no_right_on_the_control_channel(guarded: tuple[Stand, UrlOf]) -> None:
+    stand, url_of = guarded
+    with Client(
+        url_of("shop"), broker_url=url_of("producer"), database_url=stand.database_url, tenant="shop"
+    ) as client:
+        job_id = client.enqueue(stand.job(text="word " * 1000, rate=10))
+        stand.wait_for_deltas(job_id)
+        assert client.cancel(job_id) == "running"
+        ended = next(event for event in client.follow(job_id) if is_terminal(event))
+        assert ended.type == "job.cancelled"
+
+
+def test_a_service_cannot_touch_what_is_not_its_own(guarded: tuple[Stand, UrlOf]) -> None:
+    _, url_of = guarded
+    own, foreign = job_keys("shop", "j1"), job_keys("other", "j1")
+    nudge = json.dumps({"tenant": "other", "job_id": "j1"})
+    with redis.Redis.from_url(url_of("shop")) as shop:
+        refused: list[Callable[[], object]] = [
+            lambda: shop.xrange(foreign.log),
+            lambda: shop.set(foreign.cancel, 1),
+            lambda: shop.xadd(own.log, {"event": "forged"}),
+            lambda: shop.publish(own.channel, "forged"),
+            lambda: shop.publish(control_channel(), nudge),
+            lambda: shop.lrange(QUEUE, 0, -1),
+            lambda: shop.keys("*"),
+            lambda: shop.client_kill_filter(skipme=False),
+        ]
+        for attempt in refused:
+            with pytest.raises(NoPermissionError):
+                attempt()
+        with shop.pubsub() as pubsub:
+            pubsub.subscribe(foreign.channel)
+            with pytest.raises(ResponseError):
+                pubsub.get_message(timeout=5)
+
+
+def test_a_producer_can_put_jobs_on_the_queue_and_read_nothing(guarded: tuple[Stand, UrlOf]) -> None:
+    _, url_of = guarded
+    with redis.Redis.from_url(url_of("producer")) as producer:
+        for attempt in (lambda: producer.lrange(QUEUE, 0, -1), lambda: producer.rpop(QUEUE), producer.flushall):
+            with pytest.raises(NoPermissionError):
+                attempt()
+
+
+def test_nobody_without_a_password_gets_in(guarded: tuple[Stand, UrlOf]) -> None:
+    """As the guide has it; here the default user stays, for the test's own use."""
+    assert re.search(r"^user default off$", GUIDE.read_text(), re.MULTILINE)
+    _, url_of = guarded
+    stranger = Client(url_of("producer").replace("producer-password", "wrong"))
+    with stranger, pytest.raises(BrokerUnavailableError):
+        stranger.enqueue(JOB)
