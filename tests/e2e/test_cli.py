@@ -88,7 +88,7 @@ def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         monkeypatch.setattr(sys, "stdin", io.StringIO())
         with pytest.raises(SystemExit) as end:
             cli.main()
-        return Done(args, end.value.code, *capsys.readouterr())
+        return Done(args, int(end.value.code or 0), *capsys.readouterr())
 
     return run_here
 
@@ -410,8 +410,6 @@ def test_the_doctor_says_what_is_wrong_and_what_to_do(tmp_path: Path):
     run(env, "migrate")
     checks = findings(run(env, "doctor", "--json"))
     assert {"redis": "fail", "database": "ok", "workers": "warn"}.items() <= checks.items()
-        run(env, "doctor", "--json")
-    ).items()
     assert findings(run(env, "doctor", "--quick", "--json"))["worker"] == "fail"
 
 
