@@ -20,13 +20,7 @@ class Database:
     """The database of one client. Thread-safe; connects when it is first used."""
 
     def __init__(self, url: str) -> None:
-        try:
-            self._engine = _make_engine(url)
-        except (ArgumentError, NoSuchModuleError, ModuleNotFoundError):
-            raise InvalidSettingError(
-                "the database URL cannot be used; it looks like sqlite:///jobs.db or postgresql://user:password@host/name,"
-                " and PostgreSQL needs the extra 'postgres'"
-            ) from None
+        self._engine = make_engine(url, "millrace-client")
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
@@ -49,34 +43,72 @@ class Database:
         self._engine.dispose()
 
 
-def _make_engine(url: str) -> Engine:
-    if not url.startswith("sqlite"):
-        return create_engine(
-            url,
-            hide_parameters=True,  # they are prompts and outputs
-            pool_pre_ping=True,
-            pool_timeout=5,
-            connect_args={
-                "connect_timeout": 5,
-                "application_name": "millrace-client",
-                "keepalives_idle": 10,
-                "keepalives_interval": 5,
-                "keepalives_count": 3,
-                "tcp_user_timeout": 10_000,
-                "options": "-c lock_timeout=5000 -c statement_timeout=30000",
-            },
-        )
+def make_engine(url: str, application: str = "millrace", *, pool_size: int = 5, writer: bool = False) -> Engine:
+    """Return an engine for ``url`` with the time-outs and pragmas that Millrace relies on.
+
+    Args:
+        url: SQLAlchemy URL of a SQLite or PostgreSQL database.
+        application: Name under which PostgreSQL lists the connections.
+        pool_size: Connections that are kept.
+        writer: Whether each transaction is to take SQLite's write lock at its beginning: one that reads
+            first and writes then fails if somebody else writes in between.
+
+    Raises:
+        InvalidSettingError: the URL cannot be used.
+    """
+    if url.startswith("postgres://"):  # as many hosts of databases write it
+        url = url.replace("postgres", "postgresql", 1)
+    try:
+        return _sqlite(url, writer=writer) if url.startswith("sqlite") else _postgresql(url, application, pool_size)
+    except (ArgumentError, NoSuchModuleError, ModuleNotFoundError):
+        raise InvalidSettingError(
+            "the database URL cannot be used; it looks like sqlite:///jobs.db or postgresql://user:password@host/name,"
+            " and PostgreSQL needs the extra 'postgres'"
+        ) from None
+
+
+def _sqlite(url: str, *, writer: bool) -> Engine:
     engine = create_engine(
-        url, hide_parameters=True, pool_timeout=5, connect_args={"timeout": 5}
-    )  # waits that long for another writer
+        url,
+        hide_parameters=True,  # they are prompts and outputs
+        pool_timeout=5,
+        connect_args={"timeout": 10, "check_same_thread": False},  # waits that long for another writer
+    )
 
     @event.listens_for(engine, "connect")
     def _configure(connection: Any, _record: Any) -> None:
-        # Readers and the writer do not wait for each other.
+        connection.isolation_level = None  # the event below opens the transactions
+        # Readers and the writer do not wait for each other, and a commit costs no fsync of the whole file.
         connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
         connection.execute("PRAGMA foreign_keys=ON")
 
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writer else "BEGIN")
+
     return engine
+
+
+def _postgresql(url: str, application: str, pool_size: int) -> Engine:
+    return create_engine(
+        url,
+        hide_parameters=True,  # they are prompts and outputs
+        pool_pre_ping=True,
+        pool_timeout=5,
+        pool_size=pool_size,
+        connect_args={
+            "connect_timeout": 5,
+            "application_name": application,
+            # A connection that died silently is noticed within seconds.
+            "keepalives_idle": 10,
+            "keepalives_interval": 5,
+            "keepalives_count": 3,
+            "tcp_user_timeout": 20_000,
+            # A lock or statement that hangs is an outage too.
+            "options": "-c lock_timeout=10000 -c statement_timeout=30000",
+        },
+    )
 
 
 def _first_line(error: BaseException | None) -> str:

@@ -80,7 +80,7 @@ class InvalidCursorError(MillraceError, ValueError):
 
 
 class BrokerUnavailableError(MillraceError, ConnectionError):
-    """The job could not be handed to the queue in time, and no database is configured to keep it."""
+    """Redis did not take the job, or its cancellation, in time, and the database does not keep it either."""
 
 
 class StoreUnavailableError(MillraceError, ConnectionError):

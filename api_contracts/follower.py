@@ -157,10 +157,14 @@ class Follower:
         while not self._ended:
             try:
                 yield Subscribe()
+                yield from self._catch_up()
+                self._pause = _FIRST_PAUSE
                 while not self._ended:
+                    was_silent = yield from self._listen()
+                    last = self._last
                     yield from self._catch_up()
-                    self._pause = _FIRST_PAUSE
-                    yield from self._listen()
+                    if was_silent and self._last != last:
+                        break  # the log grew and the channel kept silent: subscribe anew, the connection may be dead
             except DisconnectedError:
                 self._log_is_missing = False  # not known while Redis is away
                 yield from self._ask_database()
@@ -196,13 +200,13 @@ class Follower:
         if not self._ended:
             self._check_timeout()
 
-    def _listen(self) -> Plan:
-        """Deliver what comes on the channel, until an event is missing or nothing comes for a while."""
+    def _listen(self) -> Generator[Step | Event, Any, bool]:
+        """Deliver what comes on the channel, until an event is missing or nothing comes for a while (True)."""
         look_again = self._clock() + CHECK_EVERY
         while not self._ended:
             seconds = min(look_again, self._heard + self._timeout) - self._clock()
             if seconds <= 0:
-                return
+                return True
             payload: bytes | None = yield Listen(seconds)
             if payload is None:
                 continue
@@ -213,7 +217,8 @@ class Follower:
             elif place is Place.AHEAD and (not was_behind or self._end_is_ahead):
                 # Read the log.  If it has been read for this gap already, it has not got what is missing:
                 # wait for a snapshot, a new attempt, or the next look.
-                return
+                return False
+        return False
 
     def _take(self, payload: bytes) -> Generator[Step | Event, Any, Place]:
         """Deliver the event if it comes next; remember it if others must come before it."""
