@@ -6,6 +6,7 @@ depends on one process: every worker sweeps, the statements are atomic, and any 
 """
 
 import asyncio
+import json
 import random
 import time
 from collections.abc import Awaitable, Callable
@@ -16,7 +17,7 @@ import redis.asyncio
 from redis.exceptions import RedisError
 
 from api_contracts.errors import BrokerUnavailableError, StoreUnavailableError
-from api_contracts.jobs import Job
+from api_contracts.jobs import Job, parse_job
 from api_contracts.names import rejected_list
 from api_contracts.sender import Sender
 from worker import store
@@ -144,7 +145,8 @@ class Sweeper:
         for key in found.lost:
             log.warning("worker_lost", tenant=key.tenant, job_id=key.id)
         if found.to_send:
-            await self._send([Job.model_validate_json(request) for request in found.to_send])
+            # By the decoder that the job came through: pydantic's own refuses lone surrogates, and deep nesting.
+            await self._send([parse_job(json.loads(request)) for request in found.to_send])
         for start in range(0, len(found.unannounced), _ANNOUNCEMENTS_AT_ONCE):
             keys = found.unannounced[start : start + _ANNOUNCEMENTS_AT_ONCE]
             announced = await asyncio.gather(*(self._announcer.announce(key) for key in keys))
