@@ -110,6 +110,8 @@ class ScriptedProvider:
             case "POST", "/_reset":
                 self.reset()
                 return send_json(connection, HTTPStatus.OK, {})
+            case "GET", "/v1/models" if not self._is_authorised(request.headers):
+                return _send_unauthorised(connection)
             case "GET", "/v1/models":
                 model = {"id": replies.DEFAULT_MODEL, "object": "model", "created": 0, "owned_by": "millrace"}
                 return send_json(connection, HTTPStatus.OK, {"object": "list", "data": [model]})
@@ -120,7 +122,7 @@ class ScriptedProvider:
         if request.method != "POST":
             return _send_error(connection, HTTPStatus.METHOD_NOT_ALLOWED, "Ask for a completion with POST.", None)
         if not self._is_authorised(request.headers):
-            return _send_error(connection, HTTPStatus.UNAUTHORIZED, "Incorrect API key provided.", "invalid_api_key")
+            return _send_unauthorised(connection)
         try:
             return self._perform(connection, request)
         except ValueError as error:
@@ -170,6 +172,10 @@ class ScriptedProvider:
 
 def _send_error(connection: Connection, status: HTTPStatus, message: str, code: str | None) -> Performance:
     return send_json(connection, status, error_body(message, "invalid_request_error", code))
+
+
+def _send_unauthorised(connection: Connection) -> Performance:
+    return _send_error(connection, HTTPStatus.UNAUTHORIZED, "Incorrect API key provided.", "invalid_api_key")
 
 
 def _describe(request: Request) -> dict[str, Any]:
