@@ -372,8 +372,8 @@ def migrate(
     The database is the one of MILLRACE_DATABASE_URL. Old workers go on working meanwhile: every change is
     additive.
     """
+    from api_contracts.database import make_engine
     from worker import schema
-    from worker.database import make_engine
 
     with _start_errors():
         engine = make_engine(_settings().database_url)
@@ -570,8 +570,8 @@ def _client(tenant: str) -> "Client":
     from api_contracts.client import Client
 
     settings = _settings()
-    path = settings.database_url.removeprefix("sqlite:///")
-    if path != settings.database_url and path and not Path(path).exists():
+    path = settings.database_url.removeprefix("sqlite:///").partition("?")[0]
+    if settings.database_url.startswith("sqlite:///") and path and not Path(path).exists():
         _fail(f"there is no database {path}: run `millrace migrate`, or set MILLRACE_DATABASE_URL", UNAVAILABLE)
     return Client(
         settings.redis_url,

@@ -18,10 +18,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from api_contracts.database import Database
+from api_contracts.database import Database, make_engine
 from api_contracts.errors import InvalidSettingError, StoreUnavailableError
 from worker import inspection, schema
-from worker.database import make_engine
 from worker.inspection import Overview
 from worker.provider_config import DEFAULT, ProviderConfig, ProviderConfigError, load_providers
 from worker.settings import Settings, SettingsError, load_settings
@@ -41,7 +40,7 @@ class Verdict(StrEnum):
     FAIL = "fail"  #: Jobs are not done, or may be lost.
 
 
-_STYLES: Final = {Verdict.OK: "green", Verdict.WARN: "yellow", Verdict.FAIL: "bold red"}
+_STYLES: Final = {Verdict.OK: "green", Verdict.WARN: "yellow", Verdict.FAIL: "red"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +143,10 @@ def _redis(check: str, url: str, variable: str) -> Finding:
 
 
 def _database(settings: Settings) -> Finding:
-    engine = make_engine(settings.database_url)
+    try:
+        engine = make_engine(settings.database_url)
+    except InvalidSettingError as error:
+        return Finding("database", Verdict.FAIL, str(error), "correct MILLRACE_DATABASE_URL")
     try:
         schema.check(engine)
         revision = schema.current(engine)
@@ -164,7 +166,7 @@ def _work(settings: Settings, *checks: Callable[[Overview], Finding]) -> Iterato
                 overview = inspection.overview(connection, settings.lease)
         finally:
             database.close()
-    except (StoreUnavailableError, InvalidSettingError) as error:
+    except StoreUnavailableError as error:
         yield Finding("work", Verdict.FAIL, str(error), "see the database's own log")
     else:
         yield from (check(overview) for check in checks)
