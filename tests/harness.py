@@ -25,6 +25,7 @@ from sqlalchemy import Connection, create_engine
 from typing_extensions import override
 
 from api_contracts.client import Client
+from api_contracts.database import make_engine
 from api_contracts.events import Event, parse_event
 from api_contracts.names import QUEUE, job_keys
 from api_contracts.results import CompletionResult
@@ -33,7 +34,6 @@ from api_contracts.transcript import Transcript
 from tests.recording_provider import RecordingProviderProcess
 from tests.services import PostgresServer
 from worker import schema
-from worker.database import make_engine
 from worker.embedded import EmbeddedProcess, EmbeddedValkey
 
 T = TypeVar("T")

@@ -12,8 +12,8 @@ import redis
 from celery.platforms import SecurityWarning
 from redis.exceptions import AuthenticationError, RedisError
 
+from api_contracts.database import make_engine
 from worker import schema
-from worker.database import make_engine
 from worker.provider_config import ProviderConfigError, load_providers
 from worker.service import Service
 from worker.settings import Settings, SettingsError, load_settings

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from api_contracts.errors import StoreUnavailableError
@@ -36,43 +36,6 @@ class _Request(NamedTuple):
     operation: Operation[Any, Any]
     argument: Any
     future: "asyncio.Future[Any]"
-
-
-def make_engine(url: str) -> Engine:
-    """Return an engine for ``url`` with the time-outs and pragmas that we rely on."""
-    if url.startswith("sqlite"):
-        engine = create_engine(url, hide_parameters=True, connect_args={"timeout": 15, "check_same_thread": False})
-
-        @event.listens_for(engine, "connect")
-        def _configure(connection: Any, _record: Any) -> None:
-            connection.isolation_level = None  # SQLAlchemy's begin event below opens the transactions
-            # Readers do not wait for the writer, and a commit costs no fsync of the whole file.
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=NORMAL")
-            connection.execute("PRAGMA foreign_keys=ON")
-
-        @event.listens_for(engine, "begin")
-        def _begin_immediate(connection: Connection) -> None:
-            # A deferred transaction that turns into a writer fails at once if another one writes.
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-        return engine
-    return create_engine(
-        url,
-        hide_parameters=True,  # they are prompts and outputs
-        pool_pre_ping=True,
-        pool_size=2,
-        connect_args={
-            "connect_timeout": 5,
-            "application_name": "millrace",
-            "keepalives_idle": 10,
-            "keepalives_interval": 5,
-            "keepalives_count": 3,
-            "tcp_user_timeout": 20_000,
-            # A lock or statement that hangs is an outage too; the write is repeated.
-            "options": "-c lock_timeout=10000 -c statement_timeout=30000",
-        },
-    )
 
 
 class Database:

@@ -15,8 +15,8 @@ from typing import Any, Final, NamedTuple
 
 from typing_extensions import override
 
+from api_contracts.database import make_engine
 from worker import schema
-from worker.database import make_engine
 from worker.embedded import EmbeddedProcess, EmbeddedProvider, EmbeddedValkey, sqlite_url
 from worker.supervisor import python_environment, python_module
 

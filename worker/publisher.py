@@ -21,8 +21,8 @@ from typing import Any, Final
 import orjson
 
 from api_contracts.names import job_keys
-from worker.redis_link import LinkError, RedisLink, pack
 from worker.accumulator import Delta
+from worker.redis_link import LinkError, RedisLink, pack
 from worker.telemetry import get_logger
 
 log = get_logger()

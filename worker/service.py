@@ -17,6 +17,7 @@ import redis.asyncio
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from api_contracts.database import make_engine
 from api_contracts.errors import ErrorCode, InvalidJobError, StoreUnavailableError
 from api_contracts.jobs import Job, parse_job
 from api_contracts.names import DEFAULT_TENANT
@@ -24,7 +25,7 @@ from api_contracts.sender import Sender
 from worker import store
 from worker.announcer import Announcer
 from worker.control import Control
-from worker.database import Database, StoreRefusedError, make_engine
+from worker.database import Database, StoreRefusedError
 from worker.engine import Engine, Stop
 from worker.pool import Delivery
 from worker.provider import Providers
@@ -58,7 +59,7 @@ class Service:
         settings = self._settings
         # Unique for each start, so that a restarted process is not taken for its predecessor.
         self.worker_id = f"{socket.gethostname()[:64]}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        self._database = Database(make_engine(settings.database_url))
+        self._database = Database(make_engine(settings.database_url, "millrace-worker", pool_size=2, writer=True))
         self._client = _redis_client(settings.redis_url)
         self._broker = _redis_client(settings.broker)
         self._publisher = Publisher(

@@ -130,9 +130,7 @@ class Settings(BaseSettings):
     @field_validator("database_url")
     @classmethod
     def _is_supported_database(cls, value: str) -> str:
-        if value.startswith(("postgresql://", "postgres://")):
-            return "postgresql+psycopg://" + value.split("://", 1)[1]
-        if value.startswith(("sqlite://", "postgresql+psycopg://")):
+        if value.startswith(("sqlite://", "postgresql://", "postgres://", "postgresql+psycopg://")):
             return value
         raise ValueError("must start with sqlite:// or postgresql://")
 

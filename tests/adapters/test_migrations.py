@@ -7,9 +7,9 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Engine
 
+from api_contracts.database import make_engine
 from api_contracts.tables import metadata
 from worker import schema
-from worker.database import make_engine
 
 
 @pytest.fixture

@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from api_contracts.client import AsyncClient
+from api_contracts.database import make_engine
 from api_contracts.errors import MillraceError
 from api_contracts.events import AttemptFailed, ChoiceSnapshot
 from api_contracts.results import Choice, CompletionResult, JobStatus, ToolCall, Usage, output_sha256
 from api_contracts.transcript import Transcript
 from worker import schema
-from worker.database import make_engine
 from worker.embedded import EmbeddedProvider, EmbeddedServiceError, EmbeddedValkey, sqlite_url
 
 CASES: Final = Path(__file__).with_name("sse_cases.jsonl")
