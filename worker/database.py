@@ -104,13 +104,14 @@ class Database:
     def _execute(self, group: list[_Request]) -> list[tuple[_Request, Any, Exception | None]]:
         try:
             return [(request, result, None) for request, result in self._transact(group)]
-        except Exception as error:
-            if len(group) == 1:
-                return [(group[0], None, _translate(error))]
+        except Exception as cause:
+            error = _translate(cause)
+            if len(group) == 1 or isinstance(error, StoreUnavailableError):
+                return [(request, None, error) for request in group]
         # One member spoiled the transaction for all: each on its own, so that only it fails.
-        outcomes = []
-        for request in group:
-            outcomes.extend(self._execute([request]))
+        outcomes = [outcome for request in group for outcome in self._execute([request])]
+        if not any(failure for _, _, failure in outcomes):
+            log.error("group_refused", size=len(group), reason=type(error.__cause__ or error).__name__)
         return outcomes
 
     def _transact(self, group: list[_Request]) -> list[tuple[_Request, Any]]:

@@ -28,6 +28,7 @@ from sqlalchemy import (
     case,
     delete,
     func,
+    or_,
     select,
     true,
     tuple_,
@@ -223,7 +224,12 @@ def _claim_statement(dialect: str) -> Any:
             "started_at": func.coalesce(jobs.c.started_at, new.started_at),
             "deadline_at": func.coalesce(jobs.c.deadline_at, new.deadline_at),
         },
-        where=and_(jobs.c.status.in_(WAITING), jobs.c.due_at <= now(), jobs.c.request_hash == new.request_hash),
+        where=and_(
+            # Not "in": SQLAlchemy expands that anew for each execution, which it cannot do for many rows at once.
+            or_(*(jobs.c.status == waiting for waiting in WAITING)),
+            jobs.c.due_at <= now(),
+            jobs.c.request_hash == new.request_hash,
+        ),
     ).returning(*_CLAIM_COLUMNS)
 
 
