@@ -104,7 +104,7 @@ class Database:
     def _execute(self, group: list[_Request]) -> list[tuple[_Request, Any, Exception | None]]:
         try:
             return [(request, result, None) for request, result in self._transact(group)]
-        except Exception as cause:
+        except Exception as cause:  # noqa: BLE001  # whatever it is, those who wait for an answer get it
             error = _translate(cause)
             if len(group) == 1 or isinstance(error, StoreUnavailableError):
                 return [(request, None, error) for request in group]

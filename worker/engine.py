@@ -230,9 +230,9 @@ class Engine:
 
         def snapshot() -> dict[str, Any]:
             if attempt.carried is not None:
-                return snapshot_fields(attempt.carried, attempt.finished, Usage())
+                return snapshot_fields(attempt.carried, Usage(), finished=attempt.finished)
             output = attempt.reader.output()
-            return snapshot_fields(output.choices, attempt.finished, self._usage_of(attempt, output))
+            return snapshot_fields(output.choices, self._usage_of(attempt, output), finished=attempt.finished)
 
         publication = self._publisher.open(
             job.tenant,
@@ -429,7 +429,7 @@ class Engine:
         if void and attempt.publication.last_n:
             words.append(("attempt.failed", failure_fields(ending)))
         if ending.choices and (void or not attempt.publication.last_n):
-            words.append(("snapshot", snapshot_fields(ending.choices, False, ending.usage)))
+            words.append(("snapshot", snapshot_fields(ending.choices, ending.usage, finished=False)))
         return words
 
     async def _give_up(self, attempt: Attempt) -> None:
@@ -467,7 +467,7 @@ class Engine:
                     "continues": True,
                 },
             )
-            publication.send("snapshot", snapshot_fields(remains.choices, True, spent))
+            publication.send("snapshot", snapshot_fields(remains.choices, spent, finished=True))
             publication.send(
                 "attempt.finished",
                 {"finish_reasons": finish_reasons(remains.choices), "usage": spent.model_dump(mode="json")},
@@ -539,7 +539,7 @@ def _cancelled(ending: Ending) -> Ending:
 # -- what events say, as JSON-ready values (the shapes are api_contracts.events) --
 
 
-def snapshot_fields(choices: Sequence[Choice], finished: bool, spent: Usage) -> dict[str, Any]:
+def snapshot_fields(choices: Sequence[Choice], spent: Usage, *, finished: bool) -> dict[str, Any]:
     """Return the fields of a ``snapshot``."""
     return {
         "choices": [choice.model_dump(mode="json", exclude={"extra"}) for choice in choices],

@@ -286,6 +286,9 @@ class Publisher:
         """Begin the events of one attempt.
 
         Args:
+            tenant: Whose job it is.
+            job_id: The job.
+            attempt: The attempt's number, which fences its events.
             snapshot: gives the fields of a ``snapshot`` event of the output so far; called when the
                 log has a hole.
             on_fenced: called once, when Redis says that a newer attempt has written.
@@ -316,7 +319,7 @@ class Publisher:
     async def close(self, timeout: float) -> None:
         """Send what is pending, at most ``timeout`` seconds, and close the connection."""
         deadline = time.monotonic() + timeout
-        while self._dirty and time.monotonic() < deadline:
+        while self._dirty and time.monotonic() < deadline:  # noqa: ASYNC110  # the end of the process is no hot path
             await asyncio.sleep(0.02)
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)

@@ -52,7 +52,7 @@ class RedisLink(asyncio.Protocol):
                 else:
                     host, port = options.get("host", "127.0.0.1"), options.get("port", 6379)
                     _, link = await loop.create_connection(cls, host, port, ssl=_tls(options))
-                await link._greet(options)
+                await link._greet(options)  # noqa: SLF001  # our own, made by the loop
         except (OSError, TimeoutError) as error:
             raise LinkError(f"no connection to Redis ({type(error).__name__})") from error
         return link

@@ -165,13 +165,13 @@ class Service:
         """Let streams finish within the grace period, hand back the rest, and close everything."""
         self.drain()
         deadline = time.monotonic() + self._settings.shutdown_grace
-        while self.engine.runs and time.monotonic() < deadline and not self._hurry.is_set():
+        while self.engine.runs and time.monotonic() < deadline and not self._hurry.is_set():  # noqa: ASYNC110  # the end of the process is no hot path
             await asyncio.sleep(0.02)
         handed_back = len(self.engine.runs)
         for key in list(self.engine.runs):
             self.engine.request_stop(key, Stop.INTERRUPTED)
         deadline = time.monotonic() + _HAND_BACK_TIMEOUT
-        while self.engine.runs and time.monotonic() < deadline:
+        while self.engine.runs and time.monotonic() < deadline:  # noqa: ASYNC110  # the end of the process is no hot path
             await asyncio.sleep(0.02)
         await self._control.stop()
         await self._publisher.close(timeout=3.0)
