@@ -88,7 +88,7 @@ class Sweeper:
     async def _repeat(self, action: Callable[[], Awaitable[None]], interval: float) -> None:
         while True:
             # Jitter keeps the sweeps of many workers apart.
-            await asyncio.sleep(interval * random.uniform(0.8, 1.2))
+            await asyncio.sleep(interval * random.uniform(0.8, 1.2))  # noqa: S311  # no secret
             try:
                 await action()
             except StoreUnavailableError as error:
