@@ -215,12 +215,9 @@ def purge(connection: Connection, older_than_seconds: float, tenant: str | None 
     )
     if tenant is not None:
         ended = ended.where(jobs.c.tenant == tenant)
-    keys = [tuple(row) for row in connection.execute(ended)]
-    if not keys:
-        return 0
-    for table in (tool_calls, choices, attempts):  # SQLite cascades only where foreign keys are switched on
-        connection.execute(delete(table).where(tuple_(table.c.tenant, table.c.job_id).in_(keys)))
-    return connection.execute(delete(jobs).where(tuple_(jobs.c.tenant, jobs.c.id).in_(keys))).rowcount
+    # One statement, because on SQLite a transaction that reads first may find that it cannot write; what belongs
+    # to a job goes with it, by its foreign key.
+    return connection.execute(delete(jobs).where(tuple_(jobs.c.tenant, jobs.c.id).in_(ended))).rowcount
 
 
 # -- reading --------------------------------------------------------------------------------------
