@@ -54,7 +54,9 @@ class Control:
         tasks = [*self._work, *([self._task] if self._task else [])]
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if tasks:
+            # Bounded: before Python 3.12 a cancellation may get lost in redis-py's time-outs.
+            await asyncio.wait(tasks, timeout=2.0)
 
     async def _listen(self) -> None:
         while True:

@@ -78,7 +78,8 @@ class Sweeper:
         """End the heartbeat and tell the others that this worker is gone."""
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        # Bounded: before Python 3.12 a cancellation may get lost in redis-py's time-outs.
+        await asyncio.wait(self._tasks, timeout=2.0)
         try:
             async with asyncio.timeout(3):
                 await self._database.run(store.retire, self._worker_id)
