@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -126,15 +127,19 @@ def dev(
     (directory / ".gitignore").write_text("*\n")
     with _start_errors(), playground(directory) as ground:
         exports = directory / "env"
-        exports.write_text("".join(f"export {name}={value}\n" for name, value in ground.settings.items()))
+        exports.write_text("".join(f"export {name}={shlex.quote(value)}\n" for name, value in ground.settings.items()))
+        model = "MODEL" if ground.provider_url is None else "scripted-1"
         console = _console()
-        console.print("[bold]Millrace runs.[/] In another terminal:\n")
-        console.print(f"  [cyan]. {exports}[/]", soft_wrap=True, highlight=False)
-        console.print("  [cyan]millrace submit --model scripted-1 -m 'Hello!' --follow[/]\n", highlight=False)
+        console.print("Millrace runs. In another terminal:\n", style="bold")
+        for line in (f". {exports}", f"millrace submit --model {model} -m 'Hello!' --follow"):
+            console.print(f"  {line}", style="cyan", soft_wrap=True, markup=False)
+        console.print()
         for name, value in ground.settings.items():
-            console.print(f"  {name}={value}", style="dim", soft_wrap=True, highlight=False, markup=False)
+            console.print(f"  {name}={value}", style="dim", soft_wrap=True, markup=False)
         console.print("\nThe worker's log follows. Ctrl-C ends everything.\n", style="dim")
-        os.environ.update({"MILLRACE_LOG_FORMAT": "console", **ground.settings})
+        environment = {"MILLRACE_LOG_FORMAT": "console", **ground.environment(os.environ)}
+        os.environ.clear()
+        os.environ.update(environment)
         _run_worker()
 
 
@@ -154,7 +159,7 @@ def submit(
     message: Annotated[str | None, typer.Option("--message", "-m", help="What the user says.")] = None,
     system: Annotated[str | None, typer.Option(help="System message, before the user's.")] = None,
     provider: Annotated[str | None, typer.Option(help="Name of a configured provider.")] = None,
-    tenant: Tenant = "default",
+    tenant: Annotated[str | None, typer.Option(help="Whose job. [default: default]")] = None,
     file: Annotated[
         str | None, typer.Option(metavar="FILE", help="Job as a JSON object; - reads standard input.")
     ] = None,
@@ -198,6 +203,7 @@ def submit(
         "model": model,
         "messages": [{"role": role, "content": text} for role, text in messages if text is not None] or None,
         "provider": provider,
+        "tenant": tenant,
         "metadata": None if metadata is None else _parse_json(metadata, "--metadata"),
         "id": id_,
         "idempotency_key": idempotency_key,
@@ -214,7 +220,7 @@ def submit(
         _fail("the job needs a model: --model NAME", INVALID)
     if not job.get("messages"):
         _fail("the job needs a message: --message TEXT, or --file FILE", INVALID)
-    with _client(job.get("tenant", tenant) if file is not None and tenant == "default" else tenant) as client:
+    with _client(str(job.get("tenant", "default"))) as client:
         job_id = client.enqueue(job)
         if not follow_:
             typer.echo(json.dumps({"job_id": job_id}) if as_json else job_id)

@@ -49,7 +49,11 @@ def playground(directory: Path) -> Iterator[Playground]:
         stack.enter_context(_ended_by_sigterm())
         valkey = stack.enter_context(EmbeddedValkey())
         database = directory / "millrace.db"
-        settings = {"MILLRACE_REDIS_URL": valkey.url, "MILLRACE_DATABASE_URL": sqlite_url(database)}
+        settings = {
+            "MILLRACE_REDIS_URL": valkey.url,
+            "MILLRACE_BROKER_URL": valkey.url,  # the user's shell may name another
+            "MILLRACE_DATABASE_URL": sqlite_url(database),
+        }
         provider_url = None
         if not any(os.environ.get(name) for name in _PROVIDER_VARIABLES):
             provider_url = stack.enter_context(EmbeddedProvider()).base_url

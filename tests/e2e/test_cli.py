@@ -25,7 +25,7 @@ from api_contracts.names import QUEUE, control_channel
 from api_contracts.transcript import Transcript
 from tests.harness import Stand, wait_until
 from worker import cli
-from worker.embedded import free_port, sqlite_url
+from worker.embedded import EmbeddedProvider, free_port, sqlite_url
 from worker.supervisor import python_environment, python_module
 
 OK, UNSUCCESSFUL, INVALID, UNAVAILABLE, NOT_FOUND, INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -411,6 +411,14 @@ def test_the_doctor_says_what_is_wrong_and_what_to_do(tmp_path: Path):
     checks = findings(run(env, "doctor", "--json"))
     assert {"redis": "fail", "database": "ok", "workers": "warn"}.items() <= checks.items()
     assert findings(run(env, "doctor", "--quick", "--json"))["worker"] == "fail"
+
+
+def test_the_doctor_meets_a_provider_that_refuses_the_key(stand: Stand, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MILLRACE_SCRIPTED_API_KEY", "the right one")
+    with EmbeddedProvider() as provider:
+        env = python_environment(stand.environment()) | {"OPENAI_BASE_URL": provider.base_url, "OPENAI_API_KEY": SECRET}
+        done = run(env, "doctor", "--json")
+    assert (done.returncode, findings(done)["provider default"]) == (UNSUCCESSFUL, "fail")
 
 
 def test_the_doctor_warns_of_a_redis_that_forgets(stand: Stand):
