@@ -159,7 +159,7 @@ def submit(
     message: Annotated[str | None, typer.Option("--message", "-m", help="What the user says.")] = None,
     system: Annotated[str | None, typer.Option(help="System message, before the user's.")] = None,
     provider: Annotated[str | None, typer.Option(help="Name of a configured provider.")] = None,
-    tenant: Annotated[str | None, typer.Option(help="Whose job. [default: default]")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Whose job; otherwise as the file says, or default.")] = None,
     file: Annotated[
         str | None, typer.Option(metavar="FILE", help="Job as a JSON object; - reads standard input.")
     ] = None,
