@@ -5,11 +5,13 @@ says what is wrong and what to do.  Exists so that everything is put together, a
 """
 
 import os
+import threading
 import warnings
 from typing import NoReturn
 
 import redis
 from celery.platforms import SecurityWarning
+from celery.signals import worker_shutting_down
 from redis.exceptions import AuthenticationError, RedisError
 
 from api_contracts.database import make_engine
@@ -59,8 +61,11 @@ def run_worker(*, concurrency: int | None = None) -> int:
         without_heartbeat=True,
         optimization="default",
     )
+    told_to_stop = threading.Event()
+    worker_shutting_down.connect(lambda **_: told_to_stop.set(), weak=False)
     worker.start()
-    return int(worker.exitcode or 0)
+    # Celery counts Ctrl-C as a failure; it is how people stop a worker.
+    return 0 if told_to_stop.is_set() else int(worker.exitcode or 0)
 
 
 def check_database(settings: Settings) -> None:
