@@ -5,6 +5,7 @@ says what is wrong and what to do.  Exists so that everything is put together, a
 """
 
 import os
+import sys
 import threading
 import warnings
 from typing import NoReturn
@@ -93,10 +94,21 @@ def check_redis(settings: Settings) -> None:
             ) from None
 
 
+def leave(code: int) -> NoReturn:
+    """End the process at once; the worker has closed what it had opened.
+
+    Python would first take apart every module, which takes longer than all the rest of a shutdown and
+    which a supervisor that replaces workers waits for.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def main() -> NoReturn:
     """Run a worker process: ``python -m worker.app``."""
     try:
-        raise SystemExit(run_worker())
+        leave(run_worker())
     except StartError as error:
         raise SystemExit(f"millrace: {error}") from None
 

@@ -361,7 +361,12 @@ def worker(
         _fail(str(error), INVALID)
     count = processes or settings.processes
     if count == 1:
-        _run_worker(concurrency)
+        try:
+            _run_worker(concurrency)
+        except typer.Exit as end:
+            from worker.app import leave
+
+            leave(end.exit_code)
     _run_workers(settings, count, concurrency)
 
 
