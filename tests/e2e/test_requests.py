@@ -1,0 +1,257 @@
+"""Requests as users make them: the provider gets what was given, followers and rows tell what came back."""
+
+import http.client
+import json
+from typing import Any, Final
+
+from sqlalchemy import update
+
+from api_contracts.events import DeltaEvent, ToolCallDelta
+from api_contracts.names import QUEUE
+from api_contracts.results import JobStatus
+from api_contracts.tables import jobs, now
+from tests.harness import Following, Stand
+
+PIXEL: Final = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+WEATHER: Final[dict[str, Any]] = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Das Wetter in einer Stadt ☀",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}, "days": {"type": "integer", "minimum": 1}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+        "strict": True,
+    },
+}
+RECIPE: Final[dict[str, Any]] = {
+    "type": "json_schema",
+    "json_schema": {
+        "name": "recipe",
+        "strict": True,
+        "schema": {
+            "type": "object",
+            "properties": {"steps": {"type": "array", "items": {"$ref": "#/$defs/step"}}, "note": {"type": "null"}},
+            "$defs": {"step": {"type": "object", "properties": {"text": {"type": "string"}}}},
+        },
+    },
+}
+PICTURE_AND_SOUND: Final[list[dict[str, Any]]] = [
+    {"role": "developer", "content": "Answer in one word."},
+    {
+        "role": "user",
+        "name": "Zoë",
+        "content": [
+            {"type": "text", "text": "What is this? 你好 🌊"},
+            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PIXEL}", "detail": "low"}},
+            {"type": "input_audio", "input_audio": {"data": "UklGRiQAAABXQVZF", "format": "wav"}},
+        ],
+    },
+]
+TOOL_TURN: Final[list[dict[str, Any]]] = [
+    {"role": "user", "content": "Weather?"},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": "{}"}}],
+    },
+    {"role": "tool", "tool_call_id": "call_1", "content": '{"sun": true}'},
+]
+HELLO: Final[list[dict[str, Any]]] = [{"role": "user", "content": "Hello"}]
+
+#: What is given to ``enqueue`` beside the model.
+REQUESTS: Final[dict[str, dict[str, Any]]] = {
+    "tools": {"messages": HELLO, "tools": [WEATHER], "tool_choice": "auto", "parallel_tool_calls": False},
+    "forced-tool": {
+        "messages": HELLO,
+        "tools": [WEATHER],
+        "tool_choice": {"type": "function", "function": {"name": "get_weather"}},
+    },
+    "tool-turn": {"messages": TOOL_TURN, "tools": [WEATHER]},
+    "json-schema": {"messages": HELLO, "response_format": RECIPE},
+    "image-and-audio": {"messages": PICTURE_AND_SOUND, "modalities": ["text"]},
+    "two-choices": {"messages": HELLO, "n": 2, "temperature": 1.5, "top_p": 0.25},
+    "sampling": {
+        "messages": HELLO,
+        "logprobs": True,
+        "top_logprobs": 5,
+        "seed": 2**63 - 1,
+        "stop": ["\n\n", "ENDE 🛑"],
+        "logit_bias": {"50256": -100},
+        "presence_penalty": -0.5,
+        "max_completion_tokens": 1000,
+        "reasoning_effort": "high",
+        "user": "user-1",
+    },
+    "nothing-dropped": {
+        "messages": HELLO,
+        "temperature": 0,
+        "stop": None,
+        "store": False,
+        "tools": [],
+        "prediction": {},
+    },
+    "own-stream-options": {"messages": HELLO, "stream_options": {"include_obfuscation": False}},
+    "lone-surrogate": {"messages": [{"role": "user", "content": "cut emoji \ud83d"}]},
+    "beyond-64-bits": {"messages": HELLO, "seed": 10**30},
+    "deeply-nested": {"messages": HELLO, "vendor": json.loads('{"a":' * 240 + "1" + "}" * 240)},
+}
+#: What a worker adds to ask for usage.
+OPTIONS: Final = {"include_usage": True}
+
+
+def bodies(stand: Stand) -> dict[str, Any]:
+    """What the provider was asked, by the script's key."""
+    connection = http.client.HTTPConnection("127.0.0.1", stand.provider.port, timeout=30)
+    try:
+        connection.request("GET", "/_requests")
+        recorded = json.loads(connection.getresponse().read())
+    finally:
+        connection.close()
+    return {one["body"]["script"]["key"]: one["body"] for one in recorded}
+
+
+def fragments(following: Following, choice: int = 0) -> list[ToolCallDelta]:
+    """The pieces of tool calls that a follower was told of, in order."""
+    return [
+        fragment
+        for event in following.events
+        if isinstance(event, DeltaEvent) and event.choice == choice
+        for fragment in event.delta.tool_calls or ()
+    ]
+
+
+def test_every_parameter_reaches_the_provider_untouched(stand: Stand) -> None:
+    given = {name: {"model": "scripted-1", "script": {"key": name}, **one} for name, one in REQUESTS.items()}
+    stand.start_worker()
+    job_ids = [
+        stand.client.enqueue(**request, metadata={"secret": "of the caller"}, max_attempts=3, idle_timeout=30.5)
+        for request in given.values()
+    ]
+    for job_id in job_ids:
+        assert stand.wait_for(job_id).status is JobStatus.COMPLETED
+
+    asked = bodies(stand)
+    expected = {name: request | {"stream": True, "stream_options": OPTIONS} for name, request in given.items()}
+    expected["own-stream-options"]["stream_options"] = OPTIONS | {"include_obfuscation": False}
+    assert asked.keys() == expected.keys()
+    for name, body in asked.items():
+        assert body == expected[name], name
+
+
+def test_extra_body_is_merged_into_the_request_as_the_sdk_does(stand: Stand) -> None:
+    stand.start_worker()
+    extra = {"top_k": 40, "chat_template_kwargs": {"enable_thinking": False}, "temperature": 0.1}
+    job_id = stand.client.enqueue(
+        model="scripted-1", messages=HELLO, temperature=0.9, extra_body=extra, script={"key": "merged"}
+    )
+    assert stand.wait_for(job_id).status is JobStatus.COMPLETED
+    body = bodies(stand)["merged"]
+    assert {name: body[name] for name in extra} == extra
+    assert "extra_body" not in body
+
+
+def test_waiting_jobs_that_are_hard_to_read_are_sent_again_like_others(stand: Stand) -> None:
+    """They wait in the database as text, and their messages are lost."""
+    names = ["lone-surrogate", "beyond-64-bits", "deeply-nested", "tools"]
+    job_ids = [
+        stand.client.enqueue(model="scripted-1", script={"key": name, "deltas": 1}, **REQUESTS[name]) for name in names
+    ]
+    with stand.redis() as client:
+        client.delete(QUEUE)
+    with stand.database() as connection:
+        connection.execute(update(jobs).values(resend_at=now()))
+    stand.start_worker()
+    assert {stand.wait_for(job_id).status for job_id in job_ids} == {JobStatus.COMPLETED}
+
+
+def test_metadata_and_limits_stay_at_home(stand: Stand) -> None:
+    stand.start_worker()
+    job = stand.job(limits={"max_attempts": 2, "idle_timeout": 20, "metadata": {"order": "Größe 47"}})
+    assert stand.wait_for(stand.client.enqueue(job)).metadata == {"order": "Größe 47"}
+    assert bodies(stand)[job["id"]].keys() == {"model", "messages", "script", "stream", "stream_options"}
+
+
+def test_followers_get_the_tool_calls_fragment_by_fragment_as_they_are_stored(any_stand: Stand) -> None:
+    stand = any_stand
+    stand.start_worker()
+    texts = ['{"city":"Zürich 🌊","days":3,"note":"' + "ein langer Text " * 8 + '"}', '{"city":"東京"}']
+    job_id = stand.enqueue(
+        text="Let me see. ",
+        rate=100,
+        tool_calls=[
+            {"name": "get_weather", "id": "call_a", "arguments": texts[0]},
+            {"name": "get_time", "id": "call_b", "arguments": texts[1]},
+        ],
+    )
+    following = stand.follow(job_id)
+    transcript = following.to_the_end()
+    result = stand.result(job_id)
+
+    assert [(call.id, call.name, call.arguments) for call in result.tool_calls] == [
+        ("call_a", "get_weather", texts[0]),
+        ("call_b", "get_time", texts[1]),
+    ]
+    assert all(call.arguments_valid for call in result.tool_calls)
+    assert result.choices[0].finish_reason == "tool_calls"
+    told = fragments(following)
+    for index, call in enumerate(result.tool_calls):
+        own = [fragment for fragment in told if fragment.index == index]
+        assert [fragment.id for fragment in own if fragment.id] == [call.id]
+        assert [fragment.name for fragment in own if fragment.name] == [call.name]
+        assert "".join(fragment.arguments or "" for fragment in own) == call.arguments
+        assert len(own) > 1
+    assert transcript.choices[0].tool_calls == result.tool_calls
+    terminal = transcript.terminal
+    assert terminal is not None
+    assert terminal.tool_call_ids == ["call_a", "call_b"]
+
+
+def test_arguments_that_do_not_parse_are_kept_as_text_and_marked(stand: Stand) -> None:
+    stand.start_worker()
+    for arguments in ('{"city": "Zür', "{'city': 'Zürich'}", '{"a": 1}{"a": 1}', "[" * 5000, "plain"):
+        job_id = stand.enqueue(text="", tool_calls=[{"name": "get_weather", "id": "call_x", "arguments": arguments}])
+        transcript = stand.follow(job_id).to_the_end()
+        result = stand.result(job_id)
+        (call,) = result.tool_calls
+        assert (call.arguments, call.arguments_valid) == (arguments, False)
+        assert transcript.choices[0].tool_calls == [call]
+        assert result.status is JobStatus.COMPLETED
+
+
+def test_each_of_two_choices_has_its_own_text_and_tool_calls(any_stand: Stand) -> None:
+    stand = any_stand
+    stand.start_worker()
+    job = stand.job(text="Grüße an beide", rate=100, tool_calls=[{"name": "look_up", "arguments": {"q": "ß"}}])
+    job_id = stand.client.enqueue(job | {"n": 2})
+    following = stand.follow(job_id)
+    transcript = following.to_the_end()
+    result = stand.result(job_id)
+    assert [choice.index for choice in result.choices] == [0, 1]
+    for choice in result.choices:
+        assert (choice.content, choice.finish_reason) == ("Grüße an beide", "tool_calls")
+        assert [call.name for call in choice.tool_calls] == ["look_up"]
+        joined = "".join(fragment.arguments or "" for fragment in fragments(following, choice.index))
+        assert joined == choice.tool_calls[0].arguments == '{"q":"ß"}'
+    assert transcript.sha256() == result.output_sha256
+    assert [choice.content for choice in transcript.choices] == [choice.content for choice in result.choices]
+
+
+def test_logprobs_are_stored_beside_the_choice(any_stand: Stand) -> None:
+    stand = any_stand
+    stand.start_worker()
+    tokens = [{"token": piece, "logprob": -0.25, "bytes": list(piece.encode()), "top_logprobs": []} for piece in "Zü"]
+    chunks = [
+        {"choices": [{"index": 0, "delta": {"content": one["token"]}, "logprobs": {"content": [one], "refusal": None}}]}
+        for one in tokens
+    ]
+    chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+    writes = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks]
+    job = stand.job(raw={"chunks": [*writes, "data: [DONE]\n\n"]})
+    result = stand.wait_for(stand.client.enqueue(job | {"logprobs": True}))
+    assert result.text == "Zü"
+    assert result.choices[0].extra is not None
+    assert result.choices[0].extra["logprobs"]["content"] == tokens
