@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import jsonschema  # type: ignore[import-untyped]
+import pytest
 from typer.main import get_command
 
 from api_contracts import names
