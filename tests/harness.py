@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,10 +88,22 @@ class WorkerProcess(EmbeddedProcess):
     def _is_ready(self) -> bool:
         return bool(self.said("worker_started"))
 
+    def launch(self) -> None:
+        """Start the worker and do not wait until it is at work."""
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command(), stdout=log, stderr=log, start_new_session=True, **self._options()
+            )
+
     @property
     def running(self) -> bool:
         """Whether the process exists."""
         return self._process is not None and self._process.poll() is None
+
+    @property
+    def at_work(self) -> bool:
+        """Whether the worker has started."""
+        return self._log.exists() and self._is_ready()
 
     @property
     def id(self) -> str:
@@ -110,10 +122,14 @@ class WorkerProcess(EmbeddedProcess):
         except subprocess.TimeoutExpired:
             raise AssertionError(f"the worker did not end within {timeout:g} s: {self._log_tail()}") from None
 
+    def log_lines(self) -> list[str]:
+        """The worker's log."""
+        return self._log.read_text(errors="replace").splitlines()
+
     def said(self, event: str, **known: Any) -> list[dict[str, Any]]:
         """Return the lines of the worker's log that report ``event`` with these data."""
         lines = []
-        for line in self._log.read_text(errors="replace").splitlines():
+        for line in self.log_lines():
             if f'"{event}"' in line:
                 try:
                     record = json.loads(line)
@@ -122,6 +138,10 @@ class WorkerProcess(EmbeddedProcess):
                 if record.get("event") == event and known.items() <= record.items():
                     lines.append(record)
         return lines
+
+    def wait_to_say(self, event: str, times: int = 1, **known: Any) -> None:
+        """Wait until the worker's log has reported ``event`` with these data so many times."""
+        wait_until(lambda: len(self.said(event, **known)) >= times, f"{times} times {event} in the worker's log")
 
 
 class Following(threading.Thread):
@@ -183,7 +203,8 @@ class Stand:
         database_url: An empty database; it is migrated.
         persistent: Whether Redis keeps its data when it is killed.
         postgres: The server behind ``database_url``, if it may be harmed.
-        settings: The workers' settings, over ``FAST``.
+        base: The workers' settings; what is in neither has its default.
+        settings: The workers' settings, over ``base``.
     """
 
     def __init__(
@@ -193,12 +214,13 @@ class Stand:
         *,
         persistent: bool = False,
         postgres: PostgresServer | None = None,
+        base: Mapping[str, Any] = FAST,
         **settings: Any,
     ) -> None:
         self.directory = directory
         self.database_url = database_url
         self._postgres = postgres
-        self.settings = FAST | settings
+        self.settings = {**base, **settings}
         self.valkey = EmbeddedValkey(persistent=persistent)
         self.provider = RecordingProviderProcess()
         self.workers: list[WorkerProcess] = []

@@ -78,7 +78,7 @@ class PostgresServer(EmbeddedProcess):
     @override
     def _is_ready(self) -> bool:
         lines = (self._data / "postmaster.pid").read_text().split()  # A killed server leaves it behind.
-        return lines[0] == str(self.pid) and lines[-1] == "ready"
+        return lines[:1] == [str(self.pid)] and lines[-1] == "ready"
 
     @override
     def _signal(self, signum: signal.Signals) -> None:

@@ -117,7 +117,7 @@ def test_redis_out_of_memory_while_messages_wait_stops_no_worker(stand: Stand) -
     with stand.redis() as client:
         client.config_set("maxmemory", 1)
         stand.wait_for(first)
-        wait_until(lambda: worker.said("messages_unnoted"), "the worker to take a message all the same")
+        worker.wait_to_say("messages_unnoted")
         client.config_set("maxmemory", 0)
     for job_id in (first, *waiting):
         check_completed(stand, stand.follow(job_id), stand.wait_for(job_id).text)

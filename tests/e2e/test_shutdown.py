@@ -28,7 +28,7 @@ def test_ending_worker_takes_no_new_job(stand: Stand) -> None:
     long = stand.enqueue(deltas=120, rate=20)
     stand.wait_for_deltas(long)
     ending.terminate()
-    wait_until(lambda: ending.said("worker_draining"), "the worker to drain")
+    ending.wait_to_say("worker_draining")
     late = [stand.enqueue(deltas=3) for _ in range(10)]
     fresh = stand.start_worker()
     for job_id in late:
@@ -70,7 +70,7 @@ def test_second_sigterm_hands_everything_back_at_once(stand: Stand) -> None:
     following.wait_for("delta", count=5)
     ending = stand.worker_of(job_id)
     ending.terminate()
-    wait_until(lambda: ending.said("worker_draining"), "the worker to drain")
+    ending.wait_to_say("worker_draining")
     ending.terminate()
     ending.wait(timeout=30)
     transcript = following.to_the_end()

@@ -18,7 +18,7 @@ def test_worker_frozen_beyond_its_lease_changes_nothing_when_it_wakes(any_stand:
         followers[job_id].wait_for("delta", count=5, attempt=2)
     zombie.thaw()
 
-    wait_until(lambda: len(zombie.said("attempt_superseded")) == len(taken_over), "the zombie to give up")
+    zombie.wait_to_say("attempt_superseded", times=len(taken_over))
     for job_id in taken_over:
         assert zombie.said("attempt_superseded", job_id=job_id)
         transcript = followers[job_id].to_the_end()
@@ -59,7 +59,7 @@ def test_worker_frozen_while_its_job_is_ended_by_others_says_nothing_after_the_e
     before = stand.result(job_id)
     assert before.status is JobStatus.CANCELLED
     zombie.thaw()
-    wait_until(lambda: zombie.said("attempt_superseded", job_id=job_id), "the zombie to give up")
+    zombie.wait_to_say("attempt_superseded", job_id=job_id)
     assert stand.log(job_id) == told
     # All it may add to the books is what its own attempt cost.
     after = stand.result(job_id)

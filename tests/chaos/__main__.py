@@ -1,0 +1,51 @@
+"""The command line of the chaos suite: ``python -m tests.chaos``.
+
+In: options.  Out: a table of counts for each item on standard output; exit code 1 if a check failed.
+Exists so that the promises can be tried with other seeds and more jobs than the tests have time for.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from tests.chaos import chaos, deploy, garbage, times, zombie
+from tests.chaos.place import Place
+from tests.chaos.report import Report
+
+ITEMS: Final[dict[str, Callable[[Place, int, int], Report]]] = {
+    "chaos": chaos.run,
+    "times": times.run,
+    "deploy": deploy.run,
+    "zombie": zombie.run,
+    "garbage": garbage.run,
+}
+
+
+def main() -> int:
+    """Run the items that are asked for."""
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    parser.add_argument("--seed", type=int, default=1, help="what happens when (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=300, help="jobs of the item chaos (default: %(default)s)")
+    parser.add_argument("--only", choices=ITEMS, action="append", help="an item; may be repeated (default: all)")
+    parser.add_argument("--database", choices=("postgresql", "sqlite"), default="postgresql")
+    parser.add_argument("--keep", type=Path, help="directory for the workers' logs (default: a temporary one)")
+    options = parser.parse_args()
+    failed: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="millrace-chaos-") as temporary:
+        directory = options.keep or Path(temporary)
+        for name in options.only or ITEMS:
+            began = time.monotonic()
+            report = ITEMS[name](Place(directory, options.database), options.seed, options.jobs)
+            print("\n".join(report.lines()), flush=True)
+            print(f"  ({time.monotonic() - began:.0f} s)", flush=True)
+            failed += [f"{name}: {check}" for check in report.failures]
+    print("\nAll checks hold." if not failed else "\nFAILED\n" + "\n".join(f"  {one}" for one in failed))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,415 @@
+"""Chaos: everything fails at random, and afterwards the books must balance.
+
+In: a place, a seed and a number of jobs.  Out: a report.  Exists because the promises are about what
+happens when several things go wrong together, in orders that nobody would write a test for.
+
+While workers, Redis, the database and the provider fail, each job is followed by readers that come and
+go with their last event id, and all channels are watched by a raw subscriber.  Whoever is told the end
+of a job looks at once whether its row says the same.
+"""
+
+import asyncio
+import json
+import random
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Final
+
+import redis.asyncio
+from redis.exceptions import RedisError
+
+from api_contracts.client import AsyncClient
+from api_contracts.errors import BrokerUnavailableError, StoreUnavailableError
+from api_contracts.events import Event, is_terminal, parse_event
+from api_contracts.names import EventId, job_keys, parse_event_id
+from api_contracts.results import AttemptResult, CompletionResult, JobStatus
+from api_contracts.transcript import Transcript
+from tests.chaos.faults import Saboteur, plan
+from tests.chaos.place import Place
+from tests.chaos.report import Report
+from tests.chaos.workload import ScriptedJob, make_job
+from tests.harness import Stand
+from tests.recording_provider import ProviderAttempt
+
+#: Short times, so that minutes are enough to meet each of them.
+SETTINGS: Final[dict[str, Any]] = {
+    "heartbeat_interval": 0.5,
+    "lease": 3.0,
+    "sweep_interval": 0.5,
+    "resend_after": 4.0,
+    "shutdown_grace": 2.0,
+    "connect_timeout": 5.0,
+    "first_token_timeout": 3.0,
+    "idle_timeout": 2.0,
+    "usage_wait": 1.0,
+    "max_attempts": 12,
+    "backoff_base": 0.2,
+    "backoff_cap": 1.5,
+    "sleep_limit": 0.7,
+}
+WORKERS: Final = 3
+SECONDS_PER_JOB: Final = 0.35  #: How the arrival of jobs is spread.
+MEAN_PAUSE: Final = 2.0  #: Seconds between two faults of workers and servers.
+CANCELLED: Final = 0.08  #: Share of jobs that somebody cancels.
+PATIENCE: Final = 300.0  #: Seconds for everything to end once nothing fails any more.
+_OVERLAP: Final = SETTINGS["lease"] + 2.0  #: Seconds that a superseded stream may go on beside its successor.
+
+
+@dataclass
+class Witness:
+    """What one follower of a job was told."""
+
+    job_id: str
+    events: list[Event] = field(default_factory=list)
+    transcript: Transcript = field(default_factory=Transcript)
+    joins: int = 0
+    error: str | None = None
+
+
+@dataclass
+class Testimony:
+    """Everything that was seen while the chaos lasted."""
+
+    witnesses: list[Witness] = field(default_factory=list)
+    overheard: dict[str, list[Event]] = field(default_factory=lambda: defaultdict(list))  #: By the raw subscriber.
+    early: list[str] = field(default_factory=list)  #: Terminal events that came before their rows.
+    looked_at_once: int = 0  #: Terminal events whose row could be looked at immediately.
+    cancels: dict[str, JobStatus | None] = field(default_factory=dict)
+    trouble: Counter[str] = field(default_factory=Counter)  #: What the producers and the subscriber met.
+
+
+def run(place: Place, seed: int, jobs: int) -> Report:
+    """Play the item and judge it."""
+    report = Report(f"chaos (seed {seed}, {jobs} jobs, {WORKERS} workers, {place.database})")
+    dice = random.Random(seed)
+    dealt: Counter[str] = Counter()
+    workload = [make_job(f"chaos-{number}", random.Random(f"{seed} {number}"), dealt) for number in range(jobs)]
+    seconds = jobs * SECONDS_PER_JOB
+    faults = plan(dice, seconds, MEAN_PAUSE, place.database)
+    with place.stand("chaos", persistent=True, **SETTINGS) as stand:
+        began = time.monotonic()
+        saboteur = Saboteur(stand, WORKERS)
+        testimony = asyncio.run(_play(stand, workload, saboteur, faults, seconds, seed))
+        report.count("seconds", round(time.monotonic() - began))
+        report.count_each("fault", saboteur.done)
+        report.count_each("worker ended", saboteur.exits)
+        _judge(report, stand, workload, testimony)
+        _judge_workers(report, stand, saboteur)
+    return report
+
+
+# -- playing --------------------------------------------------------------------------------------
+
+
+async def _play(
+    stand: Stand, workload: list[ScriptedJob], saboteur: Saboteur, faults: Any, seconds: float, seed: int
+) -> Testimony:
+    testimony = Testimony()
+    async with AsyncClient(stand.valkey.url, database_url=stand.database_url) as client:
+        subscriber = asyncio.create_task(_overhear(stand, client, testimony))
+        sabotage = asyncio.create_task(asyncio.to_thread(saboteur.play, faults))
+        actors: list[asyncio.Task[None]] = []
+        for scripted in workload:
+            dice = random.Random(f"{seed} {scripted.id} actors")
+            arrives = dice.uniform(0, seconds)
+            actors.append(asyncio.create_task(_produce(client, scripted, arrives, dice, testimony)))
+            for _ in range(dice.choice((1, 1, 2, 3))):
+                witness = Witness(scripted.id)
+                testimony.witnesses.append(witness)
+                joins = arrives + dice.uniform(0, 5)
+                actors.append(asyncio.create_task(_follow(client, witness, joins, dice, testimony)))
+        done, pending = await asyncio.wait(
+            [sabotage, *actors], timeout=seconds + PATIENCE, return_when=asyncio.FIRST_EXCEPTION
+        )
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+        for task in done:
+            task.result()  # what went wrong here is a defect of the suite
+        await asyncio.sleep(3)  # whoever would tell an end a second time may do so now
+        subscriber.cancel()
+        await asyncio.gather(subscriber, return_exceptions=True)
+    return testimony
+
+
+async def _produce(
+    client: AsyncClient, scripted: ScriptedJob, arrives: float, dice: random.Random, testimony: Testimony
+) -> None:
+    await asyncio.sleep(arrives)
+    while True:
+        try:
+            await client.enqueue(scripted.job)
+            break
+        except StoreUnavailableError:
+            testimony.trouble["enqueue repeated, the database was away"] += 1
+            await asyncio.sleep(0.3)
+    if dice.random() < CANCELLED:
+        await asyncio.sleep(dice.uniform(0, 3))
+        for repeated in range(100):
+            try:
+                testimony.cancels[scripted.id] = await client.cancel(scripted.id)
+                break
+            except (StoreUnavailableError, BrokerUnavailableError):
+                testimony.trouble["cancel repeated, a server was away"] += 1
+                await asyncio.sleep(0.3 + repeated / 100)
+
+
+async def _follow(
+    client: AsyncClient, witness: Witness, joins: float, dice: random.Random, testimony: Testimony
+) -> None:
+    """Follow a job to its end, leaving now and then and coming back with the last event id."""
+    await asyncio.sleep(joins)
+    try:
+        while True:
+            witness.joins += 1
+            after = str(witness.transcript.last) if witness.transcript.last else None
+            leaves_after = dice.randint(1, 40) if dice.random() < 0.4 else None
+            stream = client.follow(witness.job_id, after, timeout=PATIENCE, patience=PATIENCE)
+            try:
+                heard = 0
+                async for event in stream:
+                    heard += 1
+                    witness.events.append(event)
+                    witness.transcript.apply(event)
+                    if is_terminal(event):
+                        await _look_at_the_row(client, event, testimony)
+                        return
+                    if heard == leaves_after:
+                        break
+            finally:
+                await stream.aclose()
+            await asyncio.sleep(dice.uniform(0, 1))
+    except asyncio.CancelledError:
+        witness.error = "was never told the end"
+        raise
+    except Exception as error:  # noqa: BLE001  # no follower may ever meet one
+        witness.error = repr(error)
+
+
+async def _look_at_the_row(client: AsyncClient, event: Event, testimony: Testimony) -> None:
+    """Check that a terminal event's row is committed."""
+    result, looks = await _row_of(client, event.job_id)
+    testimony.looked_at_once += looks == 1
+    if result is None or f"job.{result.status}" != event.type or result.terminal_event_id != event.id:
+        testimony.early.append(f"{event.job_id}: {event.type} {event.id}, row: {result and result.status}")
+
+
+async def _row_of(client: AsyncClient, job_id: str) -> tuple[CompletionResult | None, int]:
+    """Return a job as it is stored, and how many looks that took."""
+    looks = 1
+    while True:
+        try:
+            return await client.get(job_id), looks
+        except StoreUnavailableError:  # it is away just now; what it holds cannot have come after the event
+            looks += 1
+            await asyncio.sleep(0.2)
+
+
+async def _overhear(stand: Stand, client: AsyncClient, testimony: Testimony) -> None:
+    """Listen to all channels, with no care for what is missed while the connection is down."""
+    looks: set[asyncio.Task[None]] = set()
+    while True:
+        try:
+            async with redis.asyncio.Redis.from_url(stand.valkey.url) as connection, connection.pubsub() as pubsub:
+                await pubsub.psubscribe("millrace:*:events")
+                async for message in pubsub.listen():
+                    if message["type"] != "pmessage":
+                        continue
+                    event = parse_event(message["data"])
+                    testimony.overheard[event.job_id].append(event)
+                    if is_terminal(event):
+                        looks.add(asyncio.create_task(_look_at_the_row(client, event, testimony)))
+        except (RedisError, OSError):
+            testimony.trouble["raw subscriber reconnected"] += 1
+            await asyncio.sleep(0.05)
+
+
+# -- judging --------------------------------------------------------------------------------------
+
+
+def _judge(report: Report, stand: Stand, workload: list[ScriptedJob], testimony: Testimony) -> None:
+    results = {scripted.id: stand.client.get(scripted.id) for scripted in workload}
+    provider = stand.provider.history()
+    stored = {job_id: result for job_id, result in results.items() if result is not None}
+
+    report.count_each("provider fault met", _met_faults(workload, provider))
+    report.count_each("job", Counter(result.status.value for result in stored.values()))
+    report.count_each("failed because", Counter(_reason(one) for one in stored.values() if one.status == "failed"))
+    report.count_each(
+        "attempt", Counter(str(attempt.outcome) for result in stored.values() for attempt in result.attempts)
+    )
+    report.count("provider requests", sum(map(len, provider.values())))
+    report.count("followers", len(testimony.witnesses))
+    report.count("follower joins", sum(witness.joins for witness in testimony.witnesses))
+    report.count("events followed", sum(len(witness.events) for witness in testimony.witnesses))
+    report.count("snapshots followed", sum(e.type == "snapshot" for w in testimony.witnesses for e in w.events))
+    report.count("terminal events whose row was looked at at once", testimony.looked_at_once)
+    report.count("cancels accepted", sum(status is not JobStatus.COMPLETED for status in testimony.cancels.values()))
+    report.count_each("trouble", testimony.trouble)
+
+    report.check("every job is stored and terminal", _not_terminal(results))
+    report.check("a completed job holds what the provider sent", _wrong_results(workload, stored))
+    report.check("no terminal event before its row", testimony.early)
+    report.check("a cancelled job is never completed", _uncancelled(testimony, stored))
+    report.check("attempts' usage sums to the job's", _wrong_sums(stored))
+    report.check("every provider request has its attempt", _unbooked(stored, provider))
+    report.check("no two attempts stream beyond the lease", _overlapping(provider))
+    report.check("no follower meets an error or waits in vain", _forsaken(testimony))
+    report.check("a follower is told one end", _wrong_ends(testimony))
+    report.check("a follower gets each event once, in order, without gaps", _gaps(testimony))
+    report.check("a follower's output is the row's", _wrong_texts(testimony, stored))
+    report.check("no event of an older attempt after a newer one's", _out_of_order(testimony))
+    report.check("a log has one end, and no gaps", _wrong_logs(stand, workload))
+
+
+def _reason(result: CompletionResult) -> str:
+    return result.error.code if result.error else "no reason"
+
+
+def _met_faults(workload: list[ScriptedJob], provider: dict[str, list[ProviderAttempt]]) -> Counter[str]:
+    met: Counter[str] = Counter()
+    for scripted in workload:
+        made = len(provider.get(scripted.id, []))
+        for fault in scripted.job["script"]["faults"][:made]:
+            met[f"{fault['kind']} {fault.get('status', '')}".strip() if fault else "none"] += 1
+    return met
+
+
+def _not_terminal(results: dict[str, CompletionResult | None]) -> Iterator[str]:
+    for job_id, result in results.items():
+        if result is None or not result.status.terminal:
+            yield f"{job_id} is {result and result.status}"
+
+
+def _wrong_results(workload: list[ScriptedJob], stored: dict[str, CompletionResult]) -> Iterator[str]:
+    for scripted in workload:
+        result = stored.get(scripted.id)
+        if result is None or result.status is not JobStatus.COMPLETED:
+            continue
+        contents = [choice.content for choice in result.choices]
+        arguments = [call.arguments for choice in result.choices for call in choice.tool_calls]
+        if contents != scripted.contents or arguments != scripted.arguments:
+            yield f"{scripted.id}: {contents} {arguments}"
+
+
+def _uncancelled(testimony: Testimony, stored: dict[str, CompletionResult]) -> Iterator[str]:
+    for job_id, answer in testimony.cancels.items():
+        final = stored[job_id].status
+        if (
+            answer is None
+            or (answer.terminal and answer is not final)
+            or (not answer.terminal and final == "completed")
+        ):
+            yield f"{job_id}: cancel answered {answer}, and the job is {final}"
+
+
+def _wrong_sums(stored: dict[str, CompletionResult]) -> Iterator[str]:
+    for result in stored.values():
+        paid = [one for one in result.attempts if (one.http_status or 200) < 400 and one.outcome != "recovered"]
+        for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
+            known = [value for one in paid if (value := _tokens(one, name)) is not None]
+            total = getattr(result.usage, name) if result.usage else None
+            if total != (sum(known) if known else None):
+                yield f"{result.id}: {name} {total}, attempts {known}"
+
+
+def _tokens(attempt: AttemptResult, name: str) -> int | None:
+    return getattr(attempt.usage, name) if attempt.usage else None
+
+
+def _unbooked(stored: dict[str, CompletionResult], provider: dict[str, list[ProviderAttempt]]) -> Iterator[str]:
+    for job_id, requests in provider.items():
+        booked = len(stored[job_id].attempts) if job_id in stored else 0
+        if len(requests) > booked:
+            yield f"{job_id}: {len(requests)} requests, {booked} attempts"
+
+
+def _overlapping(provider: dict[str, list[ProviderAttempt]]) -> Iterator[str]:
+    for job_id, requests in provider.items():
+        for before, after in pairwise(requests):
+            if before.ended is None or before.ended - after.started > _OVERLAP:
+                yield f"{job_id}: {before} went on beside {after}"
+
+
+def _forsaken(testimony: Testimony) -> Iterator[str]:
+    for witness in testimony.witnesses:
+        if witness.error is not None:
+            yield f"{witness.job_id}: {witness.error}"
+
+
+def _wrong_ends(testimony: Testimony) -> Iterator[str]:
+    for witness in testimony.witnesses:
+        ends = [event.id for event in witness.events if is_terminal(event)]
+        if len(ends) != 1:
+            yield f"{witness.job_id}: {ends}"
+
+
+def _gaps(testimony: Testimony) -> Iterator[str]:
+    for witness in testimony.witnesses:
+        yield from _gaps_in(witness.job_id, witness.events)
+
+
+def _gaps_in(job_id: str, events: list[Event]) -> Iterator[str]:
+    last = EventId(0, 0)
+    for event in events:
+        here = parse_event_id(event.id)
+        expected = EventId(here.attempt, last.n + 1 if here.attempt == last.attempt else 1)
+        if here <= last or (here != expected and event.type != "snapshot"):
+            yield f"{job_id}: {event.type} {here} after {last}"
+        last = here
+
+
+def _wrong_texts(testimony: Testimony, stored: dict[str, CompletionResult]) -> Iterator[str]:
+    for witness in testimony.witnesses:
+        result = stored.get(witness.job_id)
+        if result is None or witness.transcript.terminal is None:
+            continue
+        held = [(one.index, one.content, one.reasoning, _calls(one)) for one in witness.transcript.choices]
+        row = [(one.index, one.content, one.reasoning, _calls(one)) for one in result.choices]
+        if held != row or witness.transcript.sha256() != result.output_sha256:
+            yield f"{witness.job_id} ({result.status}): {held} instead of {row}"
+
+
+def _calls(choice: Any) -> list[tuple[str, str, str]]:
+    return [(call.id, call.name, call.arguments) for call in choice.tool_calls]
+
+
+def _out_of_order(testimony: Testimony) -> Iterator[str]:
+    for job_id, events in testimony.overheard.items():
+        newest = 0
+        for event in events:
+            if event.attempt < newest:
+                yield f"{job_id}: {event.type} {event.id} after attempt {newest} had begun"
+            newest = max(newest, event.attempt)
+
+
+def _wrong_logs(stand: Stand, workload: list[ScriptedJob]) -> Iterator[str]:
+    with stand.redis() as client:
+        for scripted in workload:
+            entries: Any = client.xrange(job_keys("default", scripted.id).log)
+            if not entries:  # Redis has lost it; the row answers
+                continue
+            events = [parse_event(fields[b"event"]) for _, fields in entries]
+            ends = [event.id for event in events if is_terminal(event)]
+            if ends != [events[-1].id]:
+                yield f"{scripted.id}: ends {ends}, the last event is {events[-1].type} {events[-1].id}"
+            yield from _gaps_in(scripted.id, events)
+
+
+def _judge_workers(report: Report, stand: Stand, saboteur: Saboteur) -> None:
+    """Whatever happens, a worker may not meet a defect of its own, nor end without being told to."""
+    defects = []
+    for worker in stand.workers:
+        for line in worker.log_lines():
+            if '"exception"' in line or "Traceback" in line:
+                try:
+                    record = json.loads(line)
+                    defects.append(f"{record.get('event')}: {str(record.get('exception'))[-300:]}")
+                except ValueError:
+                    defects.append(line[:300])
+    report.check("no worker met a defect", defects)
+    unasked = [ended for ended in saboteur.exits if ended.startswith("by itself") and not ended.endswith("code 1")]
+    report.check("no worker ended unasked", unasked)  # code 1: it could not start, because a server was away

@@ -1,0 +1,165 @@
+"""The faults: what is done to workers and servers, and when.
+
+In: a random generator and a stand.  Out: a plan of faults, and the faults themselves, one after the
+other.  Exists so that a run can be repeated by its seed as far as real processes allow: what happens
+and when is planned beforehand; what it meets there is not.
+"""
+
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+from sqlalchemy import update
+
+from api_contracts.tables import workers
+from tests.harness import Stand, WorkerProcess, wait_until
+
+_WEIGHTS: Final = {
+    "worker SIGKILL": 6,
+    "worker SIGTERM": 4,
+    "worker SIGTERM twice": 1,
+    "Redis killed, comes back empty": 2,
+    "Redis killed, comes back with its data": 2,
+    "Redis frozen": 1,
+    "Redis connections cut": 1,
+    "database killed": 2,
+    "database restarted": 2,
+    "database locked": 1,
+}
+_SUPERVISED_EVERY: Final = 0.2  #: Seconds between two looks at whether all workers are there.
+_SERVER_FAULTS: Final = frozenset({"database killed", "database restarted"})  #: SQLite has no server.
+
+
+class Fault(NamedTuple):
+    """One thing to do."""
+
+    at: float  #: Seconds after the beginning.
+    kind: str
+    lasts: float  #: Seconds.
+    which: int  #: Which worker, as far as there are that many.
+
+
+def plan(dice: random.Random, seconds: float, mean_pause: float, database: str) -> list[Fault]:
+    """Return the faults of a run; on average there is one every ``mean_pause`` seconds."""
+    weights = {kind: weight for kind, weight in _WEIGHTS.items() if database != "sqlite" or kind not in _SERVER_FAULTS}
+    faults = []
+    at = dice.expovariate(1 / mean_pause)
+    while at < seconds:
+        (kind,) = dice.choices(list(weights), list(weights.values()))
+        faults.append(Fault(at, kind, dice.uniform(0.1, 2.5), dice.randrange(100)))
+        at += dice.expovariate(1 / mean_pause)
+    return faults
+
+
+class Saboteur:
+    """Plays a plan on a stand, and keeps the number of workers up like a supervisor.
+
+    Args:
+        stand: The stand.
+        workers: How many workers there shall be, besides those that are ending.
+    """
+
+    def __init__(self, stand: Stand, workers: int) -> None:
+        self.done: Counter[str] = Counter()
+        self.exits: Counter[str] = Counter()
+        self._stand = stand
+        self._target = workers
+        self._working: list[WorkerProcess] = []
+        self._ending: list[WorkerProcess] = []
+        self._actions: dict[str, Callable[[Fault], None]] = {
+            "worker SIGKILL": self._kill_worker,
+            "worker SIGTERM": self._terminate_worker,
+            "worker SIGTERM twice": self._terminate_worker_twice,
+            "Redis killed, comes back empty": lambda fault: self._kill_redis(fault, empty=True),
+            "Redis killed, comes back with its data": lambda fault: self._kill_redis(fault, empty=False),
+            "Redis frozen": self._freeze_redis,
+            "Redis connections cut": self._cut_redis,
+            "database killed": self._kill_database,
+            "database restarted": self._restart_database,
+            "database locked": self._lock_database,
+        }
+
+    def play(self, faults: list[Fault]) -> None:
+        """Do everything that is planned, then see to it that all workers are there."""
+        self._supervise()
+        wait_until(lambda: all(worker.at_work for worker in self._working), "the first workers")
+        began = time.monotonic()
+        for fault in faults:
+            while time.monotonic() < began + fault.at:
+                time.sleep(_SUPERVISED_EVERY)
+                self._supervise()
+            self._actions[fault.kind](fault)
+            self.done[fault.kind] += 1
+
+        def settled() -> bool:
+            self._supervise()
+            return not self._ending and all(worker.at_work for worker in self._working)
+
+        wait_until(settled, "the workers to be as many as they should be")
+
+    def _supervise(self) -> None:
+        for ended in [worker for worker in self._working + self._ending if not worker.running]:
+            asked = ended in self._ending
+            code = ended.wait()
+            self.exits[f"{'after SIGTERM' if asked else 'by itself'}, code {code}"] += 1
+            (self._ending if asked else self._working).remove(ended)
+        while len(self._working) < self._target:
+            worker = self._stand.new_worker()
+            worker.launch()  # not waited for: it needs Redis and the database, which may be away; then it is replaced
+            self._working.append(worker)
+
+    def _take(self, fault: Fault) -> WorkerProcess:
+        """Take away one of the workers, one that is at work if there is any."""
+        candidates = [worker for worker in self._working if worker.at_work] or self._working
+        worker = candidates[fault.which % len(candidates)]
+        self._working.remove(worker)
+        return worker
+
+    def _kill_worker(self, fault: Fault) -> None:
+        self._take(fault).kill()
+        self._supervise()
+
+    def _terminate_worker(self, fault: Fault) -> None:
+        worker = self._take(fault)
+        worker.terminate()
+        self._ending.append(worker)
+        self._supervise()
+
+    def _terminate_worker_twice(self, fault: Fault) -> None:
+        self._terminate_worker(fault)
+        time.sleep(fault.lasts / 4)
+        self._ending[-1].terminate()
+
+    def _kill_redis(self, fault: Fault, *, empty: bool) -> None:
+        self._stand.valkey.kill()
+        if empty:
+            self._stand.valkey.wipe()
+        time.sleep(fault.lasts)
+        self._stand.valkey.start()
+
+    def _freeze_redis(self, fault: Fault) -> None:
+        self._stand.valkey.freeze()
+        time.sleep(fault.lasts)
+        self._stand.valkey.thaw()
+
+    def _cut_redis(self, fault: Fault) -> None:
+        with self._stand.redis() as client:
+            for kind in ("normal", "pubsub"):
+                client.client_kill_filter(_type=kind, skipme=True)
+
+    def _kill_database(self, fault: Fault) -> None:
+        self._stand.postgres.kill()
+        time.sleep(fault.lasts)
+        self._stand.postgres.start()
+
+    def _restart_database(self, fault: Fault) -> None:
+        self._stand.postgres.stop()
+        time.sleep(fault.lasts)
+        self._stand.postgres.start()
+
+    def _lock_database(self, fault: Fault) -> None:
+        with self._stand.database() as connection:
+            connection.execute(update(workers).values(heartbeat_at=workers.c.heartbeat_at))
+            time.sleep(fault.lasts)

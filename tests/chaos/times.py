@@ -1,0 +1,130 @@
+"""Times: how long a fault is felt, with the default settings.
+
+In: a place.  Out: a report.  Exists so that what the documents say about recovery is measured: from a
+worker's death to the next attempt's first event, from a cancel to the provider's closed connection,
+and from SIGTERM to the jobs running elsewhere.
+"""
+
+import threading
+import time
+from typing import Any, Final
+
+import redis
+from redis.exceptions import RedisError
+
+from api_contracts.events import parse_event
+from tests.chaos.place import Place
+from tests.chaos.report import Report, spread
+from tests.harness import Stand, WorkerProcess, wait_until
+
+WORKERS: Final = 3
+JOBS: Final = 30
+KILLS: Final = 6
+CANCELS: Final = 200
+_ENDLESS: Final[dict[str, Any]] = {"deltas": 100_000, "rate": 5, "limits": {"max_attempts": 100}}
+_SETTLED: Final = 8.0  #: Seconds after which workers that have just started judge others' silence.
+_LONGEST_RECOVERY: Final = 30.0  #: Seconds; the lease is 6, and the machine may be busy.
+
+
+class _Watch(threading.Thread):
+    """Notes when each attempt was first heard of."""
+
+    def __init__(self, stand: Stand) -> None:
+        super().__init__(daemon=True)
+        self.first: dict[tuple[str, int], float] = {}
+        self._pubsub = redis.Redis.from_url(stand.valkey.url).pubsub()
+        self._pubsub.psubscribe("millrace:*:events")
+        self.start()
+
+    def run(self) -> None:
+        try:
+            for message in self._pubsub.listen():
+                if message["type"] == "pmessage":
+                    event = parse_event(message["data"])
+                    self.first.setdefault((event.job_id, event.attempt), time.monotonic())
+        except (RedisError, OSError, ValueError):  # closed
+            return
+
+
+def run(
+    place: Place, _seed: int = 0, _jobs: int = 0, kills: int = KILLS, cancels: int = CANCELS, jobs: int = JOBS
+) -> Report:
+    """Measure, and judge only what would be a defect."""
+    report = Report(f"times (default settings, {WORKERS} workers, {place.database})")
+    with place.stand("times", base={}) as stand:
+        workers = stand.start_workers(WORKERS)
+        watch = _Watch(stand)
+        job_ids = [stand.enqueue(**_ENDLESS) for _ in range(jobs)]
+        for job_id in job_ids:
+            stand.wait_for_deltas(job_id)
+        time.sleep(_SETTLED)
+
+        killed: list[float] = []
+        for number in range(kills):
+            victim = workers.pop(0)
+            held = _held_by(stand, victim, job_ids)
+            moment = time.monotonic()
+            victim.kill()
+            killed += _moved(stand, watch, held, moment)
+            workers.append(stand.start_worker())
+            report.count("workers killed", number + 1)
+        report.count("worker killed → next attempt's first event", spread(killed))
+
+        handed_over: list[float] = []
+        for hurried in (True, False):
+            leaver = max(workers, key=lambda worker: len(_held_by(stand, worker, job_ids)))
+            held = _held_by(stand, leaver, job_ids)
+            leaver.terminate()
+            if hurried:
+                leaver.wait_to_say("worker_draining")
+                leaver.terminate()
+            moment = time.monotonic()
+            elsewhere = _moved(stand, watch, held, moment)
+            label = "SIGTERM twice" if hurried else "SIGTERM, grace period of 30 s included"
+            report.count(f"{label} → jobs running elsewhere", spread(elsewhere))
+            handed_over += elsewhere
+            leaver.wait()
+            workers.remove(leaver)
+            workers.append(stand.start_worker())
+
+        closed = _cancel_all(stand, [*job_ids, *(stand.enqueue(**_ENDLESS) for _ in range(cancels - len(job_ids)))])
+        report.count("cancel → provider's connection closed", spread(closed))
+        report.check(
+            "no recovery takes longer than it may",
+            [f"{value:.1f} s" for value in killed if value > _LONGEST_RECOVERY],
+        )
+        report.check("every cancel closed its connection", [] if len(closed) == cancels else [f"{len(closed)}"])
+    return report
+
+
+def _held_by(stand: Stand, worker: WorkerProcess, job_ids: list[str]) -> dict[str, int]:
+    """Return the jobs a worker runs, with their attempt."""
+    held = {}
+    for job_id in job_ids:
+        last = stand.result(job_id).attempts[-1]
+        if last.worker == worker.id and last.outcome is None:
+            held[job_id] = last.number
+    return held
+
+
+def _moved(stand: Stand, watch: _Watch, held: dict[str, int], moment: float) -> list[float]:
+    """Wait until jobs have a newer attempt; return the seconds to the first event of each."""
+    successors = {(job_id, attempt + 1) for job_id, attempt in held.items()}
+    wait_until(lambda: successors <= watch.first.keys(), f"{len(held)} jobs to run elsewhere")
+    return [watch.first[job_id, attempt + 1] - moment for job_id, attempt in held.items()]
+
+
+def _cancel_all(stand: Stand, job_ids: list[str]) -> list[float]:
+    """Cancel jobs one after the other; return the seconds from each call to the closed connection."""
+    for job_id in job_ids:
+        stand.wait_for_deltas(job_id, attempt=len(stand.provider.attempts(job_id)) or 1)
+    called = {}
+    for job_id in job_ids:
+        called[job_id] = time.monotonic()
+        stand.client.cancel(job_id)
+        time.sleep(0.01)  # one at a time, as people do it
+    for job_id in job_ids:
+        stand.wait_for(job_id)
+    history = stand.provider.history()
+    closed = [(history[job_id][-1].client_closed, moment) for job_id, moment in called.items()]
+    return [moment_closed - moment for moment_closed, moment in closed if moment_closed is not None]

@@ -1,0 +1,73 @@
+"""Zombies: workers that are frozen beyond their lease, and wake up when others have their jobs.
+
+In: a place.  Out: a report.  Exists because a process that was paused does not know it, and would go
+on where it stopped: only the database and the log can tell it.
+"""
+
+from itertools import pairwise
+from typing import Final
+
+from api_contracts.results import JobStatus
+from tests.chaos.place import Place
+from tests.chaos.report import Report
+from tests.harness import Stand
+
+ROUNDS: Final = 3
+JOBS: Final = 12
+
+
+def run(place: Place, _seed: int = 0, _jobs: int = 0, rounds: int = ROUNDS) -> Report:
+    """Play the item and judge it."""
+    report = Report(f"zombies (SIGSTOP beyond the lease, SIGCONT; {place.database})")
+    report.counts |= {"zombies": 0, "jobs taken over": 0, "times a zombie said so": 0}
+    with place.stand("zombie") as stand:
+        for _ in range(rounds):
+            _round(report, stand)
+    return report
+
+
+def _round(report: Report, stand: Stand) -> None:
+    workers = stand.start_workers(2)
+    job_ids = [stand.enqueue(deltas=90, rate=15) for _ in range(JOBS)]
+    followers = {job_id: stand.follow(job_id) for job_id in job_ids}
+    for following in followers.values():
+        following.wait_for("delta", count=5)
+    zombie = stand.worker_of(job_ids[0])
+    taken_over = [job_id for job_id in job_ids if stand.result(job_id).attempts[0].worker == zombie.id]
+    zombie.freeze()
+    for job_id in taken_over:
+        followers[job_id].wait_for("delta", count=5, attempt=2)
+    zombie.thaw()
+    zombie.wait_to_say("attempt_superseded", times=len(taken_over))
+    report.counts["zombies"] += 1
+    report.counts["jobs taken over"] += len(taken_over)
+    report.counts["times a zombie said so"] += len(zombie.said("attempt_superseded"))
+
+    for job_id, following in followers.items():
+        transcript = following.to_the_end()
+        result = stand.result(job_id)
+        outcomes = ["lost", "finished"] if job_id in taken_over else ["finished"]
+        report.check(
+            "the row is the successor's",
+            [f"{job_id}: {result.status} {result.attempts}"]
+            if result.status is not JobStatus.COMPLETED or [one.outcome for one in result.attempts] != outcomes
+            else [],
+        )
+        report.check(
+            "followers hold what the row holds",
+            [job_id] if transcript.sha256() != result.output_sha256 or result.text != "word " * 90 else [],
+        )
+        report.check(
+            "nothing the zombie said is in the log after its successor's first word",
+            [
+                f"{job_id}: {after.id} after {before.id}"
+                for told in (stand.log(job_id), following.events)
+                for before, after in pairwise(told)
+                if after.attempt < before.attempt
+            ],
+        )
+    report.check("the zombie is at work again", [] if zombie.running else [f"it ended with code {zombie.wait()}"])
+    fresh = stand.enqueue(deltas=3)
+    report.check("jobs still run", [] if stand.wait_for(fresh).status is JobStatus.COMPLETED else [fresh])
+    for worker in workers:
+        worker.kill()
