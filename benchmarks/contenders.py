@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from api_contracts import names, tables
 from benchmarks import tutorial
-from benchmarks.harness import ROOT, Process, python
+from benchmarks.harness import ROOT, BenchmarkError, Process, python
 from benchmarks.services import Services
 from benchmarks.wire import celery_message, completion_body
 
@@ -90,6 +90,7 @@ class _CeleryContender(Contender):
         super().__init__(name)
         self._redis = services.redis
         self._queue = queue
+        self._redis.delete(queue)  # A worker of the same name may have left jobs behind when it failed.
         self._engine = sa.create_engine(database_url)
 
     @abstractmethod
@@ -174,15 +175,12 @@ class Millrace(_CeleryContender):
         """Start it; ``events_url`` is the Redis of the events if it is not the broker's."""
         super().__init__(name, services, name, database_url)
         environment = {names.ENV_DATABASE_URL: database_url}
-        with log.open("wb") as file:
-            subprocess.run(
-                python("worker.cli", "migrate"),
-                cwd=ROOT,
-                env=os.environ | environment,
-                stdout=file,
-                stderr=file,
-                check=True,
-            )
+        migrate = python("worker.cli", "migrate")
+        made = subprocess.run(
+            migrate, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False
+        )
+        if made.returncode:
+            raise BenchmarkError(f"millrace migrate failed: {made.stderr}")
         self.process = Process(
             self.name,
             python("worker.cli", "worker"),

@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from typing import Final
 
 from benchmarks.bench import Bench, Load, Outcome, Sample
-from benchmarks.contenders import TUTORIALS
 
 _CANDIDATES: Final = {
     "prefork": (1, 2, 4, 8),
@@ -25,7 +24,7 @@ def tune(bench: Bench) -> None:
     if bench.quick:
         bench.say("tune: left out, the usual best settings are used")
         return
-    for pool in TUTORIALS:
+    for pool in bench.all_pools:
         costs: dict[int, float] = {}
         for concurrency in _CANDIDATES[pool]:
             with bench.tutorial(pool, concurrency=concurrency) as worker:
@@ -38,13 +37,13 @@ def tune(bench: Bench) -> None:
 
 def saturated(bench: Bench) -> None:
     """Measure CPU per delta when the provider is never the one to wait for."""
-    load = Load(200, 100) if bench.quick else Load(200, 500)
+    load = Load(200, 500)
     # CPU per delta does not depend on how often it is repeated, and the tutorials take 1 s for 3,000 deltas.
-    tutorials_load = Load(20, 100) if bench.quick else Load(40, 500)
+    tutorials_load = Load(12 if bench.quick else 40, 500)
     with ExitStack() as stack:
         runs = [(stack.enter_context(bench.floor()), load), (stack.enter_context(bench.millrace()), load)]
         runs.append((stack.enter_context(bench.millrace(merging=False)), load))
-        runs += [(stack.enter_context(bench.tutorial(pool)), tutorials_load) for pool in TUTORIALS]
+        runs += [(stack.enter_context(bench.tutorial(pool)), tutorials_load) for pool in bench.all_pools]
         for repetition in range(bench.repeat):
             for worker, its_load in runs:
                 outcome = bench.round(worker, its_load)

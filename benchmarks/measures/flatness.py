@@ -51,7 +51,7 @@ def flat_length(bench: Bench) -> None:
                 cost_of_job = 0.0
                 for length in lengths:
                     load = Load(_AT_ONCE, length)
-                    rounds = max(1, 2000 // load.total)
+                    rounds = min(10, max(1, 5000 // load.total))
                     cpu = sum(bench.round(worker, load).used.cpu for _ in range(rounds)) / (rounds * _AT_ONCE)
                     if length == 1:
                         cost_of_job = cpu

@@ -26,7 +26,7 @@ def publishing(bench: Bench) -> None:
 
     Jobs arrive over the near Redis in every case; only the events take the other way.
     """
-    load = Load(_STREAMS, 60 if bench.quick else 300, _RATE, stamped=True)
+    load = Load(_STREAMS, 150 if bench.quick else 300, _RATE, stamped=True)
     for repetition in range(min(bench.repeat, _MOST_REPETITIONS)):
         pairs = bench.read_directly(load).pairs
         _record(bench, DIRECT, "none", (max(pairs[::2]) - min(pairs[1::2])) / 1e9, repetition)

