@@ -21,6 +21,19 @@ MAX_MESSAGE_BYTES: Final = 12 * 1024 * 1024
 MAX_LEVELS: Final = 400
 
 
+#: What these headers ask of Celery lives in one worker's memory, or does not apply; the job has its own limits.
+_WITHOUT_MEANING: Final[dict[str, tuple[Any, ...]]] = {
+    "eta": (None,),
+    "expires": (None,),
+    "timelimit": (None, [None, None]),
+    "retries": (None, 0),
+    "shadow": (None,),
+    "group": (None,),
+    "groups": (None, []),
+    "stamped_headers": (None, []),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Unreadable:
     """Not a message that may be given to Celery."""
@@ -30,7 +43,7 @@ class Unreadable:
 
 
 def open_envelope(raw: bytes) -> dict[str, Any] | Unreadable:
-    """Return the message in ``raw``, checked in every part that Celery relies on."""
+    """Return the message in ``raw``, checked, and reduced to what Celery needs: what it does not see cannot harm it."""
     if len(raw) > MAX_MESSAGE_BYTES:
         return Unreadable(f"the message has {len(raw)} bytes, more than {MAX_MESSAGE_BYTES}")
     try:
@@ -45,19 +58,33 @@ def open_envelope(raw: bytes) -> dict[str, Any] | Unreadable:
     task_id = headers.get("id")
     if not isinstance(task_id, str) or not 0 < len(task_id) <= 255:
         return Unreadable("'headers.id' is no text of 1 to 255 characters")
+    if not isinstance(properties, dict):
+        return Unreadable("'properties' is no object", task_id)
     reason = _fault(message, headers, properties)
-    return message if reason is None else Unreadable(reason, task_id)
+    return Unreadable(reason, task_id) if reason is not None else _reduced(message, task_id, properties)
 
 
-def _fault(message: dict[str, Any], headers: dict[str, Any], properties: Any) -> str | None:
+def _reduced(message: dict[str, Any], task_id: str, properties: dict[str, Any]) -> dict[str, Any]:
+    delivery = properties["delivery_info"]
+    return {
+        "body": message["body"],
+        "content-type": "application/json",
+        "content-encoding": "utf-8",
+        "headers": {"lang": "py", "task": names.TASK, "id": task_id},
+        "properties": {
+            "body_encoding": properties.get("body_encoding"),
+            "delivery_tag": properties["delivery_tag"],
+            "delivery_info": {name: delivery.get(name, "") for name in ("exchange", "routing_key")},
+        },
+    }
+
+
+def _fault(message: dict[str, Any], headers: dict[str, Any], properties: dict[str, Any]) -> str | None:
     if headers.get("task") != names.TASK:
         return f"'headers.task' is not {names.TASK}"
-    for name in ("eta", "expires", "timelimit", "stamped_headers", "retries", "shadow", "group", "groups"):
-        # What these ask of Celery lives in one worker's memory or does not apply; the job has its own limits.
-        if headers.get(name) not in (None, 0, [], [None, None]):
+    for name, empty in _WITHOUT_MEANING.items():
+        if headers.get(name) not in empty:
             return f"'headers.{name}' is not supported; use the job's own fields"
-    if not isinstance(properties, dict):
-        return "'properties' is no object"
     tag = properties.get("delivery_tag")
     if not isinstance(tag, str) or not 0 < len(tag) <= 255:
         return "'properties.delivery_tag' is no text of 1 to 255 characters"
@@ -66,8 +93,6 @@ def _fault(message: dict[str, Any], headers: dict[str, Any], properties: Any) ->
         isinstance(delivery.get(name, ""), str) for name in ("exchange", "routing_key")
     ):
         return "'properties.delivery_info' is no object with 'exchange' and 'routing_key'"
-    if not isinstance(properties.get("priority", 0), int | None):
-        return "'properties.priority' is no number"
     if message.get("content-type") != "application/json":
         return "'content-type' is not application/json"
     encoding = message.get("content-encoding")

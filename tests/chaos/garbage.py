@@ -83,7 +83,6 @@ KINDS: Final[dict[str, Callable[[random.Random], object]]] = {
     "wrong delivery tag": lambda dice: _altered("properties", "delivery_tag", dice.choice((None, 7, "", [1], {}))),
     "no delivery info": lambda _: _lacking("properties", "delivery_info"),
     "wrong delivery info": lambda dice: _altered("properties", "delivery_info", dice.choice(("x", 1, {"exchange": 5}))),
-    "wrong priority": lambda dice: _altered("properties", "priority", dice.choice(("high", [1], {}))),
     "no properties": lambda _: _lacking(None, "properties"),
     "wrong properties": lambda dice: message([[_job()], {}, None]) | {"properties": dice.choice((None, [], "x"))},
     "no headers": lambda _: _lacking(None, "headers"),
