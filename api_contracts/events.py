@@ -28,7 +28,9 @@ class ToolCallDelta(_Part):
     """A fragment of a tool call. ``arguments`` fragments of one ``index`` are joined in order."""
 
     index: int = Field(description="Position of the call within its choice, from 0.")
-    id: str | None = Field(default=None, description="Sent once, with the call's first fragment.")
+    id: str | None = Field(
+        default=None, description="Sent with the call's first fragment; a later one of the same call replaces it."
+    )
     name: str | None = Field(
         default=None, description="Name so far: a later name of the same call replaces the earlier one."
     )
