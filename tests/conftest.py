@@ -3,6 +3,7 @@
 In: requests of tests.  Out: URLs.  Exists so that a test needs to name what it wants and nothing else.
 """
 
+import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -12,6 +13,10 @@ import redis
 from tests.services import PostgresServer
 from worker.embedded import EmbeddedValkey, sqlite_url
 from worker.scripted_provider import ScriptedProvider
+
+
+# A shell that runs us in the background has Ctrl-C ignored, and every process started here would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
