@@ -77,6 +77,7 @@ class Client:
             raise InvalidSettingError("a tenant consists of letters, digits, '.', '_' and '-', at most 128 of them")
         self.tenant = tenant
         self._prefix = prefix
+        self._queue = queue
         self._sender = Sender(broker_url or redis_url, queue)
         self._live = Live(redis_url)
         self._database = None if database_url is None else Database(database_url)
@@ -107,7 +108,7 @@ class Client:
             self._sender.send(accepted.to_wire())
             return accepted.id
         with self._database.transaction() as connection:
-            is_new = queries.enqueue(connection, accepted)
+            is_new = queries.enqueue(connection, accepted, self._queue)
         if is_new:
             try:
                 self._sender.send(accepted.to_wire())

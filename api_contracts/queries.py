@@ -55,7 +55,7 @@ _SUMMARY_COLUMNS: Final = (
 # -- writing --------------------------------------------------------------------------------------
 
 
-def queued_values(job: Job) -> dict[str, Any]:
+def queued_values(job: Job, queue: str = names.QUEUE) -> dict[str, Any]:
     """Return the column values of a new ``queued`` row; its times are the database's own clock."""
     return {
         "tenant": job.tenant,
@@ -71,6 +71,7 @@ def queued_values(job: Job) -> dict[str, Any]:
         # The message is on its way; if no worker has claimed the job by then, it was lost.
         "resend_at": tables.seconds_from_now(names.RESEND_AFTER),
         "sends": 1,
+        "queue": queue,
         "expires_at": job.expires_at,
         "attempt": 0,
         "tries": 0,
@@ -81,14 +82,14 @@ def queued_values(job: Job) -> dict[str, Any]:
     }
 
 
-def enqueue(connection: Connection, job: Job) -> bool:
+def enqueue(connection: Connection, job: Job, queue: str = names.QUEUE) -> bool:
     """Write the ``queued`` row of a job whose message is about to be sent; tell whether it is new.
 
     Raises:
         IdempotencyConflictError: the id belongs to a different request.
     """
     insert = (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(jobs)
-    statement = insert.values(queued_values(job)).on_conflict_do_nothing().returning(jobs.c.id)
+    statement = insert.values(queued_values(job, queue)).on_conflict_do_nothing().returning(jobs.c.id)
     if connection.execute(statement).one_or_none() is not None:
         return True
     stored = connection.scalar(select(jobs.c.request_hash).where(_is(job.tenant, job.id)))

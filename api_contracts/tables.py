@@ -135,6 +135,7 @@ jobs: Final = Table(
     Column("attempt", Integer, nullable=False, comment="the newest attempt; the fencing token of every write"),
     Column("tries", Integer, nullable=False, comment="attempts that count against max_attempts"),
     Column("max_attempts", Integer, comment="null: the worker's setting"),
+    Column("queue", String(128), nullable=False, comment="where its messages go"),
     Column("next_reason", String(16), nullable=False, comment="why the next attempt will be made"),
     Column("worker_id", String(128), comment="who runs it now"),
     Column("cancel_requested_at", UtcDateTime),

@@ -60,6 +60,7 @@ class EmbeddedProcess(ABC):
     """
 
     stop_signal = signal.SIGTERM  #: Ends the server in its own way.
+    start_timeout = START_TIMEOUT  #: Seconds.
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -158,7 +159,7 @@ class EmbeddedProcess(ABC):
             self._process.send_signal(signum)
 
     def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> None:
-        deadline = time.monotonic() + START_TIMEOUT
+        deadline = time.monotonic() + self.start_timeout
         while time.monotonic() < deadline:
             if process.poll() is not None:
                 raise EmbeddedServiceError(f"{self.name} ended with code {process.returncode}: {self._log_tail()}")
@@ -166,7 +167,7 @@ class EmbeddedProcess(ABC):
                 if self._is_ready():
                     return
             time.sleep(_POLL_INTERVAL)
-        raise EmbeddedServiceError(f"{self.name} did not answer within {START_TIMEOUT:.0f} s: {self._log_tail()}")
+        raise EmbeddedServiceError(f"{self.name} did not answer within {self.start_timeout:.0f} s: {self._log_tail()}")
 
     def _log_tail(self) -> str:
         return self._log.read_text(errors="replace")[-_LOG_TAIL:].strip() or "its log is empty"

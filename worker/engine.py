@@ -163,7 +163,9 @@ class Engine:
         run = self.runs[key] = Run(task)
         try:
             while True:
-                request = ClaimRequest(job, self._worker_id, job.total_timeout or self._settings.total_timeout)
+                request = ClaimRequest(
+                    job, self._worker_id, self._settings.queue, job.total_timeout or self._settings.total_timeout
+                )
                 claim = await self._database.persist(store.claim, request, "claim")
                 accept()
                 if isinstance(claim, Refusal):

@@ -30,13 +30,14 @@ class Settings(BaseSettings):
     broker_url: str | None = Field(None, description="Celery's broker; default: the Redis of redis_url.")
     database_url: str = Field(
         "sqlite:///millrace.db",
-        description="SQLAlchemy URL; SQLite and PostgreSQL (postgresql+psycopg://) are supported.",
+        description="Database; sqlite:///file.db and postgresql://user:password@host/name are supported.",
     )
     prefix: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._\-:]{1,64}$")] = Field(
         names.PREFIX, description="Prefix of every Redis key and channel; change it to share one Redis."
     )
     queue: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._\-:]{1,128}$")] = Field(
-        names.QUEUE, description="Celery queue; one per class of jobs that must not wait behind another."
+        names.QUEUE,
+        description="Celery queue; jobs that must not wait behind others get a queue and workers of their own.",
     )
     providers_file: Path | None = Field(None, description="TOML file with further providers.")
 
@@ -98,7 +99,7 @@ class Settings(BaseSettings):
         description="Bytes of unsent events kept per job while Redis is away; then one snapshot instead.",
     )
     merge_above: int = Field(
-        64, ge=1, description="Unsent deltas of one job above which neighbours of one kind are merged."
+        256, ge=1, description="Unsent deltas of one job above which neighbours of one kind are merged."
     )
 
     # -- bounds --

@@ -116,6 +116,7 @@ class ClaimRequest:
 
     job: Job
     worker_id: str
+    queue: str  #: Where its message came from.
     total_timeout: float  #: Seconds; counts from the first claim.
 
     @property
@@ -168,7 +169,11 @@ def claim(connection: Connection, requests: list[ClaimRequest]) -> list[Claim | 
     rows = connection.execute(
         _claim_statement(connection.dialect.name),
         [
-            {name: value for name, value in queued_values(request.job).items() if name not in _DATABASE_CLOCK}
+            {
+                name: value
+                for name, value in queued_values(request.job, request.queue).items()
+                if name not in _DATABASE_CLOCK
+            }
             | {
                 "status": JobStatus.RUNNING,
                 "attempt": 1,
@@ -639,6 +644,7 @@ class Sweep(NamedTuple):
     lease: float
     bury: bool  #: Whether the silence of other workers counts as death.
     resend_after: float
+    queue: str  #: The only one that this worker sends to.
     queue_length: int | None  #: Messages that wait on the queue; None: the broker is away, so nothing can be sent.
     max_attempts: int  #: For jobs that do not say.
     limit: int  #: Rows of each kind at most.
@@ -757,15 +763,14 @@ def _take_due(connection: Connection, one: Sweep) -> list[str]:
     """Take the jobs whose message is to be sent: those that have none, and those whose message must be lost."""
     if one.queue_length is None:
         return []
-    overdue = and_(jobs.c.status.in_(WAITING), jobs.c.resend_at <= now())
+    waiting = and_(jobs.c.status.in_(WAITING), jobs.c.queue == one.queue)
+    overdue = and_(waiting, jobs.c.resend_at <= now())
     to_send = _note_sent(connection, and_(overdue, jobs.c.sends == 0), one.resend_after, one.limit)
     if connection.scalar(select(jobs.c.id).where(overdue, jobs.c.sends > 0).limit(1)) is None:
         return to_send
     # These have a message, or had one. In a backlog all are still in the queue, and sending them again would
     # fill it without end; a message is missing only if more jobs are due than messages wait.
-    due = connection.scalar(
-        select(func.count()).select_from(jobs).where(jobs.c.status.in_(WAITING), jobs.c.due_at <= now())
-    )
+    due = connection.scalar(select(func.count()).select_from(jobs).where(waiting, jobs.c.due_at <= now()))
     missing = (due or 0) - one.queue_length - len(to_send)
     if missing > 0:
         to_send += _note_sent(connection, and_(overdue, jobs.c.sends > 0), one.resend_after, min(missing, one.limit))

@@ -138,6 +138,7 @@ class Sweeper:
                 lease=settings.lease,
                 bury=self._may_bury(),
                 resend_after=settings.resend_after,
+                queue=settings.queue,
                 queue_length=await self._queue_length(),
                 max_attempts=settings.max_attempts,
                 limit=_LIMIT,
