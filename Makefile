@@ -11,6 +11,7 @@ export PYTHONDONTWRITEBYTECODE :=
 VENV := .venv
 BIN := $(VENV)/bin
 PY := $(BIN)/python
+INTEROP := .venv-interop
 
 # The first Python that fits. To choose another: make demo PYTHON=/path/to/python3.12
 CANDIDATES := python3 python3.13 python3.12 python3.11 python3.14 python
@@ -22,7 +23,7 @@ PYTHON ?= $(shell for p in $(CANDIDATES); do "$$p" -c '$(FITS)' 2>/dev/null && {
 PIP_INSTALL := $(PY) -m pip install -qq --no-deps --no-compile --disable-pip-version-check --no-input
 LOCKED := $(PIP_INSTALL) --require-hashes --only-binary=:all:
 
-.PHONY: help demo test check format conformance chaos bench fuzz lock clean
+.PHONY: help demo test check format conformance interop chaos bench fuzz lock clean
 
 help: ## Show this list
 	@echo "Millrace: a background worker for streaming LLM completions."
@@ -50,6 +51,9 @@ format: $(VENV)/dev ## Format the code and fix what can be fixed
 conformance: $(VENV)/dev ## Decode recorded and hand-made provider streams [CASES=file.jsonl]
 	@$(PY) -m tests.conformance $(if $(CASES),"$(CASES)")
 
+interop: $(VENV)/dev $(INTEROP)/servers ## Stream from other people's OpenAI-compatible servers and compare
+	@$(PY) -m tests.interop $(INTEROP)/bin
+
 chaos: $(VENV)/dev ## Kill workers, Redis and the provider at random, then count the jobs [SEED=1 JOBS=200]
 	@$(PY) -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(JOBS),--jobs $(JOBS))
 
@@ -69,9 +73,10 @@ lock: $(VENV)/dev ## Write requirements/*.txt anew [UPGRADE=1 moves to newer ver
 	@$(COMPILE) --constraint requirements/dev.txt pyproject.toml --all-extras -o requirements/runtime.txt
 	@$(COMPILE) --constraint requirements/dev.txt --group build -o requirements/build.txt
 	@$(COMPILE) --constraint requirements/dev.txt --group bench -o requirements/bench.txt
+	@$(COMPILE) $(if $(UPGRADE),--upgrade) --group interop -o requirements/interop.txt
 
 clean: ## Remove the environment and everything generated
-	rm -rf $(VENV) build dist bench-results .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(INTEROP) build dist bench-results .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find api_contracts worker migrations tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # Set-up. Each file is the stamp of one finished step, so that a second run starts at once.
@@ -101,4 +106,10 @@ $(VENV)/dev: $(VENV)/runtime requirements/dev.txt
 $(VENV)/bench: $(VENV)/dev requirements/bench.txt
 	@echo "Installing what the benchmarks compare with and draw with ..."
 	@$(LOCKED) -r requirements/bench.txt
+	@touch $@
+
+$(INTEROP)/servers: $(VENV)/dev requirements/interop.txt
+	@echo "Installing LiteLLM's proxy and two smaller servers into $(INTEROP) (600 MB; a minute or two, once) ..."
+	@$(PY) -m venv --clear --without-pip $(INTEROP)
+	@$(subst pip install,pip --python $(INTEROP)/bin/python install,$(LOCKED)) -r requirements/interop.txt
 	@touch $@

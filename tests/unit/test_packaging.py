@@ -17,7 +17,8 @@ from packaging.version import Version
 from worker.settings import Settings
 
 ROOT = Path(__file__).parents[2]
-LOCKS = ("bench", "build", "dev", "runtime")
+LOCKS = ("bench", "build", "dev", "interop", "runtime")
+SHARED = ("bench", "build", "runtime")  # installed into one environment with the development lock
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
@@ -52,7 +53,7 @@ def test_a_lock_names_no_index_and_no_local_path(lock: str) -> None:
     assert re.findall(r"https?://|file:|--(?:index|extra-index|find-links|trusted-host)\S*| /\w+", text) == []
 
 
-@pytest.mark.parametrize("lock", LOCKS)
+@pytest.mark.parametrize("lock", SHARED)
 def test_the_locks_agree_where_they_meet(lock: str) -> None:
     whole, part = versions("dev"), versions(lock)
     shared = part.keys() & whole.keys()
@@ -71,7 +72,7 @@ def test_the_locks_hold_what_the_project_asks_for() -> None:
         if requirement.name != "millrace":
             assert requirement.specifier.contains(runtime[requirement.name]), requirement
     for name, group in PROJECT["dependency-groups"].items():
-        locked = versions("bench") if name == "bench" else versions("dev")
+        locked = versions(name if name in {"bench", "interop"} else "dev")
         for requirement in map(Requirement, group):
             assert requirement.specifier.contains(locked[requirement.name]), requirement
 

@@ -1,0 +1,114 @@
+"""``python -m tests.interop EXECUTABLES``: stream from other people's servers through a real worker, and compare.
+
+In: the directory that holds the servers' executables.  Out: a table of what was compared; each difference in
+words; exit code 0 if there is none.  Exists so that the main job is seen to work with servers that are not ours.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Final
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from tests.harness import Stand
+from tests.interop.comparison import Comparison, compare, read
+from tests.interop.servers import Case, FakeLLM, IndependentServer, LiteLLM, StubLLM
+from tests.interop.tap import Tap
+from worker.embedded import sqlite_url
+
+KEY_VARIABLE: Final = "INTEROP_{}_KEY"
+FOLLOWERS: Final = 2
+
+
+def play(stand: Stand, server: IndependentServer, tap: Tap, case: Case) -> Comparison:
+    """Send one job to one server, with two followers who were there before it."""
+    job_id = f"{server.name}-{case.name}".replace(" ", "-")
+    followers = [stand.follow(job_id) for _ in range(FOLLOWERS)]
+    stand.client.enqueue(
+        id=job_id, model=case.model, messages=case.messages, provider=server.name, max_attempts=1, **case.parameters
+    )
+    held = [follower.to_the_end() for follower in followers]
+    return compare(case, read(tap.take_answer()), stand.result(job_id), held)
+
+
+def providers_file(directory: Path, taps: dict[IndependentServer, Tap]) -> Path:
+    """Write the file that names the servers, and put their keys where it says."""
+    lines = []
+    for server, tap in taps.items():
+        lines += [f"[providers.{server.name}]", f'base_url = "http://127.0.0.1:{tap.port}/v1"']
+        if server.key:
+            variable = KEY_VARIABLE.format(server.name.upper())
+            os.environ[variable] = server.key
+            lines.append(f'api_key_env = "{variable}"')
+    file = directory / "providers.toml"
+    file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+def make_table() -> Table:
+    """Return the table without its rows."""
+    table = Table(
+        box=box.SIMPLE_HEAD, title="stored = sent by the server = held by both followers", title_justify="left"
+    )
+    for column in ("server", "case", "text", "SHA-256", "tool calls", "finish", "tokens", ""):
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def add_row(table: Table, server: IndependentServer, case: Case, compared: Comparison) -> None:
+    """Show one case."""
+    result = compared.result
+    text = "".join(choice.content for choice in result.choices).encode()
+    usage = result.attempts[0].usage
+    assert usage is not None
+    table.add_row(
+        server.name,
+        case.name,
+        f"{len(text)} B" if text else "-",
+        (result.output_sha256 or "")[:12] if text else "-",
+        ", ".join(call.name for call in result.tool_calls) or "-",
+        ", ".join(choice.finish_reason or "none" for choice in result.choices),
+        f"{usage.prompt_tokens}+{usage.completion_tokens} {usage.source}",
+        "differs" if compared.problems else "same",
+    )
+
+
+def main() -> int:
+    """Start everything, play every case, show what came of it."""
+    parser = argparse.ArgumentParser(prog="python -m tests.interop", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("executables", type=Path, help="directory that holds litellm, fakellm and stubllm")
+    options = parser.parse_args()
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    table = make_table()
+    compared: list[tuple[IndependentServer, Case, Comparison]] = []
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="millrace-")))
+        fake, stub = FakeLLM(options.executables), StubLLM(options.executables)
+        servers = [LiteLLM(options.executables, behind=fake), fake, stub]
+        console.print(f"Starting {', '.join(server.name for server in servers)} and a worker ...", style="dim")
+        started = time.monotonic()
+        taps = {server: stack.enter_context(Tap(stack.enter_context(server).port)) for server in servers}
+        stand = stack.enter_context(Stand(directory, sqlite_url(directory / "millrace.db")))
+        stand.start_worker(providers_file=providers_file(directory, taps))
+        console.print(f"... which took {time.monotonic() - started:.0f} s.", style="dim")
+        for server, tap in taps.items():
+            for case in server.cases:
+                compared.append((server, case, play(stand, server, tap, case)))
+                add_row(table, *compared[-1])
+    console.print(table)
+    failed = [one for one in compared if one[2].problems]
+    for server, case, comparison in failed:
+        console.print("\n  ".join([f"{server.name}, {case.name}:", *comparison.problems]), markup=False)
+    console.print(f"{len(compared) - len(failed)} the same, {len(failed)} different")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
