@@ -18,7 +18,8 @@ from api_contracts.names import control_channel, job_keys
 from api_contracts.results import JobStatus
 from worker.announcer import Announcer
 from worker.database import Database
-from worker.engine import Engine, Stop
+from worker.engine import Engine
+from worker.run import Stop
 from worker.store import JobKey
 from worker.telemetry import get_logger
 

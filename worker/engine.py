@@ -14,23 +14,24 @@ import asyncio
 import random
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from typing import Any, Final
 
 from api_contracts.errors import ErrorCode
 from api_contracts.jobs import Job
-from api_contracts.results import Choice, JobStatus, Usage, output_sha256
+from api_contracts.results import Choice, JobStatus, Usage
 from worker import retry, store, usage
 from worker.database import Database, StoreRefusedError
 from worker.failures import Failure
+from worker.payloads import failure_fields, finish_reasons, snapshot_fields, terminal_fields
 from worker.provider import ChatRequest, ProviderFailure, Providers, Timeouts
 from worker.provider_config import ProviderConfig
 from worker.publisher import Flushed, Publication, Publisher
 from worker.recovery import LogReader
+from worker.run import STOP_FAILURES, Run, Stop
 from worker.settings import Settings
-from worker.store import Claim, ClaimRequest, Ended, Ending, JobKey, NotEnded, Outcome, Reason, Refusal
+from worker.store import Claim, ClaimRequest, Ending, JobKey, NotEnded, Outcome, Reason, Refusal
 from worker.stream import Delta, Limits, Output, StreamReader
 from worker.telemetry import get_logger
 
@@ -42,68 +43,6 @@ _SWEEPER_COURTESY: Final = 5.0
 _ANNOUNCE_TIMEOUT: Final = 10.0
 #: Attempts before this one whose remains are looked at: a recovery may itself have died.
 _LOOK_BACK: Final = 3
-
-
-class Stop(StrEnum):
-    """Why a running job is asked to stop."""
-
-    CANCELLED = "cancelled"
-    INTERRUPTED = "interrupted"  #: This worker is shutting down.
-    SUPERSEDED = "superseded"  #: Another worker has taken the job over.
-    TOTAL_TIMEOUT = "total_timeout"
-    USAGE_LATE = "usage_late"  #: The answer is whole, and its usage did not come in time.
-
-
-_STOP_FAILURES: Final = {
-    Stop.CANCELLED: Failure(code=ErrorCode.CANCELLED, message="the job was cancelled"),
-    Stop.INTERRUPTED: Failure(code=ErrorCode.INTERRUPTED, message="the worker was shut down"),
-    Stop.SUPERSEDED: Failure(code=ErrorCode.SUPERSEDED, message="another worker has taken the job over"),
-    Stop.TOTAL_TIMEOUT: Failure(code=ErrorCode.TOTAL_TIMEOUT, message="the job's total time is used up"),
-}
-
-
-class Run:
-    """A job in this process."""
-
-    __slots__ = ("_task", "attempt", "interruptible", "stop")
-
-    def __init__(self, task: "asyncio.Task[Any]") -> None:
-        self.attempt = 0  #: 0 until the claim is granted.
-        self.stop: Stop | None = None
-        self.interruptible = False
-        self._task = task
-
-    def request_stop(self, stop: Stop) -> None:
-        """Stop streaming or waiting as soon as possible. The first reason given counts, but for a cancel."""
-        if self.stop is None or stop in (Stop.CANCELLED, Stop.SUPERSEDED):
-            self.stop = stop
-        if self.interruptible:
-            self.interruptible = False
-            self._task.cancel()
-
-    async def interruptibly(self, work: Coroutine[Any, Any, Failure | None]) -> Failure | None:
-        """Await ``work``; if a stop is requested meanwhile, end it and return the stop as a failure."""
-        if self.stopping:
-            work.close()
-            return self._stop_failure()
-        self.interruptible = True
-        try:
-            return await work
-        except asyncio.CancelledError:
-            if self.stop is None:
-                raise  # the event loop itself is ending
-            self._task.uncancel()
-            return self._stop_failure()
-        finally:
-            self.interruptible = False
-
-    @property
-    def stopping(self) -> bool:
-        """Whether a stop was requested."""
-        return self.stop is not None
-
-    def _stop_failure(self) -> Failure | None:
-        return None if self.stop is None else _STOP_FAILURES.get(self.stop)
 
 
 @dataclass(slots=True)
@@ -264,7 +203,7 @@ class Engine:
         if attempt.claim.expired:
             return Failure(code=ErrorCode.EXPIRED, message="the job waited past its expires_at")
         if attempt.claim.remaining_seconds <= 0:
-            return _STOP_FAILURES[Stop.TOTAL_TIMEOUT]
+            return STOP_FAILURES[Stop.TOTAL_TIMEOUT]
         return None
 
     async def _stream(self, run: Run, attempt: Attempt) -> Failure | None:
@@ -533,48 +472,6 @@ def _cancelled(ending: Ending) -> Ending:
         ending,
         outcome=ending.outcome if ending.failure is None else Outcome.CANCELLED,
         status=JobStatus.CANCELLED,
-        failure=_STOP_FAILURES[Stop.CANCELLED],
+        failure=STOP_FAILURES[Stop.CANCELLED],
         retryable=False,
     )
-
-
-# -- what events say, as JSON-ready values (the shapes are api_contracts.events) --
-
-
-def snapshot_fields(choices: Sequence[Choice], spent: Usage, *, finished: bool) -> dict[str, Any]:
-    """Return the fields of a ``snapshot``."""
-    return {
-        "choices": [choice.model_dump(mode="json", exclude={"extra"}) for choice in choices],
-        "finished": finished,
-        "usage": spent.model_dump(mode="json"),
-    }
-
-
-def failure_fields(ending: Ending) -> dict[str, Any]:
-    """Return the fields of an ``attempt.failed``."""
-    assert ending.failure is not None
-    return {
-        "error": {"code": ending.failure.code, "message": ending.failure.message},
-        "retryable": bool(ending.retryable),
-        "retry_in": ending.retry_in if ending.status is JobStatus.RETRYING else None,
-        "usage": ending.usage.model_dump(mode="json"),
-    }
-
-
-def terminal_fields(ending: Ending, ended: Ended) -> dict[str, Any]:
-    """Return the fields of a terminal event."""
-    failure = ending.failure
-    return {
-        "status": ending.status,
-        "finish_reasons": finish_reasons(ending.choices),
-        "tool_call_ids": [call.id for choice in ending.choices for call in choice.tool_calls],
-        "usage": ended.usage.model_dump(mode="json") if ended.usage else None,
-        "attempts": ended.attempts,
-        "error": {"code": failure.code, "message": failure.message} if failure else None,
-        "output_sha256": output_sha256(choice.content for choice in ending.choices),
-    }
-
-
-def finish_reasons(choices: Sequence[Choice]) -> dict[str, str | None]:
-    """Return the finish reasons by choice index; JSON's keys are text."""
-    return {str(choice.index): choice.finish_reason for choice in choices}

@@ -26,12 +26,13 @@ from worker import store
 from worker.announcer import Announcer
 from worker.control import Control
 from worker.database import Database, StoreRefusedError
-from worker.engine import Engine, Stop
+from worker.engine import Engine
 from worker.pool import Delivery
 from worker.provider import Providers
 from worker.provider_config import ProviderConfig
 from worker.publisher import Publisher
 from worker.recovery import LogReader
+from worker.run import Stop
 from worker.settings import Settings
 from worker.store import JobKey, Refused, Rejection
 from worker.sweeper import Sweeper
@@ -133,10 +134,7 @@ class Service:
                 log.warning("announcement_delayed", tenant=key.tenant, job_id=key.id)
 
     async def _reject(self, argument: object, reason: str, job: Job | None) -> None:
-        try:
-            text = json.dumps(argument).encode()
-        except RecursionError:  # it could be read, barely
-            text = b""
+        text = json.dumps(argument).encode()
         rejection = Rejection(
             id=uuid.uuid4().hex,
             reason=reason,

@@ -8,6 +8,7 @@ depends on one process: every worker sweeps, the statements are atomic, and any 
 import asyncio
 import json
 import random
+import re
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
@@ -18,12 +19,13 @@ from redis.exceptions import RedisError
 
 from api_contracts.errors import BrokerUnavailableError, StoreUnavailableError
 from api_contracts.jobs import Job, parse_job
-from api_contracts.names import rejected_list
+from api_contracts.names import ID_PATTERN, rejected_list
 from api_contracts.sender import Sender
 from worker import store
 from worker.announcer import Announcer
 from worker.database import Database
-from worker.engine import Engine, Stop
+from worker.engine import Engine
+from worker.run import Stop
 from worker.settings import Settings
 from worker.store import Beat, JobKey, Rejection, Sweep
 from worker.telemetry import get_logger
@@ -186,4 +188,11 @@ class Sweeper:
 
 def _rejection(raw: bytes) -> Rejection:
     record = orjson.loads(raw)
-    return Rejection(id=record["id"], reason=record["reason"], size=record["size"], payload=record["payload"])
+    task_id = record["task_id"]
+    return Rejection(
+        id=record["id"],
+        reason=record["reason"],
+        size=record["size"],
+        payload=record["payload"],
+        job_id=task_id if task_id and re.fullmatch(ID_PATTERN, task_id) else None,  # the task id is the job id
+    )
