@@ -288,4 +288,5 @@ def test_items_that_are_no_readable_messages_are_kept_and_recorded_and_harm_no_j
         item = base64.b64decode(record["payload"])
         assert UNREADABLE[item] in record["reason"]
         assert record["size"] == len(item)
+        assert record["job_id"] == ("x" if b'"id": "x"' in item else None)  # the one its headers name, if it is one
     check_kept_secret(stand, worker, *(job["id"] for job in jobs))
