@@ -12,12 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from tests.chaos import chaos, deploy, garbage, times, zombie
+from tests.chaos import chaos, deploy, garbage, seam, times, zombie
 from tests.chaos.place import Place
 from tests.chaos.report import Report
 
 ITEMS: Final[dict[str, Callable[[Place, int, int], Report]]] = {
     "chaos": chaos.run,
+    "seam": seam.run,
     "times": times.run,
     "deploy": deploy.run,
     "zombie": zombie.run,
