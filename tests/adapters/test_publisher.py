@@ -146,7 +146,7 @@ def test_script_behaves_like_its_model(redis_url: str, schedule: list[Any]) -> N
                         model.cancelled = True
                     case attempt, n, mode, count:
                         events = [b"%d-%d" % (attempt, n + number) for number in range(count)]
-                        arguments = [*KEYS, attempt, n, 60_000, mode, *events]
+                        arguments = [KEYS.log, KEYS.channel, KEYS.cancel, attempt, n, 60_000, mode, *events]
                         command = pack(b"EVALSHA", _SCRIPT_SHA, 3, *map(_packable, arguments))
                         assert client.evalsha(_SCRIPT_SHA.decode(), 3, *arguments) == model.execute(command)
                 entries: Any = client.xrange(KEYS.log)
