@@ -14,7 +14,6 @@ from tests.services import PostgresServer
 from worker.embedded import EmbeddedValkey, sqlite_url
 from worker.scripted_provider import ScriptedProvider
 
-
 # A shell that runs us in the background has Ctrl-C ignored, and every process started here would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
