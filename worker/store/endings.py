@@ -83,6 +83,7 @@ _LOCK: Final = (
         jobs.c.attempt,
         jobs.c.worker_id,
         jobs.c.terminal_event_id,
+        jobs.c.next_reason,
         jobs.c.cancel_requested_at,
     )
     .where(tuple_(jobs.c.tenant, jobs.c.id).in_(bindparam("keys", expanding=True)))
@@ -101,6 +102,8 @@ def _verdict(row: Any, ending: Ending) -> NotEnded | str:
         return NotEnded.SUPERSEDED
     if row.status != JobStatus.RUNNING or row.worker_id != ending.worker_id:
         ours = row.status == ending.status and row.terminal_event_id == ending.terminal_event_id
+        if ending.status is JobStatus.RETRYING:
+            ours = ours and row.next_reason == ending.next_reason  # else a sweeper took it from us
         return _WRITTEN if ours and row.worker_id is None else NotEnded.SUPERSEDED
     if row.cancel_requested_at is not None and ending.status in (JobStatus.COMPLETED, JobStatus.RETRYING):
         return NotEnded.CANCEL_REQUESTED  # a cancel that was accepted wins over everything that comes after it
