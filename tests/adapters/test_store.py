@@ -1,21 +1,23 @@
-"""The store's rules of ownership, on each database."""
+"""The store against real databases: who owns a job, what an ending writes, and what a sweep finds."""
 
+import asyncio
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
-from sqlalchemy import Engine, select, update
+from sqlalchemy import Connection, Engine, func, select, update
 
 from api_contracts import queries
 from api_contracts.database import make_engine
 from api_contracts.errors import ErrorCode
-from api_contracts.jobs import Job
-from api_contracts.results import Choice, CompletionResult, JobStatus, Usage, UsageSource
-from api_contracts.tables import jobs, now, rejected_messages, seconds_from_now, workers
+from api_contracts.jobs import Job, parse_job
+from api_contracts.results import Choice, CompletionResult, JobStatus, ToolCall, Usage, UsageSource
+from api_contracts.tables import attempts, jobs, now, rejected_messages, seconds_from_now, workers
 from worker import schema, store
+from worker.database import Database
 from worker.failures import Failure
 from worker.store import (
     Beat,
@@ -23,296 +25,564 @@ from worker.store import (
     ClaimRequest,
     Ended,
     Ending,
+    Held,
     JobKey,
+    LateUsage,
     NotEnded,
     Outcome,
     Reason,
     Refusal,
     Rejection,
     Sweep,
+    Swept,
 )
 
-SWEEP = Sweep(lease=5.0, bury=True, resend_after=30.0, queue="completions", queue_length=0, max_attempts=3, limit=100)
-SPENT = Usage(prompt_tokens=2, completion_tokens=3, total_tokens=5, source=UsageSource.PROVIDER)
-TIMEOUT = Failure(code=ErrorCode.TIMEOUT, message="no data")
+A = TypeVar("A")
+R = TypeVar("R")
+
+QUEUE = "completions"
+REPORTED = Usage(prompt_tokens=3, completion_tokens=4, total_tokens=7, source=UsageSource.PROVIDER, details={"x": 1})
+HELLO = Choice(
+    index=0,
+    content="Hello",
+    finish_reason="stop",
+    tool_calls=[ToolCall(id="c1", name="look", arguments="{}", arguments_valid=True)],
+)
 
 
 @pytest.fixture
 def engine(database_url: str) -> Iterator[Engine]:
+    """A migrated database, as a worker sees it."""
     engine = make_engine(database_url, writer=True)
     schema.migrate(engine)
     yield engine
     engine.dispose()
 
 
-def make_job(**fields: Any) -> Job:
-    return Job(**{"model": "m", "messages": [{"role": "user", "content": "hi"}], **fields})
+class Store:
+    """The store's functions, each call in a transaction of its own."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def __call__(self, operation: Callable[[Connection, list[A]], list[R]], *arguments: A) -> list[R]:
+        with self.engine.begin() as connection:
+            return operation(connection, list(arguments))
+
+    def claim(self, job_id: str = "a", worker: str = "w1", **job: Any) -> Claim | Refusal:
+        (answer,) = self(store.claim, request(job_id, worker, **job))
+        return answer
+
+    def claimed(self, job_id: str = "a", worker: str = "w1", **job: Any) -> Claim:
+        claim = self.claim(job_id, worker, **job)
+        assert isinstance(claim, Claim)
+        return claim
+
+    def end(self, ending: Ending) -> Ended | NotEnded:
+        (answer,) = self(store.end, ending)
+        return answer
+
+    def sweep(self, *, lease: float = 6.0, bury: bool = True, queue_length: int | None = 0, **kw: Any) -> Swept:
+        swept: dict[str, Any] = {"resend_after": 30.0, "queue": QUEUE, "max_attempts": 5, "limit": 200} | kw
+        (found,) = self(store.sweep, Sweep(lease=lease, bury=bury, queue_length=queue_length, **swept))
+        return found
+
+    def enqueue(self, job_id: str = "a", **fields: Any) -> None:
+        with self.engine.begin() as connection:
+            assert queries.enqueue(connection, make_job(job_id, **fields))
+
+    def cancel(self, job_id: str = "a") -> JobStatus | None:
+        with self.engine.begin() as connection:
+            return queries.cancel(connection, "default", job_id)
+
+    def get(self, job_id: str = "a") -> CompletionResult:
+        with self.engine.begin() as connection:
+            result = queries.get(connection, "default", job_id)
+        assert result is not None
+        return result
+
+    def change(self, job_id: str = "a", **values: Any) -> None:
+        with self.engine.begin() as connection:
+            connection.execute(update(jobs).where(jobs.c.id == job_id).values(**values))
+
+    def alive(self, worker: str = "w1", lease: float = 6.0) -> store.Pulse:
+        (pulse,) = self(store.beat, Beat(worker, lease))
+        return pulse
+
+    def dead(self, worker: str = "w1") -> None:
+        """Let a worker's last sign of life be long ago."""
+        self.alive(worker)
+        with self.engine.begin() as connection:
+            connection.execute(
+                update(workers).where(workers.c.id == worker).values(heartbeat_at=seconds_from_now(-60.0))
+            )
 
 
-def run(engine: Engine, operation: Any, *arguments: Any) -> list[Any]:
-    with engine.begin() as connection:
-        answers: list[Any] = operation(connection, list(arguments))
-        return answers
+@pytest.fixture
+def db(engine: Engine) -> Store:
+    return Store(engine)
 
 
-def claim(engine: Engine, job: Job, worker: str = "w1") -> Claim | Refusal:
-    (answer,) = run(engine, store.claim, ClaimRequest(job, worker, "completions", 100.0))
-    assert isinstance(answer, Claim | Refusal)
-    return answer
+def make_job(job_id: str = "a", **fields: Any) -> Job:
+    return parse_job({"id": job_id, "model": "m", "messages": [{"role": "user", "content": "?"}], **fields})
 
 
-def ending(job: Job, attempt: int = 1, worker: str = "w1", **changes: Any) -> Ending:
-    whole = Ending(
-        key=JobKey(job.tenant, job.id),
-        attempt=attempt,
-        worker_id=worker,
-        outcome=Outcome.FINISHED,
-        status=JobStatus.COMPLETED,
-        choices=[Choice(index=0, content="ok", finish_reason="stop")],
-        usage=SPENT,
-        terminal_event_id=f"{attempt}-4",
+def request(job_id: str = "a", worker: str = "w1", **fields: Any) -> ClaimRequest:
+    return ClaimRequest(make_job(job_id, **fields), worker, QUEUE, total_timeout=60.0)
+
+
+def finished(claim: Claim, job_id: str = "a", worker: str = "w1", **changes: Any) -> Ending:
+    fields: dict[str, Any] = {
+        "outcome": Outcome.FINISHED,
+        "status": JobStatus.COMPLETED,
+        "choices": [HELLO],
+        "usage": REPORTED,
+        "terminal_event_id": f"{claim.attempt}-9",
+    }
+    return Ending(JobKey("default", job_id), claim.attempt, worker, **(fields | changes))
+
+
+def failed(claim: Claim, job_id: str = "a", worker: str = "w1", **changes: Any) -> Ending:
+    fields: dict[str, Any] = {
+        "outcome": Outcome.FAILED,
+        "status": JobStatus.RETRYING,
+        "choices": [HELLO.model_copy(update={"finish_reason": None})],
+        "usage": Usage(),
+        "failure": Failure(ErrorCode.CONNECTION, "the connection was cut"),
+        "retryable": True,
+    }
+    return Ending(JobKey("default", job_id), claim.attempt, worker, **(fields | changes))
+
+
+# -- claims --
+
+
+def test_claim_of_an_unknown_job_creates_it(db: Store) -> None:
+    claim = db.claimed()
+    assert (claim.attempt, claim.tries, claim.reason, claim.expired) == (1, 1, Reason.FIRST, False)
+    assert 55 < claim.remaining_seconds <= 60
+    result = db.get()
+    assert (result.status, result.attempt) == (JobStatus.RUNNING, 1)
+    assert [(one.number, one.worker, one.outcome) for one in result.attempts] == [(1, "w1", None)]
+
+
+def test_queued_job_is_claimed_once(db: Store) -> None:
+    db.enqueue()
+    assert isinstance(db.claim(worker="w1"), Claim)
+    assert db.claim(worker="w2") is Refusal.TAKEN
+
+
+def test_job_that_waits_is_not_claimed_before_it_is_due(db: Store) -> None:
+    claim = db.claimed()
+    db.end(failed(claim, retry_in=60.0))
+    assert db.claim() is Refusal.TAKEN
+    db.change(due_at=now())
+    again = db.claimed()
+    assert (again.attempt, again.tries, again.reason) == (2, 2, Reason.RETRY)
+
+
+def test_ended_job_is_not_claimed(db: Store) -> None:
+    db.end(finished(db.claimed()))
+    assert db.claim() is Refusal.ENDED
+
+
+def test_other_request_under_the_same_id_is_refused_and_changes_nothing(db: Store) -> None:
+    db.claimed()
+    before = db.get()
+    assert db.claim(model="other") is Refusal.OTHER_REQUEST
+    assert db.get() == before
+
+
+def test_claim_repeated_by_the_same_worker_is_adopted(db: Store) -> None:
+    """Its commit may have been cut after it went through."""
+    first = db.claimed()
+    again = db.claimed()
+    assert (again.attempt, again.tries) == (first.attempt, first.tries)
+    assert len(db.get().attempts) == 1
+
+
+def test_claims_in_one_group_are_answered_in_their_order(db: Store) -> None:
+    db.enqueue("queued")
+    db.claimed("taken", worker="w2")
+    db.end(finished(db.claimed("ended"), "ended"))
+    answers = db(
+        store.claim,
+        *(request(job_id) for job_id in ("z", "ended", "queued", "taken", "a")),
+        request("queued", model="other"),
     )
-    return replace(whole, **changes)
+    kinds = [answer if isinstance(answer, Refusal) else "granted" for answer in answers]
+    assert kinds == ["granted", Refusal.ENDED, "granted", Refusal.TAKEN, "granted", Refusal.OTHER_REQUEST]
 
 
-def pause(job: Job, attempt: int = 1, worker: str = "w1", **changes: Any) -> Ending:
-    failed = ending(job, attempt, worker, outcome=Outcome.FAILED, status=JobStatus.RETRYING, failure=TIMEOUT)
-    return replace(failed, terminal_event_id=None, retryable=True, **changes)
-
-
-def stored(engine: Engine, job: Job) -> CompletionResult:
-    with engine.begin() as connection:
-        result = queries.get(connection, job.tenant, job.id)
-    assert result is not None
-    return result
-
-
-def bury(engine: Engine, worker: str) -> store.Swept:
-    run(engine, store.beat, Beat(worker, 5.0))
-    run(engine, store.retire, worker)
-    (swept,) = run(engine, store.sweep, SWEEP)
-    assert isinstance(swept, store.Swept)
-    return swept
-
-
-def test_a_job_without_a_row_is_claimed_with_its_first_attempt(engine: Engine) -> None:
-    job = make_job()
-    granted = claim(engine, job)
-    assert isinstance(granted, Claim)
-    assert (granted.attempt, granted.tries, granted.reason) == (1, 1, Reason.FIRST)
-    assert 90 < granted.remaining_seconds <= 100
-    assert stored(engine, job).status is JobStatus.RUNNING
-
-
-def test_claims_of_one_group_are_one_statement_and_each_job_goes_to_one(engine: Engine) -> None:
-    made = [make_job() for _ in range(30)]
-    requests = [ClaimRequest(job, "w1", "completions", 100.0) for job in (*made, made[0])]
-    answers = run(engine, store.claim, *requests)
-    assert all(isinstance(answer, Claim) for answer in answers[:-1])
-    # The same worker asks for a job that it holds by then: it is given what it has, not a second attempt.
-    assert {answer.attempt for answer in answers if isinstance(answer, Claim)} == {1}
-
-
-def test_a_held_job_is_refused_to_others_and_given_again_to_its_own_worker(engine: Engine) -> None:
-    job = make_job()
-    claim(engine, job)
-    assert claim(engine, job, "w2") is Refusal.TAKEN
-    again = claim(engine, job)  # as after a commit whose answer was lost
-    assert isinstance(again, Claim)
-    assert again.attempt == 1
-
-
-def test_an_id_of_another_request_is_refused(engine: Engine) -> None:
-    job = make_job(id="one")
-    claim(engine, job)
-    assert claim(engine, make_job(id="one", temperature=1), "w2") is Refusal.OTHER_REQUEST
-    assert isinstance(claim(engine, make_job(id="one", tenant="other", temperature=1), "w2"), Claim)
-
-
-def test_of_many_workers_that_claim_at_once_one_gets_each_job(engine: Engine) -> None:
-    made = [make_job() for _ in range(10)]
-    barrier = threading.Barrier(8)
-
-    def take(worker: str) -> list[Claim | Refusal]:
-        barrier.wait()
-        return [claim(engine, job, worker) for job in made]
-
-    with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(take, [f"w{number}" for number in range(8)]))
-    for of_job in zip(*answers, strict=True):
-        assert sum(isinstance(answer, Claim) for answer in of_job) == 1
-
-
-def test_an_ending_writes_everything_and_repeated_it_changes_nothing(engine: Engine) -> None:
-    job = make_job()
-    claim(engine, job)
-    first = run(engine, store.end, ending(job))
-    assert run(engine, store.end, ending(job)) == first == [Ended(SPENT, 1)]
-    result = stored(engine, job)
-    assert (result.status, result.text, result.usage) == (JobStatus.COMPLETED, "ok", SPENT)
-    assert result.attempts[0].outcome == Outcome.FINISHED
-    assert claim(engine, job, "w2") is Refusal.ENDED
-
-
-def test_a_superseded_worker_changes_nothing(engine: Engine) -> None:
-    job = make_job()
-    claim(engine, job)
-    bury(engine, "w1")
-    assert run(engine, store.end, ending(job)) == [NotEnded.SUPERSEDED]
-    second = claim(engine, job, "w2")
+def test_second_request_in_a_group_is_given_what_its_worker_holds_by_then(db: Store) -> None:
+    first, second = db(store.claim, request(), request())
+    assert isinstance(first, Claim)
     assert isinstance(second, Claim)
-    assert (second.attempt, second.reason) == (2, Reason.WORKER_LOST)
-    assert run(engine, store.end, ending(job)) == [NotEnded.SUPERSEDED]
-    assert run(engine, store.end, ending(job, 2, "w2"))[0].attempts == 2
-    assert stored(engine, job).attempts[0].outcome == Outcome.LOST
+    assert first.attempt == second.attempt == 1
 
 
-def test_an_accepted_cancel_wins_over_a_completion_that_comes_later(engine: Engine) -> None:
-    job = make_job()
-    claim(engine, job)
+def test_tenants_do_not_meet(db: Store) -> None:
+    assert isinstance(db.claim(tenant="one"), Claim)
+    assert isinstance(db.claim(tenant="two"), Claim)
+
+
+def test_total_time_counts_from_the_first_claim(db: Store) -> None:
+    db.end(failed(db.claimed()))
+    db.change(deadline_at=seconds_from_now(-1.0))
+    assert db.claimed().remaining_seconds < 0
+
+
+def test_many_workers_that_claim_the_same_jobs_get_each_of_them_once(engine: Engine) -> None:
+    names = [f"job-{number}" for number in range(40)]
+    start = threading.Barrier(8)
+
+    def claim_all(worker: str) -> list[str]:
+        won = []
+        start.wait()
+        for position in range(0, len(names), 5):
+            group = names[position : position + 5]
+            if int(worker) % 2:
+                group.reverse()  # no two workers ask in the same order
+            answers = Store(engine)(store.claim, *(request(job_id, worker) for job_id in group))
+            won += [job_id for job_id, answer in zip(group, answers, strict=True) if isinstance(answer, Claim)]
+        return won
+
+    with ThreadPoolExecutor(8) as threads:
+        won = Counter(job_id for wins in threads.map(claim_all, map(str, range(8))) for job_id in wins)
+    assert won == dict.fromkeys(names, 1)
     with engine.begin() as connection:
-        assert queries.cancel(connection, job.tenant, job.id) is JobStatus.RUNNING
-    assert run(engine, store.end, ending(job)) == [NotEnded.CANCEL_REQUESTED]
-    assert run(engine, store.end, pause(job)) == [NotEnded.CANCEL_REQUESTED]
-    (ended,) = run(engine, store.end, ending(job, status=JobStatus.CANCELLED, outcome=Outcome.CANCELLED))
+        assert connection.scalar(select(func.count()).select_from(attempts)) == len(names)
+
+
+# -- endings --
+
+
+def test_ending_writes_the_whole_result(db: Store) -> None:
+    answer = db.end(finished(db.claimed(), first_token_ms=12.5, provider_details={"id": "x"}))
+    assert isinstance(answer, Ended)
+    assert answer.usage is not None
+    assert (answer.usage.total_tokens, answer.attempts) == (7, 1)
+    result = db.get()
+    assert result.status is JobStatus.COMPLETED
+    assert result.choices == [HELLO]
+    assert result.terminal_event_id == "1-9"
+    assert result.finished_at is not None
+    assert not result.partial
+    (attempt,) = result.attempts
+    assert (attempt.outcome, attempt.first_token_ms, attempt.usage) == ("finished", 12.5, REPORTED)
+
+
+def test_ending_repeated_answers_the_same_and_changes_nothing(db: Store) -> None:
+    ending = finished(db.claimed())
+    answer = db.end(ending)
+    before = db.get()
+    assert db.end(ending) == answer
+    assert db.get() == before
+
+
+def test_pause_repeated_answers_the_same_and_changes_nothing(db: Store) -> None:
+    pause = failed(db.claimed(), retry_in=60.0)
+    answer = db.end(pause)
+    before = db.get()
+    assert db.end(pause) == answer
+    assert db.get() == before
+
+
+@pytest.mark.parametrize("make", [finished, failed], ids=["finished", "failed"])
+def test_superseded_worker_changes_nothing(db: Store, make: Callable[..., Ending]) -> None:
+    old = db.claimed(worker="w1")
+    db.dead("w1")
+    db.sweep()
+    assert db.end(make(old)) is NotEnded.SUPERSEDED, "released, and not claimed yet"
+    new = db.claimed(worker="w2")
+    before = db.get()
+    assert db.end(make(old)) is NotEnded.SUPERSEDED, "claimed by another worker"
+    assert db.get() == before
+    db.end(finished(new, worker="w2"))
+    before = db.get()
+    assert db.end(make(old)) is NotEnded.SUPERSEDED, "ended by another worker"
+    assert db.get() == before
+
+
+def test_cancel_that_came_first_wins_over_completion_and_retry(db: Store) -> None:
+    claim = db.claimed()
+    assert db.cancel() is JobStatus.RUNNING
+    assert db.end(finished(claim)) is NotEnded.CANCEL_REQUESTED
+    assert db.end(failed(claim)) is NotEnded.CANCEL_REQUESTED
+    ended = db.end(finished(claim, status=JobStatus.CANCELLED))
     assert isinstance(ended, Ended)
-    assert stored(engine, job).partial
+    assert db.get().status is JobStatus.CANCELLED
+    assert db.get().partial
 
 
-def test_usage_of_failed_attempts_is_summed_and_refused_requests_cost_nothing(engine: Engine) -> None:
-    job = make_job()
-    claim(engine, job)
-    refused = Failure(code=ErrorCode.RATE_LIMITED, message="slow down", http_status=429)
-    run(engine, store.end, pause(job, usage=Usage(), choices=(), failure=refused))
-    claim(engine, job)
-    run(engine, store.end, pause(job, 2))
-    claim(engine, job)
-    (ended,) = run(engine, store.end, ending(job, 3))
-    assert ended.usage == Usage(prompt_tokens=4, completion_tokens=6, total_tokens=10, source=UsageSource.PROVIDER)
-    assert ended.attempts == 3
+def test_output_of_a_job_is_that_of_its_last_attempt(db: Store) -> None:
+    db.end(failed(db.claimed()))
+    kept = db.get()
+    assert (kept.text, kept.partial, kept.status) == ("Hello", True, JobStatus.RETRYING)
+    other = Choice(index=0, content="Bye", finish_reason="stop")
+    db.end(finished(db.claimed(), choices=[other]))
+    assert db.get().choices == [other]
 
 
-def test_a_waiting_job_is_not_claimed_before_it_is_due(engine: Engine) -> None:
-    job = make_job()
-    claim(engine, job)
-    run(engine, store.end, pause(job, retry_in=60.0))
-    assert claim(engine, job, "w2") is Refusal.TAKEN
-    assert stored(engine, job).text == "ok"  # what a failed attempt brought is kept until the next one ends
+def test_usage_is_summed_with_failed_attempts_and_unknown_is_null(db: Store) -> None:
+    db.end(failed(db.claimed(), usage=REPORTED))
+    db.end(failed(db.claimed(), usage=Usage()))
+    answer = db.end(finished(db.claimed()))
+    assert isinstance(answer, Ended)
+    assert answer.attempts == 3
+    usage = db.get().usage
+    assert usage is not None
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (6, 8, 14)
+    assert usage.source is UsageSource.UNKNOWN
 
 
-def test_an_interrupted_attempt_does_not_count(engine: Engine) -> None:
-    job = make_job()
-    claim(engine, job)
-    run(engine, store.end, pause(job, outcome=Outcome.INTERRUPTED, next_reason=Reason.INTERRUPTED))
-    second = claim(engine, job, "w2")
-    assert isinstance(second, Claim)
-    assert (second.attempt, second.tries, second.reason) == (2, 1, Reason.INTERRUPTED)
+def test_refused_attempt_costs_nothing(db: Store) -> None:
+    refusal = Failure(ErrorCode.RATE_LIMITED, "HTTP 429", http_status=429)
+    db.end(failed(db.claimed(), failure=refusal, choices=[]))
+    db.end(finished(db.claimed()))
+    usage = db.get().usage
+    assert usage is not None
+    assert (usage.total_tokens, usage.source) == (7, UsageSource.PROVIDER)
 
 
-def test_a_worker_that_was_silent_learns_it_and_what_it_still_holds(engine: Engine) -> None:
-    job = make_job()
-    assert run(engine, store.beat, Beat("w1", 5.0))[0].lapsed  # its first sign of life
-    claim(engine, job)
-    (pulse,) = run(engine, store.beat, Beat("w1", 5.0))
-    assert (pulse.lapsed, pulse.held) == (False, {(JobKey(job.tenant, job.id), 1)})
-    with engine.begin() as connection:
-        connection.execute(update(workers).values(heartbeat_at=seconds_from_now(-6.0)))
-    assert run(engine, store.beat, Beat("w1", 5.0))[0].lapsed
+def test_interruption_counts_against_no_limit(db: Store) -> None:
+    claim = db.claimed()
+    db.end(failed(claim, outcome=Outcome.INTERRUPTED, next_reason=Reason.INTERRUPTED))
+    again = db.claimed()
+    assert (again.attempt, again.tries, again.reason) == (2, 1, Reason.INTERRUPTED)
 
 
-def test_a_sweep_without_burying_leaves_silent_workers_alone(engine: Engine) -> None:
-    job = make_job()
-    claim(engine, job)
-    run(engine, store.beat, Beat("w1", 5.0))
-    run(engine, store.retire, "w1")
-    (swept,) = run(engine, store.sweep, SWEEP._replace(bury=False))
-    assert swept.lost == []
-    assert stored(engine, job).status is JobStatus.RUNNING
+def test_endings_of_one_group_are_judged_each_on_its_own(db: Store) -> None:
+    fine, superseded, cancelled = (db.claimed(job_id) for job_id in "abc")
+    db.change("b", attempt=2)
+    db.cancel("c")
+    answers = db(store.end, finished(superseded, "b"), finished(cancelled, "c"), finished(fine, "a"))
+    assert answers[:2] == [NotEnded.SUPERSEDED, NotEnded.CANCEL_REQUESTED]
+    assert isinstance(answers[2], Ended)
+    assert [db.get(job_id).status.value for job_id in "abc"] == ["completed", "running", "running"]
 
 
-def test_a_dead_workers_job_is_released_sent_again_and_cancelled_if_that_was_asked(engine: Engine) -> None:
-    lost, cancelled = make_job(), make_job()
-    for job in (lost, cancelled):
-        claim(engine, job)
-    with engine.begin() as connection:
-        queries.cancel(connection, cancelled.tenant, cancelled.id)
-    swept = bury(engine, "w1")
-    assert sorted(swept.lost) == sorted(JobKey(job.tenant, job.id) for job in (lost, cancelled))
-    assert [Job.model_validate_json(request).id for request in swept.to_send] == [lost.id]
-    assert stored(engine, cancelled).status is JobStatus.CANCELLED
+def test_late_usage_of_a_lost_attempt_is_written_once_and_summed(db: Store) -> None:
+    db.claimed()
+    db.dead()
+    db.sweep()
+    db.end(finished(db.claimed(worker="w2"), worker="w2"))
+    estimate = REPORTED.model_copy(update={"source": UsageSource.ESTIMATED})
+    for _ in range(2):
+        db(store.record_usage, LateUsage(JobKey("default", "a"), 1, estimate))
+    db(store.record_usage, LateUsage(JobKey("default", "a"), 2, Usage(total_tokens=99)))
+    result = db.get()
+    assert [one.usage and one.usage.total_tokens for one in result.attempts] == [7, 7]
+    assert result.usage is not None
+    assert (result.usage.total_tokens, result.usage.source) == (14, UsageSource.ESTIMATED)
 
 
-def test_a_job_that_kills_every_worker_ends_as_failed(engine: Engine) -> None:
-    job = make_job(max_attempts=1)
-    for number in range(10):
-        if isinstance(claim(engine, job, f"w{number}"), Refusal):
+# -- signs of life, and sweeps --
+
+
+def test_worker_learns_what_it_holds_and_what_is_to_be_cancelled(db: Store) -> None:
+    assert db.alive().lapsed, "its first sign of life"
+    db.claimed("a")
+    db.claimed("b")
+    db.cancel("b")
+    pulse = db.alive()
+    assert not pulse.lapsed
+    assert pulse.held == {(JobKey("default", "a"), 1), (JobKey("default", "b"), 1)}
+    assert pulse.cancels == {JobKey("default", "b")}
+
+
+def test_worker_that_was_silent_beyond_its_lease_is_told_so(db: Store) -> None:
+    db.dead()
+    assert db.alive().lapsed
+    assert not db.alive().lapsed
+
+
+def test_dead_workers_jobs_are_released_once(db: Store) -> None:
+    db.dead("w1")
+    db.alive("w2")
+    db.claimed("a", "w1")
+    db.claimed("b", "w2")
+    found = db.sweep()
+    assert found.lost == [JobKey("default", "a")]
+    assert [Job.model_validate_json(text).id for text in found.to_send] == ["a"]
+    assert db.sweep().lost == []
+    assert db.get("a").attempts[0].outcome == "lost"
+    again = db.claimed("a", "w2")
+    assert (again.attempt, again.tries, again.reason) == (2, 2, Reason.WORKER_LOST)
+    assert db.get("b").status is JobStatus.RUNNING
+
+
+def test_nobody_is_buried_by_a_sweeper_that_may_not_judge(db: Store) -> None:
+    db.dead()
+    db.claimed()
+    assert db.sweep(bury=False).lost == []
+
+
+def test_retired_workers_jobs_need_not_wait_for_the_lease(db: Store) -> None:
+    db.alive()
+    db.claimed()
+    db(store.retire, "w1")
+    assert db.sweep().lost == [JobKey("default", "a")]
+
+
+def test_job_that_killed_too_many_workers_ends_as_failed(db: Store) -> None:
+    for number in range(20):
+        worker = f"w{number}"
+        db.dead(worker)
+        if not isinstance(db.claim(worker=worker, max_attempts=2), Claim):
             break
-        bury(engine, f"w{number}")
-    result = stored(engine, job)
+        db.sweep()
+    result = db.get()
     assert result.status is JobStatus.FAILED
     assert result.error is not None
     assert result.error.code == ErrorCode.WORKER_LOST
+    assert len(result.attempts) <= 6
 
 
-def overdue(engine: Engine, count: int) -> None:
-    with engine.begin() as connection:
-        for _ in range(count):
-            queries.enqueue(connection, make_job())
-        connection.execute(update(jobs).values(resend_at=now()))
+def test_cancelled_job_of_a_dead_worker_ends_as_cancelled(db: Store) -> None:
+    db.dead()
+    db.claimed()
+    db.cancel()
+    db.sweep()
+    result = db.get()
+    assert (result.status, result.attempt) == (JobStatus.CANCELLED, 2)
+    assert result.terminal_event_id == "2-1"
 
 
-def test_lost_messages_are_sent_again_and_a_backlog_is_not(engine: Engine) -> None:
-    overdue(engine, 5)
-    (backlog,) = run(engine, store.sweep, SWEEP._replace(queue_length=5))
-    assert backlog.to_send == []
-    with engine.begin() as connection:
-        connection.execute(update(jobs).values(resend_at=now()))
-    (two_lost,) = run(engine, store.sweep, SWEEP._replace(queue_length=3))
-    assert len(two_lost.to_send) == 2
+def test_queued_job_without_a_message_is_sent_again_after_its_time(db: Store) -> None:
+    db.enqueue()
+    assert db.sweep().to_send == []
+    db.change(resend_at=now())
+    (text,) = db.sweep().to_send
+    assert Job.model_validate_json(text).id == "a"
+    assert db.sweep().to_send == [], "its new message is given time"
 
 
-def test_nothing_is_taken_for_sending_while_the_broker_is_away(engine: Engine) -> None:
-    overdue(engine, 1)
-    (away,) = run(engine, store.sweep, SWEEP._replace(queue_length=None))
-    (back,) = run(engine, store.sweep, SWEEP)
-    assert (len(away.to_send), len(back.to_send)) == (0, 1)
+def test_retry_that_is_due_is_sent(db: Store) -> None:
+    db.end(failed(db.claimed(), retry_in=60.0, resend_in=60.0))
+    assert db.sweep().to_send == []
+    db.change(due_at=now(), resend_at=now())
+    assert len(db.sweep().to_send) == 1
 
 
-def test_a_job_of_another_queue_is_left_to_its_own_workers(engine: Engine) -> None:
-    with engine.begin() as connection:
+def test_nothing_is_sent_while_the_broker_is_away(db: Store) -> None:
+    db.enqueue()
+    db.change(resend_at=now())
+    assert db.sweep(queue_length=None).to_send == []
+    assert len(db.sweep().to_send) == 1
+
+
+def test_job_of_another_queue_is_left_to_its_own_workers(db: Store) -> None:
+    with db.engine.begin() as connection:
         queries.enqueue(connection, make_job(), "slow")
+    db.change(resend_at=now())
+    assert db.sweep().to_send == []
+    assert len(db.sweep(queue="slow").to_send) == 1
+
+
+def test_backlog_is_not_sent_again(db: Store) -> None:
+    for number in range(10):
+        db.enqueue(f"job-{number}")
+    with db.engine.begin() as connection:
         connection.execute(update(jobs).values(resend_at=now()))
-    (ours,) = run(engine, store.sweep, SWEEP)
-    (theirs,) = run(engine, store.sweep, SWEEP._replace(queue="slow"))
-    assert (len(ours.to_send), len(theirs.to_send)) == (0, 1)
+    assert db.sweep(queue_length=10).to_send == []
+    with db.engine.begin() as connection:
+        connection.execute(update(jobs).values(resend_at=now()))
+    assert len(db.sweep(queue_length=7).to_send) == 3, "as many as there are messages missing"
 
 
-def test_jobs_that_waited_too_long_expire_and_are_to_be_announced(engine: Engine) -> None:
-    job = make_job()
+def test_sweepers_at_the_same_time_send_each_job_once(engine: Engine) -> None:
+    db = Store(engine)
+    for number in range(60):
+        db.enqueue(f"job-{number}")
     with engine.begin() as connection:
-        queries.enqueue(connection, job)
-        connection.execute(update(jobs).values(expires_at=seconds_from_now(-1.0)))
-    (swept,) = run(engine, store.sweep, SWEEP)
-    assert swept.unannounced == [JobKey(job.tenant, job.id)]
-    result = stored(engine, job)
-    assert (result.status, result.terminal_event_id, result.attempts) == (JobStatus.EXPIRED, "1-1", [])
+        connection.execute(update(jobs).values(resend_at=now(), sends=0))
+    start = threading.Barrier(6)
+
+    def sweep(_: int) -> list[str]:
+        start.wait()
+        return [text for _ in range(4) for text in Store(engine).sweep(limit=10).to_send]
+
+    with ThreadPoolExecutor(6) as threads:
+        sent = Counter(Job.model_validate_json(text).id for texts in threads.map(sweep, range(6)) for text in texts)
+    assert set(sent.values()) == {1}
+    assert len(sent) + sum(len(db.sweep(limit=100).to_send) for _ in range(2)) == 60
 
 
-def test_an_ended_job_is_announced_until_that_is_noted(engine: Engine) -> None:
-    job = make_job()
-    key = JobKey(job.tenant, job.id)
-    claim(engine, job)
-    run(engine, store.end, ending(job))
+def test_job_that_waited_too_long_expires_unless_it_has_begun(db: Store) -> None:
+    past = "2020-01-01T00:00:00Z"
+    db.enqueue("waiting", expires_at=past)
+    db.enqueue("begun", expires_at=past)
+    claim = db.claimed("begun", expires_at=past)
+    assert claim.expired
+    db.end(failed(claim, "begun", retry_in=60.0))
+    db.sweep()
+    assert db.get("waiting").status is JobStatus.EXPIRED
+    assert db.get("begun").status is JobStatus.RETRYING
+
+
+def test_end_whose_event_may_be_missing_is_found_until_it_is_announced(db: Store) -> None:
+    db.end(finished(db.claimed()))
+    assert db.sweep().unannounced == [], "its worker is given a moment"
+    db.change(finished_at=seconds_from_now(-5.0))
+    assert db.sweep().unannounced == [JobKey("default", "a")]
+    db(store.mark_announced, JobKey("default", "a"))
+    assert db.sweep().unannounced == []
+
+
+def test_orphan_is_released_by_its_own_worker_only(db: Store) -> None:
+    db.claimed()
+    key = JobKey("default", "a")
+    db(store.release, Held(key, 1, "w2"), Held(key, 2, "w1"))
+    assert db.get().status is JobStatus.RUNNING
+    db(store.release, Held(key, 1, "w1"))
+    assert db.get().status is JobStatus.RETRYING
+    assert db.claimed(worker="w2").reason is Reason.WORKER_LOST
+
+
+def test_rejection_recorded_twice_is_one_row(db: Store) -> None:
+    rejection = Rejection(id="r1", reason="not JSON", size=3)
+    db(store.reject, rejection, rejection)
+    db(store.reject, rejection)
+    with db.engine.begin() as connection:
+        assert connection.scalar(select(func.count()).select_from(rejected_messages)) == 1
+
+
+# -- the database thread --
+
+
+async def test_writes_that_arrive_together_share_a_transaction(engine: Engine) -> None:
+    database = Database(engine)
+    groups: list[int] = []
+
+    def count(_: Connection, arguments: list[int]) -> list[int]:
+        groups.append(len(arguments))
+        return arguments
+
+    try:
+        assert await asyncio.gather(*(database.run(count, number) for number in range(50))) == list(range(50))
+    finally:
+        await asyncio.to_thread(database.close)
+    assert sum(groups) == 50
+    assert len(groups) < 10
+
+
+async def test_one_bad_member_of_a_group_fails_alone(engine: Engine) -> None:
+    database = Database(engine)
+
+    def fussy(connection: Connection, arguments: list[str]) -> list[None]:
+        for worker in arguments:
+            connection.execute(workers.insert().values(id=worker, started_at=now(), heartbeat_at=now()))
+        if "bad" in arguments:
+            raise ValueError("bad")
+        return [None] * len(arguments)
+
+    try:
+        answers = await asyncio.gather(
+            *(database.run(fussy, name) for name in ("a", "bad", "b", "c")), return_exceptions=True
+        )
+    finally:
+        await asyncio.to_thread(database.close)
+    assert [type(answer) for answer in answers] == [type(None), ValueError, type(None), type(None)]
     with engine.begin() as connection:
-        connection.execute(update(jobs).values(finished_at=seconds_from_now(-10.0)))
-    assert run(engine, store.sweep, SWEEP)[0].unannounced == [key]
-    run(engine, store.mark_announced, key)
-    assert run(engine, store.sweep, SWEEP)[0].unannounced == []
-
-
-def test_a_rejection_recorded_twice_is_one_row(engine: Engine) -> None:
-    rejection = Rejection(id="x", reason="no JSON", size=3)
-    run(engine, store.reject, rejection)
-    run(engine, store.reject, rejection)
-    with engine.begin() as connection:
-        assert connection.scalars(select(rejected_messages.c.reason)).all() == ["no JSON"]
+        assert set(connection.scalars(select(workers.c.id))) == {"a", "b", "c"}
