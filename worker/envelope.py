@@ -117,7 +117,8 @@ def _body_fault(body: Any, encoding: Any) -> str | None:
         content = json.loads(text)
     except (ValueError, RecursionError):
         return "the body is not JSON, or nested too deeply"
-    if _is_deeper_than(MAX_LEVELS, content):
+    # The walk is slow, and a text with few brackets needs none.
+    if text.count("[") + text.count("{") > MAX_LEVELS and _is_deeper_than(MAX_LEVELS, content):
         return f"the body is nested deeper than {MAX_LEVELS} levels"
     if not (
         isinstance(content, list)

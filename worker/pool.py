@@ -13,6 +13,7 @@ import gc
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -66,6 +67,8 @@ def _keep_pauses_short() -> None:
     # Everything imported so far stays: looking through it again takes a quarter of a second each time.
     gc.collect()
     gc.freeze()
+    # Streams make many objects that live for a moment; looking for cycles after every 700 finds nothing.
+    gc.set_threshold(10_000, 20, 20)
     # Celery's thread and the database's give the interpreter back after this time when the loop wants it.
     sys.setswitchinterval(0.001)
 
@@ -82,6 +85,8 @@ class LoopPool(BasePool):
         self._service: LoopService = self.app.loop_service
         self._hub: Any = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._arrived: deque[tuple[Delivery, Callable[[], None]]] = deque()
+        self._woken = False
         self._stopped = False
         self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._run_loop, name="streams", daemon=True)
@@ -124,18 +129,22 @@ class LoopPool(BasePool):
             # Also wakes the hub, which otherwise refills a free place only at its next tick.
             self._on_hub(callback, (0, None, 0.0))
 
-        delivery = Delivery(task_id, request["args"], accept)
-        self._loop.call_soon_threadsafe(self._spawn, delivery, finished)
+        self._arrived.append((Delivery(task_id, request["args"], accept), finished))
+        if not self._woken:  # one wake-up is enough for all that arrive until the loop looks
+            self._woken = True
+            self._loop.call_soon_threadsafe(self._spawn_arrived)
         return _Handle()
 
     def _on_hub(self, function: Callable[..., Any], *args: Any) -> None:
         if self._hub is not None:
             self._hub.call_soon(function, *args)
 
-    def _spawn(self, delivery: Delivery, finished: Callable[[], None]) -> None:
-        task = self._loop.create_task(self._deliver(delivery, finished))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def _spawn_arrived(self) -> None:
+        self._woken = False  # before looking, so that what arrives from here on wakes us again
+        while self._arrived:
+            task = self._loop.create_task(self._deliver(*self._arrived.popleft()))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     async def _deliver(self, delivery: Delivery, finished: Callable[[], None]) -> None:
         try:
