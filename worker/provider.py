@@ -23,7 +23,7 @@ import orjson
 from api_contracts.errors import ErrorCode
 from worker.failures import Failure
 from worker.provider_config import ProviderConfig
-from worker.provider_http import Body, HttpTransport, ProviderFailure
+from worker.provider_http import Body, Head, HttpTransport, ProviderFailure
 
 __all__ = ["ChatRequest", "Provider", "ProviderCheck", "ProviderFailure", "ProviderStream", "Providers", "Timeouts"]
 
@@ -31,6 +31,7 @@ _DRAIN_SECONDS: Final = 0.1  #: The terminator follows the last event at once; w
 _LOOK_SECONDS: Final = 5.0  #: How long a connection that aiohttp gave up without a word may go unnoticed.
 _SECOND_LOOK: Final = 0.05  #: Seconds; a busy loop may have data in its sockets that nobody has read yet.
 _CHECK_SECONDS: Final = 10.0
+_MOST_HEADS: Final = 256  #: Paths, which differ only by Azure's deployments.
 _SECURITY: Final[Any] = {"bearer_auth": True}  #: Never the administrator's key, should the environment hold one.
 _MODEL_LIST_BYTES: Final = 4 * 1024 * 1024
 
@@ -179,12 +180,13 @@ class Provider:
 
     def __init__(self, config: ProviderConfig, tls: ssl.SSLContext) -> None:
         self.config = config
-        transport = HttpTransport(
+        self._transport = HttpTransport(
             tls=tls,
             proxy=config.proxy.get_secret_value() if config.proxy else None,
             max_connections=config.max_connections,
         )
-        self._client = _sdk_client(config, transport)
+        self._client = _sdk_client(config, self._transport)
+        self._heads: dict[str, Head] = {}  #: By path, what the SDK puts before a body; it is the same each time.
         self._headers = _headers(config)
         self._deployment_per_model = config.kind == "azure" and config.deployment is None
         self._draining: set[asyncio.Task[None]] = set()
@@ -219,6 +221,8 @@ class Provider:
         if self._deployment_per_model:  # the SDK reads the model from its own kind of body only
             path = f"/deployments/{urllib.parse.quote(model, safe='')}{path}"
         with _nothing_raw():
+            if head := self._heads.get(path):
+                return await self._transport.send(head, content, connect_timeout)
             # The SDK's low-level call: everything of `chat.completions.create` but the walk over the typed
             # parameters, which costs more than the request itself. `cast_to` hands the response out unread.
             response = await self._client.post(
@@ -233,7 +237,10 @@ class Provider:
                     "security": _SECURITY,
                 },
             )
-            return cast("Body", cast("httpx2.Response", response).extensions["body"])
+            extensions = cast("httpx2.Response", response).extensions
+            if len(self._heads) < _MOST_HEADS:
+                self._heads[path] = cast("Head", extensions["head"])
+            return cast("Body", extensions["body"])
 
     def _let_go(self, body: Body) -> None:
         """Take the end of an answer that the caller left, off the caller's way, so that its connection serves again."""

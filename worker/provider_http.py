@@ -13,6 +13,7 @@ import ssl
 import zlib
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Final
 
@@ -46,6 +47,15 @@ class ProviderFailure(Exception):  # noqa: N818  # it carries a Failure
         self.failure = failure
 
 
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A request without its body, as the SDK made it."""
+
+    method: str
+    url: URL
+    headers: list[tuple[str, str]]  #: Without the length, which is the body's.
+
+
 class HttpTransport(httpx2.AsyncBaseTransport):
     """The connections to one provider; made, used and closed on one event loop."""
 
@@ -64,7 +74,18 @@ class HttpTransport(httpx2.AsyncBaseTransport):
 
     @override
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        """Send ``request``; return as soon as the headers of a success have arrived.
+        """Send a request of the SDK's; the response carries its ``Body`` and its ``Head`` as extensions."""
+        head = Head(
+            request.method,
+            URL(str(request.url), encoded=True),
+            [(name, value) for name, value in request.headers.multi_items() if name.lower() != "content-length"],
+        )
+        body = await self.send(head, request.content, request.extensions["timeout"]["connect"])
+        extensions = {"body": body, "head": head}
+        return httpx2.Response(body.status, headers=body.raw_headers, stream=body, extensions=extensions)
+
+    async def send(self, head: Head, content: bytes, connect_timeout: float) -> "Body":
+        """Send a request; return as soon as the headers of a success have arrived.
 
         Raises:
             ProviderFailure: there is no answer, or the provider refused.
@@ -72,14 +93,14 @@ class HttpTransport(httpx2.AsyncBaseTransport):
         turn = _Turn(self._connecting)
         try:
             response = await self._session.request(
-                request.method,
-                URL(str(request.url), encoded=True),
-                headers=request.headers.multi_items(),
-                data=request.content or None,
+                head.method,
+                head.url,
+                headers=head.headers,
+                data=content or None,
                 allow_redirects=False,
                 proxy=self._proxy,
                 # Only connecting is timed here: what comes later is the watchdog's, and cheaper there.
-                timeout=aiohttp.ClientTimeout(sock_connect=request.extensions["timeout"]["connect"]),
+                timeout=aiohttp.ClientTimeout(sock_connect=connect_timeout),
                 trace_request_ctx=turn,
             )
         except Exception as error:
@@ -90,7 +111,7 @@ class HttpTransport(httpx2.AsyncBaseTransport):
         if response.status >= _FIRST_REFUSAL:
             text = await _error_body(body)
             raise ProviderFailure(failure_from_response(response.status, response.headers, text))
-        return httpx2.Response(response.status, headers=response.raw_headers, stream=body, extensions={"body": body})
+        return body
 
     @override
     async def aclose(self) -> None:
@@ -116,6 +137,11 @@ class Body(httpx2.AsyncByteStream):
     def status(self) -> int:
         """The HTTP status."""
         return self._response.status
+
+    @property
+    def raw_headers(self) -> tuple[tuple[bytes, bytes], ...]:
+        """The headers as they came."""
+        return self._response.raw_headers
 
     @property
     def content_type(self) -> str:

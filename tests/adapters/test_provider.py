@@ -263,6 +263,26 @@ async def test_other_providers_see_nothing_of_the_default_providers_environment(
     assert b"api-key: sk-test" in heads[1].lower()
 
 
+async def test_a_reused_head_is_the_one_that_the_sdk_would_write() -> None:
+    heads: list[bytes] = []
+
+    async def behave(exchange: Exchange) -> None:
+        heads.append(await exchange._reader.readuntil(b"\r\n\r\n"))
+        await exchange.send(CHUNKED, END)
+
+    async with RawServer(behave) as server:
+        azure = 'kind = "azure"\napi_version = "v"\nendpoint = "{}"'.format(server.base_url.removesuffix("/v1"))
+        for toml in ("", azure):
+            async with provider_at(server.base_url, toml) as provider, provider_at(server.base_url, toml) as fresh:
+                await read(provider)
+                await read(provider)
+                await read(fresh)
+    assert len(heads) == 6
+    assert heads[0] == heads[1] == heads[2]
+    assert heads[3] == heads[4] == heads[5]
+    assert heads[0] != heads[3]
+
+
 async def test_a_provider_without_a_key_gets_none() -> None:
     async with ScriptedProvider() as server:
         configs = parse_providers(f'[providers.local]\nbase_url = "{server.base_url}"', {})
