@@ -22,12 +22,19 @@ RATE: Final = 20.0  #: Deltas per second of each stream.
 _SLACK: Final = 1.0  #: Seconds by which a stream that just fits into the grace period may miss it.
 
 
-def run(place: Place, seed: int, _jobs: int = 0, generations: int = GENERATIONS, workers: int = WORKERS) -> Report:
+def run(
+    place: Place,
+    seed: int,
+    _jobs: int = 0,
+    generations: int = GENERATIONS,
+    workers: int = WORKERS,
+    grace: float = GRACE,
+) -> Report:
     """Play the item and judge it."""
     report = Report(f"rolling deploy ({generations} generations of {workers} workers, {place.database})")
-    with place.stand("deploy", shutdown_grace=GRACE) as stand:
+    with place.stand("deploy", shutdown_grace=grace) as stand:
         current = stand.start_workers(workers)
-        load = _Load(stand, random.Random(seed))
+        load = _Load(stand, random.Random(seed), grace)
         told: dict[str, float] = {}  # worker id → when it was told to end
         took: list[float] = []
         codes: Counter[str] = Counter()
@@ -44,24 +51,26 @@ def run(place: Place, seed: int, _jobs: int = 0, generations: int = GENERATIONS,
         report.count("workers replaced", len(told))
         report.count("time a worker took to end", spread(took))
         report.count_each("worker", codes)
-        _judge(report, stand, results, told)
+        _judge(report, stand, results, told, grace)
     return report
 
 
 class _Load(threading.Thread):
-    """Enqueues short and long streams until it is stopped."""
+    """Enqueues streams that fit into the grace period, and some that do not, until it is stopped."""
 
-    def __init__(self, stand: Stand, dice: random.Random) -> None:
+    def __init__(self, stand: Stand, dice: random.Random, grace: float) -> None:
         super().__init__(daemon=True)
         self.job_ids: list[str] = []
         self._stand = stand
         self._dice = dice
+        self._grace = grace
         self._stopping = threading.Event()
         self.start()
 
     def run(self) -> None:
         while not self._stopping.wait(self._dice.expovariate(3)):
-            seconds = self._dice.uniform(0.5, 4) if self._dice.random() < 0.9 else 3 * GRACE
+            share = self._dice.uniform(0.1, 0.7) if self._dice.random() < 0.9 else 3  # of the grace period
+            seconds = share * self._grace
             self.job_ids.append(self._stand.enqueue(deltas=int(seconds * RATE), rate=RATE))
 
     def stop(self) -> None:
@@ -69,7 +78,7 @@ class _Load(threading.Thread):
         self.join()
 
 
-def _judge(report: Report, stand: Stand, results: list[CompletionResult], told: dict[str, float]) -> None:
+def _judge(report: Report, stand: Stand, results: list[CompletionResult], told: dict[str, float], grace: float) -> None:
     streams = stand.provider.history()
     restarted = [result for result in results if len(result.attempts) > 1]
     report.count_each("job", Counter(result.status.value for result in results))
@@ -92,7 +101,7 @@ def _judge(report: Report, stand: Stand, results: list[CompletionResult], told: 
             for result in restarted
             for one, stream in zip(result.attempts, streams[result.id], strict=True)
             if one.outcome == "interrupted"
-            and stream.started + _seconds(result) < told[str(one.worker)] + GRACE - _SLACK
+            and stream.started + _seconds(result) < told[str(one.worker)] + grace - _SLACK
         ],
     )
 

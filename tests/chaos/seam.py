@@ -51,14 +51,14 @@ class _Tally:
     offences: list[str] = field(default_factory=list)
 
 
-def run(place: Place, seed: int, _jobs: int = 0, joins: int = JOINS, streams: int = STREAMS) -> Report:
+def run(place: Place, seed: int, _jobs: int = 0, joins: int = JOINS, deltas: int = DELTAS) -> Report:
     """Play the item and judge it."""
     report = Report(f"the seam (seed {seed}, {joins} joins, {_WORKERS} workers, {place.database})")
     tally = _Tally()
     began = time.monotonic()
     with place.stand("seam", idle_timeout=60, lease=15) as stand:
         stand.start_workers(_WORKERS)
-        asyncio.run(_play(stand, random.Random(seed), joins, streams, tally))
+        asyncio.run(_play(stand, random.Random(seed), joins, deltas, tally))
     report.count("joins of running streams", tally.joins)
     report.count("joins of streams that had just ended", tally.late)
     report.count("joins with a cursor", tally.with_cursor)
@@ -70,15 +70,17 @@ def run(place: Place, seed: int, _jobs: int = 0, joins: int = JOINS, streams: in
     return report
 
 
-async def _play(stand: Stand, dice: random.Random, joins: int, streams: int, tally: _Tally) -> None:
+async def _play(stand: Stand, dice: random.Random, joins: int, deltas: int, tally: _Tally) -> None:
     async with AsyncClient(stand.valkey.url, database_url=stand.database_url) as client:
         places = asyncio.Semaphore(_AT_ONCE)
         job_id = ""
         while tally.joins < joins:
             wave = []
-            for _ in range(min(streams, -(-(joins - tally.joins) // JOINS_PER_STREAM))):
-                job_id = await client.enqueue(stand.job(deltas=DELTAS, rate=RATE))
-                wave.append(_one_stream(client, job_id, random.Random(dice.random()), places, tally))
+            for _ in range(min(STREAMS, -(-(joins - tally.joins) // JOINS_PER_STREAM))):
+                job_id = await client.enqueue(stand.job(deltas=deltas, rate=RATE))
+                wave.append(
+                    _one_stream(client, _Stream(job_id), deltas / RATE, random.Random(dice.random()), places, tally)
+                )
             await asyncio.gather(*wave)
         await _every_cursor(client, job_id, tally)
         # The same once more, with the log expired, so that the row has to answer.
@@ -88,11 +90,15 @@ async def _play(stand: Stand, dice: random.Random, joins: int, streams: int, tal
 
 
 async def _one_stream(
-    client: AsyncClient, job_id: str, dice: random.Random, places: asyncio.Semaphore, tally: _Tally
+    client: AsyncClient,
+    stream: _Stream,
+    seconds: float,
+    dice: random.Random,
+    places: asyncio.Semaphore,
+    tally: _Tally,
 ) -> None:
-    stream = _Stream(job_id)
     first = asyncio.create_task(_watch(client, stream))
-    moments = sorted(dice.uniform(0, DELTAS / RATE) for _ in range(JOINS_PER_STREAM))
+    moments = sorted(dice.uniform(0, seconds) for _ in range(JOINS_PER_STREAM))
     began = asyncio.get_running_loop().time()
     followers = []
     for moment in moments:
