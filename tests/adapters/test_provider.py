@@ -268,7 +268,7 @@ async def test_a_reused_head_is_the_one_that_the_sdk_would_write() -> None:
 
     async def behave(exchange: Exchange) -> None:
         heads.append(await exchange._reader.readuntil(b"\r\n\r\n"))
-        await exchange.send(CHUNKED, END)
+        await exchange.send(STREAM_HEAD + b"connection: close\r\n\r\n")
 
     async with RawServer(behave) as server:
         azure = 'kind = "azure"\napi_version = "v"\nendpoint = "{}"'.format(server.base_url.removesuffix("/v1"))
