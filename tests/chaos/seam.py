@@ -138,7 +138,8 @@ async def _join(
     tally.to_the_end += ended
     tally.events += len(got)
     whole = got == list(range(after + 1, after + 1 + len(got)))
-    if not whole or (not ended and not (got and got[-1] >= enough)):
+    reached = after + len(got)  # beyond the end there is nothing, and nothing is told
+    if not whole or not (ended or reached >= enough or (stream.ended and reached == stream.n)):
         tally.offences.append(f"{stream.job_id} after 1-{after}: {got[:5]} … {got[-5:]}, ended {ended}")
 
 
