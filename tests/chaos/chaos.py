@@ -403,6 +403,8 @@ def _judge_workers(report: Report, stand: Stand, saboteur: Saboteur) -> None:
     """Whatever happens, a worker may not meet a defect of its own, nor end without being told to."""
     defects = []
     for worker in stand.workers:
+        if not worker.at_work:
+            continue  # it could not start, because a server was away
         for line in worker.log_lines():
             if '"exception"' in line or "Traceback" in line:
                 try:
