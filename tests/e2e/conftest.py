@@ -1,7 +1,7 @@
-"""Fixtures of the end-to-end tests: a stand for each test, without workers yet.
+"""Fixtures of the end-to-end tests: stands, without workers yet, and one with.
 
 In: the databases of the common fixtures.  Out: stands.  Exists so that each test starts the workers it
-needs, harms what it wants, and leaves nothing behind.
+needs, harms what it wants, and leaves nothing behind; tests that harm nothing share a stand that works.
 """
 
 from collections.abc import Iterator
@@ -18,6 +18,15 @@ from worker.embedded import sqlite_url
 def stand(tmp_path: Path) -> Iterator[Stand]:
     """A stand on SQLite."""
     with Stand(tmp_path, sqlite_url(tmp_path / "millrace.db")) as stand:
+        yield stand
+
+
+@pytest.fixture(scope="module")
+def shared_stand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
+    """A stand on SQLite with a worker, for the tests of a module that harm neither."""
+    directory = tmp_path_factory.mktemp("shared")
+    with Stand(directory, sqlite_url(directory / "millrace.db")) as stand:
+        stand.start_worker()
         yield stand
 
 

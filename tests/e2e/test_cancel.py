@@ -58,8 +58,8 @@ def test_running_job_is_stopped_and_keeps_its_partial_output(any_stand: Stand) -
     wait_until(lambda: stand.provider.attempts(job_id)[0].client_closed, "the provider's connection to be closed")
 
 
-def test_job_without_output_yet_is_cancelled(stand: Stand) -> None:
-    stand.start_worker()
+def test_job_without_output_yet_is_cancelled(shared_stand: Stand) -> None:
+    stand = shared_stand
     job_id = stand.enqueue(deltas=3, first_token_delay=600)
     stand.wait_for(job_id, "running")
     following = stand.follow(job_id)
@@ -95,8 +95,8 @@ def test_output_of_the_last_attempt_is_kept_by_a_cancel_between_attempts(stand: 
     assert result.partial
 
 
-def test_cancel_is_idempotent(stand: Stand) -> None:
-    stand.start_worker()
+def test_cancel_is_idempotent(shared_stand: Stand) -> None:
+    stand = shared_stand
     job_id = stand.enqueue(**ENDLESS)
     following = stand.follow(job_id)
     following.wait_for("delta")
@@ -109,16 +109,16 @@ def test_cancel_is_idempotent(stand: Stand) -> None:
     assert [one.type for one in stand.log(job_id) if one.type.startswith("job.")] == ["job.cancelled"]
 
 
-def test_cancel_of_a_completed_job_changes_nothing(stand: Stand) -> None:
-    stand.start_worker()
+def test_cancel_of_a_completed_job_changes_nothing(shared_stand: Stand) -> None:
+    stand = shared_stand
     job_id = stand.enqueue(deltas=3)
     before = stand.wait_for(job_id)
     assert stand.client.cancel(job_id) is JobStatus.COMPLETED
     assert stand.result(job_id) == before
 
 
-def test_process_without_database_cancels_a_running_job(stand: Stand) -> None:
-    stand.start_workers(2)
+def test_process_without_database_cancels_a_running_job(shared_stand: Stand) -> None:
+    stand = shared_stand
     job_id = stand.enqueue(**ENDLESS)
     following = stand.follow(job_id)
     following.wait_for("delta")

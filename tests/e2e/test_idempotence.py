@@ -32,8 +32,8 @@ def test_duplicate_messages_make_one_stream(any_stand: Stand) -> None:
     assert all(len(stand.provider.attempts(job["id"])) == 1 for job in jobs)
 
 
-def test_message_delivered_after_the_end_changes_nothing(stand: Stand) -> None:
-    stand.start_worker()
+def test_message_delivered_after_the_end_changes_nothing(shared_stand: Stand) -> None:
+    stand = shared_stand
     job = stand.job(deltas=3)
     stand.send(job)
     before = stand.wait_for(job["id"])
@@ -105,16 +105,16 @@ def test_job_whose_message_comes_too_late_ends_as_expired(stand: Stand) -> None:
     assert stand.provider.attempts(job["id"]) == []
 
 
-def test_started_job_does_not_expire(stand: Stand) -> None:
-    stand.start_worker()
+def test_started_job_does_not_expire(shared_stand: Stand) -> None:
+    stand = shared_stand
     soon = datetime.now(UTC) + timedelta(seconds=5)
     job_id = stand.enqueue(deltas=160, rate=20, limits={"expires_at": soon})
     assert stand.wait_for(job_id).status is JobStatus.COMPLETED
 
 
-def test_restored_unacknowledged_messages_do_no_harm(stand: Stand) -> None:
+def test_restored_unacknowledged_messages_do_no_harm(shared_stand: Stand) -> None:
     """As Redis' visibility timeout would do it, hours later."""
-    stand.start_worker()
+    stand = shared_stand
     job = stand.job(deltas=40, rate=20)
     stand.send(job)
     stand.wait_for_deltas(job["id"])

@@ -166,8 +166,8 @@ def test_claim_that_nobody_runs_is_let_go(stand: Stand) -> None:
 
 
 @pytest.mark.parametrize("fault", ["cut", "eof", "garbage"])
-def test_output_of_a_failed_attempt_is_void(stand: Stand, fault: str) -> None:
-    stand.start_worker()
+def test_output_of_a_failed_attempt_is_void(shared_stand: Stand, fault: str) -> None:
+    stand = shared_stand
     job_id = stand.enqueue(text="one two three four five six", faults=[{"kind": fault, "after": 3}])
     following = stand.follow(job_id)
     transcript = following.to_the_end()
