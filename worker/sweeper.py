@@ -60,6 +60,7 @@ class Sweeper:
         self._client = client
         self._broker = broker
         self._steady_since: float | None = None  #: Since when this worker's own signs of life had no gap.
+        self._beaten_at = 0.0  #: When the last of them was confirmed.
         self._orphans: frozenset[tuple[JobKey, int]] = frozenset()
         self._tasks: list[asyncio.Task[None]] = []
         self._sweeping = True
@@ -106,8 +107,10 @@ class Sweeper:
         before = {(key, run.attempt) for key, run in self._engine.runs.items() if run.attempt}
         pulse = await self._database.run(store.beat, Beat(self._worker_id, self._settings.lease))
         now = time.monotonic()
-        if pulse.lapsed or self._steady_since is None:
+        # Half a lease: a stall that is shorter makes nobody look dead, since a lease is three heartbeats at least.
+        if pulse.lapsed or self._steady_since is None or now - self._beaten_at > self._settings.lease / 2:
             self._steady_since = now
+        self._beaten_at = now
         for key in pulse.cancels:
             self._engine.request_stop(key, Stop.CANCELLED)
         runs = self._engine.runs
@@ -125,7 +128,7 @@ class Sweeper:
         self._orphans = orphans
 
     def _may_bury(self) -> bool:
-        """Whether others' silence proves anything: after an outage of the database everybody was silent."""
+        """Whether others' silence proves anything: after an outage or a stall of the database everybody was silent."""
         return self._steady_since is not None and time.monotonic() - self._steady_since > self._settings.lease
 
     # -- sweeps --
@@ -139,6 +142,7 @@ class Sweeper:
             Sweep(
                 lease=settings.lease,
                 bury=self._may_bury(),
+                asked_at=time.monotonic(),
                 resend_after=settings.resend_after,
                 queue=settings.queue,
                 queue_length=await self._queue_length(),

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -83,7 +84,8 @@ class Store:
         return answer
 
     def sweep(self, *, lease: float = 6.0, bury: bool = True, queue_length: int | None = 0, **kw: Any) -> Swept:
-        swept: dict[str, Any] = {"resend_after": 30.0, "queue": QUEUE, "max_attempts": 5, "limit": 200} | kw
+        swept: dict[str, Any] = {"resend_after": 30.0, "queue": QUEUE, "max_attempts": 5, "limit": 200}
+        swept |= {"asked_at": time.monotonic()} | kw
         (found,) = self(store.sweep, Sweep(lease=lease, bury=bury, queue_length=queue_length, **swept))
         return found
 
@@ -416,6 +418,13 @@ def test_nobody_is_buried_by_a_sweeper_that_may_not_judge(db: Store) -> None:
     db.dead()
     db.claimed()
     assert db.sweep(bury=False).lost == []
+
+
+def test_nobody_is_buried_by_a_question_that_the_database_kept_waiting(db: Store) -> None:
+    db.dead()
+    db.claimed()
+    assert db.sweep(asked_at=time.monotonic() - 4.0).lost == []
+    assert db.sweep(asked_at=time.monotonic() - 2.0).lost == [JobKey("default", "a")]
 
 
 def test_retired_workers_jobs_need_not_wait_for_the_lease(db: Store) -> None:

@@ -212,3 +212,19 @@ def test_locked_sqlite_file_is_waited_for(stand: Stand) -> None:
         following.wait_for("attempt.finished")
         assert following.types[-1] == "attempt.finished"
     check_completed(stand, following, "word " * 20)
+
+
+def test_database_that_stalls_beyond_the_lease_makes_nobody_dead(postgres_stand: Stand) -> None:
+    stand = postgres_stand
+    workers = stand.start_workers(3)
+    job_ids = [stand.enqueue(deltas=120, rate=10) for _ in range(12)]
+    for job_id in job_ids:
+        stand.wait_for_deltas(job_id)
+    for _ in range(2):
+        time.sleep(1.5 * stand.settings["lease"])  # until the workers trust in their own clocks
+        stand.postgres.freeze()
+        time.sleep(1.5 * stand.settings["lease"])
+        stand.postgres.thaw()
+    for job_id in job_ids:
+        assert [one.outcome for one in stand.wait_for(job_id).attempts] == ["finished"]
+    assert not any(worker.said("worker_lost") for worker in workers)

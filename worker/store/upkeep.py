@@ -5,6 +5,7 @@ Exists so that whatever one process leaves undone another one finds; the stateme
 sweepers at once do no harm.
 """
 
+import time
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -82,6 +83,7 @@ class Sweep(NamedTuple):
 
     lease: float
     bury: bool  #: Whether the silence of other workers counts as death.
+    asked_at: float  #: ``time.monotonic()`` of the question.
     resend_after: float
     queue: str  #: The only one that this worker sends to.
     queue_length: int | None  #: Messages that wait on the queue; None: the broker is away, so nothing can be sent.
@@ -118,6 +120,8 @@ def _release_lost(connection: Connection, one: Sweep) -> list[JobKey]:
         .limit(one.limit)
         .with_for_update(skip_locked=True)
     ).all()
+    if time.monotonic() - one.asked_at > one.lease / 2:
+        return []  # the database has let us wait, so it has let the others wait as well: their silence proves nothing
     lost = []
     for row in rows:
         key = JobKey(row.tenant, row.id)
