@@ -19,7 +19,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn, TypeVar
 
-import typer
+try:
+    import typer
+except ModuleNotFoundError:  # installed for the contract or the client alone
+    raise SystemExit("millrace: the command line needs more: pip install 'millrace[worker]'") from None
 
 if TYPE_CHECKING:
     from rich.console import Console
