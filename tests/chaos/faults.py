@@ -26,10 +26,13 @@ _WEIGHTS: Final = {
     "Redis connections cut": 1,
     "database killed": 2,
     "database restarted": 2,
+    "database frozen": 1,
     "database locked": 1,
 }
 _SUPERVISED_EVERY: Final = 0.2  #: Seconds between two looks at whether all workers are there.
-_SERVER_FAULTS: Final = frozenset({"database killed", "database restarted"})  #: SQLite has no server.
+_SERVER_FAULTS: Final = frozenset(
+    {"database killed", "database restarted", "database frozen"}
+)  #: SQLite has no server.
 
 
 class Fault(NamedTuple):
@@ -78,6 +81,7 @@ class Saboteur:
             "Redis connections cut": self._cut_redis,
             "database killed": self._kill_database,
             "database restarted": self._restart_database,
+            "database frozen": self._freeze_database,
             "database locked": self._lock_database,
         }
 
@@ -158,6 +162,11 @@ class Saboteur:
         self._stand.postgres.stop()
         time.sleep(fault.lasts)
         self._stand.postgres.start()
+
+    def _freeze_database(self, fault: Fault) -> None:
+        self._stand.postgres.freeze()
+        time.sleep(2 * fault.lasts)  # sometimes longer than the lease
+        self._stand.postgres.thaw()
 
     def _lock_database(self, fault: Fault) -> None:
         with self._stand.database() as connection:

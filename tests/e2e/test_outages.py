@@ -7,6 +7,7 @@ from sqlalchemy import update
 from api_contracts.results import JobStatus
 from api_contracts.tables import jobs
 from tests.harness import Following, Stand, wait_until
+from tests.tcp_proxy import TcpProxy
 
 #: Seconds a stream may last longer than planned on a machine that is busy with other tests.
 SLACK = 3.0
@@ -228,3 +229,22 @@ def test_database_that_stalls_beyond_the_lease_makes_nobody_dead(postgres_stand:
     for job_id in job_ids:
         assert [one.outcome for one in stand.wait_for(job_id).attempts] == ["finished"]
     assert not any(worker.said("worker_lost") for worker in workers)
+
+
+def test_worker_that_is_cut_off_from_the_database_loses_its_jobs_and_writes_nothing(postgres_stand: Stand) -> None:
+    stand = postgres_stand
+    with TcpProxy(stand.postgres.port) as proxy:
+        there = stand.database_url.replace(f":{stand.postgres.port}/", f":{proxy.port}/")
+        lonely = stand.start_worker(database_url=there)
+        job_id = stand.enqueue(deltas=150, rate=15)
+        following = stand.follow(job_id)
+        following.wait_for("delta", count=5)
+        heir = stand.start_worker()
+        proxy.cut()
+        following.wait_for("delta", count=5, attempt=2)
+        wait_until(lambda: stand.provider.attempts(job_id)[0].client_closed, "Redis to stop the lonely worker's stream")
+        proxy.mend()
+        lonely.wait_to_say("attempt_superseded", job_id=job_id)
+        check_completed(stand, following, "word " * 150, requests=2)
+    assert [one.worker for one in stand.result(job_id).attempts] == [lonely.id, heir.id]
+    assert [one.attempt for one in following.events] == sorted(one.attempt for one in following.events)
