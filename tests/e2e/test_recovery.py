@@ -1,5 +1,7 @@
 """A worker dies or a message is lost: the job goes on elsewhere, and nobody is told anything wrong."""
 
+import time
+
 import pytest
 from sqlalchemy import update
 
@@ -104,6 +106,39 @@ def test_finished_stream_whose_worker_died_before_the_commit_is_rebuilt_from_the
     assert result.usage.source is UsageSource.PROVIDER
 
 
+def test_worker_that_must_end_before_the_database_is_back_leaves_its_result_in_the_log(postgres_stand: Stand) -> None:
+    stand = postgres_stand
+    worker = stand.start_worker(shutdown_grace=1)
+    job_id = stand.enqueue(deltas=20, rate=20)
+    following = stand.follow(job_id)
+    following.wait_for("delta")
+    stand.postgres.kill()
+    following.wait_for("attempt.finished")
+    worker.terminate()
+    worker.wait()
+    stand.postgres.start()
+    stand.start_worker()
+
+    assert following.to_the_end().text == "word " * 20
+    assert [one.outcome for one in stand.result(job_id).attempts] == ["lost", "recovered"]
+    assert len(stand.provider.attempts(job_id)) == 1
+
+
+def test_total_time_is_bounded_across_the_deaths_of_workers(stand: Stand) -> None:
+    stand.start_workers(2)
+    job_id = stand.enqueue(deltas=2000, rate=20, limits={"total_timeout": 10, "max_attempts": 100})
+    stand.wait_for_deltas(job_id)
+    began = time.monotonic()
+    stand.worker_of(job_id).kill()
+    stand.wait_for_deltas(job_id, attempt=2)
+    result = stand.wait_for(job_id)
+    assert time.monotonic() - began < 10 + 5
+    assert result.status is JobStatus.FAILED
+    assert result.error is not None
+    assert result.error.code == ErrorCode.TOTAL_TIMEOUT
+    assert result.partial
+
+
 def test_long_retry_after_survives_the_worker(stand: Stand) -> None:
     worker = stand.start_worker(sleep_limit=1)
     fault = {"kind": "status", "status": 429, "headers": {"retry-after": "4"}}
@@ -127,6 +162,25 @@ def test_queued_row_whose_message_was_lost_is_sent_again(any_stand: Stand) -> No
     result = stand.wait_for(job_id)
     assert result.status is JobStatus.COMPLETED
     assert len(result.attempts) == 1
+
+
+def test_message_of_a_worker_that_died_before_the_claim_comes_back(postgres_stand: Stand) -> None:
+    """Its producer wrote no row, so the message is all there is."""
+    stand = postgres_stand
+    worker = stand.start_worker()
+    stand.postgres.kill()
+    job = stand.job(deltas=3)
+    stand.send(job)
+    with stand.redis() as client:
+        wait_until(lambda: client.hlen("unacked"), "the message to be taken")
+        worker.kill()
+        stand.postgres.start()
+        for tag in client.zrange("unacked_index", 0, -1):
+            client.zadd("unacked_index", {tag: 1})  # let the time pass after which it may be given to another one
+    stand.start_worker()
+    result = stand.wait_for(job["id"], timeout=150)
+    assert result.status is JobStatus.COMPLETED
+    assert len(stand.provider.attempts(job["id"])) == 1
 
 
 def test_job_is_accepted_while_the_broker_is_down_and_runs_when_it_is_back(stand: Stand) -> None:
