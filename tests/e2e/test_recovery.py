@@ -1,6 +1,7 @@
 """A worker dies or a message is lost: the job goes on elsewhere, and nobody is told anything wrong."""
 
 import time
+from typing import Any
 
 import pytest
 from sqlalchemy import update
@@ -175,7 +176,8 @@ def test_message_of_a_worker_that_died_before_the_claim_comes_back(postgres_stan
         wait_until(lambda: client.hlen("unacked"), "the message to be taken")
         worker.kill()
         stand.postgres.start()
-        for tag in client.zrange("unacked_index", 0, -1):
+        tags: Any = client.zrange("unacked_index", 0, -1)
+        for tag in tags:
             client.zadd("unacked_index", {tag: 1})  # let the time pass after which it may be given to another one
     stand.start_worker()
     result = stand.wait_for(job["id"], timeout=150)
