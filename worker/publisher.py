@@ -271,6 +271,7 @@ class Publisher:
         self._buffer_bytes = buffer_bytes
         self._link: RedisLink | None = None
         self._dirty: dict[Publication, None] = {}
+        self._in_flight = False  #: Whether Redis has not answered the last flush yet.
         self._wake: asyncio.Future[None] | None = None
         self._task = asyncio.get_running_loop().create_task(self._run(), name="publisher")
 
@@ -319,10 +320,10 @@ class Publisher:
     async def close(self, timeout: float) -> None:
         """Send what is pending, at most ``timeout`` seconds, and close the connection."""
         deadline = time.monotonic() + timeout
-        while self._dirty and time.monotonic() < deadline:  # noqa: ASYNC110  # the end of the process is no hot path
+        while (self._dirty or self._in_flight) and time.monotonic() < deadline:  # noqa: ASYNC110  # the end of the process is no hot path
             await asyncio.sleep(0.02)
         self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        await asyncio.wait((self._task,), timeout=2.0)
         if self._link is not None:
             self._link.close()
 
@@ -352,7 +353,8 @@ class Publisher:
 
     async def _connect(self) -> RedisLink:
         link = await RedisLink.connect(self._url, timeout=2.0)
-        (reply,) = await asyncio.wait_for(link.call([pack(b"SCRIPT", b"LOAD", _SCRIPT)], 1), _CALL_TIMEOUT)
+        async with asyncio.timeout(_CALL_TIMEOUT):
+            (reply,) = await link.call([pack(b"SCRIPT", b"LOAD", _SCRIPT)], 1)
         if isinstance(reply, Exception):
             link.close()
             raise PublishError(str(reply)[:120])
@@ -363,14 +365,17 @@ class Publisher:
         """Send one call for each publication that has something, in one pipeline."""
         batch = list(self._dirty)
         self._dirty = {}
+        self._in_flight = True
         try:
             calls = [publication.command(self.epoch, self._ttl_ms) for publication in batch]
-            answers = await asyncio.wait_for(
-                link.call([command for command, _ in calls], len(calls)), timeout=_CALL_TIMEOUT
-            )
+            # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the answer.
+            async with asyncio.timeout(_CALL_TIMEOUT):
+                answers = await link.call([command for command, _ in calls], len(calls))
         except BaseException:
             self._dirty = dict.fromkeys(batch) | self._dirty
             raise
+        finally:
+            self._in_flight = False
         refused: PublishError | None = None
         for publication, (_, covered), answer in zip(batch, calls, answers, strict=True):
             try:

@@ -421,3 +421,19 @@ async def test_announcer_and_worker_at_the_same_time_end_the_log_once(
         assert await announcement.flushed(PATIENCE) is Flushed.SENT
         assert text_of(log(client)) == "one two "
         assert [event.id for event in log(client)][-1] == "1-4"
+
+
+# -- the end --
+
+
+async def test_closing_sends_what_is_pending_and_never_hangs(server: EmbeddedValkey, client: "redis.Redis") -> None:
+    for number in range(100):
+        publisher = Publisher(server.url, prefix="millrace", log_ttl=60, buffer_bytes=BUFFER, merge_above=MERGE_ABOVE)
+        job = Job(publisher, job_id=f"job-{number}")
+        assert await job.is_sent()
+        job.say("the last ", "words")
+        for _ in range(number % 5):  # so that the end meets the flush in each of its moments
+            await asyncio.sleep(0)
+        async with asyncio.timeout(PATIENCE):
+            await publisher.close(timeout=3)
+        assert text_of(log(client, f"job-{number}")) == "the last words"
