@@ -123,13 +123,11 @@ class Saboteur:
 
     def _kill_worker(self, fault: Fault) -> None:
         self._take(fault).kill()
-        self._supervise()
 
     def _terminate_worker(self, fault: Fault) -> None:
         worker = self._take(fault)
         worker.terminate()
         self._ending.append(worker)
-        self._supervise()
 
     def _terminate_worker_twice(self, fault: Fault) -> None:
         self._terminate_worker(fault)
