@@ -58,7 +58,11 @@ def redis_client() -> redis.Redis:
 @cache
 def database() -> sa.Engine:
     """Return the process's engine."""
-    return sa.create_engine(os.environ["TUTORIAL_DATABASE_URL"], pool_size=20)
+    url = sa.make_url(os.environ["TUTORIAL_DATABASE_URL"])
+    if url.get_backend_name() == "sqlite":
+        # When a thousand streams end at once, SQLite's usual 5 s of patience would lose some of their texts.
+        url = url.update_query_dict({"timeout": "60"})
+    return sa.create_engine(url, pool_size=20)
 
 
 @worker_process_init.connect
