@@ -10,7 +10,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
@@ -26,6 +26,13 @@ Operation = Callable[[Connection, list[Argument]], list[Result]]
 
 #: Rows of one transaction at most, so that a long backlog does not hold locks for long.
 MAX_GROUP = 200
+
+
+#: SQLSTATE classes of what passes, by itself or by an operator's hand: connections, transactions that met
+#: others, resources such as the disk, shutdowns, input and output.
+_PASSING_CLASSES: Final = frozenset({"08", "40", "53", "57", "58"})
+#: Likewise: a server that may only be read (being failed over), an idle transaction cut off, a lock not given.
+_PASSING_STATES: Final = frozenset({"25006", "25P03", "55P03"})
 
 
 class StoreRefusedError(Exception):
@@ -138,8 +145,8 @@ def _settle(outcomes: list[tuple[_Request, Any, Exception | None]]) -> None:
 
 def _translate(error: Exception) -> Exception:
     """An outage is told from a defect; the text of the former holds no statement and no values."""
-    if isinstance(error, DBAPIError) and (error.connection_invalidated or _is_outage(error)):
-        return StoreUnavailableError(f"the database did not answer ({type(error.orig).__name__})")
+    if isinstance(error, DBAPIError) and (error.connection_invalidated or _is_outage(error.orig)):
+        return StoreUnavailableError(f"the database is not available ({type(error.orig).__name__})")
     if isinstance(error, SQLAlchemyError) and not isinstance(error, DBAPIError) and "QueuePool" in str(error):
         return StoreUnavailableError("no database connection was free in time")
     if isinstance(error, SQLAlchemyError):
@@ -149,19 +156,10 @@ def _translate(error: Exception) -> Exception:
     return error
 
 
-def _is_outage(error: DBAPIError) -> bool:
-    # OperationalError covers refused and lost connections, locks, shutdowns and full disks.  A missing
-    # table is one too on SQLite, but there the schema is checked at the start.
-    return type(error.orig).__name__ in {
-        "OperationalError",
-        "AdminShutdown",
-        "CrashShutdown",
-        "CannotConnectNow",
-        "LockNotAvailable",
-        "QueryCanceled",
-        "DeadlockDetected",
-        "SerializationFailure",
-        "InterfaceError",
-        "IdleInTransactionSessionTimeout",
-        "TooManyConnections",
-    }
+def _is_outage(error: BaseException | None) -> bool:
+    state = getattr(error, "sqlstate", None)
+    if state is not None:  # PostgreSQL has answered
+        return state[:2] in _PASSING_CLASSES or state in _PASSING_STATES
+    # No connection, none in time, or SQLite: locks, full disks and input/output errors.  A missing table is
+    # an OperationalError too on SQLite, but there the schema is checked at the start.
+    return any(base.__name__ in {"OperationalError", "InterfaceError"} for base in type(error).__mro__)

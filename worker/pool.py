@@ -22,6 +22,7 @@ import uvloop
 from celery.concurrency.base import BasePool
 from celery.signals import worker_shutting_down
 
+from api_contracts.errors import MillraceError
 from worker.telemetry import get_logger
 
 log = get_logger()
@@ -40,7 +41,7 @@ class LoopService(Protocol):
     """What the pool runs. All calls come on the event loop's thread."""
 
     async def start(self) -> None:
-        """Open connections; an exception here stops the worker."""
+        """Open connections; an exception here stops the worker, a ``MillraceError`` with one line in the log."""
 
     async def deliver(self, delivery: Delivery) -> None:
         """Work on one message; ends when the job needs no more of this process."""
@@ -91,7 +92,11 @@ class LoopPool(BasePool):
         self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._run_loop, name="streams", daemon=True)
         self._thread.start()
-        asyncio.run_coroutine_threadsafe(self._service.start(), self._loop).result()
+        try:
+            asyncio.run_coroutine_threadsafe(self._service.start(), self._loop).result()
+        except MillraceError as error:
+            log.critical("worker_not_started", reason=str(error))  # one line, where Celery would print a traceback
+            raise SystemExit(1) from None
         worker_shutting_down.connect(self._on_signal)
         _keep_pauses_short()
 

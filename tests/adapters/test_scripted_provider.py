@@ -321,6 +321,15 @@ async def test_comments_interrupt_a_stream_and_it_goes_on(http: httpx2.AsyncClie
     assert after.endswith(b"data: [DONE]\n\n")
 
 
+async def test_one_attempt_can_be_slower(http: httpx2.AsyncClient) -> None:
+    script = {"deltas": 9, "key": "slow once", "faults": [{"kind": "slow", "rate": 40}]}
+    started = time.monotonic()
+    slow = await post(http, script)
+    assert time.monotonic() - started > 8 / 40
+    assert slow.count(b'"content":"word "') == 9
+    assert (await post(http, script)).count(b'"content":"word "') == 9
+
+
 async def test_usage_can_be_kept_back(client: openai.AsyncOpenAI) -> None:
     chunks = await collect(client, {"deltas": 2, "faults": [{"kind": "no_usage"}]}, **USAGE)
     assert finish_reasons(chunks) == ["stop"]

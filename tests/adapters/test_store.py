@@ -1,6 +1,5 @@
 """The store against real databases: who owns a job, what an ending writes, and what a sweep finds."""
 
-import asyncio
 import threading
 import time
 from collections import Counter
@@ -18,7 +17,6 @@ from api_contracts.jobs import Job, parse_job
 from api_contracts.results import Choice, CompletionResult, JobStatus, ToolCall, Usage, UsageSource
 from api_contracts.tables import attempts, jobs, now, rejected_messages, seconds_from_now, workers
 from worker import schema, store
-from worker.database import Database
 from worker.failures import Failure
 from worker.store import (
     Beat,
@@ -555,43 +553,3 @@ def test_rejection_recorded_twice_is_one_row(db: Store) -> None:
     db(store.reject, rejection)
     with db.engine.begin() as connection:
         assert connection.scalar(select(func.count()).select_from(rejected_messages)) == 1
-
-
-# -- the database thread --
-
-
-async def test_writes_that_arrive_together_share_a_transaction(engine: Engine) -> None:
-    database = Database(engine)
-    groups: list[int] = []
-
-    def count(_: Connection, arguments: list[int]) -> list[int]:
-        groups.append(len(arguments))
-        return arguments
-
-    try:
-        assert await asyncio.gather(*(database.run(count, number) for number in range(50))) == list(range(50))
-    finally:
-        await asyncio.to_thread(database.close)
-    assert sum(groups) == 50
-    assert len(groups) < 10
-
-
-async def test_one_bad_member_of_a_group_fails_alone(engine: Engine) -> None:
-    database = Database(engine)
-
-    def fussy(connection: Connection, arguments: list[str]) -> list[None]:
-        for worker in arguments:
-            connection.execute(workers.insert().values(id=worker, started_at=now(), heartbeat_at=now()))
-        if "bad" in arguments:
-            raise ValueError("bad")
-        return [None] * len(arguments)
-
-    try:
-        answers = await asyncio.gather(
-            *(database.run(fussy, name) for name in ("a", "bad", "b", "c")), return_exceptions=True
-        )
-    finally:
-        await asyncio.to_thread(database.close)
-    assert [type(answer) for answer in answers] == [type(None), ValueError, type(None), type(None)]
-    with engine.begin() as connection:
-        assert set(connection.scalars(select(workers.c.id))) == {"a", "b", "c"}

@@ -20,6 +20,7 @@ from worker.scripted_provider.script import (
     RawResponse,
     Script,
     SilentFault,
+    SlowFault,
     StatusFault,
 )
 
@@ -58,6 +59,8 @@ def complete(connection: Connection, script: Script, completion: dict[str, Any])
 def stream(connection: Connection, script: Script, fault: Fault | None, reply: Reply) -> Performance:
     """Stream a reply, with the fault in it."""
     connection.begin(HTTPStatus.OK, _STREAM_HEADERS)
+    if isinstance(fault, SlowFault):
+        script = script.model_copy(update={"rate": fault.rate})
     if script.first_token_delay:
         yield connection.later(script.first_token_delay)
 

@@ -77,8 +77,16 @@ class EndFault(_Strict):
     kind: Literal["no_usage", "cut_after_finish"]
 
 
+class SlowFault(_Strict):
+    """Stream at another rate than the script's."""
+
+    kind: Literal["slow"]
+    rate: Annotated[float, Field(gt=0, le=1_000_000)]
+
+
 Fault = Annotated[
-    StatusFault | SilentFault | MidwayFault | ErrorEventFault | CommentsFault | EndFault, Field(discriminator="kind")
+    StatusFault | SilentFault | MidwayFault | ErrorEventFault | CommentsFault | SlowFault | EndFault,
+    Field(discriminator="kind"),
 ]
 
 

@@ -1,0 +1,130 @@
+"""The database thread against real databases: groups share a transaction, and outages are told from refusals."""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Connection, Engine, select, text
+
+from api_contracts.database import make_engine
+from api_contracts.errors import StoreUnavailableError
+from api_contracts.tables import now, workers
+from worker import schema
+from worker.database import Database, StoreRefusedError
+from worker.embedded import sqlite_url
+
+
+@pytest.fixture
+def engine(database_url: str) -> Iterator[Engine]:
+    """A migrated database, as a worker sees it."""
+    engine = make_engine(database_url, writer=True)
+    schema.migrate(engine)
+    yield engine
+    engine.dispose()
+
+
+@contextlib.asynccontextmanager
+async def opened(url: str) -> AsyncIterator[Database]:
+    """A database whose threads end with the test."""
+    database = Database(make_engine(url, writer=True))
+    try:
+        yield database
+    finally:
+        await asyncio.to_thread(database.close)
+
+
+def execute(connection: Connection, statements: list[str]) -> list[None]:
+    for statement in statements:
+        connection.execute(text(statement))
+    return [None] * len(statements)
+
+
+# -- groups --
+
+
+async def test_writes_that_arrive_together_share_a_transaction(engine: Engine) -> None:
+    database = Database(engine)
+    groups: list[int] = []
+
+    def count(_: Connection, arguments: list[int]) -> list[int]:
+        groups.append(len(arguments))
+        return arguments
+
+    try:
+        assert await asyncio.gather(*(database.run(count, number) for number in range(50))) == list(range(50))
+    finally:
+        await asyncio.to_thread(database.close)
+    assert sum(groups) == 50
+    assert len(groups) < 10
+
+
+async def test_one_bad_member_of_a_group_fails_alone(engine: Engine) -> None:
+    database = Database(engine)
+
+    def fussy(connection: Connection, arguments: list[str]) -> list[None]:
+        for worker in arguments:
+            connection.execute(workers.insert().values(id=worker, started_at=now(), heartbeat_at=now()))
+        if "bad" in arguments:
+            raise ValueError("bad")
+        return [None] * len(arguments)
+
+    try:
+        answers = await asyncio.gather(
+            *(database.run(fussy, name) for name in ("a", "bad", "b", "c")), return_exceptions=True
+        )
+    finally:
+        await asyncio.to_thread(database.close)
+    assert [type(answer) for answer in answers] == [type(None), ValueError, type(None), type(None)]
+    with engine.begin() as connection:
+        assert set(connection.scalars(select(workers.c.id))) == {"a", "b", "c"}
+
+
+# -- outages and refusals --
+
+
+@pytest.mark.parametrize(
+    "state",
+    ["53100", "53300", "57014", "57P01", "40001", "40P01", "55P03", "25006", "08006", "58030"],
+)
+async def test_what_passes_on_postgresql_is_an_outage(postgres_url: str, state: str) -> None:
+    async with opened(postgres_url) as database:
+        with pytest.raises(StoreUnavailableError):
+            await database.run(execute, f"DO $$ BEGIN RAISE EXCEPTION 'as it would' USING ERRCODE = '{state}'; END $$")
+
+
+@pytest.mark.parametrize("state", ["22021", "23505", "42501", "42P01", "54000"])
+async def test_what_stays_on_postgresql_is_a_refusal(postgres_url: str, state: str) -> None:
+    async with opened(postgres_url) as database:
+        with pytest.raises(StoreRefusedError):
+            await database.run(execute, f"DO $$ BEGIN RAISE EXCEPTION 'as it would' USING ERRCODE = '{state}'; END $$")
+
+
+async def test_postgresql_that_may_only_be_read_is_an_outage(postgres_url: str) -> None:
+    async with opened(postgres_url) as database:
+        await database.run(
+            execute, "ALTER DATABASE " + postgres_url.rpartition("/")[2] + " SET default_transaction_read_only=on"
+        )
+    async with opened(postgres_url) as database:
+        with pytest.raises(StoreUnavailableError, match="ReadOnlySqlTransaction"):
+            await database.run(execute, "CREATE TABLE t (x int)")
+
+
+async def test_server_that_never_answers_is_an_outage() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        async with opened(f"postgresql://nobody@127.0.0.1:{silent.getsockname()[1]}/none") as database:
+            with pytest.raises(StoreUnavailableError, match="ConnectionTimeout"):
+                await database.run(execute, "SELECT 1")
+
+
+async def test_sqlite_that_cannot_be_written_is_an_outage_and_a_constraint_is_none(tmp_path: Path) -> None:
+    async with opened(sqlite_url(tmp_path / "a.db")) as database:
+        await database.run(execute, "CREATE TABLE t (x int unique)")
+        await database.run(execute, "INSERT INTO t VALUES (1)")
+        with pytest.raises(StoreRefusedError):
+            await database.run(execute, "INSERT INTO t VALUES (1)")
+        await database.run(execute, "PRAGMA max_page_count = 1")  # the file may not grow: as on a full disk
+        with pytest.raises(StoreUnavailableError):
+            await database.run(execute, "CREATE TABLE u AS SELECT zeroblob(1000000) AS x")
