@@ -51,6 +51,7 @@ class Announcer:
         event = terminal_event(result)
         publication.send(event.type, event.model_dump(mode="json", exclude=exclude))
         if await publication.flushed(timeout) is Flushed.WAITING:
+            publication.forget()  # the next sweep makes another one, and Redis may be away for many sweeps
             return False
         await self._database.run(store.mark_announced, key)
         return True

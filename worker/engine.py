@@ -382,7 +382,9 @@ class Engine:
 
     async def _announce(self, publication: Publication, key: JobKey) -> None:
         """Note that the terminal event is out; if it cannot go out now, the sweepers see to it."""
-        if await publication.flushed(_ANNOUNCE_TIMEOUT) is not Flushed.WAITING:
+        if await publication.flushed(_ANNOUNCE_TIMEOUT) is Flushed.WAITING:
+            publication.forget()  # a long outage must not fill the memory with outputs that are stored anyway
+        else:
             await self._database.persist(store.mark_announced, key, "announcement")
 
     async def _recover(self, attempt: Attempt) -> Ending | None:

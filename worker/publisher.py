@@ -67,6 +67,8 @@ _SCRIPT_SHA: Final = sha1(_SCRIPT, usedforsecurity=False).hexdigest().encode()
 #: Events of one job in one script call, so that no call holds Redis up.
 _MAX_CALL: Final = 256
 _CALL_TIMEOUT: Final = 5.0
+#: Seconds after which events that Redis refused, while it took others, are sent again.
+_REFUSED_PAUSE: Final = 1.0
 
 
 class Flushed(StrEnum):
@@ -157,6 +159,12 @@ class Publication:
         self.last_n = n
         self._pending_bytes += size
         self._publisher.notice(self)
+
+    def forget(self) -> None:
+        """Send nothing more of this: somebody else will tell what it told, from the stored row."""
+        self._pending = []
+        self._pending_bytes = 0
+        self._publisher.forget(self)
 
     def distrust(self) -> None:
         """Verify the log's end before the next event."""
@@ -312,6 +320,10 @@ class Publisher:
         if self._wake is not None:
             _wake(self._wake)
 
+    def forget(self, publication: Publication) -> None:
+        """Forget what ``publication`` had to send."""
+        self._dirty.pop(publication, None)
+
     @property
     def connected(self) -> bool:
         """Whether the last flush found Redis."""
@@ -364,6 +376,8 @@ class Publisher:
     async def _flush(self, link: RedisLink) -> None:
         """Send one call for each publication that has something, in one pipeline."""
         batch = list(self._dirty)
+        if not batch:  # forgotten meanwhile
+            return
         self._dirty = {}
         self._in_flight = True
         try:
@@ -376,16 +390,20 @@ class Publisher:
             raise
         finally:
             self._in_flight = False
-        refused: PublishError | None = None
+        refused: dict[Publication, PublishError] = {}
         for publication, (_, covered), answer in zip(batch, calls, answers, strict=True):
             try:
                 if publication.settle(answer, covered, self.epoch):
                     self._dirty[publication] = None
             except PublishError as error:
-                self._dirty[publication] = None
-                refused = error
-        if refused is not None:
-            raise refused
+                refused[publication] = error
+        if len(refused) == len(batch):  # as far as we can see, it is nobody's own fault
+            self._dirty = dict.fromkeys(refused) | self._dirty
+            raise refused[batch[0]]
+        for publication, refusal in refused.items():
+            log.warning("events_refused", log_key=publication.keys[0].decode(), reason=str(refusal))
+            publication.relieve(self._buffer_bytes)
+            asyncio.get_running_loop().call_later(_REFUSED_PAUSE, self.notice, publication)
 
 
 def merge(deltas: Sequence[Delta]) -> list[Delta]:

@@ -361,6 +361,21 @@ async def test_spoiled_log_of_one_job_holds_up_no_other(publisher: Publisher, cl
         assert await healthy.is_sent()
     assert text_of(log(client, "healthy")) == healthy.text
     assert await spoiled.publication.flushed(0.01) is Flushed.WAITING
+    client.delete(KEYS.log)
+    assert await spoiled.is_sent()
+    assert text_of(log(client)) == spoiled.text
+
+
+async def test_what_is_forgotten_while_redis_is_away_is_not_sent_when_it_is_back(
+    publisher: Publisher, server: EmbeddedValkey, client: "redis.Redis"
+) -> None:
+    server.kill()
+    forgotten, kept = Job(publisher, job_id="forgotten"), Job(publisher)
+    assert await forgotten.publication.flushed(0.2) is Flushed.WAITING
+    forgotten.publication.forget()
+    server.start()
+    assert await kept.is_sent()
+    assert log(client, "forgotten") == []
 
 
 # -- announcing again --
