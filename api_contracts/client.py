@@ -141,6 +141,7 @@ class Client:
             JobNotFoundError: there is no such job; only a client with a database can tell.
             FollowTimeoutError: no event came in time; to wait longer, follow again after the last event.
             EventsLostError: the log has lost events of an ended job, and there is no database to answer.
+            InvalidSettingError: Redis does not accept the URL's user, or does not let it read this job.
         """
         keys = self._keys(job_id)
         return self._live.run(self._plan(job_id, after, timeout, patience), keys, partial(self._answer, job_id))

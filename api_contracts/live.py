@@ -15,7 +15,7 @@ import redis
 import redis.asyncio
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, AuthorizationError, MasterDownError, RedisError
+from redis.exceptions import AuthenticationError, AuthorizationError, MasterDownError, NoPermissionError, RedisError
 from redis.retry import Retry
 
 from api_contracts.errors import BrokerUnavailableError, InvalidSettingError, StoreUnavailableError
@@ -228,9 +228,13 @@ def _entries(reply: Any) -> list[LogEntry]:
 
 
 def _for_the_plan(error: Exception) -> Exception:
-    """An outage of Redis becomes ``DisconnectedError``, which the plan survives; all else stays what it is."""
+    """An outage of Redis becomes ``DisconnectedError``, which the plan survives; a refusal says what to change."""
     if isinstance(error, StoreUnavailableError):  # an OSError too, but the database's
         return error
+    if isinstance(error, AuthenticationError | AuthorizationError | NoPermissionError):
+        return InvalidSettingError(
+            f"Redis does not let this user follow the job ({type(error).__name__}); check the user and password of the"
+            " Redis URL, and that its ACL allows the tenant's log and channel"
+        )
     is_outage = isinstance(error, redis.ConnectionError | redis.TimeoutError | MasterDownError | OSError)
-    is_refusal = isinstance(error, AuthenticationError | AuthorizationError)
-    return DisconnectedError() if is_outage and not is_refusal else error
+    return DisconnectedError() if is_outage else error
