@@ -74,6 +74,9 @@ class Control:
             except (RedisError, OSError) as error:
                 log.warning("control_unavailable", reason=type(error).__name__)
                 await asyncio.sleep(1.0)
+            except Exception:  # a defect met once must not end the listening
+                log.exception("control_defect")
+                await asyncio.sleep(1.0)
 
     async def _look(self) -> None:
         """Find the requests for jobs that run here which came while nobody listened."""
