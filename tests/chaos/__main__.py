@@ -5,6 +5,7 @@ Exists so that the promises can be tried with other seeds and more jobs than the
 """
 
 import argparse
+import signal
 import sys
 import tempfile
 import time
@@ -35,6 +36,7 @@ def main() -> int:
     parser.add_argument("--database", choices=("postgresql", "sqlite"), default="postgresql")
     parser.add_argument("--keep", type=Path, help="directory for the workers' logs (default: a temporary one)")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: with nothing left behind
     failed: list[str] = []
     with tempfile.TemporaryDirectory(prefix="millrace-chaos-") as temporary:
         directory = options.keep or Path(temporary)
