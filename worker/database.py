@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from api_contracts.errors import StoreUnavailableError
+from api_contracts.errors import MillraceError, StoreUnavailableError
 from worker.telemetry import get_logger
 
 log = get_logger()
@@ -35,7 +35,7 @@ _PASSING_CLASSES: Final = frozenset({"08", "40", "53", "57", "58"})
 _PASSING_STATES: Final = frozenset({"25006", "25P03", "55P03"})
 
 
-class StoreRefusedError(Exception):
+class StoreRefusedError(MillraceError):
     """The database is there and refuses a statement or a value; repeating it would change nothing."""
 
 

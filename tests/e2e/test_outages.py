@@ -2,6 +2,7 @@
 
 import time
 
+import pytest
 from sqlalchemy import text, update
 
 from api_contracts.results import JobStatus
@@ -152,17 +153,31 @@ def test_database_away_at_the_claim(postgres_stand: Stand) -> None:
     check_completed(stand, stand.follow(job["id"]), "word " * 10)
 
 
-def test_worker_that_meets_a_database_it_may_only_read_says_so_in_one_line(postgres_stand: Stand) -> None:
+@pytest.mark.parametrize(
+    ("statements", "user", "reason"),
+    [
+        (["ALTER DATABASE {name} SET default_transaction_read_only = on"], "postgres", "ReadOnlySqlTransaction"),
+        (
+            ["CREATE ROLE reader LOGIN", "GRANT SELECT ON ALL TABLES IN SCHEMA public TO reader"],
+            "reader",
+            "InsufficientPrivilege",
+        ),
+    ],
+    ids=["read-only", "no rights"],
+)
+def test_worker_that_meets_a_database_it_cannot_write_says_so_in_one_line(
+    postgres_stand: Stand, statements: list[str], user: str, reason: str
+) -> None:
     stand = postgres_stand
     with stand.database() as connection:
-        name = connection.engine.url.database
-        connection.execute(text(f"ALTER DATABASE {name} SET default_transaction_read_only = on"))
-    worker = stand.new_worker()
+        for statement in statements:
+            connection.execute(text(statement.format(name=connection.engine.url.database)))
+    worker = stand.new_worker(database_url=stand.database_url.replace("postgres@", f"{user}@"))
     worker.launch()
     assert worker.wait() == 1
     (line,) = worker.log_lines()
     assert "worker_not_started" in line
-    assert "ReadOnlySqlTransaction" in line
+    assert reason in line
 
 
 def test_database_away_in_mid_stream(postgres_stand: Stand) -> None:
