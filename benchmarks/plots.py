@@ -80,6 +80,9 @@ def draw(results: Results, directory: Path) -> None:
             if any(drawn):
                 for ax, has_data in zip(axes, drawn, strict=True):
                     ax.set_visible(has_data)
+                handles, labels = axes[drawn.index(True)].get_legend_handles_labels()
+                if labels:  # of lines; bars have their names beside them
+                    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
                 figure.savefig(directory / f"{name}.svg", metadata={"Date": None})
             plt.close(figure)
 
@@ -193,6 +196,4 @@ def _lines(
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter("{x:,g}")
     ax.grid(visible=True)
-    if points and label:
-        ax.legend()
     return bool(points)

@@ -9,13 +9,14 @@ states instead of sleeping.
 import itertools
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
@@ -290,6 +291,24 @@ class Stand:
         with ThreadPoolExecutor(count) as threads:
             list(threads.map(WorkerProcess.start, workers))
         return workers
+
+    def freeze(self, worker: WorkerProcess) -> None:
+        """Freeze a worker, but not while it writes to SQLite, which would lock out everybody else as well."""
+        while True:
+            worker.freeze()
+            if not self._is_locked():
+                return
+            worker.thaw()
+
+    def _is_locked(self) -> bool:
+        if self._engine.dialect.name != "sqlite":
+            return False
+        with closing(sqlite3.connect(str(self._engine.url.database), timeout=0.5)) as connection:
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError:
+                return True
+        return False
 
     def worker_of(self, job_id: str) -> WorkerProcess:
         """Wait until a worker runs the job, and return it."""

@@ -64,8 +64,6 @@ def paced(bench: Bench) -> None:
             runs += [(worker, load) for load in (few, many) if load.streams <= slots]
         for repetition in range(bench.repeat):
             for worker, load in runs:
-                if repetition and load is many and worker.name.startswith("tutorial-"):
-                    continue  # An overload, slow to work off; once is enough to show that it is not their best.
                 outcome = bench.round(worker, load)
                 parameters = {"streams": load.streams, "rate": load.rate}
                 bench.record(Sample("paced", worker.name, cpu_metrics(outcome), parameters, repetition))

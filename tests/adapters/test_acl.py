@@ -9,7 +9,7 @@ import pytest
 import redis
 from redis.exceptions import NoPermissionError, ResponseError
 
-from api_contracts.client import AsyncClient, Client
+from api_contracts.client import Client
 from api_contracts.errors import BrokerUnavailableError, InvalidSettingError
 from api_contracts.names import QUEUE, control_channel, job_keys
 from tests.harness import Stand
@@ -98,13 +98,6 @@ def test_who_may_not_follow_is_told_what_to_check(guarded: tuple[Stand, UrlOf], 
     _, url_of = guarded
     with Client(url_of(user), tenant=tenant) as client, pytest.raises(InvalidSettingError, match="NoPermissionError"):
         next(client.follow("j1"))
-
-
-async def test_a_wrong_password_cannot_follow(guarded: tuple[Stand, UrlOf]) -> None:
-    _, url_of = guarded
-    async with AsyncClient(url_of("shop").replace("shop-password", "wrong"), tenant="shop") as client:
-        with pytest.raises(InvalidSettingError, match="user and password"):
-            await anext(client.follow("j1"))
 
 
 def test_a_producer_can_put_jobs_on_the_queue_and_read_nothing(guarded: tuple[Stand, UrlOf]) -> None:

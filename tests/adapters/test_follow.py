@@ -14,7 +14,7 @@ from sqlalchemy import create_engine
 
 from api_contracts import tables
 from api_contracts.client import AsyncClient, Client
-from api_contracts.errors import FollowTimeoutError, InvalidCursorError, JobNotFoundError
+from api_contracts.errors import FollowTimeoutError, InvalidCursorError, InvalidSettingError, JobNotFoundError
 from api_contracts.events import Event
 from api_contracts.jobs import Job
 from api_contracts.names import job_keys
@@ -396,5 +396,5 @@ async def test_a_wrong_password_is_an_error_at_once() -> None:
     with EmbeddedValkey() as server, redis.Redis.from_url(server.url) as admin:
         admin.config_set("requirepass", "right")
         async with AsyncClient(server.url.replace("redis://", "redis://:wrong@")) as client:
-            with pytest.raises(redis.AuthenticationError):
+            with pytest.raises(InvalidSettingError, match="user and password"):
                 await anext(client.follow(JOB_ID))

@@ -34,7 +34,7 @@ def _round(report: Report, stand: Stand) -> None:
         following.wait_for("delta", count=5)
     zombie = stand.worker_of(job_ids[0])
     taken_over = [job_id for job_id in job_ids if stand.result(job_id).attempts[0].worker == zombie.id]
-    zombie.freeze()
+    stand.freeze(zombie)
     for job_id in taken_over:
         followers[job_id].wait_for("delta", count=5, attempt=2)
     zombie.thaw()

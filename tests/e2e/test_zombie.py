@@ -13,7 +13,7 @@ def test_worker_frozen_beyond_its_lease_changes_nothing_when_it_wakes(any_stand:
         following.wait_for("delta", count=5)
     zombie = stand.worker_of(job_ids[0])
     taken_over = [job_id for job_id in job_ids if stand.result(job_id).attempts[0].worker == zombie.id]
-    zombie.freeze()
+    stand.freeze(zombie)
     for job_id in taken_over:
         followers[job_id].wait_for("delta", count=5, attempt=2)
     zombie.thaw()
@@ -38,7 +38,7 @@ def test_worker_frozen_within_its_lease_goes_on(stand: Stand) -> None:
     following = stand.follow(job_id)
     following.wait_for("delta", count=5)
     worker = stand.worker_of(job_id)
-    worker.freeze()
+    stand.freeze(worker)
     stand.wait_for_deltas(job_id, 40)
     worker.thaw()
     assert following.to_the_end().text == "word " * 60
@@ -50,7 +50,7 @@ def test_worker_frozen_while_its_job_is_ended_by_others_says_nothing_after_the_e
     job_id = stand.enqueue(deltas=2000, rate=20)
     following = stand.follow(job_id)
     following.wait_for("delta", count=5)
-    zombie.freeze()
+    stand.freeze(zombie)
     stand.start_worker()
     stand.client.cancel(job_id)
     following.to_the_end()

@@ -139,8 +139,8 @@ def test_channel_and_log_are_named_as_they_are() -> None:
 
 def test_every_log_event_is_explained() -> None:
     source = "\n".join(path.read_text() for path in sorted((ROOT / "worker").rglob("*.py")))
-    said = set(re.findall(r"\blog\.(?:info|warning|error|exception)\(\s*\"(\w+)\"", source))
-    explained = set(re.findall(r"^\| `(\w+)` \| (?:info|warning|error) \|", GUIDE, re.MULTILINE))
+    said = set(re.findall(r"\blog\.(?:info|warning|error|exception|critical)\(\s*\"(\w+)\"", source))
+    explained = set(re.findall(r"^\| `(\w+)` \| (?:info|warning|error|critical) \|", GUIDE, re.MULTILINE))
     assert said == explained
 
 
