@@ -198,6 +198,11 @@ class Publication:
 
     # -- for the publisher --
 
+    @property
+    def waiting(self) -> bool:
+        """Whether there is anything to send."""
+        return bool(self._pending)
+
     def command(self, epoch: int, ttl_ms: bytes) -> tuple[bytes, int]:
         """Return the script call for what is pending, and how many of the pending events it covers."""
         if self.needs_snapshot:
@@ -375,10 +380,10 @@ class Publisher:
 
     async def _flush(self, link: RedisLink) -> None:
         """Send one call for each publication that has something, in one pipeline."""
-        batch = list(self._dirty)
-        if not batch:  # forgotten meanwhile
-            return
+        batch = [publication for publication in self._dirty if publication.waiting]  # some were forgotten
         self._dirty = {}
+        if not batch:
+            return
         self._in_flight = True
         try:
             calls = [publication.command(self.epoch, self._ttl_ms) for publication in batch]

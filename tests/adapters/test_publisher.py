@@ -378,6 +378,24 @@ async def test_what_is_forgotten_while_redis_is_away_is_not_sent_when_it_is_back
     assert log(client, "forgotten") == []
 
 
+async def test_what_is_forgotten_during_a_flush_that_fails_stays_forgotten(
+    publisher: Publisher, server: EmbeddedValkey, client: "redis.Redis"
+) -> None:
+    forgotten, kept = Job(publisher, job_id="forgotten"), Job(publisher)
+    assert await forgotten.is_sent()
+    server.freeze()
+    forgotten.say("word ")
+    await until(lambda: publisher._in_flight)
+    forgotten.publication.needs_snapshot = True  # it would take the id of the end, which the sweeps will tell
+    forgotten.end()
+    forgotten.publication.forget()
+    server.kill()
+    server.start()
+    kept.say("more ")
+    assert await kept.is_sent()
+    assert log(client, "forgotten") == []
+
+
 # -- announcing again --
 
 
