@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -87,7 +88,8 @@ class PostgresServer(EmbeddedProcess):
         children = [] if signum == self.stop_signal else psutil.Process(self.pid).children()
         super()._signal(signum)
         for child in children:
-            child.send_signal(signum)
+            with suppress(psutil.NoSuchProcess):  # a connection that has just ended
+                child.send_signal(signum)
         if signum == signal.SIGKILL:
             psutil.wait_procs(children)  # The last one holds the shared memory that a new start needs.
 
