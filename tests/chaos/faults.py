@@ -91,6 +91,7 @@ class Saboteur:
         wait_until(lambda: all(worker.at_work for worker in self._working), "the first workers")
         began = time.monotonic()
         for fault in faults:
+            self._supervise()  # the fault before may have taken longer than until this one
             while time.monotonic() < began + fault.at:
                 time.sleep(_SUPERVISED_EVERY)
                 self._supervise()
