@@ -11,7 +11,6 @@ from typing import Final
 from benchmarks.bench import Bench, Load, Sample
 
 _DELTAS_A_SECOND: Final = 8000  #: Over all streams, so that only their number differs.
-_MOST_REPETITIONS: Final = 2
 _AT_ONCE: Final = 10  #: Streams in flight while their length is varied.
 
 
@@ -21,7 +20,7 @@ def flat_streams(bench: Bench) -> None:
     counts = (100, 500) if bench.quick else (100, 500, 1000, 2000)
     with ExitStack() as stack:
         workers = [stack.enter_context(bench.floor()), stack.enter_context(bench.millrace())]
-        for repetition in range(min(bench.repeat, _MOST_REPETITIONS)):
+        for repetition in range(bench.repeat):
             for streams in counts:
                 rate = _DELTAS_A_SECOND / streams
                 seconds = 2 + streams / 400 + window
