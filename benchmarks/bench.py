@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import psutil
+
 from benchmarks.contenders import FLOOR, MILLRACE, TUTORIALS, UNMERGED, Contender, Floor, Millrace, Tutorial
 from benchmarks.harness import BenchmarkError, Cores, Process, python
 from benchmarks.services import Services
@@ -67,6 +69,7 @@ class Reading:
     redis_cpu: float
     provider_cpu: float
     redis_commands: dict[str, int]
+    stolen: float  #: Seconds of all cores in which the host served other machines.
 
     def since(self, earlier: "Reading") -> "Reading":
         """Return the growth."""
@@ -77,6 +80,7 @@ class Reading:
             self.redis_cpu - earlier.redis_cpu,
             self.provider_cpu - earlier.provider_cpu,
             {name: n for name, n in commands.items() if n},
+            self.stolen - earlier.stolen,
         )
 
 
@@ -136,6 +140,12 @@ class Bench:
         self._directory = directory
         self._numbers = itertools.count(1)
         self._began = time.monotonic()
+        self._stolen_before = stolen_seconds()
+
+    @property
+    def stolen_share(self) -> float:
+        """The share of a core that the host has taken for other machines since the run began."""
+        return (stolen_seconds() - self._stolen_before) / (time.monotonic() - self._began)
 
     def say(self, text: str) -> None:
         """Print a line of progress."""
@@ -244,7 +254,7 @@ class Bench:
     def read(self, contender: Contender) -> Reading:
         """Return the counters now."""
         services = self.services.read()
-        return Reading(time.monotonic(), contender.process.cpu_seconds(), *services)
+        return Reading(time.monotonic(), contender.process.cpu_seconds(), *services, stolen_seconds())
 
     def start(self, name: str, command: list[str], cores: frozenset[int] | None = None) -> Process:
         """Start a process of the harness's side; the caller stops it."""
@@ -306,6 +316,11 @@ def _arrivals(result: dict[str, Any], file: Path) -> Arrivals:
     if file.exists():
         pairs.frombytes(file.read_bytes())
     return Arrivals(pairs, int(result["first_end_ns"]))
+
+
+def stolen_seconds() -> float:
+    """Return the seconds, of all cores, in which this machine wanted to run and its host let others run."""
+    return float(psutil.cpu_times().steal)
 
 
 def percentile(ascending: list[float], share: float) -> float:

@@ -115,7 +115,8 @@ def results(bench: Bench, incomplete: list[str]) -> Results:
         "cores": {"worker": sorted(bench.cores.worker), "rest": sorted(bench.cores.rest)},
         "tutorial_concurrency": bench.concurrency,
     }
-    return Results(run, _machine(), _versions(bench), figures(bench.samples), bench.samples)
+    machine = _machine() | {"stolen_share": bench.stolen_share}
+    return Results(run, machine, _versions(bench), figures(bench.samples), bench.samples)
 
 
 def figures(samples: Iterable[Sample]) -> list[Figure]:
@@ -268,6 +269,7 @@ def table(found: Results) -> str:
     how = f"{run['repetitions']} repetitions{' (quick)' if run['quick'] else ''}"
     head = [
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB; {machine['system']}",
+        f"{machine['stolen_share']:.1%} of a core were taken by the host for other machines",
         f"worker on core {run['cores']['worker']}, everything else on {run['cores']['rest']}; {how}",
         ", ".join(f"{name} {version}" for name, version in found.versions.items()),
         "",

@@ -78,6 +78,7 @@ def _measure_point(
         "delivered": len(latencies) / seconds / (streams * rate),
         "window_s": seconds,
         "core_share": outcome.used.cpu / outcome.used.wall,
+        "stolen_share": outcome.used.stolen / outcome.used.wall,
         "failed": outcome.failed,
     }
     held = (
