@@ -6,6 +6,7 @@ receipt, beyond what reading the provider directly takes.
 """
 
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Final
 
 from benchmarks.bench import Bench, Load, Outcome, Sample, percentile
@@ -15,6 +16,8 @@ LIMIT_MS: Final = 50.0  #: Added latency at p99 up to which a load counts as hel
 _DELIVERED: Final = 0.97  #: Share of the nominal rate that must arrive, or the load is not what it says.
 _SETTLE_SECONDS: Final = 0.5
 _direct: Final[dict[tuple[int, float], list[float]]] = {}
+_DISTURBED: Final = 0.05  #: Share of a core; what a host takes beyond that shows in the latencies.
+_MOST_ROUNDS: Final = 4  #: Times as many rounds as repetitions.
 _FIRST_STREAMS: Final = {10.0: 50, 50.0: 10}
 _HEAD_START: Final = 5  #: Our worker's first load is that many times larger.
 _MOST_STREAMS: Final = 8000
@@ -34,10 +37,18 @@ def load(bench: Bench) -> None:
 
 
 def hold(bench: Bench) -> None:
-    """Repeat the load that the design promises: 1,000 streams at 10 deltas a second."""
+    """Repeat the load that the design promises: 1,000 streams at 10 deltas a second.
+
+    A round in which the host took time from this machine tells of the host. It is kept as ``hold_disturbed`` and
+    made up for, as far as there is hope.
+    """
     with bench.millrace() as worker:
-        for repetition in range(bench.repeat):
+        for repetition in range(_MOST_ROUNDS * bench.repeat):
             _measure_point(bench, worker, 1000, 10.0, "hold", repetition)
+            if bench.samples[-1].metrics["stolen_share"] > _DISTURBED:
+                bench.samples[-1] = replace(bench.samples[-1], measure="hold_disturbed")
+            if sum(sample.measure == "hold" for sample in bench.samples) == bench.repeat:
+                break
 
 
 def _find_capacity(bench: Bench, worker: Contender, rate: float, first: int) -> None:
