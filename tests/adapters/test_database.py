@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -12,18 +12,8 @@ from sqlalchemy import Connection, Engine, select, text
 from api_contracts.database import make_engine
 from api_contracts.errors import StoreUnavailableError
 from api_contracts.tables import now, workers
-from worker import schema
 from worker.database import Database, StoreRefusedError
 from worker.embedded import sqlite_url
-
-
-@pytest.fixture
-def engine(database_url: str) -> Iterator[Engine]:
-    """A migrated database, as a worker sees it."""
-    engine = make_engine(database_url, writer=True)
-    schema.migrate(engine)
-    yield engine
-    engine.dispose()
 
 
 @contextlib.asynccontextmanager

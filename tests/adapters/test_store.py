@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -11,12 +11,11 @@ import pytest
 from sqlalchemy import Connection, Engine, func, select, update
 
 from api_contracts import queries
-from api_contracts.database import make_engine
 from api_contracts.errors import ErrorCode
 from api_contracts.jobs import Job, parse_job
 from api_contracts.results import Choice, CompletionResult, JobStatus, ToolCall, Usage, UsageSource
 from api_contracts.tables import attempts, jobs, now, rejected_messages, seconds_from_now, workers
-from worker import schema, store
+from worker import store
 from worker.failures import Failure
 from worker.store import (
     Beat,
@@ -47,15 +46,6 @@ HELLO = Choice(
     finish_reason="stop",
     tool_calls=[ToolCall(id="c1", name="look", arguments="{}", arguments_valid=True)],
 )
-
-
-@pytest.fixture
-def engine(database_url: str) -> Iterator[Engine]:
-    """A migrated database, as a worker sees it."""
-    engine = make_engine(database_url, writer=True)
-    schema.migrate(engine)
-    yield engine
-    engine.dispose()
 
 
 class Store:

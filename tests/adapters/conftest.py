@@ -1,0 +1,22 @@
+"""Fixtures of the tests against real servers.
+
+In: the databases of the common fixtures.  Out: engines.  Exists so that the store and its thread are tried on the
+same tables.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy import Engine
+
+from api_contracts.database import make_engine
+from worker import schema
+
+
+@pytest.fixture
+def engine(database_url: str) -> Iterator[Engine]:
+    """A migrated database, as a worker sees it."""
+    engine = make_engine(database_url, writer=True)
+    schema.migrate(engine)
+    yield engine
+    engine.dispose()
