@@ -26,11 +26,11 @@ LOCKED := $(PIP_INSTALL) --require-hashes --only-binary=:all:
 .PHONY: help demo test check format conformance interop chaos bench fuzz lock clean
 
 help: ## Show this list
-	@echo "Millrace: a background worker for streaming LLM completions."
+	@echo "Keepstream: a background worker for streaming LLM completions."
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/runtime ## Run jobs through a real worker and watch them, with nothing else installed
-	@$(BIN)/millrace demo $(ARGS)
+	@$(BIN)/keepstream demo $(ARGS)
 
 test: $(VENV)/dev ## Run all tests, with real servers and real worker processes [ARGS=-x]
 	@echo "Running the tests; they start their own Valkey and PostgreSQL."
@@ -42,7 +42,7 @@ check: $(VENV)/dev ## Formatting, lint, types, layers, and that schemas and migr
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(PY) -m api_contracts.generate_schemas --check
+	$(PY) -m keepstream.schemas.generate --check
 	$(PY) -m pytest -q tests/adapters/test_migrations.py
 
 format: $(VENV)/dev ## Format the code and fix what can be fixed
@@ -83,7 +83,7 @@ clean: ## Remove the environment and everything generated
 
 $(VENV)/python:
 	@python="$(PYTHON)"; if [ -z "$$python" ] || ! "$$python" -c '$(FITS)'; then \
-	    echo "Millrace needs Python 3.11 to 3.14; $${python:-python3} is $$("$${python:-python3}" --version 2>&1)." >&2; \
+	    echo "Keepstream needs Python 3.11 to 3.14; $${python:-python3} is $$("$${python:-python3}" --version 2>&1)." >&2; \
 	    echo "Name another one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 1; \
 	  fi; \
 	  echo "Creating $(VENV) with $$("$$python" --version) ..."; \

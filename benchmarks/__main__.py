@@ -33,7 +33,7 @@ def main() -> int:
     os.sched_setaffinity(0, cores.rest)  # Whatever is started from here on stays off the worker's core.
     failures = []
     with ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="millrace-bench-")))
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="keepstream-bench-")))
         directory.chmod(0o755)  # PostgreSQL does not run as root and must reach its data.
         bench = Bench(Services(stack, directory), cores, directory, quick=arguments.quick, repeat=arguments.repeat)
         if bench.services.postgres_url is None:

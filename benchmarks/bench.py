@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import psutil
 
-from benchmarks.contenders import FLOOR, MILLRACE, TUTORIALS, UNMERGED, Contender, Floor, Millrace, Tutorial
+from benchmarks.contenders import FLOOR, KEEPSTREAM, TUTORIALS, UNMERGED, Contender, Floor, Keepstream, Tutorial
 from benchmarks.harness import BenchmarkError, Cores, Process, python
 from benchmarks.services import Services
 
@@ -159,7 +159,7 @@ class Bench:
         self.say(f"{sample.measure:<13} {sample.contender:<17} {parameters}: {metrics}")
 
     @contextmanager
-    def millrace(
+    def keepstream(
         self,
         *,
         database: str = "sqlite",
@@ -168,9 +168,9 @@ class Bench:
         warm: bool = True,
     ) -> Iterator[Contender]:
         """Run this project's worker; without ``merging`` it never makes one event of several deltas."""
-        number, log = self._number_and_log(MILLRACE)
-        url = self.services.new_database(database, f"millrace-{number}")
-        worker = Millrace(MILLRACE if merging else UNMERGED, self.services, url, self.cores.worker, log, events_url)
+        number, log = self._number_and_log(KEEPSTREAM)
+        url = self.services.new_database(database, f"keepstream-{number}")
+        worker = Keepstream(KEEPSTREAM if merging else UNMERGED, self.services, url, self.cores.worker, log, events_url)
         yield from self._running(worker, warm=warm)
 
     @contextmanager

@@ -10,10 +10,10 @@ import json
 
 import redis
 
-from api_contracts.client import AsyncClient, Client
-from api_contracts.events import DeltaEvent
-from api_contracts.names import DEFAULT_TENANT, job_keys
 from benchmarks.followers import say
+from keepstream.client.client import AsyncClient, Client
+from keepstream.events import DeltaEvent
+from keepstream.names import DEFAULT_TENANT, job_keys
 
 
 def _client(redis_url: str, job: str) -> int:

@@ -12,21 +12,21 @@ from typing import Any, Final
 
 import sqlalchemy as sa
 
-from api_contracts import names, tables
 from benchmarks import tutorial
 from benchmarks.harness import ROOT, BenchmarkError, Process, python
 from benchmarks.services import Services
 from benchmarks.wire import celery_message, completion_body
+from keepstream import names, tables
 
-MILLRACE: Final = "millrace"
-UNMERGED: Final = "millrace-unmerged"  #: The same worker, told to publish every delta on its own.
+KEEPSTREAM: Final = "keepstream"
+UNMERGED: Final = "keepstream-unmerged"  #: The same worker, told to publish every delta on its own.
 FLOOR: Final = "floor"
 DIRECT: Final = "direct"  #: Reading the provider without any worker; the reference of latencies.
 TUTORIALS: Final = ("prefork", "threads", "gevent", "asyncio")
 
 
 _CONCURRENCY: Final = 10_000  #: Jobs our worker takes at once: more than any load has.
-_SETTINGS: Final = {UNMERGED: {"MILLRACE_MERGE_ABOVE": str(2**31)}}
+_SETTINGS: Final = {UNMERGED: {"KEEPSTREAM_MERGE_ABOVE": str(2**31)}}
 
 
 def tutorial_name(pool: str) -> str:
@@ -156,7 +156,7 @@ class Tutorial(_CeleryContender):
         return celery_message(self._task, job, self._queue, job, self.channel(job), script)
 
 
-class Millrace(_CeleryContender):
+class Keepstream(_CeleryContender):
     """This project's worker."""
 
     ended = '"type":"job.'
@@ -175,15 +175,15 @@ class Millrace(_CeleryContender):
         """Start it; ``events_url`` is the Redis of the events if it is not the broker's."""
         super().__init__(name, services, name, database_url)
         environment = {names.ENV_DATABASE_URL: database_url}
-        migrate = python("worker.cli", "migrate")
+        migrate = python("keepstream_worker.commands.cli", "migrate")
         made = subprocess.run(
             migrate, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False
         )
         if made.returncode:
-            raise BenchmarkError(f"millrace migrate failed: {made.stderr}")
+            raise BenchmarkError(f"keepstream migrate failed: {made.stderr}")
         self.process = Process(
             self.name,
-            python("worker.cli", "worker"),
+            python("keepstream_worker.commands.cli", "worker"),
             cores,
             log,
             environment
@@ -191,9 +191,9 @@ class Millrace(_CeleryContender):
                 names.ENV_REDIS_URL: events_url or services.redis_url,
                 names.ENV_BROKER_URL: services.redis_url,
                 names.ENV_QUEUE: name,
-                "MILLRACE_CONCURRENCY": str(_CONCURRENCY),
+                "KEEPSTREAM_CONCURRENCY": str(_CONCURRENCY),
                 **_SETTINGS.get(name, {}),
-                "MILLRACE_LOG_LEVEL": "warning",
+                "KEEPSTREAM_LOG_LEVEL": "warning",
                 "OPENAI_BASE_URL": services.base_url,
                 "OPENAI_API_KEY": "none",
             },

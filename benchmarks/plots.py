@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from benchmarks.bench import Sample
-from benchmarks.contenders import FLOOR, MILLRACE
+from benchmarks.contenders import FLOOR, KEEPSTREAM
 from benchmarks.measures.load import LIMIT_MS
 from benchmarks.report import Results
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _GREY: Final = "#7d8590"
 _COLOURS: Final = {
-    MILLRACE: "#2f81f7",
+    KEEPSTREAM: "#2f81f7",
     FLOOR: "#57ab5a",
     "tutorial-asyncio": "#d4a72c",
     "tutorial-gevent": "#e0823d",
@@ -33,7 +33,7 @@ _STYLE: Final[Any] = {
     "axes.facecolor": "none",
     "savefig.transparent": True,
     "svg.fonttype": "none",
-    "svg.hashsalt": "millrace",  # The same results give the same file.
+    "svg.hashsalt": "keepstream",  # The same results give the same file.
     "font.family": "sans-serif",
     "font.sans-serif": ["Inter", "Helvetica", "Arial", "DejaVu Sans"],
     "font.size": 11,

@@ -23,7 +23,7 @@ from typing import Any, Final
 import psutil
 
 from benchmarks.bench import Bench, Sample
-from benchmarks.contenders import DIRECT, FLOOR, MILLRACE, UNMERGED
+from benchmarks.contenders import DIRECT, FLOOR, KEEPSTREAM, UNMERGED
 from benchmarks.harness import ROOT
 
 _PACKAGES: Final = (
@@ -145,7 +145,7 @@ def _differences(above: list[float], below: list[float]) -> list[float]:
 def _cpu_figures(ask: _Samples) -> Iterable[Figure]:
     metric = "cpu_us_per_delta"
     for measure, least_gain, most_floors in (("saturated", 12.0, 5.0), ("paced", 5.0, None)):
-        ours = ask.values(measure, MILLRACE, metric)
+        ours = ask.values(measure, KEEPSTREAM, metric)
         floor = ask.values(measure, FLOOR, metric)
         yield Figure(f"{measure}_us", f"{measure}: CPU per delta, µs", ours)
         yield Figure(f"{measure}_floor_us", f"{measure}: CPU per delta of the floor, µs", floor)
@@ -164,20 +164,20 @@ def _cpu_figures(ask: _Samples) -> Iterable[Figure]:
 
 def _latency_figures(ask: _Samples) -> Iterable[Figure]:
     for share, limit in (("p50", 5.0), ("p99", 50.0)):
-        values = ask.values("hold", MILLRACE, f"added_{share}_ms")
+        values = ask.values("hold", KEEPSTREAM, f"added_{share}_ms")
         title = f"1,000 streams at 10/s: added latency {share}, ms"
-        disturbed = len(ask.values("hold_disturbed", MILLRACE, f"added_{share}_ms"))
+        disturbed = len(ask.values("hold_disturbed", KEEPSTREAM, f"added_{share}_ms"))
         note = f"{disturbed} rounds left out: the host was busy" if disturbed else ""
         yield Figure(f"hold_{share}_ms", title, values, at_most=limit, note=note)
     for rate in (10.0, 50.0):
-        ours = ask.values("capacity", MILLRACE, "streams", rate=rate)
+        ours = ask.values("capacity", KEEPSTREAM, "streams", rate=rate)
         yield Figure(f"capacity_{rate:.0f}", f"streams held at {rate:.0f}/s, p99 added < 50 ms", ours)
         if best := ask.best_tutorial("capacity", "streams", most=True, rate=rate):
             name, theirs = best
             yield Figure(
                 f"capacity_{rate:.0f}_tutorial", f"streams held at {rate:.0f}/s by the best tutorial", theirs, note=name
             )
-    ours, direct = ask.values("first_delta", MILLRACE, "p50_ms"), ask.values("first_delta", DIRECT, "p50_ms")
+    ours, direct = ask.values("first_delta", KEEPSTREAM, "p50_ms"), ask.values("first_delta", DIRECT, "p50_ms")
     title = "enqueue → first delta at p50, beyond the provider's own time, ms"
     yield Figure("first_delta_ms", title, _differences(ours, direct), at_most=15.0)
     if best := ask.best_tutorial("first_delta", "p50_ms"):
@@ -187,7 +187,7 @@ def _latency_figures(ask: _Samples) -> Iterable[Figure]:
 
 
 def _memory_figures(ask: _Samples) -> Iterable[Figure]:
-    ours = ask.values("memory", MILLRACE, "uss_kb_per_stream")
+    ours = ask.values("memory", KEEPSTREAM, "uss_kb_per_stream")
     yield Figure("memory_kb", "memory per stream in flight, KB", ours, at_most=100.0)
     if best := ask.best_tutorial("memory", "uss_kb_per_stream"):
         name, theirs = best
@@ -205,14 +205,16 @@ def _flatness_figures(ask: _Samples) -> Iterable[Figure]:
             "20,000 deltas a stream ÷ at 100",
         ),
     ):
-        ratios = _ratios(ask.values(measure, MILLRACE, metric, **many), ask.values(measure, MILLRACE, metric, **few))
+        ratios = _ratios(
+            ask.values(measure, KEEPSTREAM, metric, **many), ask.values(measure, KEEPSTREAM, metric, **few)
+        )
         yield Figure(measure, f"CPU per delta at {what}", ratios, at_most=1.2)
 
 
 def _job_figures(ask: _Samples) -> Iterable[Figure]:
     metric = "jobs_per_core_second"
     for database, least in (("postgresql", 5.0), ("sqlite", None)):
-        ours = ask.values("short_jobs", MILLRACE, metric, database=database)
+        ours = ask.values("short_jobs", KEEPSTREAM, metric, database=database)
         yield Figure(f"jobs_{database}", f"jobs of 20 deltas per second of a core, {database}", ours)
         if best := ask.best_tutorial("short_jobs", metric, most=True, database=database):
             name, theirs = best
@@ -223,7 +225,7 @@ def _job_figures(ask: _Samples) -> Iterable[Figure]:
 def _publishing_figures(ask: _Samples) -> Iterable[Figure]:
     direct = ask.values("publishing", DIRECT, "seconds")
     for redis in ("near", "slow", "away"):
-        ratios = _ratios(ask.values("publishing", MILLRACE, "seconds", redis=redis), direct)
+        ratios = _ratios(ask.values("publishing", KEEPSTREAM, "seconds", redis=redis), direct)
         title = f"wall time of a paced stream ÷ the provider's own, Redis {redis}"
         yield Figure(f"publishing_{redis}", title, ratios, at_most=1.02)
     theirs = _ratios(ask.values("publishing", "tutorial-threads", "seconds", redis="slow"), direct)
@@ -232,9 +234,9 @@ def _publishing_figures(ask: _Samples) -> Iterable[Figure]:
 
 def _other_figures(ask: _Samples) -> Iterable[Figure]:
     for measure in ("saturated", "paced"):
-        values = ask.values(measure, MILLRACE, "redis_cpu_us_per_delta")
+        values = ask.values(measure, KEEPSTREAM, "redis_cpu_us_per_delta")
         yield Figure(f"redis_{measure}_ms", f"{measure}: Redis CPU per 1,000 deltas, ms", values)
-        values = ask.values(measure, MILLRACE, "redis_commands_per_1000")
+        values = ask.values(measure, KEEPSTREAM, "redis_commands_per_1000")
         yield Figure(
             f"redis_{measure}_commands", f"{measure}: Redis commands per 1,000 deltas, scripts' own too", values
         )
@@ -242,11 +244,11 @@ def _other_figures(ask: _Samples) -> Iterable[Figure]:
         values = ask.values("follower", f"client-{kind}", "cpu_us_per_delta")
         yield Figure(f"follower_{kind}_us", f"CPU per delta of the client's follow(), {kind}, µs", values)
     yield Figure(
-        "startup_s", "start of the worker → end of a waiting job, s", ask.values("startup", MILLRACE, "seconds")
+        "startup_s", "start of the worker → end of a waiting job, s", ask.values("startup", KEEPSTREAM, "seconds")
     )
-    imports = ask.values("import", "python", "ms", statement="import api_contracts")
+    imports = ask.values("import", "python", "ms", statement="import keepstream")
     bare = ask.values("import", "python", "ms", statement="pass")
-    yield Figure("import_ms", "import api_contracts, ms", _differences(imports, bare))
+    yield Figure("import_ms", "import keepstream, ms", _differences(imports, bare))
     pydantic = ask.values("import", "python", "ms", statement="import pydantic")
     yield Figure("import_pydantic_ms", "of which pydantic, ms", _differences(pydantic, bare))
 
@@ -314,7 +316,7 @@ def _cpu_model() -> str:
 
 
 def _versions(bench: Bench) -> dict[str, str]:
-    versions = {"python": platform.python_version(), "valkey": bench.valkey_version, "millrace": _commit()}
+    versions = {"python": platform.python_version(), "valkey": bench.valkey_version, "keepstream": _commit()}
     for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

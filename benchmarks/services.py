@@ -14,7 +14,7 @@ import redis
 import sqlalchemy as sa
 
 from benchmarks.harness import cpu_seconds
-from worker.embedded import EmbeddedProvider, EmbeddedValkey
+from keepstream_worker.dev_stack.embedded import EmbeddedProvider, EmbeddedValkey
 
 
 class ServiceReading(NamedTuple):

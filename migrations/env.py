@@ -1,8 +1,8 @@
-"""How Alembic reaches the database: through the connection that ``worker.schema`` hands over."""
+"""How Alembic reaches the database: through the connection that ``keepstream_worker.store.schema`` hands over."""
 
 from alembic import context
 
-from api_contracts.tables import metadata
+from keepstream.tables import metadata
 
 connection = context.config.attributes["connection"]
 if connection.dialect.name == "postgresql":

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import redis
 
+from keepstream_worker.dev_stack.embedded import EmbeddedValkey, sqlite_url
+from keepstream_worker.dev_stack.scripted_provider import ScriptedProvider
 from tests.services import PostgresServer
-from worker.embedded import EmbeddedValkey, sqlite_url
-from worker.scripted_provider import ScriptedProvider
 
 # A shell that runs us in the background has Ctrl-C ignored, and every process started here would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -52,7 +52,7 @@ def postgres_url(postgres: PostgresServer) -> Iterator[str]:
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The URL of an empty database, once on each of the databases we support."""
     if request.param == "sqlite":
-        return sqlite_url(tmp_path / "millrace.db")
+        return sqlite_url(tmp_path / "keepstream.db")
     url: str = request.getfixturevalue("postgres_url")
     return url
 

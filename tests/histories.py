@@ -7,7 +7,7 @@ job's history in a few lines.
 import json
 from typing import Any
 
-from api_contracts.results import output_sha256
+from keepstream.results import output_sha256
 
 JOB_ID = "job-1"
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import hiredis
 
-from api_contracts.names import EventId
+from keepstream.names import EventId
 
 
 class Call(NamedTuple):

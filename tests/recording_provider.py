@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import uvloop
 from typing_extensions import override
 
-from worker.embedded import EmbeddedProvider
-from worker.scripted_provider import ScriptedProvider
-from worker.scripted_provider.connection import Attempt, Connection, Performance, Request
+from keepstream_worker.dev_stack.embedded import EmbeddedProvider
+from keepstream_worker.dev_stack.scripted_provider import ScriptedProvider
+from keepstream_worker.dev_stack.scripted_provider.connection import Attempt, Connection, Performance, Request
 
 
 class ProviderAttempt(NamedTuple):

@@ -18,7 +18,7 @@ import psutil
 import psycopg
 from typing_extensions import override
 
-from worker.embedded import EmbeddedProcess, EmbeddedServiceError, free_port
+from keepstream_worker.dev_stack.embedded import EmbeddedProcess, EmbeddedServiceError, free_port
 
 #: The user that runs the server if we are root, which PostgreSQL refuses to be.
 UNPRIVILEGED_USER: Final = "nobody"

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from api_contracts.errors import ErrorCode
-from worker.failures import Failure
-from worker.stream import Delta, Limits, Output, StreamReader
+from keepstream.errors import ErrorCode
+from keepstream_worker.providers.stream import Limits, Output, StreamReader
+from keepstream_worker.values import Delta, Failure
 
 CASES: Final = Path(__file__).parent / "conformance" / "sse_cases.jsonl"
 CAUSES: Final[dict[str, Failure | None]] = {

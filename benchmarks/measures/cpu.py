@@ -41,8 +41,8 @@ def saturated(bench: Bench) -> None:
     # CPU per delta does not depend on how often it is repeated, and the tutorials take 1 s for 3,000 deltas.
     tutorials_load = Load(12 if bench.quick else 40, 500)
     with ExitStack() as stack:
-        runs = [(stack.enter_context(bench.floor()), load), (stack.enter_context(bench.millrace()), load)]
-        runs.append((stack.enter_context(bench.millrace(merging=False)), load))
+        runs = [(stack.enter_context(bench.floor()), load), (stack.enter_context(bench.keepstream()), load)]
+        runs.append((stack.enter_context(bench.keepstream(merging=False)), load))
         runs += [(stack.enter_context(bench.tutorial(pool)), tutorials_load) for pool in bench.all_pools]
         for repetition in range(bench.repeat):
             for worker, its_load in runs:
@@ -56,7 +56,7 @@ def paced(bench: Bench) -> None:
     deltas = 60 if bench.quick else 150
     many, few = Load(200, deltas, _PACE), Load(_HELD_BY_TUTORIALS, deltas, _PACE)
     with ExitStack() as stack:
-        runs = [(stack.enter_context(bench.floor()), many), (stack.enter_context(bench.millrace()), many)]
+        runs = [(stack.enter_context(bench.floor()), many), (stack.enter_context(bench.keepstream()), many)]
         for pool in bench.pools:
             # Prefork would need 200 processes, 5 GB, for the larger load.
             slots = few.streams if pool == "prefork" or bench.quick else many.streams

@@ -21,7 +21,7 @@ def first_delta(bench: Bench) -> None:
     """Measure one job after the other on an otherwise idle machine."""
     jobs = 15 if bench.quick else 50
     _record(bench, DIRECT, [_read_directly(bench) for _ in range(jobs)])
-    with bench.millrace() as worker:
+    with bench.keepstream() as worker:
         _record(bench, worker.name, [_run(bench, worker, number) for number in range(jobs)])
     for pool in bench.pools:
         with bench.tutorial(pool) as worker:

@@ -19,7 +19,7 @@ def flat_streams(bench: Bench) -> None:
     window = 2.0 if bench.quick else 4.0
     counts = (100, 500) if bench.quick else (100, 500, 1000, 2000)
     with ExitStack() as stack:
-        workers = [stack.enter_context(bench.floor()), stack.enter_context(bench.millrace())]
+        workers = [stack.enter_context(bench.floor()), stack.enter_context(bench.keepstream())]
         for repetition in range(bench.repeat):
             for streams in counts:
                 rate = _DELTAS_A_SECOND / streams
@@ -44,7 +44,7 @@ def flat_length(bench: Bench) -> None:
     """Measure what a delta costs in streams of growing length, beyond the cost of the job itself."""
     lengths = (1, 100, 2000) if bench.quick else (1, 100, 1000, 5000, 20_000)
     with ExitStack() as stack:
-        workers = [stack.enter_context(bench.floor()), stack.enter_context(bench.millrace())]
+        workers = [stack.enter_context(bench.floor()), stack.enter_context(bench.keepstream())]
         for repetition in range(bench.repeat):
             for worker in workers:
                 cost_of_job = 0.0

@@ -18,7 +18,7 @@ _WAIT_SECONDS: Final = 60.0
 def follower(bench: Bench) -> None:
     """Follow one long stream with the client, sync and async, and with redis-py by hand."""
     load = Load(1, 1000 if bench.quick else 4000, _RATE)
-    with bench.millrace() as worker:
+    with bench.keepstream() as worker:
         for repetition in range(bench.repeat):
             for kind in ("sync", "async", "hand"):
                 job = f"follower-{kind}-{repetition}"

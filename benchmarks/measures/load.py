@@ -27,9 +27,9 @@ def load(bench: Bench) -> None:
     """Raise the load until it is not held, at 10 and at 50 deltas a second and stream."""
     rates = (10.0,) if bench.quick else (10.0, 50.0)
     with ExitStack() as stack:
-        millrace = stack.enter_context(bench.millrace())
+        keepstream = stack.enter_context(bench.keepstream())
         for rate in rates:
-            _find_capacity(bench, millrace, rate, _FIRST_STREAMS[rate] * _HEAD_START)
+            _find_capacity(bench, keepstream, rate, _FIRST_STREAMS[rate] * _HEAD_START)
     for pool in (pool for pool in bench.pools if pool != "prefork"):  # It would need a process, 60 MB, per stream.
         with bench.tutorial(pool, concurrency=1000) as worker:
             for rate in rates:
@@ -42,7 +42,7 @@ def hold(bench: Bench) -> None:
     A round in which the host took time from this machine tells of the host. It is kept as ``hold_disturbed`` and
     made up for, as far as there is hope.
     """
-    with bench.millrace() as worker:
+    with bench.keepstream() as worker:
         for repetition in range(_MOST_ROUNDS * bench.repeat):
             _measure_point(bench, worker, 1000, 10.0, "hold", repetition)
             if bench.samples[-1].metrics["stolen_share"] > _DISTURBED:

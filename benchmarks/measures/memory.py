@@ -15,7 +15,7 @@ def memory(bench: Bench) -> None:
     load = Load(streams, deltas=5 if bench.quick else 16, rate=1.0, stamped=True)
     with bench.floor() as worker:
         _measure(bench, worker, load)
-    with bench.millrace() as worker:
+    with bench.keepstream() as worker:
         _measure(bench, worker, load)
     for pool in (pool for pool in bench.pools if pool != "prefork"):
         with bench.tutorial(pool, concurrency=streams) as worker:

@@ -30,11 +30,11 @@ def publishing(bench: Bench) -> None:
     for repetition in range(min(bench.repeat, _MOST_REPETITIONS)):
         pairs = bench.read_directly(load).pairs
         _record(bench, DIRECT, "none", (max(pairs[::2]) - min(pairs[1::2])) / 1e9, repetition)
-        with bench.millrace() as worker:
+        with bench.keepstream() as worker:
             _record(bench, worker.name, "near", _seconds_until_stored(worker, load), repetition)
-        with _slow_redis(bench, _DELAY_SECONDS) as (_, url), bench.millrace(events_url=url) as worker:
+        with _slow_redis(bench, _DELAY_SECONDS) as (_, url), bench.keepstream(events_url=url) as worker:
             _record(bench, worker.name, "slow", _seconds_until_stored(worker, load), repetition)
-        with _slow_redis(bench, 0.0) as (proxy, url), bench.millrace(events_url=url) as worker:
+        with _slow_redis(bench, 0.0) as (proxy, url), bench.keepstream(events_url=url) as worker:
             _record(bench, worker.name, "away", _seconds_until_stored(worker, load, leaving=proxy), repetition)
         with (
             _slow_redis(bench, _DELAY_SECONDS) as (_, url),

@@ -20,7 +20,7 @@ def short_jobs(bench: Bench) -> None:
         if database == "postgresql" and bench.services.postgres_url is None:
             return
         with ExitStack() as stack:
-            runs = [(stack.enter_context(bench.millrace(database=database)), load)]
+            runs = [(stack.enter_context(bench.keepstream(database=database)), load)]
             tutorials = (stack.enter_context(bench.tutorial(pool, database=database)) for pool in bench.pools)
             runs += [(worker, tutorials_load) for worker in tutorials]
             for repetition in range(bench.repeat):

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from typing import Final
 
 from benchmarks.bench import Bench, Load, Sample
-from benchmarks.contenders import MILLRACE, Contender, tutorial_name
+from benchmarks.contenders import KEEPSTREAM, Contender, tutorial_name
 from benchmarks.harness import ROOT
 
 _LOAD: Final = Load(streams=1, deltas=1)
@@ -21,7 +21,7 @@ _LOAD: Final = Load(streams=1, deltas=1)
 def startup(bench: Bench) -> None:
     """Measure from the start of the process to the end of a first job of one delta, and the imports."""
     starts: dict[str, Callable[[], AbstractContextManager[Contender]]] = {
-        MILLRACE: lambda: bench.millrace(warm=False),
+        KEEPSTREAM: lambda: bench.keepstream(warm=False),
         tutorial_name("threads"): lambda: bench.tutorial("threads", warm=False),
         tutorial_name("prefork"): lambda: bench.tutorial("prefork", warm=False),
     }
@@ -32,7 +32,7 @@ def startup(bench: Bench) -> None:
                 bench.round(worker, _LOAD)
                 metrics = {"seconds": time.monotonic() - begin, "cpu_seconds": worker.process.cpu_seconds()}
             bench.record(Sample("startup", name, metrics, {}, repetition))
-        for statement in ("pass", "import pydantic", "import api_contracts"):
+        for statement in ("pass", "import pydantic", "import keepstream"):
             metrics = {"ms": _run_seconds(statement) * 1e3}
             bench.record(Sample("import", "python", metrics, {"statement": statement}, repetition))
 

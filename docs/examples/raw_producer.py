@@ -1,4 +1,4 @@
-"""Put one job on the queue, without any code of Millrace: JSON, base64 and a Redis client are enough.
+"""Put one job on the queue, without any code of Keepstream: JSON, base64 and a Redis client are enough.
 
 In: the broker's URL, a prompt, a model.  Out: a Celery message (protocol 2) on the list ``completions``; the job's
 id on standard output.  Exists to be read by whoever writes a producer in another language::

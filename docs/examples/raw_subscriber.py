@@ -1,4 +1,4 @@
-"""Watch one job to its end, without any code of Millrace: SUBSCRIBE for what is new, XRANGE for what was before.
+"""Watch one job to its end, without any code of Keepstream: SUBSCRIBE for what is new, XRANGE for what was before.
 
 In: the URL of Redis, a job's id.  Out: its events on standard output, one JSON text a line; exit code 0 if the
 text held at the end has the SHA-256 that the last event names.  Exists to be read by whoever writes a follower in
@@ -26,7 +26,7 @@ def place(event: dict[str, Any]) -> tuple[int, int]:
 
 def follow(client: redis.Redis, job_id: str, tenant: str = "default") -> Iterator[dict[str, Any]]:
     """Give every event of a job once and in order, whenever the reader comes."""
-    name = f"millrace:{tenant}:{{{job_id}}}"
+    name = f"keepstream:{tenant}:{{{job_id}}}"
     last = (0, 0)
     with client.pubsub() as pubsub:
         pubsub.subscribe(f"{name}:events")

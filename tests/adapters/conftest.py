@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import Engine
 
-from api_contracts.database import make_engine
-from worker import schema
+from keepstream.client.database import make_engine
+from keepstream_worker.store import schema
 
 
 @pytest.fixture

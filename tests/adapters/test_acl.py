@@ -9,11 +9,11 @@ import pytest
 import redis
 from redis.exceptions import NoPermissionError, ResponseError
 
-from api_contracts.client import Client
-from api_contracts.errors import BrokerUnavailableError, InvalidSettingError
-from api_contracts.names import QUEUE, control_channel, job_keys
-from tests.harness import Stand
-from worker.embedded import sqlite_url
+from keepstream.client.client import Client
+from keepstream.errors import BrokerUnavailableError, InvalidSettingError
+from keepstream.names import QUEUE, control_channel, job_keys
+from keepstream_worker.dev_stack.embedded import sqlite_url
+from tests.cluster import Cluster
 
 GUIDE = Path(__file__).parents[2] / "docs" / "operations" / "running.md"
 USERS = re.findall(r"^user (\S+) (on .*)$", GUIDE.read_text(), re.MULTILINE)
@@ -23,55 +23,55 @@ UrlOf = Callable[[str], str]
 
 
 @pytest.fixture
-def guarded(tmp_path: Path) -> Iterator[tuple[Stand, UrlOf]]:
-    """A stand whose worker is the guide's user `worker`, and the URL of each of the guide's users."""
-    with Stand(tmp_path, sqlite_url(tmp_path / "millrace.db")) as stand:
-        host = stand.valkey.url.removeprefix("redis://")
+def guarded(tmp_path: Path) -> Iterator[tuple[Cluster, UrlOf]]:
+    """A cluster whose worker is the guide's user `worker`, and the URL of each of the guide's users."""
+    with Cluster(tmp_path, sqlite_url(tmp_path / "keepstream.db")) as cluster:
+        host = cluster.valkey.url.removeprefix("redis://")
 
         def url_of(user: str) -> str:
             return f"redis://{user}:{user}-password@{host}"
 
-        with stand.redis() as admin:
+        with cluster.redis() as admin:
             for name, rules in USERS:
                 own = re.sub(r">\S+", f">{name}-password", rules).split()
                 admin.execute_command("ACL", "SETUSER", name, "reset", *own)
-        stand.start_worker(redis_url=url_of("worker"))
-        yield stand, url_of
+        cluster.start_worker(redis_url=url_of("worker"))
+        yield cluster, url_of
 
 
-def test_a_service_confined_to_its_tenant_enqueues_and_follows(guarded: tuple[Stand, UrlOf]) -> None:
-    stand, url_of = guarded
+def test_a_service_confined_to_its_tenant_enqueues_and_follows(guarded: tuple[Cluster, UrlOf]) -> None:
+    cluster, url_of = guarded
     with Client(url_of("shop"), broker_url=url_of("producer"), tenant="shop") as client:
         events = list(client.follow(client.enqueue(JOB)))
     assert events[-1].type == "job.completed"
-    with stand.redis() as admin:
+    with cluster.redis() as admin:
         assert [(entry["username"], entry["object"]) for entry in admin.acl_log()] == []  # nobody was refused anything
 
 
 @pytest.mark.parametrize("with_database", [False, True])
 def test_a_service_confined_to_its_tenant_cancels_its_jobs(
-    guarded: tuple[Stand, UrlOf], *, with_database: bool
+    guarded: tuple[Cluster, UrlOf], *, with_database: bool
 ) -> None:
-    stand, url_of = guarded
-    database_url = stand.database_url if with_database else None
+    cluster, url_of = guarded
+    database_url = cluster.database_url if with_database else None
     with Client(url_of("shop"), broker_url=url_of("producer"), database_url=database_url, tenant="shop") as client:
-        job_id = client.enqueue(stand.job(text="word " * 1000, rate=10))
-        stand.wait_for_deltas(job_id)
+        job_id = client.enqueue(cluster.job(text="word " * 1000, rate=10))
+        cluster.wait_for_deltas(job_id)
         client.cancel(job_id)
         *_, end = client.follow(job_id)
     assert end.type == "job.cancelled"
 
 
-def test_a_message_on_the_control_channel_cancels_no_job_of_another_tenant(guarded: tuple[Stand, UrlOf]) -> None:
-    stand, url_of = guarded
-    job_id = stand.enqueue(text="word " * 30, rate=30)
-    stand.wait_for_deltas(job_id)
+def test_a_message_on_the_control_channel_cancels_no_job_of_another_tenant(guarded: tuple[Cluster, UrlOf]) -> None:
+    cluster, url_of = guarded
+    job_id = cluster.enqueue(text="word " * 30, rate=30)
+    cluster.wait_for_deltas(job_id)
     with redis.Redis.from_url(url_of("shop")) as shop:
         shop.publish(control_channel(), json.dumps({"tenant": "default", "job_id": job_id}))
-    assert stand.wait_for(job_id).status == "completed"
+    assert cluster.wait_for(job_id).status == "completed"
 
 
-def test_a_service_cannot_touch_what_is_not_its_own(guarded: tuple[Stand, UrlOf]) -> None:
+def test_a_service_cannot_touch_what_is_not_its_own(guarded: tuple[Cluster, UrlOf]) -> None:
     _, url_of = guarded
     own, foreign = job_keys("shop", "j1"), job_keys("other", "j1")
     with redis.Redis.from_url(url_of("shop")) as shop:
@@ -94,13 +94,13 @@ def test_a_service_cannot_touch_what_is_not_its_own(guarded: tuple[Stand, UrlOf]
 
 
 @pytest.mark.parametrize(("user", "tenant"), [("shop", "other"), ("producer", "shop")])
-def test_who_may_not_follow_is_told_what_to_check(guarded: tuple[Stand, UrlOf], user: str, tenant: str) -> None:
+def test_who_may_not_follow_is_told_what_to_check(guarded: tuple[Cluster, UrlOf], user: str, tenant: str) -> None:
     _, url_of = guarded
     with Client(url_of(user), tenant=tenant) as client, pytest.raises(InvalidSettingError, match="NoPermissionError"):
         next(client.follow("j1"))
 
 
-def test_a_producer_can_put_jobs_on_the_queue_and_read_nothing(guarded: tuple[Stand, UrlOf]) -> None:
+def test_a_producer_can_put_jobs_on_the_queue_and_read_nothing(guarded: tuple[Cluster, UrlOf]) -> None:
     _, url_of = guarded
     with redis.Redis.from_url(url_of("producer")) as producer:
         for attempt in (lambda: producer.lrange(QUEUE, 0, -1), lambda: producer.rpop(QUEUE), producer.flushall):
@@ -108,7 +108,7 @@ def test_a_producer_can_put_jobs_on_the_queue_and_read_nothing(guarded: tuple[St
                 attempt()
 
 
-def test_nobody_without_a_password_gets_in(guarded: tuple[Stand, UrlOf]) -> None:
+def test_nobody_without_a_password_gets_in(guarded: tuple[Cluster, UrlOf]) -> None:
     """As the guide has it; here the default user stays, for the test's own use."""
     assert re.search(r"^user default off$", GUIDE.read_text(), re.MULTILINE)
     _, url_of = guarded

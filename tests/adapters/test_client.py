@@ -13,9 +13,10 @@ import pytest
 import redis
 from sqlalchemy import create_engine, select, update
 
-from api_contracts import names, tables
-from api_contracts.client import AsyncClient, Client
-from api_contracts.errors import (
+from keepstream import names, tables
+from keepstream.client.client import AsyncClient, Client
+from keepstream.client.sender import Sender
+from keepstream.errors import (
     BrokerUnavailableError,
     IdempotencyConflictError,
     InvalidJobError,
@@ -24,11 +25,10 @@ from api_contracts.errors import (
     NotConfiguredError,
     StoreUnavailableError,
 )
-from api_contracts.jobs import Job, parse_job
-from api_contracts.results import JobStatus
-from api_contracts.sender import Sender
-from api_contracts.tables import jobs
-from worker.embedded import EmbeddedValkey, sqlite_url
+from keepstream.jobs import Job, parse_job
+from keepstream.results import JobStatus
+from keepstream.tables import jobs
+from keepstream_worker.dev_stack.embedded import EmbeddedValkey, sqlite_url
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
 #: Seconds that an enqueue may take at most. It is bounded at two; the rest is for a busy machine.
@@ -241,7 +241,7 @@ def test_a_client_recovers_with_its_broker(own_valkey: EmbeddedValkey) -> None:
 
 
 def test_a_database_that_is_away_refuses_the_job(redis_url: str) -> None:
-    url = "postgresql+psycopg://someone:hunter2@127.0.0.1:1/millrace"
+    url = "postgresql+psycopg://someone:hunter2@127.0.0.1:1/keepstream"
     with Client(redis_url, database_url=url) as client:
         for call in (
             lambda: client.enqueue(model="m", messages=MESSAGES),

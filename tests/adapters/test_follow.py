@@ -12,22 +12,22 @@ import redis
 import redis.asyncio
 from sqlalchemy import create_engine
 
-from api_contracts import tables
-from api_contracts.client import AsyncClient, Client
-from api_contracts.errors import FollowTimeoutError, InvalidCursorError, InvalidSettingError, JobNotFoundError
-from api_contracts.events import Event
-from api_contracts.jobs import Job
-from api_contracts.names import job_keys
-from api_contracts.queries import queued_values
-from api_contracts.results import JobStatus, output_sha256
-from api_contracts.tables import attempts, choices, jobs
-from api_contracts.transcript import Transcript
-from tests import seam
+from keepstream import tables
+from keepstream.client.client import AsyncClient, Client
+from keepstream.client.queries import queued_values
+from keepstream.errors import FollowTimeoutError, InvalidCursorError, InvalidSettingError, JobNotFoundError
+from keepstream.events import Event
+from keepstream.jobs import Job
+from keepstream.names import job_keys
+from keepstream.results import JobStatus, output_sha256
+from keepstream.tables import attempts, choices, jobs
+from keepstream.transcript import Transcript
+from keepstream_worker.dev_stack.embedded import EmbeddedValkey
+from keepstream_worker.events.publisher import Publisher
+from keepstream_worker.values import Delta
+from tests import live_join
 from tests.histories import JOB_ID, attempt_failed, attempt_finished, delta, ended, started
-from tests.seam import append
-from worker.embedded import EmbeddedValkey
-from worker.publisher import Publisher
-from worker.stream import Delta
+from tests.live_join import append
 
 KEYS = job_keys("default", JOB_ID)
 HISTORY = [
@@ -105,9 +105,9 @@ def stored(database_url: str) -> str:
 
 
 async def test_followers_that_join_at_random_moments_miss_nothing(redis_url: str) -> None:
-    counts = await seam.run(redis_url, joins=200)
+    counts = await live_join.run(redis_url, joins=200)
     assert counts.joins == 200
-    assert counts.events == 200 * seam.EVENTS
+    assert counts.events == 200 * live_join.EVENTS
     assert counts.flawless
 
 
@@ -152,7 +152,7 @@ def test_the_sync_client_follows_just_as_well(redis_url: str) -> None:
             threads.append(threading.Thread(target=follow, args=(client,)))
             threads[-1].start()
             event_id = event.partition('"id": "')[2].partition('"')[0]
-            log.eval(seam.APPEND, 2, KEYS.log, KEYS.channel, event_id, event)
+            log.eval(live_join.APPEND, 2, KEYS.log, KEYS.channel, event_id, event)
         for thread in threads:
             thread.join(30)
     assert results == [IDS] * len(HISTORY)
@@ -176,7 +176,7 @@ async def test_followers_whose_connection_is_cut_go_on(
 async def test_a_restart_of_redis_that_loses_the_log_is_healed_by_the_worker() -> None:
     with EmbeddedValkey() as server:
         text = ""
-        publisher = Publisher(server.url, prefix="millrace", log_ttl=60, buffer_bytes=1_000_000, merge_above=1000)
+        publisher = Publisher(server.url, prefix="keepstream", log_ttl=60, buffer_bytes=1_000_000, merge_above=1000)
         publication = publisher.open(
             "default", JOB_ID, 1, lambda: {"choices": [{"index": 0, "content": text}], "finished": False}
         )

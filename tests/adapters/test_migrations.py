@@ -7,9 +7,9 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Engine
 
-from api_contracts.database import make_engine
-from api_contracts.tables import metadata
-from worker import schema
+from keepstream.client.database import make_engine
+from keepstream.tables import metadata
+from keepstream_worker.store import schema
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def test_migrated_tables_are_the_published_ones(engine: Engine) -> None:
 
 
 def test_a_database_without_tables_is_told_apart_from_a_migrated_one(engine: Engine) -> None:
-    with pytest.raises(schema.SchemaError, match="millrace migrate"):
+    with pytest.raises(schema.SchemaError, match="keepstream migrate"):
         schema.check(engine)
     schema.migrate(engine)
     schema.check(engine)

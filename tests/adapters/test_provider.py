@@ -16,11 +16,11 @@ from typing import Any, Self
 
 import pytest
 
-from api_contracts.errors import ErrorCode
-from worker.failures import Failure
-from worker.provider import ChatRequest, Provider, ProviderFailure, Providers, Timeouts
-from worker.provider_config import parse_providers
-from worker.scripted_provider import ScriptedProvider
+from keepstream.errors import ErrorCode
+from keepstream_worker.dev_stack.scripted_provider import ScriptedProvider
+from keepstream_worker.providers.config import parse_providers
+from keepstream_worker.providers.provider import ChatRequest, Provider, ProviderFailure, Providers, Timeouts
+from keepstream_worker.values import Failure
 
 PATIENT = Timeouts(connect=10.0, first_token=10.0, idle=10.0)
 REQUEST = ChatRequest("m-1", [{"role": "user", "content": "hi"}], {"script": {"text": "ok"}})
@@ -483,7 +483,7 @@ async def test_a_broken_connection_before_the_answer_is_a_connection_failure(beh
 async def test_a_broken_connection_within_the_answer_is_a_connection_failure(
     behaviour: Behaviour, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.provider._LOOK_SECONDS", 0.1)
+    monkeypatch.setattr("keepstream_worker.providers.provider._LOOK_SECONDS", 0.1)
     failure = await failure_of(behaviour)
     assert (failure.code, failure.http_status) == (ErrorCode.CONNECTION, 200)
     assert failure.provider_request_id == "req-7"
@@ -617,13 +617,13 @@ def cut(head: bytes, body: bytes = b'{"error":', *, reset: bool = False, stall: 
 async def test_the_status_decides_even_when_the_errors_body_cannot_be_read(
     behaviour: Behaviour, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.provider_http._ERROR_BODY_SECONDS", 1.0)
+    monkeypatch.setattr("keepstream_worker.providers.http._ERROR_BODY_SECONDS", 1.0)
     failure = await failure_of(behaviour)
     assert (failure.code, failure.http_status) == (ErrorCode.SERVER_ERROR, 500)
 
 
 async def test_an_errors_body_that_stalls_or_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.provider_http._ERROR_BODY_SECONDS", 0.2)
+    monkeypatch.setattr("keepstream_worker.providers.http._ERROR_BODY_SECONDS", 0.2)
     started = time.monotonic()
     failure = await failure_of(cut(b"content-length: 1000\r\n", stall=True))
     assert failure.code is ErrorCode.SERVER_ERROR

@@ -9,14 +9,14 @@ import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from api_contracts.events import Event, parse_event
-from api_contracts.names import EventId, job_keys, parse_event_id
-from api_contracts.transcript import Transcript
+from keepstream.events import Event, parse_event
+from keepstream.names import EventId, job_keys, parse_event_id
+from keepstream.transcript import Transcript
+from keepstream_worker.dev_stack.embedded import EmbeddedValkey
+from keepstream_worker.events.publisher import _SCRIPT, _SCRIPT_SHA, Flushed, Publication, Publisher
+from keepstream_worker.events.redis_link import pack
+from keepstream_worker.values import Delta
 from tests.log_model import LogModel
-from worker.accumulator import Delta
-from worker.embedded import EmbeddedValkey
-from worker.publisher import _SCRIPT, _SCRIPT_SHA, Flushed, Publication, Publisher
-from worker.redis_link import pack
 
 KEYS = job_keys("default", "job-1")
 BUFFER = 4096
@@ -39,7 +39,7 @@ def client(server: EmbeddedValkey) -> Iterator["redis.Redis"]:
 
 @pytest.fixture
 async def publisher(server: EmbeddedValkey) -> AsyncIterator[Publisher]:
-    publisher = Publisher(server.url, prefix="millrace", log_ttl=60, buffer_bytes=BUFFER, merge_above=MERGE_ABOVE)
+    publisher = Publisher(server.url, prefix="keepstream", log_ttl=60, buffer_bytes=BUFFER, merge_above=MERGE_ABOVE)
     yield publisher
     await publisher.close(timeout=0)
 
@@ -461,7 +461,7 @@ async def test_announcer_and_worker_at_the_same_time_end_the_log_once(
 
 async def test_closing_sends_what_is_pending_and_never_hangs(server: EmbeddedValkey, client: "redis.Redis") -> None:
     for number in range(100):
-        publisher = Publisher(server.url, prefix="millrace", log_ttl=60, buffer_bytes=BUFFER, merge_above=MERGE_ABOVE)
+        publisher = Publisher(server.url, prefix="keepstream", log_ttl=60, buffer_bytes=BUFFER, merge_above=MERGE_ABOVE)
         job = Job(publisher, job_id=f"job-{number}")
         assert await job.is_sent()
         job.say("the last ", "words")

@@ -9,19 +9,20 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, create_engine, select, update
 
-from api_contracts import queries, tables
-from api_contracts.database import Database
-from api_contracts.errors import (
+from keepstream import tables
+from keepstream.client import queries
+from keepstream.client.database import ClientDatabase
+from keepstream.errors import (
     IdempotencyConflictError,
     InvalidSettingError,
     JobNotFoundError,
     StoreUnavailableError,
 )
-from api_contracts.events import JobCancelled, terminal_event
-from api_contracts.jobs import Job, parse_job
-from api_contracts.names import RESEND_AFTER
-from api_contracts.results import JobStatus, Usage, UsageSource, output_sha256
-from api_contracts.tables import attempts, choices, jobs, tool_calls
+from keepstream.events import JobCancelled, terminal_event
+from keepstream.jobs import Job, parse_job
+from keepstream.names import RESEND_AFTER
+from keepstream.results import JobStatus, Usage, UsageSource, output_sha256
+from keepstream.tables import attempts, choices, jobs, tool_calls
 
 
 def make_job(**fields: Any) -> Job:
@@ -29,17 +30,17 @@ def make_job(**fields: Any) -> Job:
 
 
 @pytest.fixture
-def database(database_url: str) -> Iterator[Database]:
+def database(database_url: str) -> Iterator[ClientDatabase]:
     engine = create_engine(database_url)
     tables.metadata.create_all(engine)
     engine.dispose()
-    database = Database(database_url)
+    database = ClientDatabase(database_url)
     yield database
     database.close()
 
 
 @pytest.fixture
-def connection(database: Database) -> Iterator[Connection]:
+def connection(database: ClientDatabase) -> Iterator[Connection]:
     with database.transaction() as connection:
         yield connection
 
@@ -103,7 +104,7 @@ def test_tenants_may_use_the_same_id(connection: Connection) -> None:
     assert queries.enqueue(connection, make_job(id="x", tenant="b", temperature=1))
 
 
-def test_many_producers_of_one_key_make_one_job(database: Database) -> None:
+def test_many_producers_of_one_key_make_one_job(database: ClientDatabase) -> None:
     barrier = threading.Barrier(8)
 
     def produce(_: int) -> bool:
@@ -206,7 +207,7 @@ def test_an_unknown_job_and_another_tenants_job_cannot_be_cancelled(connection: 
     assert row(connection, job.id).status == "queued"
 
 
-def test_a_claim_and_a_cancel_at_the_same_moment_never_both_win(database: Database) -> None:
+def test_a_claim_and_a_cancel_at_the_same_moment_never_both_win(database: ClientDatabase) -> None:
     waiting = [make_job() for _ in range(60)]
     with database.transaction() as connection:
         for job in waiting:
@@ -346,14 +347,14 @@ def test_a_purge_takes_no_more_than_its_limit(connection: Connection) -> None:
 
 
 def test_a_database_without_our_tables_says_what_to_do(database_url: str) -> None:
-    database = Database(database_url)
-    with pytest.raises(StoreUnavailableError, match="millrace migrate"), database.transaction() as connection:
+    database = ClientDatabase(database_url)
+    with pytest.raises(StoreUnavailableError, match="keepstream migrate"), database.transaction() as connection:
         queries.get(connection, "a", "b")
     database.close()
 
 
 def test_a_database_that_is_away_is_an_error_without_the_password() -> None:
-    database = Database("postgresql+psycopg://someone:hunter2@127.0.0.1:1/millrace")
+    database = ClientDatabase("postgresql+psycopg://someone:hunter2@127.0.0.1:1/keepstream")
     with pytest.raises(StoreUnavailableError, match="refused") as caught, database.transaction():
         pass
     assert "hunter2" not in str(caught.value)
@@ -364,11 +365,11 @@ def test_a_database_that_is_away_is_an_error_without_the_password() -> None:
 @pytest.mark.parametrize("url", ["", "nonsense", "redis://localhost", "postgresql+nodriver://u:hunter2@h/d"])
 def test_a_url_that_is_none_is_an_error_without_its_text(url: str) -> None:
     with pytest.raises(InvalidSettingError, match="sqlite:///") as caught:
-        Database(url)
+        ClientDatabase(url)
     assert "hunter2" not in str(caught.value)
 
 
-def test_a_failed_transaction_leaves_nothing(database: Database) -> None:
+def test_a_failed_transaction_leaves_nothing(database: ClientDatabase) -> None:
     job = make_job()
 
     def fail_half_way() -> None:
@@ -382,7 +383,7 @@ def test_a_failed_transaction_leaves_nothing(database: Database) -> None:
         assert queries.get_summary(connection, job.tenant, job.id) is None
 
 
-def test_the_engine_is_not_bound_to_a_thread(database: Database) -> None:
+def test_the_engine_is_not_bound_to_a_thread(database: ClientDatabase) -> None:
     def count() -> int:
         with database.transaction() as connection:
             return len(connection.execute(select(jobs)).all())

@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -13,10 +12,9 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionChunk
 
-import worker
-from worker.scripted_provider import ScriptedProvider
+from keepstream_worker.dev_stack.scripted_provider import ScriptedProvider
 
-PROMPT: list[Any] = [{"role": "user", "content": "What is a millrace?"}]
+PROMPT: list[Any] = [{"role": "user", "content": "What is a keepstream?"}]
 USAGE = {"stream_options": {"include_usage": True}}
 
 
@@ -476,8 +474,7 @@ async def test_with_an_api_key_another_key_is_refused() -> None:
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_as_a_process_it_tells_its_url_in_one_line_and_ends_cleanly(signum: signal.Signals) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "worker.scripted_provider"],
-        cwd=Path(worker.__file__).parents[1],
+        [sys.executable, "-m", "keepstream_worker.dev_stack.scripted_provider"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

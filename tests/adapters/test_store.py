@@ -10,30 +10,25 @@ from typing import Any, TypeVar
 import pytest
 from sqlalchemy import Connection, Engine, func, select, update
 
-from api_contracts import queries
-from api_contracts.errors import ErrorCode
-from api_contracts.jobs import Job, parse_job
-from api_contracts.results import Choice, CompletionResult, JobStatus, ToolCall, Usage, UsageSource
-from api_contracts.tables import attempts, jobs, now, rejected_messages, seconds_from_now, workers
-from worker import store
-from worker.failures import Failure
-from worker.store import (
-    Beat,
+from keepstream.client import queries
+from keepstream.errors import ErrorCode
+from keepstream.jobs import Job, parse_job
+from keepstream.results import Choice, CompletionResult, JobStatus, ToolCall, Usage, UsageSource
+from keepstream.tables import attempts, jobs, now, rejected_messages, seconds_from_now, workers
+from keepstream_worker import store
+from keepstream_worker.store import (
     Claim,
     ClaimRequest,
-    Ended,
-    Ending,
-    Held,
-    JobKey,
+    Heartbeat,
     LateUsage,
     NotEnded,
-    Outcome,
-    Reason,
+    OwnedJob,
     Refusal,
     Rejection,
     Sweep,
-    Swept,
+    SweepResult,
 )
+from keepstream_worker.values import AttemptReason, Ended, Ending, Failure, JobKey, Outcome
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -71,10 +66,10 @@ class Store:
         (answer,) = self(store.end, ending)
         return answer
 
-    def sweep(self, *, lease: float = 6.0, bury: bool = True, queue_length: int | None = 0, **kw: Any) -> Swept:
+    def sweep(self, *, lease: float = 6.0, reap: bool = True, queue_length: int | None = 0, **kw: Any) -> SweepResult:
         swept: dict[str, Any] = {"resend_after": 30.0, "queue": QUEUE, "max_attempts": 5, "limit": 200}
         swept |= {"asked_at": time.monotonic()} | kw
-        (found,) = self(store.sweep, Sweep(lease=lease, bury=bury, queue_length=queue_length, **swept))
+        (found,) = self(store.sweep, Sweep(lease=lease, reap=reap, queue_length=queue_length, **swept))
         return found
 
     def enqueue(self, job_id: str = "a", **fields: Any) -> None:
@@ -95,9 +90,9 @@ class Store:
         with self.engine.begin() as connection:
             connection.execute(update(jobs).where(jobs.c.id == job_id).values(**values))
 
-    def alive(self, worker: str = "w1", lease: float = 6.0) -> store.Pulse:
-        (pulse,) = self(store.beat, Beat(worker, lease))
-        return pulse
+    def alive(self, worker: str = "w1", lease: float = 6.0) -> store.HeartbeatResult:
+        (result,) = self(store.record_heartbeat, Heartbeat(worker, lease))
+        return result
 
     def dead(self, worker: str = "w1") -> None:
         """Let a worker's last sign of life be long ago."""
@@ -149,7 +144,7 @@ def failed(claim: Claim, job_id: str = "a", worker: str = "w1", **changes: Any) 
 
 def test_claim_of_an_unknown_job_creates_it(db: Store) -> None:
     claim = db.claimed()
-    assert (claim.attempt, claim.tries, claim.reason, claim.expired) == (1, 1, Reason.FIRST, False)
+    assert (claim.attempt, claim.tries, claim.reason, claim.expired) == (1, 1, AttemptReason.FIRST, False)
     assert 55 < claim.remaining_seconds < 60.1  # SQLite's clock counts days, in steps of 40 µs
     result = db.get()
     assert (result.status, result.attempt) == (JobStatus.RUNNING, 1)
@@ -168,7 +163,7 @@ def test_job_that_waits_is_not_claimed_before_it_is_due(db: Store) -> None:
     assert db.claim() is Refusal.TAKEN
     db.change(due_at=now())
     again = db.claimed()
-    assert (again.attempt, again.tries, again.reason) == (2, 2, Reason.RETRY)
+    assert (again.attempt, again.tries, again.reason) == (2, 2, AttemptReason.RETRY)
 
 
 def test_ended_job_is_not_claimed(db: Store) -> None:
@@ -337,9 +332,9 @@ def test_refused_attempt_costs_nothing(db: Store) -> None:
 
 def test_interruption_counts_against_no_limit(db: Store) -> None:
     claim = db.claimed()
-    db.end(failed(claim, outcome=Outcome.INTERRUPTED, next_reason=Reason.INTERRUPTED))
+    db.end(failed(claim, outcome=Outcome.INTERRUPTED, next_reason=AttemptReason.INTERRUPTED))
     again = db.claimed()
-    assert (again.attempt, again.tries, again.reason) == (2, 1, Reason.INTERRUPTED)
+    assert (again.attempt, again.tries, again.reason) == (2, 1, AttemptReason.INTERRUPTED)
 
 
 def test_endings_of_one_group_are_judged_each_on_its_own(db: Store) -> None:
@@ -375,10 +370,10 @@ def test_worker_learns_what_it_holds_and_what_is_to_be_cancelled(db: Store) -> N
     db.claimed("a")
     db.claimed("b")
     db.cancel("b")
-    pulse = db.alive()
-    assert not pulse.lapsed
-    assert pulse.held == {(JobKey("default", "a"), 1), (JobKey("default", "b"), 1)}
-    assert pulse.cancels == {JobKey("default", "b")}
+    result = db.alive()
+    assert not result.lapsed
+    assert result.owned == {(JobKey("default", "a"), 1), (JobKey("default", "b"), 1)}
+    assert result.cancels == {JobKey("default", "b")}
 
 
 def test_worker_that_was_silent_beyond_its_lease_is_told_so(db: Store) -> None:
@@ -398,14 +393,14 @@ def test_dead_workers_jobs_are_released_once(db: Store) -> None:
     assert db.sweep().lost == []
     assert db.get("a").attempts[0].outcome == "lost"
     again = db.claimed("a", "w2")
-    assert (again.attempt, again.tries, again.reason) == (2, 2, Reason.WORKER_LOST)
+    assert (again.attempt, again.tries, again.reason) == (2, 2, AttemptReason.WORKER_LOST)
     assert db.get("b").status is JobStatus.RUNNING
 
 
 def test_nobody_is_buried_by_a_sweeper_that_may_not_judge(db: Store) -> None:
     db.dead()
     db.claimed()
-    assert db.sweep(bury=False).lost == []
+    assert db.sweep(reap=False).lost == []
 
 
 def test_nobody_is_buried_by_a_question_that_the_database_kept_waiting(db: Store) -> None:
@@ -530,11 +525,11 @@ def test_end_whose_event_may_be_missing_is_found_until_it_is_announced(db: Store
 def test_orphan_is_released_by_its_own_worker_only(db: Store) -> None:
     db.claimed()
     key = JobKey("default", "a")
-    db(store.release, Held(key, 1, "w2"), Held(key, 2, "w1"))
+    db(store.release, OwnedJob(key, 1, "w2"), OwnedJob(key, 2, "w1"))
     assert db.get().status is JobStatus.RUNNING
-    db(store.release, Held(key, 1, "w1"))
+    db(store.release, OwnedJob(key, 1, "w1"))
     assert db.get().status is JobStatus.RETRYING
-    assert db.claimed(worker="w2").reason is Reason.WORKER_LOST
+    assert db.claimed(worker="w2").reason is AttemptReason.WORKER_LOST
 
 
 def test_rejection_recorded_twice_is_one_row(db: Store) -> None:

@@ -13,13 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from tests.chaos import chaos, deploy, garbage, seam, times, zombie
+from tests.chaos import chaos, deploy, garbage, live_join, times, zombie
 from tests.chaos.place import Place
 from tests.chaos.report import Report
 
 ITEMS: Final[dict[str, Callable[[Place, int, int], Report]]] = {
     "chaos": chaos.run,
-    "seam": seam.run,
+    "live-join": live_join.run,
     "times": times.run,
     "deploy": deploy.run,
     "zombie": zombie.run,
@@ -38,7 +38,7 @@ def main() -> int:
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: with nothing left behind
     failed: list[str] = []
-    with tempfile.TemporaryDirectory(prefix="millrace-chaos-") as temporary:
+    with tempfile.TemporaryDirectory(prefix="keepstream-chaos-") as temporary:
         directory = options.keep or Path(temporary)
         for name in options.only or ITEMS:
             began = time.monotonic()

@@ -21,17 +21,17 @@ from typing import Any, Final
 import redis.asyncio
 from redis.exceptions import RedisError
 
-from api_contracts.client import AsyncClient
-from api_contracts.errors import BrokerUnavailableError, StoreUnavailableError
-from api_contracts.events import Event, is_terminal, parse_event
-from api_contracts.names import EventId, job_keys, parse_event_id
-from api_contracts.results import AttemptResult, CompletionResult, JobStatus
-from api_contracts.transcript import Transcript
+from keepstream.client.client import AsyncClient
+from keepstream.errors import BrokerUnavailableError, StoreUnavailableError
+from keepstream.events import Event, is_terminal, parse_event
+from keepstream.names import EventId, job_keys, parse_event_id
+from keepstream.results import AttemptResult, CompletionResult, JobStatus
+from keepstream.transcript import Transcript
 from tests.chaos.faults import Saboteur, plan
 from tests.chaos.place import Place
 from tests.chaos.report import Report
 from tests.chaos.workload import ScriptedJob, make_job
-from tests.harness import Stand
+from tests.cluster import Cluster
 from tests.recording_provider import ProviderAttempt
 
 #: Short times, so that minutes are enough to meet each of them.
@@ -89,15 +89,15 @@ def run(place: Place, seed: int, jobs: int) -> Report:
     workload = [make_job(f"chaos-{number}", random.Random(f"{seed} {number}"), dealt) for number in range(jobs)]
     seconds = jobs * SECONDS_PER_JOB
     faults = plan(dice, seconds, MEAN_PAUSE, place.database)
-    with place.stand("chaos", persistent=True, **SETTINGS) as stand:
+    with place.cluster("chaos", persistent=True, **SETTINGS) as cluster:
         began = time.monotonic()
-        saboteur = Saboteur(stand, WORKERS)
-        testimony = asyncio.run(_play(stand, workload, saboteur, faults, seconds, seed))
+        saboteur = Saboteur(cluster, WORKERS)
+        testimony = asyncio.run(_play(cluster, workload, saboteur, faults, seconds, seed))
         report.count("seconds", round(time.monotonic() - began))
         report.count_each("fault", saboteur.done)
         report.count_each("worker ended", saboteur.exits)
-        _judge(report, stand, workload, testimony)
-        _judge_workers(report, stand, saboteur)
+        _judge(report, cluster, workload, testimony)
+        _judge_workers(report, cluster, saboteur)
     return report
 
 
@@ -105,11 +105,11 @@ def run(place: Place, seed: int, jobs: int) -> Report:
 
 
 async def _play(
-    stand: Stand, workload: list[ScriptedJob], saboteur: Saboteur, faults: Any, seconds: float, seed: int
+    cluster: Cluster, workload: list[ScriptedJob], saboteur: Saboteur, faults: Any, seconds: float, seed: int
 ) -> Testimony:
     testimony = Testimony()
-    async with AsyncClient(stand.valkey.url, database_url=stand.database_url) as client:
-        subscriber = asyncio.create_task(_overhear(stand, client, testimony))
+    async with AsyncClient(cluster.valkey.url, database_url=cluster.database_url) as client:
+        subscriber = asyncio.create_task(_overhear(cluster, client, testimony))
         sabotage = asyncio.create_task(asyncio.to_thread(saboteur.play, faults))
         actors: list[asyncio.Task[None]] = []
         for scripted in workload:
@@ -208,13 +208,13 @@ async def _row_of(client: AsyncClient, job_id: str) -> tuple[CompletionResult | 
             await asyncio.sleep(0.2)
 
 
-async def _overhear(stand: Stand, client: AsyncClient, testimony: Testimony) -> None:
+async def _overhear(cluster: Cluster, client: AsyncClient, testimony: Testimony) -> None:
     """Listen to all channels, with no care for what is missed while the connection is down."""
     looks: set[asyncio.Task[None]] = set()
     while True:
         try:
-            async with redis.asyncio.Redis.from_url(stand.valkey.url) as connection, connection.pubsub() as pubsub:
-                await pubsub.psubscribe("millrace:*:events")
+            async with redis.asyncio.Redis.from_url(cluster.valkey.url) as connection, connection.pubsub() as pubsub:
+                await pubsub.psubscribe("keepstream:*:events")
                 async for message in pubsub.listen():
                     if message["type"] != "pmessage":
                         continue
@@ -230,9 +230,9 @@ async def _overhear(stand: Stand, client: AsyncClient, testimony: Testimony) -> 
 # -- judging --------------------------------------------------------------------------------------
 
 
-def _judge(report: Report, stand: Stand, workload: list[ScriptedJob], testimony: Testimony) -> None:
-    results = {scripted.id: stand.client.get(scripted.id) for scripted in workload}
-    provider = stand.provider.history()
+def _judge(report: Report, cluster: Cluster, workload: list[ScriptedJob], testimony: Testimony) -> None:
+    results = {scripted.id: cluster.client.get(scripted.id) for scripted in workload}
+    provider = cluster.provider.history()
     stored = {job_id: result for job_id, result in results.items() if result is not None}
 
     report.count_each("provider fault met", _met_faults(workload, provider))
@@ -262,7 +262,7 @@ def _judge(report: Report, stand: Stand, workload: list[ScriptedJob], testimony:
     report.check("a follower gets each event once, in order, without gaps", _gaps(testimony))
     report.check("a follower's output is the row's", _wrong_texts(testimony, stored))
     report.check("no event of an older attempt after a newer one's", _out_of_order(testimony))
-    report.check("a log has one end, and no gaps", _wrong_logs(stand, workload))
+    report.check("a log has one end, and no gaps", _wrong_logs(cluster, workload))
 
 
 def _reason(result: CompletionResult) -> str:
@@ -386,8 +386,8 @@ def _out_of_order(testimony: Testimony) -> Iterator[str]:
             newest = max(newest, event.attempt)
 
 
-def _wrong_logs(stand: Stand, workload: list[ScriptedJob]) -> Iterator[str]:
-    with stand.redis() as client:
+def _wrong_logs(cluster: Cluster, workload: list[ScriptedJob]) -> Iterator[str]:
+    with cluster.redis() as client:
         for scripted in workload:
             entries: Any = client.xrange(job_keys("default", scripted.id).log)
             if not entries:  # Redis has lost it; the row answers
@@ -399,10 +399,10 @@ def _wrong_logs(stand: Stand, workload: list[ScriptedJob]) -> Iterator[str]:
             yield from _gaps_in(scripted.id, events)
 
 
-def _judge_workers(report: Report, stand: Stand, saboteur: Saboteur) -> None:
+def _judge_workers(report: Report, cluster: Cluster, saboteur: Saboteur) -> None:
     """Whatever happens, a worker may not meet a defect of its own, nor end without being told to."""
     defects = []
-    for worker in stand.workers:
+    for worker in cluster.workers:
         if not worker.at_work:
             continue  # it could not start, because a server was away
         for line in worker.log_lines():

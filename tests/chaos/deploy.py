@@ -10,10 +10,10 @@ import time
 from collections import Counter
 from typing import Final
 
-from api_contracts.results import CompletionResult, JobStatus
+from keepstream.results import CompletionResult, JobStatus
 from tests.chaos.place import Place
 from tests.chaos.report import Report, spread
-from tests.harness import Stand
+from tests.cluster import Cluster
 
 GENERATIONS: Final = 3
 WORKERS: Final = 3
@@ -32,36 +32,36 @@ def run(
 ) -> Report:
     """Play the item and judge it."""
     report = Report(f"rolling deploy ({generations} generations of {workers} workers, {place.database})")
-    with place.stand("deploy", shutdown_grace=grace) as stand:
-        current = stand.start_workers(workers)
-        load = _Load(stand, random.Random(seed), grace)
+    with place.cluster("deploy", shutdown_grace=grace) as cluster:
+        current = cluster.start_workers(workers)
+        load = _Load(cluster, random.Random(seed), grace)
         told: dict[str, float] = {}  # worker id → when it was told to end
         took: list[float] = []
         codes: Counter[str] = Counter()
         for _ in range(generations - 1):
             for worker in list(current):
-                current.append(stand.start_worker())
+                current.append(cluster.start_worker())
                 told[worker.id] = time.monotonic()
                 worker.terminate()
                 codes[f"exit code {worker.wait()}"] += 1
                 took.append(time.monotonic() - told[worker.id])
                 current.remove(worker)
         load.stop()
-        results = [stand.wait_for(job_id) for job_id in load.job_ids]
+        results = [cluster.wait_for(job_id) for job_id in load.job_ids]
         report.count("workers replaced", len(told))
         report.count("time a worker took to end", spread(took))
         report.count_each("worker", codes)
-        _judge(report, stand, results, told, grace)
+        _judge(report, cluster, results, told, grace)
     return report
 
 
 class _Load(threading.Thread):
     """Enqueues streams that fit into the grace period, and some that do not, until it is stopped."""
 
-    def __init__(self, stand: Stand, dice: random.Random, grace: float) -> None:
+    def __init__(self, cluster: Cluster, dice: random.Random, grace: float) -> None:
         super().__init__(daemon=True)
         self.job_ids: list[str] = []
-        self._stand = stand
+        self._cluster = cluster
         self._dice = dice
         self._grace = grace
         self._stopping = threading.Event()
@@ -71,15 +71,17 @@ class _Load(threading.Thread):
         while not self._stopping.wait(self._dice.expovariate(3)):
             share = self._dice.uniform(0.1, 0.7) if self._dice.random() < 0.9 else 3  # of the grace period
             seconds = share * self._grace
-            self.job_ids.append(self._stand.enqueue(deltas=int(seconds * RATE), rate=RATE))
+            self.job_ids.append(self._cluster.enqueue(deltas=int(seconds * RATE), rate=RATE))
 
     def stop(self) -> None:
         self._stopping.set()
         self.join()
 
 
-def _judge(report: Report, stand: Stand, results: list[CompletionResult], told: dict[str, float], grace: float) -> None:
-    streams = stand.provider.history()
+def _judge(
+    report: Report, cluster: Cluster, results: list[CompletionResult], told: dict[str, float], grace: float
+) -> None:
+    streams = cluster.provider.history()
     restarted = [result for result in results if len(result.attempts) > 1]
     report.count_each("job", Counter(result.status.value for result in results))
     report.count_each("attempt", Counter(str(one.outcome) for result in results for one in result.attempts))

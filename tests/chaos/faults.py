@@ -1,6 +1,6 @@
 """The faults: what is done to workers and servers, and when.
 
-In: a random generator and a stand.  Out: a plan of faults, and the faults themselves, one after the
+In: a random generator and a cluster.  Out: a plan of faults, and the faults themselves, one after the
 other.  Exists so that a run can be repeated by its seed as far as real processes allow: what happens
 and when is planned beforehand; what it meets there is not.
 """
@@ -13,8 +13,8 @@ from typing import Final, NamedTuple
 
 from sqlalchemy import update
 
-from api_contracts.tables import workers
-from tests.harness import Stand, WorkerProcess, wait_until
+from keepstream.tables import workers
+from tests.cluster import Cluster, WorkerProcess, wait_until
 
 _WEIGHTS: Final = {
     "worker SIGKILL": 6,
@@ -57,17 +57,17 @@ def plan(dice: random.Random, seconds: float, mean_pause: float, database: str) 
 
 
 class Saboteur:
-    """Plays a plan on a stand, and keeps the number of workers up like a supervisor.
+    """Plays a plan on a cluster, and keeps the number of workers up like a supervisor.
 
     Args:
-        stand: The stand.
+        cluster: The cluster.
         workers: How many workers there shall be, besides those that are ending.
     """
 
-    def __init__(self, stand: Stand, workers: int) -> None:
+    def __init__(self, cluster: Cluster, workers: int) -> None:
         self.done: Counter[str] = Counter()
         self.exits: Counter[str] = Counter()
-        self._stand = stand
+        self._cluster = cluster
         self._target = workers
         self._working: list[WorkerProcess] = []
         self._ending: list[WorkerProcess] = []
@@ -111,7 +111,7 @@ class Saboteur:
             self.exits[f"{'after SIGTERM' if asked else 'by itself'}, code {code}"] += 1
             (self._ending if asked else self._working).remove(ended)
         while len(self._working) < self._target:
-            worker = self._stand.new_worker()
+            worker = self._cluster.new_worker()
             worker.launch()  # not waited for: it needs Redis and the database, which may be away; then it is replaced
             self._working.append(worker)
 
@@ -136,38 +136,38 @@ class Saboteur:
         self._ending[-1].terminate()
 
     def _kill_redis(self, fault: Fault, *, empty: bool) -> None:
-        self._stand.valkey.kill()
+        self._cluster.valkey.kill()
         if empty:
-            self._stand.valkey.wipe()
+            self._cluster.valkey.wipe()
         time.sleep(fault.lasts)
-        self._stand.valkey.start()
+        self._cluster.valkey.start()
 
     def _freeze_redis(self, fault: Fault) -> None:
-        self._stand.valkey.freeze()
+        self._cluster.valkey.freeze()
         time.sleep(fault.lasts)
-        self._stand.valkey.thaw()
+        self._cluster.valkey.thaw()
 
     def _cut_redis(self, fault: Fault) -> None:
-        with self._stand.redis() as client:
+        with self._cluster.redis() as client:
             for kind in ("normal", "pubsub"):
                 client.client_kill_filter(_type=kind, skipme=True)
 
     def _kill_database(self, fault: Fault) -> None:
-        self._stand.postgres.kill()
+        self._cluster.postgres.kill()
         time.sleep(fault.lasts)
-        self._stand.postgres.start()
+        self._cluster.postgres.start()
 
     def _restart_database(self, fault: Fault) -> None:
-        self._stand.postgres.stop()
+        self._cluster.postgres.stop()
         time.sleep(fault.lasts)
-        self._stand.postgres.start()
+        self._cluster.postgres.start()
 
     def _freeze_database(self, fault: Fault) -> None:
-        self._stand.postgres.freeze()
+        self._cluster.postgres.freeze()
         time.sleep(2 * fault.lasts)  # sometimes longer than the lease
-        self._stand.postgres.thaw()
+        self._cluster.postgres.thaw()
 
     def _lock_database(self, fault: Fault) -> None:
-        with self._stand.database() as connection:
+        with self._cluster.database() as connection:
             connection.execute(update(workers).values(heartbeat_at=workers.c.heartbeat_at))
             time.sleep(fault.lasts)

@@ -16,12 +16,12 @@ from typing import Any, Final
 
 from sqlalchemy import func, select
 
-from api_contracts.names import QUEUE, TASK
-from api_contracts.results import JobStatus
-from api_contracts.tables import rejected_messages
+from keepstream.names import QUEUE, TASK
+from keepstream.results import JobStatus
+from keepstream.tables import rejected_messages
 from tests.chaos.place import Place
 from tests.chaos.report import Report
-from tests.harness import Stand, WorkerProcess, wait_until
+from tests.cluster import Cluster, WorkerProcess, wait_until
 
 ITEMS: Final = 10_000
 GOOD_EVERY: Final = 50  #: A good job after this many bad items.
@@ -143,30 +143,30 @@ def run(place: Place, seed: int, _jobs: int = 0, number: int = ITEMS) -> Report:
     dice = random.Random(seed)
     pushed: Counter[str] = Counter()
     good: list[str] = []
-    with place.stand("garbage", sweep_interval=0.2) as stand:
-        worker = stand.start_worker()
-        streaming = stand.enqueue(deltas=20_000, rate=100)
+    with place.cluster("garbage", sweep_interval=0.2) as cluster:
+        worker = cluster.start_worker()
+        streaming = cluster.enqueue(deltas=20_000, rate=100)
         batch: list[bytes] = []
         for position, (kind, item) in enumerate(items(number, dice)):
             pushed[kind] += 1
             batch.append(item)
             if (position + 1) % GOOD_EVERY == 0 or len(batch) >= _BATCH:
-                stand.push(*batch)
+                cluster.push(*batch)
                 batch.clear()
             if (position + 1) % GOOD_EVERY == 0:
-                good.append(stand.enqueue(deltas=3))
-        stand.push(*batch)
-        _judge(report, stand, worker, good, pushed, streaming)
+                good.append(cluster.enqueue(deltas=3))
+        cluster.push(*batch)
+        _judge(report, cluster, worker, good, pushed, streaming)
     return report
 
 
 def _judge(
-    report: Report, stand: Stand, worker: WorkerProcess, good: list[str], pushed: Counter[str], streaming: str
+    report: Report, cluster: Cluster, worker: WorkerProcess, good: list[str], pushed: Counter[str], streaming: str
 ) -> None:
     total = pushed.total()
 
     def recorded() -> int:
-        with stand.database() as connection:
+        with cluster.database() as connection:
             return int(connection.scalar(select(func.count()).select_from(rejected_messages)) or 0)
 
     with contextlib.suppress(AssertionError):  # the check below says how many are missing
@@ -175,18 +175,18 @@ def _judge(
     report.count("kinds", len(pushed))
     report.count("recorded as rejected", recorded())
     report.count("good jobs between them", len(good))
-    with stand.database() as connection:
+    with cluster.database() as connection:
         reasons = connection.execute(
             select(rejected_messages.c.reason, func.count()).group_by(rejected_messages.c.reason)
         ).all()
     report.count("different reasons", len(reasons))
     report.check("the worker lives", [] if worker.running else [f"it ended with code {worker.wait()}"])
     report.check("each item is recorded, once", [] if recorded() == total else [f"{recorded()} of {total}"])
-    ends = {job_id: stand.wait_for(job_id, timeout=_PATIENCE) for job_id in good} if worker.running else {}
+    ends = {job_id: cluster.wait_for(job_id, timeout=_PATIENCE) for job_id in good} if worker.running else {}
     report.check("good jobs finish", [job_id for job_id in good if not _flawless(ends.get(job_id))])
-    attempts = stand.result(streaming).attempts
+    attempts = cluster.result(streaming).attempts
     report.check("the stream under way is untouched", [] if len(attempts) == 1 else [f"{attempts}"])
-    with stand.redis() as client:
+    with cluster.redis() as client:
         left = client.llen(QUEUE) + client.hlen("unacked")
     report.check("nothing is left in the queue", [] if not left else [f"{left} items"])
 

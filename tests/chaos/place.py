@@ -1,6 +1,6 @@
 """The place: where an item of the suite is played.
 
-In: a directory and the name of a database.  Out: stands whose servers may be harmed.  Exists so that
+In: a directory and the name of a database.  Out: clusters whose servers may be harmed.  Exists so that
 each item begins with empty servers of its own.
 """
 
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.harness import Stand
+from keepstream_worker.dev_stack.embedded import sqlite_url
+from tests.cluster import Cluster
 from tests.services import PostgresServer
-from worker.embedded import sqlite_url
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,15 +23,17 @@ class Place:
     database: str = "postgresql"
 
     @contextmanager
-    def stand(self, item: str, *, persistent: bool = False, **settings: Any) -> Iterator[Stand]:
-        """Give a stand with servers of its own and no worker."""
+    def cluster(self, item: str, *, persistent: bool = False, **settings: Any) -> Iterator[Cluster]:
+        """Give a cluster with servers of its own and no worker."""
         directory = self.directory / item
         directory.mkdir(parents=True)
         if self.database == "sqlite":
-            with Stand(directory, sqlite_url(directory / "millrace.db"), persistent=persistent, **settings) as stand:
-                yield stand
+            with Cluster(
+                directory, sqlite_url(directory / "keepstream.db"), persistent=persistent, **settings
+            ) as cluster:
+                yield cluster
             return
         with PostgresServer() as postgres:
             url = postgres.url(postgres.create_database())
-            with Stand(directory, url, postgres=postgres, persistent=persistent, **settings) as stand:
-                yield stand
+            with Cluster(directory, url, postgres=postgres, persistent=persistent, **settings) as cluster:
+                yield cluster

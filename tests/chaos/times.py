@@ -12,10 +12,10 @@ from typing import Any, Final
 import redis
 from redis.exceptions import RedisError
 
-from api_contracts.events import parse_event
+from keepstream.events import parse_event
 from tests.chaos.place import Place
 from tests.chaos.report import Report, spread
-from tests.harness import Stand, WorkerProcess, wait_until
+from tests.cluster import Cluster, WorkerProcess, wait_until
 
 WORKERS: Final = 3
 JOBS: Final = 30
@@ -29,11 +29,11 @@ _LONGEST_RECOVERY: Final = 30.0  #: Seconds; the lease is 6, and the machine may
 class _Watch(threading.Thread):
     """Notes when each attempt was first heard of."""
 
-    def __init__(self, stand: Stand) -> None:
+    def __init__(self, cluster: Cluster) -> None:
         super().__init__(daemon=True)
         self.first: dict[tuple[str, int], float] = {}
-        self._pubsub = redis.Redis.from_url(stand.valkey.url).pubsub()
-        self._pubsub.psubscribe("millrace:*:events")
+        self._pubsub = redis.Redis.from_url(cluster.valkey.url).pubsub()
+        self._pubsub.psubscribe("keepstream:*:events")
         self.start()
 
     def run(self) -> None:
@@ -51,43 +51,43 @@ def run(
 ) -> Report:
     """Measure, and judge only what would be a defect."""
     report = Report(f"times (default settings, {WORKERS} workers, {place.database})")
-    with place.stand("times", base={}) as stand:
-        workers = stand.start_workers(WORKERS)
-        watch = _Watch(stand)
-        job_ids = [stand.enqueue(**_ENDLESS) for _ in range(jobs)]
+    with place.cluster("times", base={}) as cluster:
+        workers = cluster.start_workers(WORKERS)
+        watch = _Watch(cluster)
+        job_ids = [cluster.enqueue(**_ENDLESS) for _ in range(jobs)]
         for job_id in job_ids:
-            stand.wait_for_deltas(job_id)
+            cluster.wait_for_deltas(job_id)
         time.sleep(_SETTLED)
 
         killed: list[float] = []
         for number in range(kills):
             victim = workers.pop(0)
-            held = _held_by(stand, victim, job_ids)
+            held = _held_by(cluster, victim, job_ids)
             moment = time.monotonic()
             victim.kill()
-            killed += _moved(stand, watch, held, moment)
-            workers.append(stand.start_worker())
+            killed += _moved(cluster, watch, held, moment)
+            workers.append(cluster.start_worker())
             report.count("workers killed", number + 1)
         report.count("worker killed → next attempt's first event", spread(killed))
 
         handed_over: list[float] = []
         for hurried in (True, False):
-            leaver = max(workers, key=lambda worker: len(_held_by(stand, worker, job_ids)))
-            held = _held_by(stand, leaver, job_ids)
+            leaver = max(workers, key=lambda worker: len(_held_by(cluster, worker, job_ids)))
+            held = _held_by(cluster, leaver, job_ids)
             leaver.terminate()
             if hurried:
                 leaver.wait_to_say("worker_draining")
                 leaver.terminate()
             moment = time.monotonic()
-            elsewhere = _moved(stand, watch, held, moment)
+            elsewhere = _moved(cluster, watch, held, moment)
             label = "SIGTERM twice" if hurried else "SIGTERM, grace period of 30 s included"
             report.count(f"{label} → jobs running elsewhere", spread(elsewhere))
             handed_over += elsewhere
             leaver.wait()
             workers.remove(leaver)
-            workers.append(stand.start_worker())
+            workers.append(cluster.start_worker())
 
-        closed = _cancel_all(stand, [*job_ids, *(stand.enqueue(**_ENDLESS) for _ in range(cancels - len(job_ids)))])
+        closed = _cancel_all(cluster, [*job_ids, *(cluster.enqueue(**_ENDLESS) for _ in range(cancels - len(job_ids)))])
         report.count("cancel → provider's connection closed", spread(closed))
         report.check(
             "no recovery takes longer than it may",
@@ -97,34 +97,34 @@ def run(
     return report
 
 
-def _held_by(stand: Stand, worker: WorkerProcess, job_ids: list[str]) -> dict[str, int]:
+def _held_by(cluster: Cluster, worker: WorkerProcess, job_ids: list[str]) -> dict[str, int]:
     """Return the jobs a worker runs, with their attempt."""
     held = {}
     for job_id in job_ids:
-        last = stand.result(job_id).attempts[-1]
+        last = cluster.result(job_id).attempts[-1]
         if last.worker == worker.id and last.outcome is None:
             held[job_id] = last.number
     return held
 
 
-def _moved(stand: Stand, watch: _Watch, held: dict[str, int], moment: float) -> list[float]:
+def _moved(cluster: Cluster, watch: _Watch, held: dict[str, int], moment: float) -> list[float]:
     """Wait until jobs have a newer attempt; return the seconds to the first event of each."""
     successors = {(job_id, attempt + 1) for job_id, attempt in held.items()}
     wait_until(lambda: successors <= watch.first.keys(), f"{len(held)} jobs to run elsewhere")
     return [watch.first[job_id, attempt + 1] - moment for job_id, attempt in held.items()]
 
 
-def _cancel_all(stand: Stand, job_ids: list[str]) -> list[float]:
+def _cancel_all(cluster: Cluster, job_ids: list[str]) -> list[float]:
     """Cancel jobs one after the other; return the seconds from each call to the closed connection."""
     for job_id in job_ids:
-        stand.wait_for_deltas(job_id, attempt=len(stand.provider.attempts(job_id)) or 1)
+        cluster.wait_for_deltas(job_id, attempt=len(cluster.provider.attempts(job_id)) or 1)
     called = {}
     for job_id in job_ids:
         called[job_id] = time.monotonic()
-        stand.client.cancel(job_id)
+        cluster.client.cancel(job_id)
         time.sleep(0.01)  # one at a time, as people do it
     for job_id in job_ids:
-        stand.wait_for(job_id)
-    history = stand.provider.history()
+        cluster.wait_for(job_id)
+    history = cluster.provider.history()
     closed = [(history[job_id][-1].client_closed, moment) for job_id, moment in called.items()]
     return [moment_closed - moment for moment_closed, moment in closed if moment_closed is not None]

@@ -7,10 +7,10 @@ on where it stopped: only the database and the log can tell it.
 from itertools import pairwise
 from typing import Final
 
-from api_contracts.results import JobStatus
+from keepstream.results import JobStatus
 from tests.chaos.place import Place
 from tests.chaos.report import Report
-from tests.harness import Stand
+from tests.cluster import Cluster
 
 ROUNDS: Final = 3
 JOBS: Final = 12
@@ -20,21 +20,21 @@ def run(place: Place, _seed: int = 0, _jobs: int = 0, rounds: int = ROUNDS) -> R
     """Play the item and judge it."""
     report = Report(f"zombies (SIGSTOP beyond the lease, SIGCONT; {place.database})")
     report.counts |= {"zombies": 0, "jobs taken over": 0, "times a zombie said so": 0}
-    with place.stand("zombie") as stand:
+    with place.cluster("zombie") as cluster:
         for _ in range(rounds):
-            _round(report, stand)
+            _round(report, cluster)
     return report
 
 
-def _round(report: Report, stand: Stand) -> None:
-    workers = stand.start_workers(2)
-    job_ids = [stand.enqueue(deltas=90, rate=15) for _ in range(JOBS)]
-    followers = {job_id: stand.follow(job_id) for job_id in job_ids}
+def _round(report: Report, cluster: Cluster) -> None:
+    workers = cluster.start_workers(2)
+    job_ids = [cluster.enqueue(deltas=90, rate=15) for _ in range(JOBS)]
+    followers = {job_id: cluster.follow(job_id) for job_id in job_ids}
     for following in followers.values():
         following.wait_for("delta", count=5)
-    zombie = stand.worker_of(job_ids[0])
-    taken_over = [job_id for job_id in job_ids if stand.result(job_id).attempts[0].worker == zombie.id]
-    stand.freeze(zombie)
+    zombie = cluster.worker_of(job_ids[0])
+    taken_over = [job_id for job_id in job_ids if cluster.result(job_id).attempts[0].worker == zombie.id]
+    cluster.freeze(zombie)
     for job_id in taken_over:
         followers[job_id].wait_for("delta", count=5, attempt=2)
     zombie.thaw()
@@ -45,7 +45,7 @@ def _round(report: Report, stand: Stand) -> None:
 
     for job_id, following in followers.items():
         transcript = following.to_the_end()
-        result = stand.result(job_id)
+        result = cluster.result(job_id)
         outcomes = ["lost", "finished"] if job_id in taken_over else ["finished"]
         report.check(
             "the row is the successor's",
@@ -61,13 +61,13 @@ def _round(report: Report, stand: Stand) -> None:
             "nothing the zombie said is in the log after its successor's first word",
             [
                 f"{job_id}: {after.id} after {before.id}"
-                for told in (stand.log(job_id), following.events)
+                for told in (cluster.log(job_id), following.events)
                 for before, after in pairwise(told)
                 if after.attempt < before.attempt
             ],
         )
     report.check("the zombie is at work again", [] if zombie.running else [f"it ended with code {zombie.wait()}"])
-    fresh = stand.enqueue(deltas=3)
-    report.check("jobs still run", [] if stand.wait_for(fresh).status is JobStatus.COMPLETED else [fresh])
+    fresh = cluster.enqueue(deltas=3)
+    report.check("jobs still run", [] if cluster.wait_for(fresh).status is JobStatus.COMPLETED else [fresh])
     for worker in workers:
         worker.kill()

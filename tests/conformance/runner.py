@@ -25,14 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from api_contracts.client import AsyncClient
-from api_contracts.database import make_engine
-from api_contracts.errors import MillraceError
-from api_contracts.events import AttemptFailed, ChoiceSnapshot
-from api_contracts.results import Choice, CompletionResult, JobStatus, ToolCall, Usage, output_sha256
-from api_contracts.transcript import Transcript
-from worker import schema
-from worker.embedded import EmbeddedProvider, EmbeddedServiceError, EmbeddedValkey, sqlite_url
+from keepstream.client.client import AsyncClient
+from keepstream.client.database import make_engine
+from keepstream.errors import KeepstreamError
+from keepstream.events import AttemptFailed, ChoiceSnapshot
+from keepstream.results import Choice, CompletionResult, JobStatus, ToolCall, Usage, output_sha256
+from keepstream.transcript import Transcript
+from keepstream_worker.dev_stack.embedded import EmbeddedProvider, EmbeddedServiceError, EmbeddedValkey, sqlite_url
+from keepstream_worker.store import schema
 
 CASES: Final = Path(__file__).with_name("sse_cases.jsonl")
 OUTCOMES: Final = ("completed", "retry", "fail")
@@ -237,7 +237,7 @@ async def run(cases: Sequence[Case], client: AsyncClient) -> int:
             try:
                 async with asyncio.timeout(_CASE_SECONDS):
                     return compare(case.expect, await play(client, case))
-            except (MillraceError, WorkerError, TimeoutError) as error:
+            except (KeepstreamError, WorkerError, TimeoutError) as error:
                 return [f"not played to its end: {type(error).__name__} {error}"]
 
     failed = 0
@@ -255,11 +255,11 @@ def worker_process(environment: Mapping[str, str], log: Path) -> Iterator[None]:
     inherited = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(("MILLRACE_", "OPENAI_", "AZURE_")) and not name.lower().endswith("_proxy")
+        if not name.startswith(("KEEPSTREAM_", "OPENAI_", "AZURE_")) and not name.lower().endswith("_proxy")
     }
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "worker.app"],
+            [sys.executable, "-m", "keepstream_worker.app"],
             cwd=Path(__file__).parents[2],
             env={**inherited, **environment},
             stdout=output,
@@ -281,16 +281,16 @@ def worker_process(environment: Mapping[str, str], log: Path) -> Iterator[None]:
 @contextlib.asynccontextmanager
 async def everything_running() -> AsyncIterator[AsyncClient]:
     """Start Valkey, a SQLite database, the scripted provider and a worker; give a client of it all."""
-    with tempfile.TemporaryDirectory(prefix="millrace-") as directory, EmbeddedValkey() as valkey:
-        database_url = sqlite_url(Path(directory, "millrace.db"))
+    with tempfile.TemporaryDirectory(prefix="keepstream-") as directory, EmbeddedValkey() as valkey:
+        database_url = sqlite_url(Path(directory, "keepstream.db"))
         engine = make_engine(database_url)
         schema.migrate(engine)
         engine.dispose()
         with EmbeddedProvider() as provider:
             environment = {
-                "MILLRACE_REDIS_URL": valkey.url,
-                "MILLRACE_DATABASE_URL": database_url,
-                "MILLRACE_USAGE_WAIT": str(_USAGE_SECONDS),
+                "KEEPSTREAM_REDIS_URL": valkey.url,
+                "KEEPSTREAM_DATABASE_URL": database_url,
+                "KEEPSTREAM_USAGE_WAIT": str(_USAGE_SECONDS),
                 "OPENAI_BASE_URL": provider.base_url,
                 "OPENAI_API_KEY": "conformance",
             }

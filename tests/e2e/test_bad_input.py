@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from api_contracts.errors import ErrorCode
-from api_contracts.names import QUEUE, TASK
-from api_contracts.results import CompletionResult, JobStatus
-from api_contracts.tables import rejected_messages
-from tests.harness import PATIENCE, Stand, WorkerProcess, wait_until
-from worker.embedded import EmbeddedProvider, free_port
-from worker.scripted_provider.__main__ import ENV_API_KEY
+from keepstream.errors import ErrorCode
+from keepstream.names import QUEUE, TASK
+from keepstream.results import CompletionResult, JobStatus
+from keepstream.tables import rejected_messages
+from keepstream_worker.dev_stack.embedded import EmbeddedProvider, free_port
+from keepstream_worker.dev_stack.scripted_provider.__main__ import ENV_API_KEY
+from tests.cluster import PATIENCE, Cluster, WorkerProcess, wait_until
 
 RIGHT_KEY = "sk-right-4b1d0f7c2a"
 WRONG_KEY = "sk-wrong-9e8d7c6b5a"
@@ -54,27 +54,27 @@ def providers_file(strict_provider: EmbeddedProvider, tmp_path: Path, monkeypatc
     return file
 
 
-def messages(stand: Stand) -> list[dict[str, Any]]:
+def messages(cluster: Cluster) -> list[dict[str, Any]]:
     """What is recorded as rejected."""
-    with stand.database() as connection:
+    with cluster.database() as connection:
         return [dict(row._mapping) for row in connection.execute(select(rejected_messages))]
 
 
-def wait_for_records(stand: Stand, count: int) -> list[dict[str, Any]]:
+def wait_for_records(cluster: Cluster, count: int) -> list[dict[str, Any]]:
     """Wait until so many messages are recorded as rejected; with a worker that goes on, no more will come."""
-    wait_until(lambda: len(messages(stand)) >= count, f"{count} messages to be recorded as rejected")
-    check_goes_on(stand)
-    found = messages(stand)
+    wait_until(lambda: len(messages(cluster)) >= count, f"{count} messages to be recorded as rejected")
+    check_goes_on(cluster)
+    found = messages(cluster)
     assert len(found) == count
     return found
 
 
-def check_failed(stand: Stand, job_id: str, code: ErrorCode, *words: str) -> CompletionResult:
+def check_failed(cluster: Cluster, job_id: str, code: ErrorCode, *words: str) -> CompletionResult:
     """Check that a job failed for this reason, for good, and that a follower heard the same."""
-    following = stand.follow(job_id)
+    following = cluster.follow(job_id)
     following.to_the_end()
     told = following.transcript.terminal
-    result = stand.result(job_id)
+    result = cluster.result(job_id)
     assert told is not None
     assert (told.type, result.status) == ("job.failed", JobStatus.FAILED)
     assert result.error is not None
@@ -85,16 +85,16 @@ def check_failed(stand: Stand, job_id: str, code: ErrorCode, *words: str) -> Com
     return result
 
 
-def check_goes_on(stand: Stand) -> None:
+def check_goes_on(cluster: Cluster) -> None:
     """Check that the worker still works."""
-    assert stand.wait_for(stand.enqueue(deltas=2)).status is JobStatus.COMPLETED
+    assert cluster.wait_for(cluster.enqueue(deltas=2)).status is JobStatus.COMPLETED
 
 
-def check_kept_secret(stand: Stand, worker: WorkerProcess, *job_ids: str) -> None:
+def check_kept_secret(cluster: Cluster, worker: WorkerProcess, *job_ids: str) -> None:
     """Check that neither keys nor prompts are in the worker's log, in events or in what is stored of errors."""
-    said = "".join(log.read_text() for log in stand.directory.glob("worker-*.log"))
-    said += "".join(stand.result(job_id).model_dump_json() for job_id in job_ids)
-    said += "".join(event.model_dump_json() for job_id in job_ids for event in stand.log(job_id))
+    said = "".join(log.read_text() for log in cluster.directory.glob("worker-*.log"))
+    said += "".join(cluster.result(job_id).model_dump_json() for job_id in job_ids)
+    said += "".join(event.model_dump_json() for job_id in job_ids for event in cluster.log(job_id))
     assert worker.running
     assert "worker_started" in said
     assert [secret for secret in (RIGHT_KEY, WRONG_KEY, MESSAGES[0]["content"]) if secret in said] == []
@@ -103,11 +103,11 @@ def check_kept_secret(stand: Stand, worker: WorkerProcess, *job_ids: str) -> Non
 # -- providers --
 
 
-def test_doctor_tries_each_named_provider_and_says_what_is_wrong(stand: Stand, providers_file: Path) -> None:
+def test_doctor_tries_each_named_provider_and_says_what_is_wrong(cluster: Cluster, providers_file: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "worker.cli", "doctor", "--json"],
+        [sys.executable, "-m", "keepstream_worker.commands.cli", "doctor", "--json"],
         cwd=Path(__file__).parents[2],
-        env=stand.environment(providers_file=providers_file),
+        env=cluster.environment(providers_file=providers_file),
         capture_output=True,
         text=True,
         timeout=PATIENCE,
@@ -118,7 +118,7 @@ def test_doctor_tries_each_named_provider_and_says_what_is_wrong(stand: Stand, p
     found = {name: (checks[f"provider {name}"]["verdict"], checks[f"provider {name}"]["found"]) for name in names}
 
     assert done.returncode == 1
-    assert found["default"] == ("ok", f"{stand.provider.base_url} answers and lists 1 models")
+    assert found["default"] == ("ok", f"{cluster.provider.base_url} answers and lists 1 models")
     assert found["good"][0] == "ok"
     assert [found[name][0] for name in ("refused", "keyless", "gone")] == ["fail"] * 3
     assert "did not accept the key" in found["refused"][1]
@@ -128,26 +128,26 @@ def test_doctor_tries_each_named_provider_and_says_what_is_wrong(stand: Stand, p
     assert "Traceback" not in done.stderr
 
 
-def test_jobs_whose_provider_refuses_the_key_or_has_none_fail_at_once(stand: Stand, providers_file: Path) -> None:
-    worker = stand.start_worker(providers_file=providers_file)
-    refused = stand.client.enqueue(model="m", messages=MESSAGES, provider="refused")
-    keyless = stand.client.enqueue(model="m", messages=MESSAGES, provider="keyless")
-    good = stand.client.enqueue(model="m", messages=MESSAGES, provider="good")
+def test_jobs_whose_provider_refuses_the_key_or_has_none_fail_at_once(cluster: Cluster, providers_file: Path) -> None:
+    worker = cluster.start_worker(providers_file=providers_file)
+    refused = cluster.client.enqueue(model="m", messages=MESSAGES, provider="refused")
+    keyless = cluster.client.enqueue(model="m", messages=MESSAGES, provider="keyless")
+    good = cluster.client.enqueue(model="m", messages=MESSAGES, provider="good")
 
-    (attempt,) = check_failed(stand, refused, ErrorCode.AUTH, "did not accept the key").attempts
+    (attempt,) = check_failed(cluster, refused, ErrorCode.AUTH, "did not accept the key").attempts
     assert (attempt.http_status, attempt.retryable) == (401, False)
-    (attempt,) = check_failed(stand, keyless, ErrorCode.AUTH, "NOT_SET_KEY").attempts
+    (attempt,) = check_failed(cluster, keyless, ErrorCode.AUTH, "NOT_SET_KEY").attempts
     assert (attempt.http_status, attempt.retryable) == (None, False)
-    assert stand.wait_for(good).status is JobStatus.COMPLETED
-    check_kept_secret(stand, worker, refused, keyless, good)
+    assert cluster.wait_for(good).status is JobStatus.COMPLETED
+    check_kept_secret(cluster, worker, refused, keyless, good)
 
 
 def test_job_that_names_an_unknown_provider_fails_at_once_and_is_told_the_known_ones(
-    stand: Stand, providers_file: Path
+    cluster: Cluster, providers_file: Path
 ) -> None:
-    stand.start_worker(providers_file=providers_file)
-    job_id = stand.client.enqueue(model="m", messages=MESSAGES, provider="elsewhere")
-    result = check_failed(stand, job_id, ErrorCode.UNKNOWN_PROVIDER, "elsewhere", "default, gone, good")
+    cluster.start_worker(providers_file=providers_file)
+    job_id = cluster.client.enqueue(model="m", messages=MESSAGES, provider="elsewhere")
+    result = check_failed(cluster, job_id, ErrorCode.UNKNOWN_PROVIDER, "elsewhere", "default, gone, good")
     assert len(result.attempts) == 1
 
 
@@ -191,38 +191,38 @@ SPOILERS: dict[Callable[[dict[str, Any]], None], str] = {
 }
 
 
-def test_invalid_jobs_from_the_queue_are_recorded_and_end_as_failed(any_stand: Stand) -> None:
-    stand = any_stand
-    worker = stand.start_worker()
+def test_invalid_jobs_from_the_queue_are_recorded_and_end_as_failed(any_cluster: Cluster) -> None:
+    cluster = any_cluster
+    worker = cluster.start_worker()
     jobs = {}
     for spoil, word in SPOILERS.items():
-        job = stand.job() | {"messages": MESSAGES}
+        job = cluster.job() | {"messages": MESSAGES}
         spoil(job)
-        stand.send(job)
-        result = check_failed(stand, job["id"], ErrorCode.INVALID_JOB, word)
+        cluster.send(job)
+        result = check_failed(cluster, job["id"], ErrorCode.INVALID_JOB, word)
         assert result.attempts == []
         assert result.error is not None
         jobs[job["id"]] = (json.dumps(job), result.error.message)
 
-    for record in wait_for_records(stand, len(SPOILERS)):
+    for record in wait_for_records(cluster, len(SPOILERS)):
         text, reason = jobs[record["job_id"]]
         assert (record["tenant"], record["reason"], record["size"]) == ("default", reason, len(text))
         assert text.startswith(base64.b64decode(record["payload"]).decode())
-    check_kept_secret(stand, worker, *jobs)
+    check_kept_secret(cluster, worker, *jobs)
 
 
-def test_invalid_job_does_not_touch_a_valid_one_of_the_same_id(stand: Stand) -> None:
-    stand.start_worker()
-    job = stand.job(deltas=40, rate=20)
-    stand.client.enqueue(job)
-    following = stand.follow(job["id"])
+def test_invalid_job_does_not_touch_a_valid_one_of_the_same_id(cluster: Cluster) -> None:
+    cluster.start_worker()
+    job = cluster.job(deltas=40, rate=20)
+    cluster.client.enqueue(job)
+    following = cluster.follow(job["id"])
     following.wait_for("delta", count=3)
-    stand.send(job | {"messages": "none"})
+    cluster.send(job | {"messages": "none"})
 
-    (record,) = wait_for_records(stand, 1)
+    (record,) = wait_for_records(cluster, 1)
     assert record["job_id"] == job["id"]
     assert following.to_the_end().text == "word " * 40
-    assert stand.result(job["id"]).status is JobStatus.COMPLETED
+    assert cluster.result(job["id"]).status is JobStatus.COMPLETED
     assert following.types.count("attempt.started") == 1
 
 
@@ -251,11 +251,11 @@ def job_with(value: str) -> str:
     return f'[[{{"model": "m", "messages": [{{"role": "user", "content": "Hello"}}], "extra": {value}}}], {{}}, {{}}]'
 
 
-def test_invalid_jobs_whose_ids_name_none_are_recorded_with_their_payload(stand: Stand) -> None:
-    stand.start_worker()
-    jobs = [stand.job() | {"id": job_id} for job_id in ("a:b", "{x}", "", " ", "x" * 129, 7, None)]
-    stand.push(*(message(json.dumps([[job], {}, {}])) for job in jobs))
-    records = wait_for_records(stand, len(jobs))
+def test_invalid_jobs_whose_ids_name_none_are_recorded_with_their_payload(cluster: Cluster) -> None:
+    cluster.start_worker()
+    jobs = [cluster.job() | {"id": job_id} for job_id in ("a:b", "{x}", "", " ", "x" * 129, 7, None)]
+    cluster.push(*(message(json.dumps([[job], {}, {}])) for job in jobs))
+    records = wait_for_records(cluster, len(jobs))
     assert {(record["job_id"], record["reason"].partition(":")[0]) for record in records} == {(None, "id")}
     kept = [json.loads(base64.b64decode(record["payload"])) for record in records]
     assert all(job in kept for job in jobs)
@@ -275,18 +275,18 @@ UNREADABLE = {
 }
 
 
-def test_items_that_are_no_readable_messages_are_kept_and_recorded_and_harm_no_job(any_stand: Stand) -> None:
-    stand = any_stand
-    jobs = [stand.job(deltas=2) for _ in range(5)]
+def test_items_that_are_no_readable_messages_are_kept_and_recorded_and_harm_no_job(any_cluster: Cluster) -> None:
+    cluster = any_cluster
+    jobs = [cluster.job(deltas=2) for _ in range(5)]
     for job in jobs:
-        stand.push(*UNREADABLE)
-        stand.send(job)
-    worker = stand.start_worker()
-    assert {stand.wait_for(job["id"]).status for job in jobs} == {JobStatus.COMPLETED}
+        cluster.push(*UNREADABLE)
+        cluster.send(job)
+    worker = cluster.start_worker()
+    assert {cluster.wait_for(job["id"]).status for job in jobs} == {JobStatus.COMPLETED}
 
-    for record in wait_for_records(stand, len(jobs) * len(UNREADABLE)):
+    for record in wait_for_records(cluster, len(jobs) * len(UNREADABLE)):
         item = base64.b64decode(record["payload"])
         assert UNREADABLE[item] in record["reason"]
         assert record["size"] == len(item)
         assert record["job_id"] == ("x" if b'"id": "x"' in item else None)  # the one its headers name, if it is one
-    check_kept_secret(stand, worker, *(job["id"] for job in jobs))
+    check_kept_secret(cluster, worker, *(job["id"] for job in jobs))

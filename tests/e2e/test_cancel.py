@@ -5,18 +5,18 @@ from typing import Any
 
 import pytest
 
-from api_contracts.errors import ErrorCode
-from api_contracts.names import QUEUE
-from api_contracts.results import CompletionResult, JobStatus, UsageSource
-from tests.harness import Following, Stand, wait_until
+from keepstream.errors import ErrorCode
+from keepstream.names import QUEUE
+from keepstream.results import CompletionResult, JobStatus, UsageSource
+from tests.cluster import Cluster, Following, wait_until
 
 ENDLESS: dict[str, Any] = {"deltas": 2000, "rate": 20}
 
 
-def check_cancelled(stand: Stand, following: Following) -> CompletionResult:
+def check_cancelled(cluster: Cluster, following: Following) -> CompletionResult:
     """Check that the job ended as cancelled, with the output that its follower holds."""
     transcript = following.to_the_end()
-    result = stand.result(following.events[-1].job_id)
+    result = cluster.result(following.events[-1].job_id)
     assert result.status is JobStatus.CANCELLED
     assert result.error is not None
     assert result.error.code == ErrorCode.CANCELLED
@@ -26,155 +26,155 @@ def check_cancelled(stand: Stand, following: Following) -> CompletionResult:
     return result
 
 
-def test_queued_job_is_cancelled_at_once_and_never_started(any_stand: Stand) -> None:
-    stand = any_stand
-    job_id = stand.enqueue(deltas=3)
-    assert stand.client.cancel(job_id) is JobStatus.CANCELLED
-    following = stand.follow(job_id)
-    check_cancelled(stand, following)
-    stand.start_worker()
-    with stand.redis() as client:
+def test_queued_job_is_cancelled_at_once_and_never_started(any_cluster: Cluster) -> None:
+    cluster = any_cluster
+    job_id = cluster.enqueue(deltas=3)
+    assert cluster.client.cancel(job_id) is JobStatus.CANCELLED
+    following = cluster.follow(job_id)
+    check_cancelled(cluster, following)
+    cluster.start_worker()
+    with cluster.redis() as client:
         wait_until(lambda: client.llen(QUEUE) == 0, "the worker to take the message")
-    wait_until(lambda: stand.log(job_id), "the event to be announced")
-    assert [one.type for one in stand.log(job_id)] == ["job.cancelled"]
-    assert stand.provider.attempts(job_id) == []
+    wait_until(lambda: cluster.log(job_id), "the event to be announced")
+    assert [one.type for one in cluster.log(job_id)] == ["job.cancelled"]
+    assert cluster.provider.attempts(job_id) == []
 
 
-def test_running_job_is_stopped_and_keeps_its_partial_output(any_stand: Stand) -> None:
-    stand = any_stand
-    stand.start_worker()
-    job_id = stand.enqueue(**ENDLESS)
-    following = stand.follow(job_id)
+def test_running_job_is_stopped_and_keeps_its_partial_output(any_cluster: Cluster) -> None:
+    cluster = any_cluster
+    cluster.start_worker()
+    job_id = cluster.enqueue(**ENDLESS)
+    following = cluster.follow(job_id)
     following.wait_for("delta", count=5)
-    assert stand.client.cancel(job_id) is JobStatus.RUNNING
+    assert cluster.client.cancel(job_id) is JobStatus.RUNNING
 
-    result = check_cancelled(stand, following)
+    result = check_cancelled(cluster, following)
     assert result.partial
     assert result.text.startswith("word word word ")
     (attempt,) = result.attempts
     assert attempt.outcome == "cancelled"
     assert result.usage is not None
     assert result.usage.source is UsageSource.ESTIMATED
-    wait_until(lambda: stand.provider.attempts(job_id)[0].client_closed, "the provider's connection to be closed")
+    wait_until(lambda: cluster.provider.attempts(job_id)[0].client_closed, "the provider's connection to be closed")
 
 
-def test_job_without_output_yet_is_cancelled(shared_stand: Stand) -> None:
-    stand = shared_stand
-    job_id = stand.enqueue(deltas=3, first_token_delay=600)
-    stand.wait_for(job_id, "running")
-    following = stand.follow(job_id)
-    wait_until(lambda: stand.provider.attempts(job_id), "the request to reach the provider")
-    stand.client.cancel(job_id)
-    result = check_cancelled(stand, following)
+def test_job_without_output_yet_is_cancelled(shared_cluster: Cluster) -> None:
+    cluster = shared_cluster
+    job_id = cluster.enqueue(deltas=3, first_token_delay=600)
+    cluster.wait_for(job_id, "running")
+    following = cluster.follow(job_id)
+    wait_until(lambda: cluster.provider.attempts(job_id), "the request to reach the provider")
+    cluster.client.cancel(job_id)
+    result = check_cancelled(cluster, following)
     assert result.choices == []
     assert result.usage is None or result.usage.total_tokens is None
-    wait_until(lambda: stand.provider.attempts(job_id)[0].client_closed, "the provider's connection to be closed")
+    wait_until(lambda: cluster.provider.attempts(job_id)[0].client_closed, "the provider's connection to be closed")
 
 
 @pytest.mark.parametrize("sleep_limit", [0.5, 60], ids=["released to the database", "slept through by the worker"])
-def test_job_that_waits_for_its_next_attempt_is_cancelled(stand: Stand, sleep_limit: float) -> None:
-    stand.start_worker(sleep_limit=sleep_limit)
+def test_job_that_waits_for_its_next_attempt_is_cancelled(cluster: Cluster, sleep_limit: float) -> None:
+    cluster.start_worker(sleep_limit=sleep_limit)
     fault = {"kind": "status", "status": 429, "headers": {"retry-after": "30"}}
-    job_id = stand.enqueue(deltas=3, faults=[fault])
-    following = stand.follow(job_id)
-    stand.wait_for(job_id, "retrying")
-    assert stand.client.cancel(job_id) is JobStatus.CANCELLED
-    check_cancelled(stand, following)
-    assert len(stand.provider.attempts(job_id)) == 1
+    job_id = cluster.enqueue(deltas=3, faults=[fault])
+    following = cluster.follow(job_id)
+    cluster.wait_for(job_id, "retrying")
+    assert cluster.client.cancel(job_id) is JobStatus.CANCELLED
+    check_cancelled(cluster, following)
+    assert len(cluster.provider.attempts(job_id)) == 1
 
 
-def test_output_of_the_last_attempt_is_kept_by_a_cancel_between_attempts(stand: Stand) -> None:
-    stand.start_worker(sleep_limit=0.5, backoff_base=60, backoff_cap=120)
-    job_id = stand.enqueue(text="one two three four", faults=[{"kind": "cut", "after": 3}])
-    following = stand.follow(job_id)
-    stand.wait_for(job_id, "retrying", "completed")
+def test_output_of_the_last_attempt_is_kept_by_a_cancel_between_attempts(cluster: Cluster) -> None:
+    cluster.start_worker(sleep_limit=0.5, backoff_base=60, backoff_cap=120)
+    job_id = cluster.enqueue(text="one two three four", faults=[{"kind": "cut", "after": 3}])
+    following = cluster.follow(job_id)
+    cluster.wait_for(job_id, "retrying", "completed")
     following.wait_for("attempt.failed")
-    stand.client.cancel(job_id)
-    result = check_cancelled(stand, following)
+    cluster.client.cancel(job_id)
+    result = check_cancelled(cluster, following)
     assert result.text == "one two three"
     assert result.partial
 
 
-def test_cancel_is_idempotent(shared_stand: Stand) -> None:
-    stand = shared_stand
-    job_id = stand.enqueue(**ENDLESS)
-    following = stand.follow(job_id)
+def test_cancel_is_idempotent(shared_cluster: Cluster) -> None:
+    cluster = shared_cluster
+    job_id = cluster.enqueue(**ENDLESS)
+    following = cluster.follow(job_id)
     following.wait_for("delta")
     for _ in range(5):
-        stand.client.cancel(job_id)
-    before = check_cancelled(stand, following)
+        cluster.client.cancel(job_id)
+    before = check_cancelled(cluster, following)
     for _ in range(5):
-        assert stand.client.cancel(job_id) is JobStatus.CANCELLED
-    assert stand.result(job_id) == before
-    assert [one.type for one in stand.log(job_id) if one.type.startswith("job.")] == ["job.cancelled"]
+        assert cluster.client.cancel(job_id) is JobStatus.CANCELLED
+    assert cluster.result(job_id) == before
+    assert [one.type for one in cluster.log(job_id) if one.type.startswith("job.")] == ["job.cancelled"]
 
 
-def test_cancel_of_a_completed_job_changes_nothing(shared_stand: Stand) -> None:
-    stand = shared_stand
-    job_id = stand.enqueue(deltas=3)
-    before = stand.wait_for(job_id)
-    assert stand.client.cancel(job_id) is JobStatus.COMPLETED
-    assert stand.result(job_id) == before
+def test_cancel_of_a_completed_job_changes_nothing(shared_cluster: Cluster) -> None:
+    cluster = shared_cluster
+    job_id = cluster.enqueue(deltas=3)
+    before = cluster.wait_for(job_id)
+    assert cluster.client.cancel(job_id) is JobStatus.COMPLETED
+    assert cluster.result(job_id) == before
 
 
-def test_process_without_database_cancels_a_running_job(shared_stand: Stand) -> None:
-    stand = shared_stand
-    job_id = stand.enqueue(**ENDLESS)
-    following = stand.follow(job_id)
+def test_process_without_database_cancels_a_running_job(shared_cluster: Cluster) -> None:
+    cluster = shared_cluster
+    job_id = cluster.enqueue(**ENDLESS)
+    following = cluster.follow(job_id)
     following.wait_for("delta")
-    stand.make_client(database=False).cancel(job_id)
-    check_cancelled(stand, following)
+    cluster.make_client(database=False).cancel(job_id)
+    check_cancelled(cluster, following)
 
 
-def test_job_that_no_worker_has_met_is_cancelled_when_one_does(stand: Stand) -> None:
-    producer = stand.make_client(database=False)
-    job_id = producer.enqueue(stand.job(**ENDLESS))
+def test_job_that_no_worker_has_met_is_cancelled_when_one_does(cluster: Cluster) -> None:
+    producer = cluster.make_client(database=False)
+    job_id = producer.enqueue(cluster.job(**ENDLESS))
     assert producer.cancel(job_id) is None
-    stand.start_worker()
-    following = stand.follow(job_id)
-    check_cancelled(stand, following)
+    cluster.start_worker()
+    following = cluster.follow(job_id)
+    check_cancelled(cluster, following)
 
 
-def test_cancel_reaches_the_worker_while_redis_is_away(redis_stand: Stand) -> None:
-    stand = redis_stand
-    stand.start_worker()
-    job_id = stand.enqueue(**ENDLESS)
-    following = stand.follow(job_id)
+def test_cancel_reaches_the_worker_while_redis_is_away(cluster_losing_redis: Cluster) -> None:
+    cluster = cluster_losing_redis
+    cluster.start_worker()
+    job_id = cluster.enqueue(**ENDLESS)
+    following = cluster.follow(job_id)
     following.wait_for("delta", count=3)
-    stand.valkey.kill()
-    assert stand.client.cancel(job_id) is JobStatus.RUNNING
-    wait_until(lambda: stand.provider.attempts(job_id)[0].client_closed, "the provider's connection to be closed")
-    assert stand.wait_for(job_id).status is JobStatus.CANCELLED
-    stand.valkey.start()
-    check_cancelled(stand, following)
+    cluster.valkey.kill()
+    assert cluster.client.cancel(job_id) is JobStatus.RUNNING
+    wait_until(lambda: cluster.provider.attempts(job_id)[0].client_closed, "the provider's connection to be closed")
+    assert cluster.wait_for(job_id).status is JobStatus.CANCELLED
+    cluster.valkey.start()
+    check_cancelled(cluster, following)
 
 
-def test_job_of_a_dead_worker_is_cancelled_by_another_one(stand: Stand) -> None:
-    worker = stand.start_worker()
-    job_id = stand.enqueue(**ENDLESS)
-    following = stand.follow(job_id)
+def test_job_of_a_dead_worker_is_cancelled_by_another_one(cluster: Cluster) -> None:
+    worker = cluster.start_worker()
+    job_id = cluster.enqueue(**ENDLESS)
+    following = cluster.follow(job_id)
     following.wait_for("delta", count=3)
     worker.kill()
-    assert stand.client.cancel(job_id) is JobStatus.RUNNING
-    stand.start_worker()
-    result = stand.wait_for(job_id)
+    assert cluster.client.cancel(job_id) is JobStatus.RUNNING
+    cluster.start_worker()
+    result = cluster.wait_for(job_id)
     assert [one.outcome for one in result.attempts] == ["lost"]
-    assert len(stand.provider.attempts(job_id)) == 1
+    assert len(cluster.provider.attempts(job_id)) == 1
     following.to_the_end()
     assert result.status is JobStatus.CANCELLED
 
 
-def test_cancelled_job_never_turns_completed(any_stand: Stand) -> None:
-    stand = any_stand
-    stand.start_worker()
-    job_ids = [stand.enqueue(deltas=10, rate=20) for _ in range(30)]
+def test_cancelled_job_never_turns_completed(any_cluster: Cluster) -> None:
+    cluster = any_cluster
+    cluster.start_worker()
+    job_ids = [cluster.enqueue(deltas=10, rate=20) for _ in range(30)]
     answers = {}
     for job_id in job_ids:  # 10 deltas take half a second, so that most cancels come close to an end
-        answers[job_id] = stand.client.cancel(job_id)
+        answers[job_id] = cluster.client.cancel(job_id)
         time.sleep(0.02)
-    ends = {job_id: stand.wait_for(job_id).status for job_id in job_ids}
+    ends = {job_id: cluster.wait_for(job_id).status for job_id in job_ids}
     for job_id in job_ids:
         expected = JobStatus.COMPLETED if answers[job_id] is JobStatus.COMPLETED else JobStatus.CANCELLED
         assert ends[job_id] is expected
-        check = stand.follow(job_id)
-        assert check.to_the_end().sha256() == stand.result(job_id).output_sha256
+        check = cluster.follow(job_id)
+        assert check.to_the_end().sha256() == cluster.result(job_id).output_sha256

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos import chaos, deploy, seam
+from tests.chaos import chaos, deploy, live_join
 from tests.chaos.place import Place
 
 
@@ -20,5 +20,5 @@ def test_rolling_deploy_is_not_noticed(tmp_path: Path) -> None:
 
 
 def test_followers_that_join_at_random_moments_lose_and_double_nothing(tmp_path: Path) -> None:
-    report = seam.run(Place(tmp_path, "sqlite"), seed=1, joins=200, deltas=80)
+    report = live_join.run(Place(tmp_path, "sqlite"), seed=1, joins=200, deltas=80)
     assert report.failures == {}

@@ -19,14 +19,14 @@ import psutil
 import pytest
 import redis
 
-from api_contracts import parse_event
-from api_contracts.events import UnknownEvent
-from api_contracts.names import QUEUE, control_channel
-from api_contracts.transcript import Transcript
-from tests.harness import Stand, wait_until
-from worker import cli
-from worker.embedded import EmbeddedProvider, free_port, sqlite_url
-from worker.supervisor import python_environment, python_module
+from keepstream import parse_event
+from keepstream.events import UnknownEvent
+from keepstream.names import QUEUE, control_channel
+from keepstream.transcript import Transcript
+from keepstream_worker.commands import cli
+from keepstream_worker.dev_stack.embedded import EmbeddedProvider, free_port, sqlite_url
+from keepstream_worker.supervisor import python_module
+from tests.cluster import Cluster, wait_until
 
 OK, UNSUCCESSFUL, INVALID, UNAVAILABLE, NOT_FOUND, INTERRUPTED = 0, 1, 2, 3, 4, 130
 COMMANDS = (
@@ -35,16 +35,16 @@ COMMANDS = (
 )
 TEXT = "Grüße, ¡saludos!, 你好 🌊 - a text for the tests of the command line."
 SECRET = "hunter2-secret"  # stands in URLs and must not be repeated
-COMMAND = python_module("worker.cli")
+COMMAND = python_module("keepstream_worker.commands.cli")
 
 
 @pytest.fixture(scope="module")
-def stand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
-    """One stand with one worker for all tests that do no harm."""
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One cluster with one worker for all tests that do no harm."""
     directory = tmp_path_factory.mktemp("cli")
-    with Stand(directory, sqlite_url(directory / "millrace.db")) as stand:
-        stand.start_worker()
-        yield stand
+    with Cluster(directory, sqlite_url(directory / "keepstream.db")) as cluster:
+        cluster.start_worker()
+        yield cluster
 
 
 Done = subprocess.CompletedProcess[str]
@@ -52,13 +52,13 @@ Done = subprocess.CompletedProcess[str]
 
 def environment(**settings: str) -> dict[str, str]:
     """An environment with these variables and none of ours besides."""
-    names = ("MILLRACE_", "OPENAI_", "COLUMNS")
+    names = ("KEEPSTREAM_", "OPENAI_", "COLUMNS")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(names)}
-    return python_environment(inherited | settings)
+    return inherited | settings
 
 
 def run(env: dict[str, str], *args: str, stdin: str = "", cwd: Path | None = None) -> Done:
-    """Run `millrace` to its end; it must never show a traceback or a secret."""
+    """Run `keepstream` to its end; it must never show a traceback or a secret."""
     done = subprocess.run(
         [*COMMAND, *args], env=env, cwd=cwd, input=stdin, capture_output=True, text=True, timeout=120, check=False
     )
@@ -67,24 +67,24 @@ def run(env: dict[str, str], *args: str, stdin: str = "", cwd: Path | None = Non
     return done
 
 
-def millrace(stand: Stand, *args: str, stdin: str = "") -> Done:
-    return run(python_environment(stand.environment()), *args, stdin=stdin)
+def keepstream(cluster: Cluster, *args: str, stdin: str = "") -> Done:
+    return run(cluster.environment(), *args, stdin=stdin)
 
 
 def one_line(done: Done) -> str:
     """The message of an expected failure."""
     assert done.stdout == ""
-    assert done.stderr.startswith("millrace: ")
+    assert done.stderr.startswith("keepstream: ")
     assert done.stderr.count("\n") == 1, done.stderr
     return done.stderr
 
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
-    """`millrace` in this process, for what depends on arguments alone: a start of Python is not for nothing."""
+    """`keepstream` in this process, for what depends on arguments alone: a start of Python is not for nothing."""
 
     def run_here(*args: str) -> Done:
-        monkeypatch.setattr(sys, "argv", ["millrace", *args])
+        monkeypatch.setattr(sys, "argv", ["keepstream", *args])
         monkeypatch.setattr(sys, "stdin", io.StringIO())
         with pytest.raises(SystemExit) as end:
             cli.main()
@@ -93,14 +93,14 @@ def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     return run_here
 
 
-def scripted(stand: Stand, **script: Any) -> str:
+def scripted(cluster: Cluster, **script: Any) -> str:
     """A job file with a scripted stream."""
-    return json.dumps(stand.job(**{"text": TEXT, **script}))
+    return json.dumps(cluster.job(**{"text": TEXT, **script}))
 
 
 @contextlib.contextmanager
 def started(env: dict[str, str], *args: str, cwd: Path | None = None) -> Iterator[subprocess.Popen[str]]:
-    """Start `millrace` in a session of its own; whatever is left of it at the end is killed."""
+    """Start `keepstream` in a session of its own; whatever is left of it at the end is killed."""
     process = subprocess.Popen(
         [*COMMAND, *args], env=env, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -123,13 +123,14 @@ def started(env: dict[str, str], *args: str, cwd: Path | None = None) -> Iterato
 def test_the_help_of_each_command_has_an_example_and_the_exit_codes(here: Callable[..., Done], command: str):
     done = here(command, "--help")
     assert done.returncode == OK
-    assert f"millrace {command}" in done.stdout
+    assert f"keepstream {command}" in done.stdout
     assert "Exit codes: 0 done" in done.stdout
 
 
 def test_the_help_lists_every_command_and_needs_no_heavy_library(here: Callable[..., Done]):
     script = (
-        "import sys, worker.cli; print(sorted({'celery', 'openai', 'redis', 'sqlalchemy', 'rich'} & set(sys.modules)))"
+        "import sys, keepstream_worker.commands.cli; "
+        "print(sorted({'celery', 'openai', 'redis', 'sqlalchemy', 'rich'} & set(sys.modules)))"
     )
     loaded = subprocess.run(
         [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=True
@@ -147,34 +148,36 @@ def test_a_wrong_option_is_a_usage_error(here: Callable[..., Done]):
 # -- the way of a job -----------------------------------------------------------------------------
 
 
-def test_a_submitted_job_is_followed_queried_and_listed(stand: Stand):
+def test_a_submitted_job_is_followed_queried_and_listed(cluster: Cluster):
     metadata = ["--metadata", '{"order": 4711}']
-    submitted = millrace(stand, "submit", "--file", "-", *metadata, "--json", stdin=scripted(stand, reasoning="Well."))
+    submitted = keepstream(
+        cluster, "submit", "--file", "-", *metadata, "--json", stdin=scripted(cluster, reasoning="Well.")
+    )
     assert submitted.returncode == OK
     job_id = json.loads(submitted.stdout)["job_id"]
 
-    followed = millrace(stand, "follow", job_id)
+    followed = keepstream(cluster, "follow", job_id)
     assert followed.returncode == OK
     assert f"  {TEXT}\n" in followed.stdout
     assert "✓ completed · stop · " in followed.stdout
     assert followed.stdout.endswith("sha256 matches\n")
     assert followed.stderr == ""
 
-    result = json.loads(millrace(stand, "get", job_id, "--json").stdout)
+    result = json.loads(keepstream(cluster, "get", job_id, "--json").stdout)
     assert (result["status"], result["metadata"]) == ("completed", {"order": 4711})
     assert (result["choices"][0]["content"], result["choices"][0]["reasoning"]) == (TEXT, "Well.")
     assert result["usage"]["source"] == "provider"
-    assert millrace(stand, "get", job_id, "--text").stdout == TEXT + "\n"
-    shown = millrace(stand, "get", job_id).stdout
+    assert keepstream(cluster, "get", job_id, "--text").stdout == TEXT + "\n"
+    shown = keepstream(cluster, "get", job_id).stdout
     assert all(part in shown for part in (job_id, "completed", TEXT, "4711", "1 first", result["output_sha256"] + " ✓"))
 
-    lines = millrace(stand, "list", "--status", "completed", "--json").stdout.splitlines()
+    lines = keepstream(cluster, "list", "--status", "completed", "--json").stdout.splitlines()
     assert job_id in [json.loads(line)["id"] for line in lines]
-    assert job_id in millrace(stand, "list").stdout
+    assert job_id in keepstream(cluster, "list").stdout
 
 
-def test_follow_prints_events_as_json_lines_that_make_the_stored_text(stand: Stand):
-    done = millrace(stand, "submit", "--file", "-", "--follow", "--json", stdin=scripted(stand, deltas=None))
+def test_follow_prints_events_as_json_lines_that_make_the_stored_text(cluster: Cluster):
+    done = keepstream(cluster, "submit", "--file", "-", "--follow", "--json", stdin=scripted(cluster, deltas=None))
     assert done.returncode == OK
     events = [parse_event(line) for line in done.stdout.splitlines()]
     transcript = Transcript()
@@ -184,50 +187,52 @@ def test_follow_prints_events_as_json_lines_that_make_the_stored_text(stand: Sta
     assert transcript.terminal is not None
     assert transcript.sha256() == transcript.terminal.output_sha256
 
-    later = millrace(stand, "follow", events[0].job_id, "--after", events[2].id, "--json")
+    later = keepstream(cluster, "follow", events[0].job_id, "--after", events[2].id, "--json")
     assert later.stdout.splitlines() == done.stdout.splitlines()[3:]
 
 
-def test_options_make_a_job(stand: Stand, tmp_path: Path):
+def test_options_make_a_job(cluster: Cluster, tmp_path: Path):
     tool = tmp_path / "tool.json"
     tool.write_text('{"name": "get_weather", "parameters": {"properties": {"city": {"type": "string"}}}}')
     options = ["--model", "m-1", "--message", "Hi", "--system", "Be brief.", "--param", "temperature=0.2", "--param"]
-    done = millrace(
-        stand, "submit", *options, "user=me", "--tool", str(tool), "--id", "options-1", "--expires-in", "1h"
+    done = keepstream(
+        cluster, "submit", *options, "user=me", "--tool", str(tool), "--id", "options-1", "--expires-in", "1h"
     )
     assert done.stdout == "options-1\n"
-    stand.wait_for("options-1")
-    with urllib.request.urlopen(stand.provider.base_url.removesuffix("/v1") + "/_requests") as answer:
+    cluster.wait_for("options-1")
+    with urllib.request.urlopen(cluster.provider.base_url.removesuffix("/v1") + "/_requests") as answer:
         body = json.load(answer)[-1]["body"]
     assert [message["content"] for message in body["messages"]] == ["Be brief.", "Hi"]
     assert (body["model"], body["temperature"], body["user"]) == ("m-1", 0.2, "me")
     assert body["tools"][0]["function"]["name"] == "get_weather"
-    assert "calls get_weather {" in millrace(stand, "follow", "options-1").stdout
+    assert "calls get_weather {" in keepstream(cluster, "follow", "options-1").stdout
 
 
-def test_a_retry_is_a_visible_line_and_the_text_starts_over(stand: Stand):
-    job = scripted(stand, faults=[{"kind": "cut", "after": 4}])
-    done = millrace(stand, "submit", "--file", "-", "--follow", stdin=job)
+def test_a_retry_is_a_visible_line_and_the_text_starts_over(cluster: Cluster):
+    job = scripted(cluster, faults=[{"kind": "cut", "after": 4}])
+    done = keepstream(cluster, "submit", "--file", "-", "--follow", stdin=job)
     assert done.returncode == OK
     assert re.search(r"✗ attempt 1 failed: connection: .*; the text above is void; next attempt in \d", done.stdout)
     assert "2 attempts" in done.stdout
     assert "sha256 matches" in done.stdout
 
 
-def test_what_a_model_writes_cannot_steer_the_terminal(stand: Stand):
-    job = scripted(stand, text="harmless \x1b[31m\x07red\x9b", tool_calls=[{"name": "f", "arguments": "\x1b]0;title"}])
-    done = millrace(stand, "submit", "--file", "-", "--follow", stdin=job)
-    shown = done.stdout + millrace(stand, "get", done.stdout.split()[1]).stdout
+def test_what_a_model_writes_cannot_steer_the_terminal(cluster: Cluster):
+    job = scripted(
+        cluster, text="harmless \x1b[31m\x07red\x9b", tool_calls=[{"name": "f", "arguments": "\x1b]0;title"}]
+    )
+    done = keepstream(cluster, "submit", "--file", "-", "--follow", stdin=job)
+    shown = done.stdout + keepstream(cluster, "get", done.stdout.split()[1]).stdout
     assert "harmless ␛[31m␇red" in shown
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", shown)
 
 
-def test_on_a_terminal_lines_are_broken_between_words(stand: Stand):
+def test_on_a_terminal_lines_are_broken_between_words(cluster: Cluster):
     words = " ".join(f"word{number}" for number in range(60))
-    job_id = stand.enqueue(text=words, delta_chars=3)
-    stand.wait_for(job_id)
+    job_id = cluster.enqueue(text=words, delta_chars=3)
+    cluster.wait_for(job_id)
     parent, child = pty.openpty()
-    env = python_environment(stand.environment()) | {"COLUMNS": "60", "TERM": "xterm"}
+    env = cluster.environment() | {"COLUMNS": "60", "TERM": "xterm"}
     with subprocess.Popen([*COMMAND, "follow", job_id], env=env, stdout=child, stderr=child) as process:
         os.close(child)
         shown = b""
@@ -240,46 +245,46 @@ def test_on_a_terminal_lines_are_broken_between_words(stand: Stand):
     assert {word for line in lines for word in line.split()} >= set(words.split())
 
 
-def test_cancelling_a_running_job_keeps_what_it_wrote(stand: Stand):
-    job_id = stand.enqueue(deltas=2000, rate=50)
-    stand.wait_for_deltas(job_id, 5)
-    assert millrace(stand, "cancel", job_id).returncode == OK
-    followed = millrace(stand, "follow", job_id)
+def test_cancelling_a_running_job_keeps_what_it_wrote(cluster: Cluster):
+    job_id = cluster.enqueue(deltas=2000, rate=50)
+    cluster.wait_for_deltas(job_id, 5)
+    assert keepstream(cluster, "cancel", job_id).returncode == OK
+    followed = keepstream(cluster, "follow", job_id)
     assert followed.returncode == UNSUCCESSFUL
     assert "✗ cancelled" in followed.stdout
-    assert "(the output is partial)" in millrace(stand, "get", job_id).stdout
-    again = millrace(stand, "cancel", job_id, "--json")
+    assert "(the output is partial)" in keepstream(cluster, "get", job_id).stdout
+    again = keepstream(cluster, "cancel", job_id, "--json")
     assert (again.returncode, json.loads(again.stdout)) == (OK, {"job_id": job_id, "status": "cancelled"})
 
 
-def test_ctrl_c_ends_following_but_not_the_job(stand: Stand):
-    job_id = stand.enqueue(deltas=2000, rate=50)
-    with started(python_environment(stand.environment()), "follow", job_id) as process:
+def test_ctrl_c_ends_following_but_not_the_job(cluster: Cluster):
+    job_id = cluster.enqueue(deltas=2000, rate=50)
+    with started(cluster.environment(), "follow", job_id) as process:
         assert process.stdout is not None
         assert "attempt 1" in process.stdout.readline()
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=30)
         assert process.returncode == INTERRUPTED
-    assert re.search(rf"millrace follow {job_id} --after 1-\d+\n$", errors)
+    assert re.search(rf"keepstream follow {job_id} --after 1-\d+\n$", errors)
     assert "Traceback" not in errors
-    assert stand.result(job_id).status == "running"
-    stand.client.cancel(job_id)
+    assert cluster.result(job_id).status == "running"
+    cluster.client.cancel(job_id)
 
 
 # -- jobs that do not complete, and wrong input ---------------------------------------------------
 
 
-def test_a_refused_key_fails_the_job_with_one_clear_line(stand: Stand):
+def test_a_refused_key_fails_the_job_with_one_clear_line(cluster: Cluster):
     body = {"error": {"message": "Incorrect API key provided: " + SECRET, "code": "invalid_api_key"}}
-    job = scripted(stand, faults=[{"kind": "status", "status": 401, "body": body}])
-    done = millrace(stand, "submit", "--file", "-", "--follow", stdin=job)
+    job = scripted(cluster, faults=[{"kind": "status", "status": 401, "body": body}])
+    done = keepstream(cluster, "submit", "--file", "-", "--follow", stdin=job)
     assert done.returncode == UNSUCCESSFUL
     assert "✗ attempt 1 failed: auth: " in done.stdout
     assert "✗ failed" in done.stdout
 
 
-def test_an_unknown_provider_fails_the_job_and_names_those_there_are(stand: Stand):
-    done = millrace(stand, "submit", "--model", "m", "-m", "Hi", "--provider", "nope", "--follow")
+def test_an_unknown_provider_fails_the_job_and_names_those_there_are(cluster: Cluster):
+    done = keepstream(cluster, "submit", "--model", "m", "-m", "Hi", "--provider", "nope", "--follow")
     assert done.returncode == UNSUCCESSFUL
     assert "unknown_provider: no provider 'nope' is configured; there is: default" in done.stdout
 
@@ -304,25 +309,25 @@ def test_an_unknown_provider_fails_the_job_and_names_those_there_are(stand: Stan
     ],
 )
 def test_wrong_input_is_one_line_that_says_what_to_write(
-    here: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, stand: Stand, arguments: list[str], message: str
+    here: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, cluster: Cluster, arguments: list[str], message: str
 ):
-    monkeypatch.setenv("MILLRACE_DATABASE_URL", stand.database_url)
+    monkeypatch.setenv("KEEPSTREAM_DATABASE_URL", cluster.database_url)
     done = here(*arguments)
     assert done.returncode == INVALID
     assert message in one_line(done)
 
 
-def test_a_key_that_belongs_to_another_request_is_refused(stand: Stand):
+def test_a_key_that_belongs_to_another_request_is_refused(cluster: Cluster):
     options = ["submit", "--model", "m", "--idempotency-key", "order-1", "-m"]
-    assert millrace(stand, *options, "Hi").stdout == millrace(stand, *options, "Hi").stdout
-    done = millrace(stand, *options, "Bye")
+    assert keepstream(cluster, *options, "Hi").stdout == keepstream(cluster, *options, "Hi").stdout
+    done = keepstream(cluster, *options, "Bye")
     assert done.returncode == INVALID
     assert "use a new key" in one_line(done)
 
 
 @pytest.mark.parametrize("command", ["get", "cancel"])
-def test_an_unknown_job_is_not_found(stand: Stand, command: str):
-    done = millrace(stand, command, "no-such-job")
+def test_an_unknown_job_is_not_found(cluster: Cluster, command: str):
+    done = keepstream(cluster, command, "no-such-job")
     assert done.returncode == NOT_FOUND
     assert "no job no-such-job" in one_line(done)
 
@@ -330,12 +335,12 @@ def test_an_unknown_job_is_not_found(stand: Stand, command: str):
 # -- a deployment that is not as it must be -------------------------------------------------------
 
 
-def test_an_unmigrated_database_is_named_with_what_to_type(stand: Stand, tmp_path: Path):
-    env = environment(MILLRACE_REDIS_URL=stand.valkey.url, MILLRACE_DATABASE_URL=sqlite_url(tmp_path / "new.db"))
+def test_an_unmigrated_database_is_named_with_what_to_type(cluster: Cluster, tmp_path: Path):
+    env = environment(KEEPSTREAM_REDIS_URL=cluster.valkey.url, KEEPSTREAM_DATABASE_URL=sqlite_url(tmp_path / "new.db"))
     for command in (["list"], ["worker"], ["worker", "--processes", "2"]):
         done = run(env, *command)
         assert done.returncode == UNAVAILABLE
-        assert "millrace migrate" in one_line(done)
+        assert "keepstream migrate" in one_line(done)
     assert run(env, "migrate", "--check").returncode == UNSUCCESSFUL
     first, second = run(env, "migrate", "--json"), run(env, "migrate")
     assert json.loads(first.stdout)["before"] is None
@@ -345,39 +350,39 @@ def test_an_unmigrated_database_is_named_with_what_to_type(stand: Stand, tmp_pat
 
 @pytest.mark.parametrize("command", ["worker", "list", "migrate"])
 def test_a_wrong_setting_is_named_without_its_value(command: str):
-    done = run(environment(MILLRACE_CONCURRENCY=SECRET), command)
+    done = run(environment(KEEPSTREAM_CONCURRENCY=SECRET), command)
     assert done.returncode == INVALID
-    assert "MILLRACE_CONCURRENCY" in one_line(done)
+    assert "KEEPSTREAM_CONCURRENCY" in one_line(done)
 
 
-def test_a_missing_providers_file_is_named(stand: Stand, tmp_path: Path):
-    env = python_environment(stand.environment(providers_file=tmp_path / "nowhere.toml"))
+def test_a_missing_providers_file_is_named(cluster: Cluster, tmp_path: Path):
+    env = cluster.environment(providers_file=tmp_path / "nowhere.toml")
     done = run(env, "worker")
     assert done.returncode == INVALID
     assert "nowhere.toml" in one_line(done)
 
 
 @pytest.mark.parametrize("command", [["list"], ["worker"], ["migrate"]])
-def test_an_unreachable_database_is_one_line_without_its_password(stand: Stand, command: list[str]):
+def test_an_unreachable_database_is_one_line_without_its_password(cluster: Cluster, command: list[str]):
     url = f"postgresql://user:{SECRET}@127.0.0.1:{free_port()}/db"
-    done = run(environment(MILLRACE_REDIS_URL=stand.valkey.url, MILLRACE_DATABASE_URL=url), *command)
+    done = run(environment(KEEPSTREAM_REDIS_URL=cluster.valkey.url, KEEPSTREAM_DATABASE_URL=url), *command)
     assert done.returncode == UNAVAILABLE
-    assert re.search("MILLRACE_DATABASE_URL|millrace doctor", one_line(done))
+    assert re.search("KEEPSTREAM_DATABASE_URL|keepstream doctor", one_line(done))
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
-def test_an_unreachable_redis_stops_the_start_of_a_worker(stand: Stand, processes: str):
-    env = python_environment(stand.environment(redis_url=f"redis://:{SECRET}@127.0.0.1:{free_port()}/0"))
+def test_an_unreachable_redis_stops_the_start_of_a_worker(cluster: Cluster, processes: str):
+    env = cluster.environment(redis_url=f"redis://:{SECRET}@127.0.0.1:{free_port()}/0")
     done = run(env, "worker", "--processes", processes)
     assert done.returncode == UNAVAILABLE
-    assert "MILLRACE_REDIS_URL" in one_line(done)
+    assert "KEEPSTREAM_REDIS_URL" in one_line(done)
 
 
-def test_a_job_submitted_while_redis_is_away_is_kept(stand: Stand):
-    env = python_environment(stand.environment(redis_url=f"redis://127.0.0.1:{free_port()}/0"))
+def test_a_job_submitted_while_redis_is_away_is_kept(cluster: Cluster):
+    env = cluster.environment(redis_url=f"redis://127.0.0.1:{free_port()}/0")
     done = run(env, "submit", "--model", "m", "-m", "Hi")
     assert done.returncode == OK
-    assert stand.wait_for(done.stdout.strip()).status == "completed"  # sent by the sweeper of the stand's worker
+    assert cluster.wait_for(done.stdout.strip()).status == "completed"  # sent by the sweeper of the cluster's worker
 
 
 # -- doctor ---------------------------------------------------------------------------------------
@@ -387,12 +392,12 @@ def findings(done: Done) -> dict[str, str]:
     return {check["check"]: check["verdict"] for check in json.loads(done.stdout)["checks"]}
 
 
-def test_the_doctor_finds_a_healthy_deployment_healthy(stand: Stand):
-    done = millrace(stand, "doctor", "--json")
+def test_the_doctor_finds_a_healthy_deployment_healthy(cluster: Cluster):
+    done = keepstream(cluster, "doctor", "--json")
     assert done.returncode == OK
     expected = dict.fromkeys(("settings", "redis", "database", "workers", "jobs", "provider default"), "ok")
     assert expected.items() <= findings(done).items()
-    quick = millrace(stand, "doctor", "--quick", "--json")
+    quick = keepstream(cluster, "doctor", "--quick", "--json")
     assert (quick.returncode, findings(quick)) == (
         OK,
         dict.fromkeys(("settings", "redis", "database", "worker"), "ok"),
@@ -401,60 +406,63 @@ def test_the_doctor_finds_a_healthy_deployment_healthy(stand: Stand):
 
 def test_the_doctor_says_what_is_wrong_and_what_to_do(tmp_path: Path):
     env = environment(
-        MILLRACE_REDIS_URL=f"redis://:{SECRET}@127.0.0.1:{free_port()}/0",
-        MILLRACE_DATABASE_URL=sqlite_url(tmp_path / "new.db"),
+        KEEPSTREAM_REDIS_URL=f"redis://:{SECRET}@127.0.0.1:{free_port()}/0",
+        KEEPSTREAM_DATABASE_URL=sqlite_url(tmp_path / "new.db"),
     )
     done = run(env, "doctor")
     assert done.returncode == UNSUCCESSFUL
-    assert all(advice in done.stdout for advice in ("MILLRACE_REDIS_URL", "millrace migrate", "OPENAI_API_KEY"))
+    assert all(advice in done.stdout for advice in ("KEEPSTREAM_REDIS_URL", "keepstream migrate", "OPENAI_API_KEY"))
     run(env, "migrate")
     checks = findings(run(env, "doctor", "--json"))
     assert {"redis": "fail", "database": "ok", "workers": "warn"}.items() <= checks.items()
     assert findings(run(env, "doctor", "--quick", "--json"))["worker"] == "fail"
 
 
-def test_the_doctor_meets_a_provider_that_refuses_the_key(stand: Stand, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("MILLRACE_SCRIPTED_API_KEY", "the right one")
+def test_the_doctor_meets_a_provider_that_refuses_the_key(cluster: Cluster, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("KEEPSTREAM_SCRIPTED_API_KEY", "the right one")
     with EmbeddedProvider() as provider:
-        env = python_environment(stand.environment()) | {"OPENAI_BASE_URL": provider.base_url, "OPENAI_API_KEY": SECRET}
+        env = cluster.environment() | {
+            "OPENAI_BASE_URL": provider.base_url,
+            "OPENAI_API_KEY": SECRET,
+        }
         done = run(env, "doctor", "--json")
     assert (done.returncode, findings(done)["provider default"]) == (UNSUCCESSFUL, "fail")
 
 
-def test_the_doctor_warns_of_a_redis_that_forgets(stand: Stand):
-    with redis.Redis.from_url(stand.valkey.url) as client:
+def test_the_doctor_warns_of_a_redis_that_forgets(cluster: Cluster):
+    with redis.Redis.from_url(cluster.valkey.url) as client:
         client.config_set("maxmemory-policy", "allkeys-lru")
         try:
-            done = millrace(stand, "doctor", "--quick", "--json")
+            done = keepstream(cluster, "doctor", "--quick", "--json")
         finally:
             client.config_set("maxmemory-policy", "noeviction")
     assert (done.returncode, findings(done)["redis"]) == (OK, "warn")
 
 
-def test_a_rejected_message_is_listed_with_its_reason_and_the_doctor_warns(stand: Stand):
-    with redis.Redis.from_url(stand.valkey.url) as client:
+def test_a_rejected_message_is_listed_with_its_reason_and_the_doctor_warns(cluster: Cluster):
+    with redis.Redis.from_url(cluster.valkey.url) as client:
         client.lpush(QUEUE, b"no message at all")
 
     def listed() -> list[dict[str, Any]]:
-        return [json.loads(line) for line in millrace(stand, "rejected", "--json").stdout.splitlines()]
+        return [json.loads(line) for line in keepstream(cluster, "rejected", "--json").stdout.splitlines()]
 
     assert "not JSON" in wait_until(listed, "the rejected message")[0]["reason"]
-    assert "not JSON" in millrace(stand, "rejected").stdout
-    done = millrace(stand, "doctor", "--json")
+    assert "not JSON" in keepstream(cluster, "rejected").stdout
+    done = keepstream(cluster, "doctor", "--json")
     assert (done.returncode, findings(done)["rejected"]) == (OK, "warn")
 
 
-def test_purge_deletes_old_jobs_of_one_tenant(stand: Stand):
-    job_id = millrace(stand, "submit", "--model", "m", "-m", "Hi", "--tenant", "t1").stdout.strip()
-    assert millrace(stand, "follow", job_id, "--tenant", "t1").returncode == OK
-    assert millrace(stand, "purge", "--older-than", "1h", "--tenant", "t1").stdout == "deleted 0 jobs\n"
+def test_purge_deletes_old_jobs_of_one_tenant(cluster: Cluster):
+    job_id = keepstream(cluster, "submit", "--model", "m", "-m", "Hi", "--tenant", "t1").stdout.strip()
+    assert keepstream(cluster, "follow", job_id, "--tenant", "t1").returncode == OK
+    assert keepstream(cluster, "purge", "--older-than", "1h", "--tenant", "t1").stdout == "deleted 0 jobs\n"
 
     def deleted() -> bool:  # the job is announced a moment after its end
-        done = millrace(stand, "purge", "--older-than", "0s", "--tenant", "t1", "--json")
+        done = keepstream(cluster, "purge", "--older-than", "0s", "--tenant", "t1", "--json")
         return bool(json.loads(done.stdout)["deleted"] == 1)
 
     wait_until(deleted, "the job to be deleted")
-    assert millrace(stand, "get", job_id, "--tenant", "t1").returncode == NOT_FOUND
+    assert keepstream(cluster, "get", job_id, "--tenant", "t1").returncode == NOT_FOUND
 
 
 def test_the_schemas_are_printed(here: Callable[..., Done]):
@@ -468,9 +476,9 @@ def test_the_schemas_are_printed(here: Callable[..., Done]):
 
 def test_several_worker_processes_are_kept_alive_and_end_with_the_supervisor(tmp_path: Path):
     with (
-        Stand(tmp_path, sqlite_url(tmp_path / "millrace.db")) as stand,
-        redis.Redis.from_url(stand.valkey.url) as client,
-        started(python_environment(stand.environment()), "worker", "--processes", "2", "--concurrency", "7") as process,
+        Cluster(tmp_path, sqlite_url(tmp_path / "keepstream.db")) as cluster,
+        redis.Redis.from_url(cluster.valkey.url) as client,
+        started(cluster.environment(), "worker", "--processes", "2", "--concurrency", "7") as process,
     ):
         supervisor = psutil.Process(process.pid)
 
@@ -479,7 +487,7 @@ def test_several_worker_processes_are_kept_alive_and_end_with_the_supervisor(tmp
             return supervisor.children() if listening == 2 else []
 
         victim, survivor = wait_until(at_work, "two workers that listen")
-        assert victim.environ()["MILLRACE_CONCURRENCY"] == "7"
+        assert victim.environ()["KEEPSTREAM_CONCURRENCY"] == "7"
         victim.kill()
         replaced = wait_until(
             lambda: [child for child in at_work() if child not in (victim, survivor)], "a new worker process"
@@ -501,15 +509,15 @@ def test_dev_runs_everything_until_ctrl_c_and_leaves_no_process(tmp_path: Path):
             errors += line
         family = psutil.Process(process.pid).children(recursive=True)
         assert len(family) >= 2
-        exports = (tmp_path / ".millrace" / "env").read_text()
+        exports = (tmp_path / ".keepstream" / "env").read_text()
         env = environment(**dict(line.removeprefix("export ").split("=", 1) for line in exports.splitlines()))
         assert run(env, "submit", "--model", "scripted-1", "-m", "Hello!", "--follow").returncode == OK
-        with redis.Redis.from_url(env["MILLRACE_REDIS_URL"]) as client:
+        with redis.Redis.from_url(env["KEEPSTREAM_REDIS_URL"]) as client:
             wait_until(lambda: client.pubsub_numsub(control_channel())[0][1], "the worker to listen")
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=60)
         assert "Traceback" not in errors
-        assert ". .millrace/env" in output
+        assert ". .keepstream/env" in output
         assert not any(member.is_running() for member in family)
 
 
@@ -533,7 +541,7 @@ def test_the_demo_shows_a_job_from_queue_to_row_on_one_screen(options: list[str]
     assert ("✗ attempt 1 failed" in shown) == bool(options)
 
 
-def test_a_demo_that_fails_shows_the_workers_log(stand: Stand):
+def test_a_demo_that_fails_shows_the_workers_log(cluster: Cluster):
     """Here because the user's own provider answers with an error."""
     env = environment(OPENAI_BASE_URL=f"http://127.0.0.1:{free_port()}/v1")  # and no key
     done = run(env, "demo")

@@ -4,35 +4,35 @@ import time
 
 import pytest
 
-from api_contracts.results import JobStatus
-from tests.harness import Stand
+from keepstream.results import JobStatus
+from tests.cluster import Cluster
 
 
 @pytest.mark.parametrize("trouble", ["killed", "frozen", "connections cut"])
-def test_worker_takes_jobs_again_after_trouble_with_the_broker(stand: Stand, trouble: str) -> None:
-    stand.start_worker()
-    stand.wait_for(stand.enqueue(deltas=3))
+def test_worker_takes_jobs_again_after_trouble_with_the_broker(cluster: Cluster, trouble: str) -> None:
+    cluster.start_worker()
+    cluster.wait_for(cluster.enqueue(deltas=3))
     for _ in range(3):
         match trouble:
             case "killed":
-                stand.valkey.kill()
-                stand.valkey.start()
+                cluster.valkey.kill()
+                cluster.valkey.start()
             case "frozen":
-                stand.valkey.freeze()
+                cluster.valkey.freeze()
                 time.sleep(1)  # how long it lasts is the fault, not a wait for anything
-                stand.valkey.thaw()
+                cluster.valkey.thaw()
             case _:
-                with stand.redis() as client:
+                with cluster.redis() as client:
                     for kind in ("normal", "pubsub"):
                         client.client_kill_filter(_type=kind, skipme=True)
-        job_id = stand.enqueue(deltas=3)
-        assert stand.wait_for(job_id, timeout=25).status is JobStatus.COMPLETED, "sooner than it would be sent again"
+        job_id = cluster.enqueue(deltas=3)
+        assert cluster.wait_for(job_id, timeout=25).status is JobStatus.COMPLETED, "sooner than it would be sent again"
 
 
-def test_place_that_becomes_free_is_filled_at_once(stand: Stand) -> None:
-    stand.start_worker(concurrency=2)
-    job_ids = [stand.enqueue(deltas=2, rate=20) for _ in range(40)]  # 0.1 s each: two seconds in all
-    results = [stand.wait_for(job_id) for job_id in job_ids]
+def test_place_that_becomes_free_is_filled_at_once(cluster: Cluster) -> None:
+    cluster.start_worker(concurrency=2)
+    job_ids = [cluster.enqueue(deltas=2, rate=20) for _ in range(40)]  # 0.1 s each: two seconds in all
+    results = [cluster.wait_for(job_id) for job_id in job_ids]
     began = min(result.started_at for result in results if result.started_at)
     ended = max(result.finished_at for result in results if result.finished_at)
     assert (ended - began).total_seconds() < 10, "with a pause of a second at each place it would be twenty"

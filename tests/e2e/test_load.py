@@ -3,12 +3,12 @@
 import asyncio
 from typing import Any, Final
 
-from api_contracts.client import AsyncClient
-from api_contracts.events import Event
-from api_contracts.names import job_keys
-from api_contracts.results import JobStatus
-from api_contracts.transcript import Transcript
-from tests.harness import PATIENCE, Stand, wait_until
+from keepstream.client.client import AsyncClient
+from keepstream.events import Event
+from keepstream.names import job_keys
+from keepstream.results import JobStatus
+from keepstream.transcript import Transcript
+from tests.cluster import PATIENCE, Cluster, wait_until
 
 STREAMS: Final = 200
 RATE: Final = 30.0  #: Deltas a second of each stream.
@@ -31,29 +31,29 @@ async def watch(client: AsyncClient, job_id: str) -> tuple[Transcript, list[Even
     return transcript, events
 
 
-async def watch_all(stand: Stand, job_ids: list[str]) -> list[tuple[Transcript, list[Event]]]:
+async def watch_all(cluster: Cluster, job_ids: list[str]) -> list[tuple[Transcript, list[Event]]]:
     """Follow all jobs at once; the worker starts when everybody listens."""
     channels = [job_keys("default", job_id).channel for job_id in job_ids]
 
     def everybody_listens() -> bool:
-        with stand.redis() as client:
+        with cluster.redis() as client:
             listeners: Any = client.pubsub_numsub(*channels)
         return all(count for _, count in listeners)
 
-    async with AsyncClient(stand.valkey.url, database_url=stand.database_url) as client:
+    async with AsyncClient(cluster.valkey.url, database_url=cluster.database_url) as client:
         watching = asyncio.gather(*(watch(client, job_id) for job_id in job_ids))
         await asyncio.to_thread(wait_until, everybody_listens, "all followers to listen", PATIENT)
-        await asyncio.to_thread(stand.start_worker)
+        await asyncio.to_thread(cluster.start_worker)
         return await watching
 
 
-def test_200_streams_of_30_deltas_a_second_are_stored_and_followed_word_for_word(any_stand: Stand) -> None:
-    stand = any_stand
-    job_ids = [stand.enqueue(text=text_of(number), rate=RATE) for number in range(STREAMS)]
-    watched = asyncio.run(watch_all(stand, job_ids))
+def test_200_streams_of_30_deltas_a_second_are_stored_and_followed_word_for_word(any_cluster: Cluster) -> None:
+    cluster = any_cluster
+    job_ids = [cluster.enqueue(text=text_of(number), rate=RATE) for number in range(STREAMS)]
+    watched = asyncio.run(watch_all(cluster, job_ids))
 
     for number, (job_id, (transcript, events)) in enumerate(zip(job_ids, watched, strict=True)):
-        result = stand.result(job_id)
+        result = cluster.result(job_id)
         assert (result.status, len(result.attempts)) == (JobStatus.COMPLETED, 1)
         assert transcript.text == result.text == text_of(number)
         assert transcript.terminal is not None
@@ -61,7 +61,7 @@ def test_200_streams_of_30_deltas_a_second_are_stored_and_followed_word_for_word
         assert [event.id for event in events] == [f"1-{n}" for n in range(1, len(events) + 1)]
         assert result.usage is not None
         assert result.usage.completion_tokens == DELTAS
-    attempts = [attempt for of_one_job in stand.provider.history().values() for attempt in of_one_job]
+    attempts = [attempt for of_one_job in cluster.provider.history().values() for attempt in of_one_job]
     assert len(attempts) == STREAMS
     # At one moment all of them were under way.
     assert max(attempt.started for attempt in attempts) < min(attempt.ended or 0.0 for attempt in attempts)

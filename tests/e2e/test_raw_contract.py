@@ -17,7 +17,7 @@ import psycopg.rows
 import pytest
 import redis
 
-from tests.harness import PATIENCE, Stand, wait_until
+from tests.cluster import PATIENCE, Cluster, wait_until
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 MODEL = "scripted-1"
@@ -40,7 +40,7 @@ def events(lines: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines.splitlines()]
 
 
-def push(stand: Stand, job: dict[str, Any], task_id: str | None = None) -> str:
+def push(cluster: Cluster, job: dict[str, Any], task_id: str | None = None) -> str:
     """Send a job as docs/examples/raw_producer.py does, and return its id."""
     job_id = task_id or str(job["id"])
     message = {
@@ -54,22 +54,22 @@ def push(stand: Stand, job: dict[str, Any], task_id: str | None = None) -> str:
             "delivery_info": {"exchange": "", "routing_key": "completions"},
         },
     }
-    with redis.Redis.from_url(stand.valkey.url) as client:
+    with redis.Redis.from_url(cluster.valkey.url) as client:
         client.lpush("completions", json.dumps(message))
     return job_id
 
 
-def query(stand: Stand, job_id: str) -> list[list[dict[str, Any]]]:
+def query(cluster: Cluster, job_id: str) -> list[list[dict[str, Any]]]:
     """Return the rows of each statement in raw_query.sql, by the database's plain driver."""
     text = re.sub(r"^--.*$", "", (EXAMPLES / "raw_query.sql").read_text(), flags=re.MULTILINE)
     statements = [statement for statement in text.split(";") if statement.strip()]
-    if stand.database_url.startswith("sqlite:///"):
-        with sqlite3.connect(stand.database_url.removeprefix("sqlite:///")) as connection:
+    if cluster.database_url.startswith("sqlite:///"):
+        with sqlite3.connect(cluster.database_url.removeprefix("sqlite:///")) as connection:
             connection.row_factory = sqlite3.Row
             answers = [connection.execute(statement, {"job_id": job_id}).fetchall() for statement in statements]
         connection.close()
         return [[dict(row) for row in answer] for answer in answers]
-    url = stand.database_url.replace("postgresql+psycopg", "postgresql")
+    url = cluster.database_url.replace("postgresql+psycopg", "postgresql")
     with psycopg.connect(url, row_factory=psycopg.rows.dict_row) as session:
         return [
             session.execute(statement.replace(":job_id", "%(job_id)s").encode(), {"job_id": job_id}).fetchall()
@@ -77,8 +77,8 @@ def query(stand: Stand, job_id: str) -> list[list[dict[str, Any]]]:
         ]
 
 
-def status(stand: Stand, job_id: str) -> str | None:
-    (answer, *_) = query(stand, job_id)
+def status(cluster: Cluster, job_id: str) -> str | None:
+    (answer, *_) = query(cluster, job_id)
     return answer[0]["status"] if answer else None
 
 
@@ -90,11 +90,11 @@ def test_examples_import_the_standard_library_and_a_redis_client_only(example: P
     assert {name.partition(".")[0] for name in imported} - sys.stdlib_module_names == {"redis"}
 
 
-def test_job_sent_by_hand_is_watched_with_a_plain_redis_client_and_read_with_plain_sql(any_stand: Stand) -> None:
-    stand = any_stand
-    stand.start_worker()
-    job_id = finish(start("raw_producer.py", stand.valkey.url, "Grüße aus Zürich 🌊", MODEL)).strip()
-    seen = events(finish(start("raw_subscriber.py", stand.valkey.url, job_id)))
+def test_job_sent_by_hand_is_watched_with_a_plain_redis_client_and_read_with_plain_sql(any_cluster: Cluster) -> None:
+    cluster = any_cluster
+    cluster.start_worker()
+    job_id = finish(start("raw_producer.py", cluster.valkey.url, "Grüße aus Zürich 🌊", MODEL)).strip()
+    seen = events(finish(start("raw_subscriber.py", cluster.valkey.url, job_id)))
 
     text = "".join(event["delta"].get("content", "") for event in seen if event["type"] == "delta")
     assert "你好" in text
@@ -104,7 +104,7 @@ def test_job_sent_by_hand_is_watched_with_a_plain_redis_client_and_read_with_pla
         "attempt.finished",
         "job.completed",
     ]
-    [job], [choice], calls, [attempt] = query(stand, job_id)
+    [job], [choice], calls, [attempt] = query(cluster, job_id)
     assert (job["status"], job["model"], job["usage_source"], choice["finish_reason"]) == (
         "completed",
         MODEL,
@@ -118,12 +118,12 @@ def test_job_sent_by_hand_is_watched_with_a_plain_redis_client_and_read_with_pla
     assert (attempt["number"], attempt["outcome"]) == (1, "finished")
 
 
-def test_message_of_the_example_is_the_one_that_celery_itself_would_send(stand: Stand) -> None:
+def test_message_of_the_example_is_the_one_that_celery_itself_would_send(cluster: Cluster) -> None:
     """Field by field; Celery sends more, which nobody needs."""
-    by_hand = finish(start("raw_producer.py", stand.valkey.url, "Hello", MODEL)).strip()
-    by_celery = stand.job()
-    stand.send(by_celery)
-    with stand.redis() as client:
+    by_hand = finish(start("raw_producer.py", cluster.valkey.url, "Hello", MODEL)).strip()
+    by_celery = cluster.job()
+    cluster.send(by_celery)
+    with cluster.redis() as client:
         items: Any = client.lrange("completions", 0, -1)
     theirs, ours = (json.loads(item) for item in items)
     for part in ("headers", "properties"):
@@ -140,63 +140,65 @@ def test_message_of_the_example_is_the_one_that_celery_itself_would_send(stand: 
     assert [ours["headers"]["id"], theirs["headers"]["id"]] == [by_hand, by_celery["id"]]
 
 
-def test_tool_calls_are_read_with_plain_sql(any_stand: Stand) -> None:
-    stand = any_stand
-    stand.start_worker()
+def test_tool_calls_are_read_with_plain_sql(any_cluster: Cluster) -> None:
+    cluster = any_cluster
+    cluster.start_worker()
     arguments = {"city": "Zürich 🌊"}
-    job_id = push(stand, stand.job(text="", tool_calls=[{"name": "look_up", "id": "call_1", "arguments": arguments}]))
-    seen = events(finish(start("raw_subscriber.py", stand.valkey.url, job_id)))
-    _, _, [call], _ = query(stand, job_id)
+    job_id = push(
+        cluster, cluster.job(text="", tool_calls=[{"name": "look_up", "id": "call_1", "arguments": arguments}])
+    )
+    seen = events(finish(start("raw_subscriber.py", cluster.valkey.url, job_id)))
+    _, _, [call], _ = query(cluster, job_id)
     assert (call["call_id"], call["name"], bool(call["arguments_valid"])) == ("call_1", "look_up", True)
     assert json.loads(call["arguments"]) == arguments
     assert seen[-1]["tool_call_ids"] == ["call_1"]
 
 
-def test_plain_follower_holds_the_stored_text_after_a_retry(stand: Stand) -> None:
-    stand.start_worker()
-    job_id = push(stand, stand.job(text="eins zwei drei vier", faults=[{"kind": "cut", "after": 2}]))
-    types = [event["type"] for event in events(finish(start("raw_subscriber.py", stand.valkey.url, job_id)))]
+def test_plain_follower_holds_the_stored_text_after_a_retry(cluster: Cluster) -> None:
+    cluster.start_worker()
+    job_id = push(cluster, cluster.job(text="eins zwei drei vier", faults=[{"kind": "cut", "after": 2}]))
+    types = [event["type"] for event in events(finish(start("raw_subscriber.py", cluster.valkey.url, job_id)))]
     assert types.count("attempt.started") == 2
     assert types.count("attempt.failed") == 1
 
 
-def test_plain_follower_that_comes_after_the_end_gets_everything_from_the_log(stand: Stand) -> None:
-    stand.start_worker()
-    job_id = push(stand, stand.job(deltas=5))
-    wait_until(lambda: status(stand, job_id) == "completed", "the stored result")
-    seen = events(finish(start("raw_subscriber.py", stand.valkey.url, job_id)))
+def test_plain_follower_that_comes_after_the_end_gets_everything_from_the_log(cluster: Cluster) -> None:
+    cluster.start_worker()
+    job_id = push(cluster, cluster.job(deltas=5))
+    wait_until(lambda: status(cluster, job_id) == "completed", "the stored result")
+    seen = events(finish(start("raw_subscriber.py", cluster.valkey.url, job_id)))
     assert [event["type"] for event in seen if event["type"] == "delta"] == ["delta"] * 5
 
 
-def test_running_job_is_cancelled_by_hand(stand: Stand) -> None:
-    stand.start_worker()
-    job_id = push(stand, stand.job(deltas=3000, rate=20))
-    stand.wait_for_deltas(job_id, 5)
-    subscriber = start("raw_subscriber.py", stand.valkey.url, job_id)
-    finish(start("raw_cancel.py", stand.valkey.url, job_id))
+def test_running_job_is_cancelled_by_hand(cluster: Cluster) -> None:
+    cluster.start_worker()
+    job_id = push(cluster, cluster.job(deltas=3000, rate=20))
+    cluster.wait_for_deltas(job_id, 5)
+    subscriber = start("raw_subscriber.py", cluster.valkey.url, job_id)
+    finish(start("raw_cancel.py", cluster.valkey.url, job_id))
 
     assert events(finish(subscriber))[-1]["type"] == "job.cancelled"
-    [job], [choice], _, [attempt] = query(stand, job_id)
+    [job], [choice], _, [attempt] = query(cluster, job_id)
     assert (job["status"], bool(job["partial"]), attempt["outcome"]) == ("cancelled", True, "cancelled")
     assert choice["content"].startswith("word word ")
 
 
-def test_job_cancelled_by_hand_while_its_message_waits_is_never_run(stand: Stand) -> None:
-    job_id = push(stand, stand.job(deltas=5, rate=1))
-    finish(start("raw_cancel.py", stand.valkey.url, job_id))
-    stand.start_worker()
-    assert events(finish(start("raw_subscriber.py", stand.valkey.url, job_id)))[-1]["type"] == "job.cancelled"
-    assert status(stand, job_id) == "cancelled"
+def test_job_cancelled_by_hand_while_its_message_waits_is_never_run(cluster: Cluster) -> None:
+    job_id = push(cluster, cluster.job(deltas=5, rate=1))
+    finish(start("raw_cancel.py", cluster.valkey.url, job_id))
+    cluster.start_worker()
+    assert events(finish(start("raw_subscriber.py", cluster.valkey.url, job_id)))[-1]["type"] == "job.cancelled"
+    assert status(cluster, job_id) == "cancelled"
 
 
-def test_job_that_names_no_id_has_the_id_of_its_task_however_often_it_is_sent(stand: Stand) -> None:
-    job = stand.job(deltas=3)
+def test_job_that_names_no_id_has_the_id_of_its_task_however_often_it_is_sent(cluster: Cluster) -> None:
+    job = cluster.job(deltas=3)
     del job["id"]
     for _ in range(3):
-        push(stand, job, task_id="chosen-by-the-producer")
-    stand.start_worker()
-    finish(start("raw_subscriber.py", stand.valkey.url, "chosen-by-the-producer"))
-    with stand.redis() as client:
+        push(cluster, job, task_id="chosen-by-the-producer")
+    cluster.start_worker()
+    finish(start("raw_subscriber.py", cluster.valkey.url, "chosen-by-the-producer"))
+    with cluster.redis() as client:
         wait_until(lambda: client.llen("completions") == 0, "all messages to be taken")
-    assert [one.id for one in stand.client.list()] == ["chosen-by-the-producer"]
-    assert len(stand.provider.attempts(job["script"]["key"])) == 1
+    assert [one.id for one in cluster.client.list()] == ["chosen-by-the-producer"]
+    assert len(cluster.provider.attempts(job["script"]["key"])) == 1

@@ -6,11 +6,11 @@ from typing import Any, Final
 
 from sqlalchemy import update
 
-from api_contracts.events import DeltaEvent, ToolCallDelta
-from api_contracts.names import QUEUE
-from api_contracts.results import JobStatus
-from api_contracts.tables import jobs, now
-from tests.harness import Following, Stand
+from keepstream.events import DeltaEvent, ToolCallDelta
+from keepstream.names import QUEUE
+from keepstream.results import JobStatus
+from keepstream.tables import jobs, now
+from tests.cluster import Cluster, Following
 
 PIXEL: Final = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 WEATHER: Final[dict[str, Any]] = {
@@ -103,9 +103,9 @@ REQUESTS: Final[dict[str, dict[str, Any]]] = {
 OPTIONS: Final = {"include_usage": True}
 
 
-def bodies(stand: Stand) -> dict[str, Any]:
+def bodies(cluster: Cluster) -> dict[str, Any]:
     """What the provider was asked, by the script's key."""
-    connection = http.client.HTTPConnection("127.0.0.1", stand.provider.port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", cluster.provider.port, timeout=30)
     try:
         connection.request("GET", "/_requests")
         recorded = json.loads(connection.getresponse().read())
@@ -124,17 +124,17 @@ def fragments(following: Following, choice: int = 0) -> list[ToolCallDelta]:
     ]
 
 
-def test_every_parameter_reaches_the_provider_untouched(stand: Stand) -> None:
+def test_every_parameter_reaches_the_provider_untouched(cluster: Cluster) -> None:
     given = {name: {"model": "scripted-1", "script": {"key": name}, **one} for name, one in REQUESTS.items()}
-    stand.start_worker()
+    cluster.start_worker()
     job_ids = [
-        stand.client.enqueue(**request, metadata={"secret": "of the caller"}, max_attempts=3, idle_timeout=30.5)
+        cluster.client.enqueue(**request, metadata={"secret": "of the caller"}, max_attempts=3, idle_timeout=30.5)
         for request in given.values()
     ]
     for job_id in job_ids:
-        assert stand.wait_for(job_id).status is JobStatus.COMPLETED
+        assert cluster.wait_for(job_id).status is JobStatus.COMPLETED
 
-    asked = bodies(stand)
+    asked = bodies(cluster)
     expected = {name: request | {"stream": True, "stream_options": OPTIONS} for name, request in given.items()}
     expected["own-stream-options"]["stream_options"] = OPTIONS | {"include_obfuscation": False}
     assert asked.keys() == expected.keys()
@@ -142,44 +142,45 @@ def test_every_parameter_reaches_the_provider_untouched(stand: Stand) -> None:
         assert body == expected[name], name
 
 
-def test_extra_body_is_merged_into_the_request_as_the_sdk_does(stand: Stand) -> None:
-    stand.start_worker()
+def test_extra_body_is_merged_into_the_request_as_the_sdk_does(cluster: Cluster) -> None:
+    cluster.start_worker()
     extra = {"top_k": 40, "chat_template_kwargs": {"enable_thinking": False}, "temperature": 0.1}
-    job_id = stand.client.enqueue(
+    job_id = cluster.client.enqueue(
         model="scripted-1", messages=HELLO, temperature=0.9, extra_body=extra, script={"key": "merged"}
     )
-    assert stand.wait_for(job_id).status is JobStatus.COMPLETED
-    body = bodies(stand)["merged"]
+    assert cluster.wait_for(job_id).status is JobStatus.COMPLETED
+    body = bodies(cluster)["merged"]
     assert {name: body[name] for name in extra} == extra
     assert "extra_body" not in body
 
 
-def test_waiting_jobs_that_are_hard_to_read_are_sent_again_like_others(stand: Stand) -> None:
+def test_waiting_jobs_that_are_hard_to_read_are_sent_again_like_others(cluster: Cluster) -> None:
     """They wait in the database as text, and their messages are lost."""
     names = ["lone-surrogate", "beyond-64-bits", "deeply-nested", "tools"]
     job_ids = [
-        stand.client.enqueue(model="scripted-1", script={"key": name, "deltas": 1}, **REQUESTS[name]) for name in names
+        cluster.client.enqueue(model="scripted-1", script={"key": name, "deltas": 1}, **REQUESTS[name])
+        for name in names
     ]
-    with stand.redis() as client:
+    with cluster.redis() as client:
         client.delete(QUEUE)
-    with stand.database() as connection:
+    with cluster.database() as connection:
         connection.execute(update(jobs).values(resend_at=now()))
-    stand.start_worker()
-    assert {stand.wait_for(job_id).status for job_id in job_ids} == {JobStatus.COMPLETED}
+    cluster.start_worker()
+    assert {cluster.wait_for(job_id).status for job_id in job_ids} == {JobStatus.COMPLETED}
 
 
-def test_metadata_and_limits_stay_at_home(stand: Stand) -> None:
-    stand.start_worker()
-    job = stand.job(limits={"max_attempts": 2, "idle_timeout": 20, "metadata": {"order": "Größe 47"}})
-    assert stand.wait_for(stand.client.enqueue(job)).metadata == {"order": "Größe 47"}
-    assert bodies(stand)[job["id"]].keys() == {"model", "messages", "script", "stream", "stream_options"}
+def test_metadata_and_limits_stay_at_home(cluster: Cluster) -> None:
+    cluster.start_worker()
+    job = cluster.job(limits={"max_attempts": 2, "idle_timeout": 20, "metadata": {"order": "Größe 47"}})
+    assert cluster.wait_for(cluster.client.enqueue(job)).metadata == {"order": "Größe 47"}
+    assert bodies(cluster)[job["id"]].keys() == {"model", "messages", "script", "stream", "stream_options"}
 
 
-def test_followers_get_the_tool_calls_fragment_by_fragment_as_they_are_stored(any_stand: Stand) -> None:
-    stand = any_stand
-    stand.start_worker()
+def test_followers_get_the_tool_calls_fragment_by_fragment_as_they_are_stored(any_cluster: Cluster) -> None:
+    cluster = any_cluster
+    cluster.start_worker()
     texts = ['{"city":"Zürich 🌊","days":3,"note":"' + "ein langer Text " * 8 + '"}', '{"city":"東京"}']
-    job_id = stand.enqueue(
+    job_id = cluster.enqueue(
         text="Let me see. ",
         rate=100,
         tool_calls=[
@@ -187,9 +188,9 @@ def test_followers_get_the_tool_calls_fragment_by_fragment_as_they_are_stored(an
             {"name": "get_time", "id": "call_b", "arguments": texts[1]},
         ],
     )
-    following = stand.follow(job_id)
+    following = cluster.follow(job_id)
     transcript = following.to_the_end()
-    result = stand.result(job_id)
+    result = cluster.result(job_id)
 
     assert [(call.id, call.name, call.arguments) for call in result.tool_calls] == [
         ("call_a", "get_weather", texts[0]),
@@ -210,26 +211,26 @@ def test_followers_get_the_tool_calls_fragment_by_fragment_as_they_are_stored(an
     assert terminal.tool_call_ids == ["call_a", "call_b"]
 
 
-def test_arguments_that_do_not_parse_are_kept_as_text_and_marked(stand: Stand) -> None:
-    stand.start_worker()
+def test_arguments_that_do_not_parse_are_kept_as_text_and_marked(cluster: Cluster) -> None:
+    cluster.start_worker()
     for arguments in ('{"city": "Zür', "{'city': 'Zürich'}", '{"a": 1}{"a": 1}', "[" * 5000, "plain"):
-        job_id = stand.enqueue(text="", tool_calls=[{"name": "get_weather", "id": "call_x", "arguments": arguments}])
-        transcript = stand.follow(job_id).to_the_end()
-        result = stand.result(job_id)
+        job_id = cluster.enqueue(text="", tool_calls=[{"name": "get_weather", "id": "call_x", "arguments": arguments}])
+        transcript = cluster.follow(job_id).to_the_end()
+        result = cluster.result(job_id)
         (call,) = result.tool_calls
         assert (call.arguments, call.arguments_valid) == (arguments, False)
         assert transcript.choices[0].tool_calls == [call]
         assert result.status is JobStatus.COMPLETED
 
 
-def test_each_of_two_choices_has_its_own_text_and_tool_calls(any_stand: Stand) -> None:
-    stand = any_stand
-    stand.start_worker()
-    job = stand.job(text="Grüße an beide", rate=100, tool_calls=[{"name": "look_up", "arguments": {"q": "ß"}}])
-    job_id = stand.client.enqueue(job | {"n": 2})
-    following = stand.follow(job_id)
+def test_each_of_two_choices_has_its_own_text_and_tool_calls(any_cluster: Cluster) -> None:
+    cluster = any_cluster
+    cluster.start_worker()
+    job = cluster.job(text="Grüße an beide", rate=100, tool_calls=[{"name": "look_up", "arguments": {"q": "ß"}}])
+    job_id = cluster.client.enqueue(job | {"n": 2})
+    following = cluster.follow(job_id)
     transcript = following.to_the_end()
-    result = stand.result(job_id)
+    result = cluster.result(job_id)
     assert [choice.index for choice in result.choices] == [0, 1]
     for choice in result.choices:
         assert (choice.content, choice.finish_reason) == ("Grüße an beide", "tool_calls")
@@ -240,9 +241,9 @@ def test_each_of_two_choices_has_its_own_text_and_tool_calls(any_stand: Stand) -
     assert [choice.content for choice in transcript.choices] == [choice.content for choice in result.choices]
 
 
-def test_logprobs_are_stored_beside_the_choice(any_stand: Stand) -> None:
-    stand = any_stand
-    stand.start_worker()
+def test_logprobs_are_stored_beside_the_choice(any_cluster: Cluster) -> None:
+    cluster = any_cluster
+    cluster.start_worker()
     tokens = [{"token": piece, "logprob": -0.25, "bytes": list(piece.encode()), "top_logprobs": []} for piece in "Zü"]
     chunks = [
         {"choices": [{"index": 0, "delta": {"content": one["token"]}, "logprobs": {"content": [one], "refusal": None}}]}
@@ -250,8 +251,8 @@ def test_logprobs_are_stored_beside_the_choice(any_stand: Stand) -> None:
     ]
     chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
     writes = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks]
-    job = stand.job(raw={"chunks": [*writes, "data: [DONE]\n\n"]})
-    result = stand.wait_for(stand.client.enqueue(job | {"logprobs": True}))
+    job = cluster.job(raw={"chunks": [*writes, "data: [DONE]\n\n"]})
+    result = cluster.wait_for(cluster.client.enqueue(job | {"logprobs": True}))
     assert result.text == "Zü"
     assert result.choices[0].extra is not None
     assert result.choices[0].extra["logprobs"]["content"] == tokens

@@ -2,60 +2,60 @@
 
 import time
 
-from api_contracts.names import QUEUE
-from api_contracts.results import JobStatus
-from tests.harness import Stand, wait_until
+from keepstream.names import QUEUE
+from keepstream.results import JobStatus
+from tests.cluster import Cluster, wait_until
 
 
-def test_streams_finish_within_the_grace_period(any_stand: Stand) -> None:
-    stand = any_stand
-    worker = stand.start_worker(shutdown_grace=30)
-    job_ids = [stand.enqueue(deltas=40, rate=20) for _ in range(5)]
+def test_streams_finish_within_the_grace_period(any_cluster: Cluster) -> None:
+    cluster = any_cluster
+    worker = cluster.start_worker(shutdown_grace=30)
+    job_ids = [cluster.enqueue(deltas=40, rate=20) for _ in range(5)]
     for job_id in job_ids:
-        stand.wait_for_deltas(job_id)
+        cluster.wait_for_deltas(job_id)
     worker.terminate()
     assert worker.wait() == 0
     for job_id in job_ids:
-        result = stand.result(job_id)
+        result = cluster.result(job_id)
         assert result.status is JobStatus.COMPLETED
         assert len(result.attempts) == 1
-        assert [one.type for one in stand.log(job_id)][-1] == "job.completed"
+        assert [one.type for one in cluster.log(job_id)][-1] == "job.completed"
     assert worker.said("worker_stopped", handed_back=0, left=0)
 
 
-def test_ending_worker_takes_no_new_job(stand: Stand) -> None:
-    ending = stand.start_worker(shutdown_grace=30)
-    long = stand.enqueue(deltas=120, rate=20)
-    stand.wait_for_deltas(long)
+def test_ending_worker_takes_no_new_job(cluster: Cluster) -> None:
+    ending = cluster.start_worker(shutdown_grace=30)
+    long = cluster.enqueue(deltas=120, rate=20)
+    cluster.wait_for_deltas(long)
     ending.terminate()
     ending.wait_to_say("worker_draining")
-    late = [stand.enqueue(deltas=3) for _ in range(10)]
-    fresh = stand.start_worker()
+    late = [cluster.enqueue(deltas=3) for _ in range(10)]
+    fresh = cluster.start_worker()
     for job_id in late:
-        assert [one.worker for one in stand.wait_for(job_id).attempts] == [fresh.id]
+        assert [one.worker for one in cluster.wait_for(job_id).attempts] == [fresh.id]
     assert ending.wait() == 0
-    assert [one.worker for one in stand.result(long).attempts] == [ending.id]
+    assert [one.worker for one in cluster.result(long).attempts] == [ending.id]
 
 
-def test_what_outlasts_the_grace_period_runs_elsewhere_at_once(any_stand: Stand) -> None:
-    stand = any_stand
-    stand.start_workers(2, shutdown_grace=1)
-    job_ids = [stand.enqueue(deltas=100, rate=20, limits={"max_attempts": 1}) for _ in range(6)]
-    followers = {job_id: stand.follow(job_id) for job_id in job_ids}
+def test_what_outlasts_the_grace_period_runs_elsewhere_at_once(any_cluster: Cluster) -> None:
+    cluster = any_cluster
+    cluster.start_workers(2, shutdown_grace=1)
+    job_ids = [cluster.enqueue(deltas=100, rate=20, limits={"max_attempts": 1}) for _ in range(6)]
+    followers = {job_id: cluster.follow(job_id) for job_id in job_ids}
     for following in followers.values():
         following.wait_for("delta", count=5)
-    ending = stand.worker_of(job_ids[0])
-    interrupted = [job_id for job_id in job_ids if stand.result(job_id).attempts[0].worker == ending.id]
+    ending = cluster.worker_of(job_ids[0])
+    interrupted = [job_id for job_id in job_ids if cluster.result(job_id).attempts[0].worker == ending.id]
     ending.terminate()
-    wait_until(lambda: stand.result(job_ids[0]).attempts[0].outcome, "the job to be handed back")
+    wait_until(lambda: cluster.result(job_ids[0]).attempts[0].outcome, "the job to be handed back")
     handed_back = time.monotonic()
     for job_id in interrupted:
-        stand.wait_for_deltas(job_id, attempt=2)
-    assert time.monotonic() - handed_back < stand.settings["lease"], "nobody has to wait for the lease to run out"
+        cluster.wait_for_deltas(job_id, attempt=2)
+    assert time.monotonic() - handed_back < cluster.settings["lease"], "nobody has to wait for the lease to run out"
     assert ending.wait() == 0
     for job_id, following in followers.items():
         transcript = following.to_the_end()
-        result = stand.result(job_id)
+        result = cluster.result(job_id)
         # An interruption counts against no limit, or a rolling deploy would fail jobs.
         outcomes = ["interrupted", "finished"] if job_id in interrupted else ["finished"]
         assert [one.outcome for one in result.attempts] == outcomes
@@ -63,56 +63,56 @@ def test_what_outlasts_the_grace_period_runs_elsewhere_at_once(any_stand: Stand)
         assert transcript.text == result.text == "word " * 100
 
 
-def test_second_sigterm_hands_everything_back_at_once(stand: Stand) -> None:
-    stand.start_workers(2, shutdown_grace=600)
-    job_id = stand.enqueue(deltas=100, rate=20)
-    following = stand.follow(job_id)
+def test_second_sigterm_hands_everything_back_at_once(cluster: Cluster) -> None:
+    cluster.start_workers(2, shutdown_grace=600)
+    job_id = cluster.enqueue(deltas=100, rate=20)
+    following = cluster.follow(job_id)
     following.wait_for("delta", count=5)
-    ending = stand.worker_of(job_id)
+    ending = cluster.worker_of(job_id)
     ending.terminate()
     ending.wait_to_say("worker_draining")
     ending.terminate()
     ending.wait(timeout=30)
     transcript = following.to_the_end()
-    result = stand.result(job_id)
+    result = cluster.result(job_id)
     assert result.status is JobStatus.COMPLETED
     assert transcript.sha256() == result.output_sha256
     assert [one.outcome for one in result.attempts] == ["interrupted", "finished"]
 
 
-def test_waiting_messages_stay_for_others(stand: Stand) -> None:
-    ending = stand.start_worker(concurrency=2, shutdown_grace=1)
-    job_ids = [stand.enqueue(deltas=60, rate=20) for _ in range(6)]
+def test_waiting_messages_stay_for_others(cluster: Cluster) -> None:
+    ending = cluster.start_worker(concurrency=2, shutdown_grace=1)
+    job_ids = [cluster.enqueue(deltas=60, rate=20) for _ in range(6)]
     for job_id in job_ids[:2]:
-        stand.wait_for_deltas(job_id)
-    with stand.redis() as client:
+        cluster.wait_for_deltas(job_id)
+    with cluster.redis() as client:
         assert client.llen(QUEUE) >= 3, "a worker holds few messages beyond what it runs"
     ending.terminate()
     assert ending.wait() == 0
-    stand.start_worker()
+    cluster.start_worker()
     for job_id in job_ids:
-        assert stand.wait_for(job_id).status is JobStatus.COMPLETED
+        assert cluster.wait_for(job_id).status is JobStatus.COMPLETED
 
 
-def test_worker_ends_in_time_while_redis_is_away(stand: Stand) -> None:
-    ending = stand.start_worker(shutdown_grace=1)
-    job_id = stand.enqueue(deltas=200, rate=20)
-    stand.wait_for_deltas(job_id, 5)
-    stand.valkey.kill()
+def test_worker_ends_in_time_while_redis_is_away(cluster: Cluster) -> None:
+    ending = cluster.start_worker(shutdown_grace=1)
+    job_id = cluster.enqueue(deltas=200, rate=20)
+    cluster.wait_for_deltas(job_id, 5)
+    cluster.valkey.kill()
     ending.terminate()
     ending.wait(timeout=40)
-    assert stand.result(job_id).status is JobStatus.RETRYING
-    stand.valkey.start()
-    stand.start_worker()
-    assert stand.wait_for(job_id).status is JobStatus.COMPLETED
+    assert cluster.result(job_id).status is JobStatus.RETRYING
+    cluster.valkey.start()
+    cluster.start_worker()
+    assert cluster.wait_for(job_id).status is JobStatus.COMPLETED
 
 
-def test_job_that_waits_for_its_next_attempt_is_left_to_others(stand: Stand) -> None:
-    ending = stand.start_worker(sleep_limit=60)
+def test_job_that_waits_for_its_next_attempt_is_left_to_others(cluster: Cluster) -> None:
+    ending = cluster.start_worker(sleep_limit=60)
     fault = {"kind": "status", "status": 429, "headers": {"retry-after": "3"}}
-    job_id = stand.enqueue(deltas=3, faults=[fault])
-    stand.wait_for(job_id, "retrying")
+    job_id = cluster.enqueue(deltas=3, faults=[fault])
+    cluster.wait_for(job_id, "retrying")
     ending.terminate()
     assert ending.wait() == 0
-    stand.start_worker()
-    assert stand.wait_for(job_id).status is JobStatus.COMPLETED
+    cluster.start_worker()
+    assert cluster.wait_for(job_id).status is JobStatus.COMPLETED

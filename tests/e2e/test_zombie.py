@@ -1,19 +1,19 @@
 """A worker that was frozen beyond its lease wakes up: it changes nothing, and says so."""
 
-from api_contracts.results import JobStatus
-from tests.harness import Stand, wait_until
+from keepstream.results import JobStatus
+from tests.cluster import Cluster, wait_until
 
 
-def test_worker_frozen_beyond_its_lease_changes_nothing_when_it_wakes(any_stand: Stand) -> None:
-    stand = any_stand
-    stand.start_workers(2)
-    job_ids = [stand.enqueue(deltas=75, rate=15) for _ in range(6)]
-    followers = {job_id: stand.follow(job_id) for job_id in job_ids}
+def test_worker_frozen_beyond_its_lease_changes_nothing_when_it_wakes(any_cluster: Cluster) -> None:
+    cluster = any_cluster
+    cluster.start_workers(2)
+    job_ids = [cluster.enqueue(deltas=75, rate=15) for _ in range(6)]
+    followers = {job_id: cluster.follow(job_id) for job_id in job_ids}
     for following in followers.values():
         following.wait_for("delta", count=5)
-    zombie = stand.worker_of(job_ids[0])
-    taken_over = [job_id for job_id in job_ids if stand.result(job_id).attempts[0].worker == zombie.id]
-    stand.freeze(zombie)
+    zombie = cluster.worker_of(job_ids[0])
+    taken_over = [job_id for job_id in job_ids if cluster.result(job_id).attempts[0].worker == zombie.id]
+    cluster.freeze(zombie)
     for job_id in taken_over:
         followers[job_id].wait_for("delta", count=5, attempt=2)
     zombie.thaw()
@@ -22,47 +22,47 @@ def test_worker_frozen_beyond_its_lease_changes_nothing_when_it_wakes(any_stand:
     for job_id in taken_over:
         assert zombie.said("attempt_superseded", job_id=job_id)
         transcript = followers[job_id].to_the_end()
-        result = stand.result(job_id)
+        result = cluster.result(job_id)
         assert result.status is JobStatus.COMPLETED
         lost, finished = result.attempts
         assert (lost.worker, lost.outcome, finished.outcome) == (zombie.id, "lost", "finished")
         assert finished.worker != zombie.id
         assert transcript.text == result.text == "word " * 75
-        for told in (followers[job_id].events, stand.log(job_id)):
+        for told in (followers[job_id].events, cluster.log(job_id)):
             assert [one.attempt for one in told] == sorted(one.attempt for one in told)
 
 
-def test_worker_frozen_within_its_lease_goes_on(stand: Stand) -> None:
-    stand.start_workers(2, lease=60)
-    job_id = stand.enqueue(deltas=60, rate=20)
-    following = stand.follow(job_id)
+def test_worker_frozen_within_its_lease_goes_on(cluster: Cluster) -> None:
+    cluster.start_workers(2, lease=60)
+    job_id = cluster.enqueue(deltas=60, rate=20)
+    following = cluster.follow(job_id)
     following.wait_for("delta", count=5)
-    worker = stand.worker_of(job_id)
-    stand.freeze(worker)
-    stand.wait_for_deltas(job_id, 40)
+    worker = cluster.worker_of(job_id)
+    cluster.freeze(worker)
+    cluster.wait_for_deltas(job_id, 40)
     worker.thaw()
     assert following.to_the_end().text == "word " * 60
-    assert len(stand.result(job_id).attempts) == 1
+    assert len(cluster.result(job_id).attempts) == 1
 
 
-def test_worker_frozen_while_its_job_is_ended_by_others_says_nothing_after_the_end(stand: Stand) -> None:
-    zombie = stand.start_worker()
-    job_id = stand.enqueue(deltas=2000, rate=20)
-    following = stand.follow(job_id)
+def test_worker_frozen_while_its_job_is_ended_by_others_says_nothing_after_the_end(cluster: Cluster) -> None:
+    zombie = cluster.start_worker()
+    job_id = cluster.enqueue(deltas=2000, rate=20)
+    following = cluster.follow(job_id)
     following.wait_for("delta", count=5)
-    stand.freeze(zombie)
-    stand.start_worker()
-    stand.client.cancel(job_id)
+    cluster.freeze(zombie)
+    cluster.start_worker()
+    cluster.client.cancel(job_id)
     following.to_the_end()
-    wait_until(lambda: [one for one in stand.log(job_id) if one.type == "job.cancelled"], "the end to be in the log")
-    told = stand.log(job_id)
-    before = stand.result(job_id)
+    wait_until(lambda: [one for one in cluster.log(job_id) if one.type == "job.cancelled"], "the end to be in the log")
+    told = cluster.log(job_id)
+    before = cluster.result(job_id)
     assert before.status is JobStatus.CANCELLED
     zombie.thaw()
     zombie.wait_to_say("attempt_superseded", job_id=job_id)
-    assert stand.log(job_id) == told
+    assert cluster.log(job_id) == told
     # All it may add to the books is what its own attempt cost.
-    after = stand.result(job_id)
+    after = cluster.result(job_id)
     unchanged = {"attempts": before.attempts, "usage": before.usage}
     assert after.model_copy(update=unchanged) == before
     assert [one.model_copy(update={"usage": None}) for one in after.attempts] == [

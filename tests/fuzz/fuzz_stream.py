@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
+from keepstream_worker.providers.stream import Limits
 from tests.streams import CAUSES, load_cases, play
-from worker.stream import Limits
 
 _LIMITS: Final = Limits(
     max_event_bytes=1_500,

@@ -1,1 +1,1 @@
-"""Millrace against OpenAI-compatible servers that others wrote: ``make interop``."""
+"""Keepstream against OpenAI-compatible servers that others wrote: ``make interop``."""

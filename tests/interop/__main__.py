@@ -17,25 +17,25 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tests.harness import Stand
+from keepstream_worker.dev_stack.embedded import sqlite_url
+from tests.cluster import Cluster
 from tests.interop.comparison import Comparison, compare, read
 from tests.interop.servers import Case, FakeLLM, IndependentServer, LiteLLM, StubLLM
 from tests.interop.tap import Tap
-from worker.embedded import sqlite_url
 
 KEY_VARIABLE: Final = "INTEROP_{}_KEY"
 FOLLOWERS: Final = 2
 
 
-def play(stand: Stand, server: IndependentServer, tap: Tap, case: Case) -> Comparison:
+def play(cluster: Cluster, server: IndependentServer, tap: Tap, case: Case) -> Comparison:
     """Send one job to one server, with two followers who were there before it."""
     job_id = f"{server.name}-{case.name}".replace(" ", "-")
-    followers = [stand.follow(job_id) for _ in range(FOLLOWERS)]
-    stand.client.enqueue(
+    followers = [cluster.follow(job_id) for _ in range(FOLLOWERS)]
+    cluster.client.enqueue(
         id=job_id, model=case.model, messages=case.messages, provider=server.name, max_attempts=1, **case.parameters
     )
     held = [follower.to_the_end() for follower in followers]
-    return compare(case, read(tap.take_answer()), stand.result(job_id), held)
+    return compare(case, read(tap.take_answer()), cluster.result(job_id), held)
 
 
 def providers_file(directory: Path, taps: dict[IndependentServer, Tap]) -> Path:
@@ -89,18 +89,18 @@ def main() -> int:
     table = make_table()
     compared: list[tuple[IndependentServer, Case, Comparison]] = []
     with ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="millrace-")))
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="keepstream-")))
         fake, stub = FakeLLM(options.executables), StubLLM(options.executables)
         servers = [LiteLLM(options.executables, behind=fake), fake, stub]
         console.print(f"Starting {', '.join(server.name for server in servers)} and a worker ...", style="dim")
         started = time.monotonic()
         taps = {server: stack.enter_context(Tap(stack.enter_context(server).port)) for server in servers}
-        stand = stack.enter_context(Stand(directory, sqlite_url(directory / "millrace.db")))
-        stand.start_worker(providers_file=providers_file(directory, taps))
+        cluster = stack.enter_context(Cluster(directory, sqlite_url(directory / "keepstream.db")))
+        cluster.start_worker(providers_file=providers_file(directory, taps))
         console.print(f"... which took {time.monotonic() - started:.0f} s.", style="dim")
         for server, tap in taps.items():
             for case in server.cases:
-                compared.append((server, case, play(stand, server, tap, case)))
+                compared.append((server, case, play(cluster, server, tap, case)))
                 add_row(table, *compared[-1])
     console.print(table)
     failed = [one for one in compared if one[2].problems]

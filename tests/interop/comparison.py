@@ -11,8 +11,8 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
-from api_contracts.results import CompletionResult, JobStatus, UsageSource
-from api_contracts.transcript import Transcript
+from keepstream.results import CompletionResult, JobStatus, UsageSource
+from keepstream.transcript import Transcript
 from tests.interop.servers import Case
 
 Calls = list[tuple[str, str, str]]  # id, name, arguments

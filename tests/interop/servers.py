@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Final
 
 from typing_extensions import override
 
-from worker.embedded import EmbeddedProcess, free_port
+from keepstream_worker.dev_stack.embedded import EmbeddedProcess, free_port
 
 TEXT: Final = (
     "Grüße, ¡saludos!, 你好, こんにちは, שלום and 🌊 👩‍👩‍👧 from a server that somebody else wrote: é and e\u0301, "

@@ -15,7 +15,7 @@ from typing import Any, Final, Self, cast
 
 from typing_extensions import override
 
-from tests.harness import wait_until
+from tests.cluster import wait_until
 
 _LAST_CHUNK: Final = b"\r\n0\r\n\r\n"
 

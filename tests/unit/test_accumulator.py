@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api_contracts.results import Choice, ToolCall
+from keepstream.results import Choice, ToolCall
+from keepstream_worker.providers.accumulator import Accumulator, Limits, Output
+from keepstream_worker.values import Delta
 from tests.streams import check, joined
-from worker.accumulator import Accumulator, Delta, Limits, Output
 
 
 def chunk(delta: object = None, finish: object = None, **choice: object) -> dict[str, Any]:

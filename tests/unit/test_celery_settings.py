@@ -7,9 +7,9 @@ from typing import Any, cast
 import pytest
 from celery import Celery
 
-from api_contracts import names
-from worker.settings import load_settings
-from worker.tasks import make_celery
+from keepstream import names
+from keepstream_worker.intake.celery_app import make_celery
+from keepstream_worker.settings import load_settings
 
 ROOT = Path(__file__).parents[2]
 

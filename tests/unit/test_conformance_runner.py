@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from api_contracts.errors import ErrorInfo
-from api_contracts.events import AttemptStarted, ChoiceSnapshot, JobCompleted, JobFailed
-from api_contracts.results import (
+from keepstream.errors import ErrorInfo
+from keepstream.events import AttemptStarted, ChoiceSnapshot, JobCompleted, JobFailed
+from keepstream.results import (
     AttemptResult,
     Choice,
     CompletionResult,
@@ -17,7 +17,7 @@ from api_contracts.results import (
     UsageSource,
     output_sha256,
 )
-from api_contracts.transcript import Transcript
+from keepstream.transcript import Transcript
 from tests.conformance.runner import CASES, CasesError, Seen, compare, load_cases, main
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)

@@ -11,14 +11,14 @@ from typing import Any, cast
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from api_contracts.events import is_terminal, parse_event
-from api_contracts.names import EventId, parse_event_id
-from api_contracts.results import Usage, output_sha256
-from api_contracts.transcript import Transcript
+from keepstream.events import is_terminal, parse_event
+from keepstream.names import EventId, parse_event_id
+from keepstream.results import Usage, output_sha256
+from keepstream.transcript import Transcript
+from keepstream_worker.events.payloads import finish_reasons, snapshot_fields
+from keepstream_worker.events.publisher import Publication, Publisher
+from keepstream_worker.providers.stream import StreamReader
 from tests.log_model import LogModel
-from worker.payloads import finish_reasons, snapshot_fields
-from worker.publisher import Publication, Publisher
-from worker.stream import StreamReader
 
 LIMIT = 300  # bytes that a publication may hold while Redis is away: little, so that relief is met often
 
@@ -56,13 +56,13 @@ steps = st.one_of(
 class Desk:
     """What a publication needs of its publisher."""
 
-    prefix = "millrace"
+    prefix = "keepstream"
     merge_above = 8
 
     def __init__(self) -> None:
         self.epoch = 1
 
-    def notice(self, publication: Publication) -> None:
+    def mark_dirty(self, publication: Publication) -> None:
         """Nothing is sent but by the schedule."""
 
 
@@ -142,7 +142,7 @@ class World:
 
     def redis_is_away_for_long(self) -> None:
         self.reconnect()
-        self.publication.relieve(0)
+        self.publication.shed_buffer(0)
 
     def the_provider_fails(self) -> None:
         self.reader.finish()
@@ -158,7 +158,7 @@ class World:
 
     def reconnect(self) -> None:
         self.desk.epoch += 1
-        self.publication.relieve(LIMIT)
+        self.publication.shed_buffer(LIMIT)
 
     # -- the follower --
 

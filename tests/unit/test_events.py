@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from api_contracts import names
-from api_contracts.errors import ErrorInfo
-from api_contracts.events import (
+from keepstream import names
+from keepstream.errors import ErrorInfo
+from keepstream.events import (
     KNOWN_EVENTS,
     TERMINAL_TYPES,
     DeltaEvent,
@@ -20,8 +20,8 @@ from api_contracts.events import (
     snapshot_event,
     terminal_event,
 )
-from api_contracts.names import EventId, parse_event_id
-from api_contracts.results import AttemptResult, Choice, CompletionResult, JobStatus, ToolCall, Usage, output_sha256
+from keepstream.names import EventId, parse_event_id
+from keepstream.results import AttemptResult, Choice, CompletionResult, JobStatus, ToolCall, Usage, output_sha256
 
 HEAD = {"v": 1, "id": "2-17", "job_id": "j", "attempt": 2, "ts": 1}
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -92,7 +92,7 @@ def test_an_unknown_type_is_kept_as_it_came() -> None:
     ],
 )
 def test_what_is_no_event_is_refused_without_being_repeated(text: str | bytes) -> None:
-    with pytest.raises(ValueError, match=r"^not a Millrace event of version 1$") as caught:
+    with pytest.raises(ValueError, match=r"^not a Keepstream event of version 1$") as caught:
         parse_event(text)
     assert caught.value.__cause__ is None
 

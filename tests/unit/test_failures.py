@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api_contracts.errors import ErrorCode
-from worker.failures import failure_from_response, failure_from_stream_error
+from keepstream.errors import ErrorCode
+from keepstream_worker.providers.failures import failure_from_response, failure_from_stream_error
 
 NOW = 1_800_000_000.0
 

@@ -15,15 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from api_contracts.errors import (
-    EventsLostError,
-    FollowTimeoutError,
-    InvalidCursorError,
-    JobNotFoundError,
-    StoreUnavailableError,
-)
-from api_contracts.events import Event, Snapshot
-from api_contracts.follower import (
+from keepstream.client.follower import (
     LOG_PAGE,
     DisconnectedError,
     Follower,
@@ -38,9 +30,17 @@ from api_contracts.follower import (
     Subscribe,
     parse_cursor,
 )
-from api_contracts.names import EventId, parse_event_id
-from api_contracts.results import AttemptResult, Choice, CompletionResult, JobStatus, JobSummary, output_sha256
-from api_contracts.transcript import Transcript
+from keepstream.errors import (
+    EventsLostError,
+    FollowTimeoutError,
+    InvalidCursorError,
+    JobNotFoundError,
+    StoreUnavailableError,
+)
+from keepstream.events import Event, Snapshot
+from keepstream.names import EventId, parse_event_id
+from keepstream.results import AttemptResult, Choice, CompletionResult, JobStatus, JobSummary, output_sha256
+from keepstream.transcript import Transcript
 from tests.histories import attempt_failed, attempt_finished, delta, ended, snapshot, started
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from api_contracts.errors import InvalidJobError
-from api_contracts.jobs import MAX_JOB_BYTES, RESERVED_PARAMETERS, Job, parse_job
+from keepstream.errors import InvalidJobError
+from keepstream.jobs import MAX_JOB_BYTES, RESERVED_PARAMETERS, Job, parse_job
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
 

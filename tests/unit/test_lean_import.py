@@ -5,14 +5,14 @@ import sys
 from importlib.metadata import packages_distributions
 
 # Pydantic and its own requirements. All else that happens to be installed here is refused to the probe.
-LEAN = {"api_contracts", "pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection"}
+LEAN = {"keepstream", "pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection"}
 
 PROBE = f"""
 import sys
 from importlib.abc import MetaPathFinder
 
 class LeanService(MetaPathFinder):
-    refused = {sorted({"worker", "migrations", *packages_distributions()} - LEAN)}
+    refused = {sorted({"keepstream_worker", "migrations", *packages_distributions()} - LEAN)}
 
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in self.refused:
@@ -20,12 +20,12 @@ class LeanService(MetaPathFinder):
 
 sys.meta_path.insert(0, LeanService())
 
-import api_contracts
+import keepstream
 
-for name in api_contracts.__all__:
-    getattr(api_contracts, name)
-job = api_contracts.Job(model="m", messages=[{{"role": "user", "content": "hi"}}])
-assert api_contracts.parse_job(job.model_dump(mode="json", exclude_none=True)) == job
+for name in keepstream.__all__:
+    getattr(keepstream, name)
+job = keepstream.Job(model="m", messages=[{{"role": "user", "content": "hi"}}])
+assert keepstream.parse_job(job.model_dump(mode="json", exclude_none=True)) == job
 """
 
 

@@ -14,7 +14,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from worker.settings import Settings
+from keepstream_worker.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 LOCKS = ("bench", "build", "dev", "interop", "runtime")
@@ -69,7 +69,7 @@ def test_the_locks_hold_what_the_project_asks_for() -> None:
     groups = [project["dependencies"], *project["optional-dependencies"].values()]
     runtime = versions("runtime")
     for requirement in (Requirement(text) for group in groups for text in group):
-        if requirement.name != "millrace":
+        if requirement.name != "keepstream":
             assert requirement.specifier.contains(runtime[requirement.name]), requirement
     for name, group in PROJECT["dependency-groups"].items():
         locked = versions(name if name in {"bench", "interop"} else "dev")
@@ -87,18 +87,19 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(target)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return zipfile.ZipFile(next(target.glob("millrace-*.whl")))
+    return zipfile.ZipFile(next(target.glob("keepstream-*.whl")))
 
 
 def test_the_wheel_carries_the_migrations_and_the_type_marker(wheel: zipfile.ZipFile) -> None:
-    expected = {str(path.relative_to(ROOT)) for path in (ROOT / "migrations").rglob("*.*") if path.suffix != ".pyc"}
-    assert any(name.startswith("migrations/versions/") for name in expected)
-    assert expected | {"api_contracts/py.typed"} <= set(wheel.namelist())
+    found = {path.relative_to(ROOT) for path in (ROOT / "migrations").rglob("*.*") if path.suffix != ".pyc"}
+    expected = {f"keepstream_worker/{path}" for path in found}
+    assert any(name.startswith("keepstream_worker/migrations/versions/") for name in expected)
+    assert expected | {"keepstream/py.typed"} <= set(wheel.namelist())
 
 
-def test_the_wheel_carries_three_packages_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+def test_the_wheel_carries_two_packages_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     tops = {name.partition("/")[0] for name in wheel.namelist()}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {"api_contracts", "worker", "migrations"}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"keepstream", "keepstream_worker"}
 
 
 def test_the_wheel_without_extras_requires_pydantic_only(wheel: zipfile.ZipFile) -> None:
@@ -135,9 +136,9 @@ def test_the_image_runs_as_a_numbered_user_that_is_not_root() -> None:
 
 def test_the_worker_is_process_1_of_its_container_and_receives_the_signal() -> None:
     """A shell form would put a shell there, which does not pass SIGTERM on."""
-    assert re.search(r'^ENTRYPOINT \["millrace"\]$', DOCKERFILE, re.MULTILINE)
+    assert re.search(r'^ENTRYPOINT \["keepstream"\]$', DOCKERFILE, re.MULTILINE)
     assert re.search(r"^STOPSIGNAL SIGTERM$", DOCKERFILE, re.MULTILINE)
-    assert re.search(r'^HEALTHCHECK .*CMD \["millrace", ', DOCKERFILE, re.MULTILINE)
+    assert re.search(r'^HEALTHCHECK .*CMD \["keepstream", ', DOCKERFILE, re.MULTILINE)
     assert all(isinstance(SERVICES[name]["command"], list) and not SERVICES[name].get("init") for name in OURS)
 
 
@@ -151,11 +152,11 @@ def test_each_service_that_stays_has_a_health_check() -> None:
 
 def test_each_service_image_is_pinned_by_tag() -> None:
     for name, service in SERVICES.items():
-        assert re.fullmatch(r"[\w/.-]+:(\d[\w.-]*|\$\{MILLRACE_TAG:-\d[\w.]*\})", service["image"]), name
+        assert re.fullmatch(r"[\w/.-]+:(\d[\w.-]*|\$\{KEEPSTREAM_TAG:-\d[\w.]*\})", service["image"]), name
 
 
 def test_the_image_tag_is_the_projects_version() -> None:
-    assert SERVICES["worker"]["image"] == f"millrace:${{MILLRACE_TAG:-{PROJECT['project']['version']}}}"
+    assert SERVICES["worker"]["image"] == f"keepstream:${{KEEPSTREAM_TAG:-{PROJECT['project']['version']}}}"
 
 
 def test_no_service_runs_as_root_or_can_gain_rights() -> None:
@@ -182,8 +183,8 @@ def test_the_worker_is_given_longer_to_stop_than_it_takes() -> None:
 
 
 def test_compose_sets_only_settings_that_exist() -> None:
-    known = {f"MILLRACE_{field.upper()}" for field in Settings.model_fields}
-    used = {name for service in OURS for name in SERVICES[service]["environment"] if name.startswith("MILLRACE_")}
+    known = {f"KEEPSTREAM_{field.upper()}" for field in Settings.model_fields}
+    used = {name for service in OURS for name in SERVICES[service]["environment"] if name.startswith("KEEPSTREAM_")}
     assert used <= known
 
 

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from worker.provider_config import (
+from keepstream_worker.providers.config import (
     ProviderConfig,
     ProviderConfigError,
     ProviderLimits,

@@ -12,12 +12,12 @@ import jsonschema  # type: ignore[import-untyped]
 import pytest
 from typer.main import get_command
 
-from api_contracts import names
-from api_contracts.events import parse_event
-from api_contracts.jobs import parse_job
-from worker.cli import app
-from worker.provider_config import parse_providers
-from worker.settings import Settings
+from keepstream import names
+from keepstream.events import parse_event
+from keepstream.jobs import parse_job
+from keepstream_worker.commands.cli import app
+from keepstream_worker.providers.config import parse_providers
+from keepstream_worker.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -49,7 +49,7 @@ def settings_table() -> str:
     rows = ["| Variable | Default | Meaning |", "|---|---|---|"]
     for name, field in Settings.model_fields.items():
         default = "" if field.default is None else f"`{_plain(field.default)}`"
-        rows.append(f"| `MILLRACE_{name.upper()}` | {default} | {field.description} |")
+        rows.append(f"| `KEEPSTREAM_{name.upper()}` | {default} | {field.description} |")
     return "\n".join(rows) + "\n"
 
 
@@ -65,8 +65,8 @@ def test_the_table_of_settings_is_that_of_the_code() -> None:
 
 
 def test_every_variable_that_a_document_names_exists() -> None:
-    known = {f"MILLRACE_{name.upper()}" for name in Settings.model_fields} | {"MILLRACE_DEMO_MODEL"}
-    named = {name for document in DOCUMENTS for name in re.findall(r"MILLRACE_[A-Z_]+[A-Z]", document.read_text())}
+    known = {f"KEEPSTREAM_{name.upper()}" for name in Settings.model_fields} | {"KEEPSTREAM_DEMO_MODEL"}
+    named = {name for document in DOCUMENTS for name in re.findall(r"KEEPSTREAM_[A-Z_]+[A-Z]", document.read_text())}
     assert named - known == set()
 
 
@@ -78,8 +78,8 @@ def test_every_make_target_that_a_document_names_exists() -> None:
     assert {"demo", "test"} <= named <= TARGETS
 
 
-def test_every_millrace_command_and_option_that_a_document_names_exists() -> None:
-    for command, *arguments in commands("millrace"):
+def test_every_keepstream_command_and_option_that_a_document_names_exists() -> None:
+    for command, *arguments in commands("keepstream"):
         assert command in COMMANDS, command
         options = {option for parameter in COMMANDS[command].params for option in parameter.opts}
         used = {argument.partition("=")[0] for argument in arguments if re.match(r"--?[a-z]", argument)}
@@ -87,11 +87,11 @@ def test_every_millrace_command_and_option_that_a_document_names_exists() -> Non
 
 
 def test_the_readme_lists_every_command() -> None:
-    assert re.findall(r"^\| `millrace (\w+)` \|", README, re.MULTILINE) == list(COMMANDS)
+    assert re.findall(r"^\| `keepstream (\w+)` \|", README, re.MULTILINE) == list(COMMANDS)
 
 
 def test_the_exit_codes_are_those_of_the_command_line() -> None:
-    from worker import cli
+    from keepstream_worker.commands import cli
 
     codes = (cli.OK, cli.UNSUCCESSFUL, cli.INVALID, cli.UNAVAILABLE, cli.NOT_FOUND, cli.INTERRUPTED)
     match = re.search(r"Exit codes: ([^.]*)\.", README)
@@ -111,7 +111,7 @@ def test_python_examples_compile() -> None:
 
 def test_the_example_of_a_message_is_valid_and_holds_a_valid_job() -> None:
     message = json.loads(blocks("json")[0])
-    document = json.loads((ROOT / "api_contracts" / "schemas" / "asyncapi.json").read_text())
+    document = json.loads((ROOT / "api_contracts" / "keepstream" / "schemas" / "asyncapi.json").read_text())
     jsonschema.Draft202012Validator(document["components"]["schemas"]["JobMessage"]).validate(message)
     (job,), _, _ = json.loads(base64.b64decode(message["body"]))
     assert parse_job(job).id == message["headers"]["id"]

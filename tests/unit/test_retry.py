@@ -1,8 +1,8 @@
 import pytest
 
-from api_contracts.errors import ErrorCode
-from worker.failures import Failure
-from worker.retry import RULES, BackoffPolicy, Reason, RetryDecision, decide, is_retryable
+from keepstream.errors import ErrorCode
+from keepstream_worker.jobs.retry import RULES, BackoffPolicy, RetryDecision, RetryReason, decide, is_retryable
+from keepstream_worker.values import Failure
 
 RETRIED = {
     ErrorCode.CONFLICT,
@@ -55,7 +55,7 @@ def test_the_codes_that_are_retried(code: ErrorCode) -> None:
 
 @pytest.mark.parametrize("code", sorted(set(ErrorCode) - RETRIED))
 def test_what_cannot_succeed_is_not_retried(code: ErrorCode) -> None:
-    assert decide_on(code) == RetryDecision(Reason.NOT_RETRYABLE)
+    assert decide_on(code) == RetryDecision(RetryReason.NOT_RETRYABLE)
 
 
 @pytest.mark.parametrize(
@@ -78,53 +78,53 @@ def test_retry_after_is_the_least_wait_and_the_jitter_comes_on_top() -> None:
 @pytest.mark.parametrize(
     ("attempt", "max_attempts", "reason"),
     [
-        (1, 1, Reason.ATTEMPTS_USED),
-        (4, 5, Reason.RETRY),
-        (5, 5, Reason.ATTEMPTS_USED),
-        (6, 5, Reason.ATTEMPTS_USED),
+        (1, 1, RetryReason.ATTEMPTS_USED),
+        (4, 5, RetryReason.RETRY),
+        (5, 5, RetryReason.ATTEMPTS_USED),
+        (6, 5, RetryReason.ATTEMPTS_USED),
     ],
 )
-def test_attempts_are_bounded(attempt: int, max_attempts: int, reason: Reason) -> None:
+def test_attempts_are_bounded(attempt: int, max_attempts: int, reason: RetryReason) -> None:
     assert decide_on(ErrorCode.SERVER_ERROR, attempt=attempt, max_attempts=max_attempts).reason is reason
 
 
 @pytest.mark.parametrize("code", [ErrorCode.INVALID_RESPONSE, ErrorCode.INTERNAL])
 def test_some_codes_get_one_retry_only(code: ErrorCode) -> None:
-    assert decide_on(code, attempt=1).reason is Reason.RETRY
-    assert decide_on(code, attempt=2).reason is Reason.ATTEMPTS_USED
+    assert decide_on(code, attempt=1).reason is RetryReason.RETRY
+    assert decide_on(code, attempt=2).reason is RetryReason.ATTEMPTS_USED
 
 
 def test_a_request_that_a_proxy_says_we_gave_up_is_retried_once() -> None:
-    assert decide_on(ErrorCode.CONNECTION, status=499, attempt=1).reason is Reason.RETRY
-    assert decide_on(ErrorCode.CONNECTION, status=499, attempt=2).reason is Reason.ATTEMPTS_USED
-    assert decide_on(ErrorCode.CONNECTION, status=None, attempt=2).reason is Reason.RETRY
+    assert decide_on(ErrorCode.CONNECTION, status=499, attempt=1).reason is RetryReason.RETRY
+    assert decide_on(ErrorCode.CONNECTION, status=499, attempt=2).reason is RetryReason.ATTEMPTS_USED
+    assert decide_on(ErrorCode.CONNECTION, status=None, attempt=2).reason is RetryReason.RETRY
 
 
 @pytest.mark.parametrize(
     ("remaining", "retry_after", "reason"),
     [
-        (20.0, 20.0, Reason.TIME_USED),
-        (20.1, 20.0, Reason.TIME_USED),
-        (20.3, 20.0, Reason.RETRY),
-        (0.2, None, Reason.TIME_USED),
-        (0.0, None, Reason.TIME_USED),
-        (-1.0, None, Reason.TIME_USED),
-        (None, 3600.0, Reason.RETRY),
-        (None, 90_000.0, Reason.TIME_USED),
+        (20.0, 20.0, RetryReason.TIME_USED),
+        (20.1, 20.0, RetryReason.TIME_USED),
+        (20.3, 20.0, RetryReason.RETRY),
+        (0.2, None, RetryReason.TIME_USED),
+        (0.0, None, RetryReason.TIME_USED),
+        (-1.0, None, RetryReason.TIME_USED),
+        (None, 3600.0, RetryReason.RETRY),
+        (None, 90_000.0, RetryReason.TIME_USED),
     ],
 )
 def test_there_is_no_retry_that_would_begin_after_the_total_time(
-    remaining: float | None, retry_after: float | None, reason: Reason
+    remaining: float | None, retry_after: float | None, reason: RetryReason
 ) -> None:
     assert decide_on(ErrorCode.OVERLOADED, remaining=remaining, retry_after=retry_after).reason is reason
 
 
 @pytest.mark.parametrize("code", [ErrorCode.INTERRUPTED, ErrorCode.WORKER_LOST])
 def test_a_job_whose_worker_went_away_goes_on_at_once(code: ErrorCode) -> None:
-    assert decide_on(code, attempt=3, retry_after=60.0) == RetryDecision(Reason.RETRY, 0.0)
-    assert decide_on(code, remaining=0.0).reason is Reason.TIME_USED
+    assert decide_on(code, attempt=3, retry_after=60.0) == RetryDecision(RetryReason.RETRY, 0.0)
+    assert decide_on(code, remaining=0.0).reason is RetryReason.TIME_USED
 
 
 def test_an_interruption_uses_up_no_attempt_but_a_lost_worker_does() -> None:
-    assert decide_on(ErrorCode.INTERRUPTED, attempt=9, max_attempts=1).reason is Reason.RETRY
-    assert decide_on(ErrorCode.WORKER_LOST, attempt=5, max_attempts=5).reason is Reason.ATTEMPTS_USED
+    assert decide_on(ErrorCode.INTERRUPTED, attempt=9, max_attempts=1).reason is RetryReason.RETRY
+    assert decide_on(ErrorCode.WORKER_LOST, attempt=5, max_attempts=5).reason is RetryReason.ATTEMPTS_USED

@@ -10,9 +10,9 @@ import jsonschema  # type: ignore[import-untyped]
 import pytest
 from jsonschema.protocols import Validator  # type: ignore[import-untyped]
 
-from api_contracts import generate_schemas
-from api_contracts.events import KNOWN_EVENTS, parse_event, snapshot_event, terminal_event
-from api_contracts.jobs import parse_job
+from keepstream.events import KNOWN_EVENTS, parse_event, snapshot_event, terminal_event
+from keepstream.jobs import parse_job
+from keepstream.schemas import generate as generate_schemas
 from tests.histories import attempt_failed, attempt_finished, delta, ended, snapshot, started
 from tests.unit.test_events import result
 
@@ -50,13 +50,13 @@ def test_the_check_names_what_differs_and_the_command_that_mends_it(
     assert generate_schemas.main() == 1
     message = capsys.readouterr().err
     assert "job.schema.json" in message
-    assert "python -m api_contracts.generate_schemas" in message
+    assert "python -m keepstream.schemas.generate" in message
     generate_schemas.write()
     assert generate_schemas.main() == 0
 
 
 def test_the_generator_runs_as_a_program() -> None:
-    command = [sys.executable, "-m", "api_contracts.generate_schemas", "--check"]
+    command = [sys.executable, "-m", "keepstream.schemas.generate", "--check"]
     assert subprocess.run(command, check=False).returncode == 0
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.sse import ERROR_FIELD, ServerSentEvent, SSEDecoder
+from keepstream_worker.providers.sse import ERROR_FIELD, ServerSentEvent, SSEDecoder
 
 
 def decode(*pieces: bytes) -> list[ServerSentEvent]:

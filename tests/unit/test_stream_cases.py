@@ -13,13 +13,14 @@ from openai._models import construct_type
 from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types.chat import ChatCompletionChunk
 
-from api_contracts.errors import ErrorCode
+from keepstream.errors import ErrorCode
+from keepstream_worker.jobs.retry import is_retryable
+from keepstream_worker.providers.failures import failure_from_response
+from keepstream_worker.providers.sse import SSEDecoder
+from keepstream_worker.providers.stream import Limits, StreamReader
+from keepstream_worker.values import Failure
 from tests.fuzz import fuzz_stream
 from tests.streams import CAUSES, Case, load_cases, play
-from worker.failures import Failure, failure_from_response
-from worker.retry import is_retryable
-from worker.sse import SSEDecoder
-from worker.stream import Limits, StreamReader
 
 CASES = load_cases()
 STREAMS = [case for case in CASES if case.http_status == 200]

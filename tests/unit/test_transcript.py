@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api_contracts.events import Event, parse_event
-from api_contracts.names import EventId
-from api_contracts.results import output_sha256
-from api_contracts.transcript import Place, Transcript, place_of
+from keepstream.events import Event, parse_event
+from keepstream.names import EventId
+from keepstream.results import output_sha256
+from keepstream.transcript import Place, Transcript, place_of
 from tests.histories import attempt_failed, attempt_finished, delta, ended, snapshot, started
 
 

@@ -1,0 +1,119 @@
+"""The client's way to the database: an engine with time-outs, and transactions with clear errors.
+
+In: a database URL.  Out: connections inside a transaction, to ``keepstream.client.client``.  Exists so
+that a database that is down, slow or not migrated is met as one error that says so and holds no
+password, no statement and no values.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, ResourceClosedError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+from keepstream.errors import InvalidSettingError, StoreUnavailableError
+
+
+class ClientDatabase:
+    """The database of one client. Thread-safe; connects when it is first used."""
+
+    def __init__(self, url: str) -> None:
+        self._engine = make_engine(url, "keepstream-client")
+
+    @contextmanager
+    def transaction(self) -> Iterator[Connection]:
+        """Give a connection whose work is committed at the end, or rolled back by an exception.
+
+        Raises:
+            StoreUnavailableError: the database did not answer, or has not got our tables.
+        """
+        try:
+            with self._engine.begin() as connection:
+                yield connection
+        except DBAPIError as error:
+            cause = _first_line(error.orig)
+            raise StoreUnavailableError(f"the database did not do its work: {cause}") from None
+        except (PoolTimeoutError, ResourceClosedError):
+            raise StoreUnavailableError("no database connection was free in time") from None
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._engine.dispose()
+
+
+def make_engine(url: str, application: str = "keepstream", *, pool_size: int = 5, writer: bool = False) -> Engine:
+    """Return an engine for ``url`` with the time-outs and pragmas that Keepstream relies on.
+
+    Args:
+        url: SQLAlchemy URL of a SQLite or PostgreSQL database.
+        application: Name under which PostgreSQL lists the connections.
+        pool_size: Connections that are kept.
+        writer: Whether each transaction is to take SQLite's write lock at its beginning: one that reads
+            first and writes then fails if somebody else writes in between.
+
+    Raises:
+        InvalidSettingError: the URL cannot be used.
+    """
+    if url.startswith("postgres://"):  # as many hosts of databases write it
+        url = url.replace("postgres", "postgresql", 1)
+    try:
+        return _sqlite(url, writer=writer) if url.startswith("sqlite") else _postgresql(url, application, pool_size)
+    except (ArgumentError, NoSuchModuleError, ModuleNotFoundError):
+        raise InvalidSettingError(
+            "the database URL cannot be used; it looks like sqlite:///jobs.db or postgresql://user:password@host/name,"
+            " and PostgreSQL needs the extra 'postgres'"
+        ) from None
+
+
+def _sqlite(url: str, *, writer: bool) -> Engine:
+    engine = create_engine(
+        url,
+        hide_parameters=True,  # they are prompts and outputs
+        pool_timeout=5,
+        connect_args={"timeout": 10, "check_same_thread": False},  # waits that long for another writer
+    )
+
+    @event.listens_for(engine, "connect")
+    def _configure(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None  # the event below opens the transactions
+        # Readers and the writer do not wait for each other, and a commit costs no fsync of the whole file.
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+        connection.execute("PRAGMA foreign_keys=ON")
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writer else "BEGIN")
+
+    return engine
+
+
+def _postgresql(url: str, application: str, pool_size: int) -> Engine:
+    return create_engine(
+        url,
+        hide_parameters=True,  # they are prompts and outputs
+        pool_pre_ping=True,
+        pool_timeout=5,
+        pool_size=pool_size,
+        connect_args={
+            "connect_timeout": 5,
+            "application_name": application,
+            # A connection that died silently is noticed within seconds.
+            "keepalives_idle": 10,
+            "keepalives_interval": 5,
+            "keepalives_count": 3,
+            "tcp_user_timeout": 20_000,
+            # A lock or statement that hangs is an outage too.
+            "options": "-c lock_timeout=10000 -c statement_timeout=30000",
+        },
+    )
+
+
+def _first_line(error: BaseException | None) -> str:
+    """Return what the driver says, without the details, which may hold values."""
+    lines = str(error).splitlines() or [""]
+    text = f"{type(error).__name__}: {lines[0][:200]}"
+    missing = "no such table" in text or 'relation "' in text
+    return f"{text} (has 'keepstream migrate' been run?)" if missing else text

@@ -1,0 +1,293 @@
+"""The events: what followers of a job receive, one JSON text per pub/sub message and log entry.
+
+In: JSON texts from Redis, or a stored result.  Out: typed, frozen events to readers (``parse_event``,
+``terminal_event``, ``snapshot_event``); the models are also the source of the published JSON Schema
+and AsyncAPI document.  Exists so that every reader, in any language, can rely on one description.
+
+The rules for a reader: apply an event only if its id is greater than the last one applied; on an
+event of a higher attempt, drop what the older attempt sent; if ``n`` skips within an attempt and the
+event is no ``snapshot``, read the log; ignore unknown types and unknown fields.
+"""
+
+from typing import Annotated, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from keepstream import names
+from keepstream.errors import ErrorInfo
+from keepstream.results import CompletionResult, JobStatus, ToolCall, Usage, output_sha256
+
+VERSION: Final = 1
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class ToolCallDelta(_Part):
+    """A fragment of a tool call. ``arguments`` fragments of one ``index`` are joined in order."""
+
+    index: int = Field(description="Position of the call within its choice, from 0.")
+    id: str | None = Field(
+        default=None, description="Sent with the call's first fragment; a later one of the same call replaces it."
+    )
+    name: str | None = Field(
+        default=None, description="Name so far: a later name of the same call replaces the earlier one."
+    )
+    arguments: str | None = Field(default=None, description="The next piece of the arguments' text.")
+
+
+class Delta(_Part):
+    """What one event adds to one choice; each text is appended to what the reader holds."""
+
+    content: str | None = None
+    reasoning: str | None = None
+    refusal: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
+
+
+class ChoiceSnapshot(_Part):
+    """One choice, whole, as far as it has come."""
+
+    index: int
+    content: str = ""
+    reasoning: str = ""
+    refusal: str = ""
+    finish_reason: str | None = None
+    tool_calls: list[ToolCall] = Field(default_factory=list)
+
+
+class _Event(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    v: Literal[1] = VERSION
+    id: str = Field(
+        pattern=names.EVENT_ID_PATTERN, description="<attempt>-<n>; n counts from 1 without gaps within the attempt."
+    )
+    job_id: str
+    attempt: int = Field(ge=1)
+    ts: int = Field(description="Milliseconds since 1970-01-01 UTC, by the sender's clock.")
+
+    @property
+    def event_id(self) -> names.EventId:
+        """The id as an ordered pair."""
+        return names.parse_event_id(self.id)
+
+
+class AttemptStarted(_Event):
+    """A provider stream begins. What older attempts sent is void."""
+
+    type: Literal["attempt.started"] = "attempt.started"
+    model: str
+    provider: str
+    reason: str = Field(description="first, retry, worker_lost, interrupted or recovered.")
+    continues: bool = Field(
+        default=False,
+        description="True if the output of the attempt before is carried over; a snapshot with it follows.",
+    )
+
+
+class DeltaEvent(_Event):
+    """More output for one choice."""
+
+    type: Literal["delta"] = "delta"
+    choice: int
+    delta: Delta
+
+
+class Snapshot(_Event):
+    """The attempt's whole output up to and including this id; it replaces what the reader holds."""
+
+    type: Literal["snapshot"] = "snapshot"
+    choices: list[ChoiceSnapshot]
+    finished: bool = Field(default=False, description="True if the provider's stream had ended well by then.")
+    usage: Usage | None = None
+
+
+class AttemptFailed(_Event):
+    """The attempt failed; what it sent is void."""
+
+    type: Literal["attempt.failed"] = "attempt.failed"
+    error: ErrorInfo
+    retryable: bool
+    retry_in: float | None = Field(default=None, description="Seconds until the next attempt; null: there is none.")
+    usage: Usage | None = None
+
+
+class AttemptFinished(_Event):
+    """The provider's stream ended well; the result is about to be stored."""
+
+    type: Literal["attempt.finished"] = "attempt.finished"
+    finish_reasons: dict[int, str | None] = Field(description="Choice index to finish reason, as the provider sent it.")
+    usage: Usage | None = None
+
+
+class _Terminal(_Event):
+    status: JobStatus
+    finish_reasons: dict[int, str | None] = Field(default_factory=dict)
+    tool_call_ids: list[str] = Field(default_factory=list)
+    usage: Usage | None = Field(default=None, description="Summed over all attempts.")
+    attempts: int = Field(description="Provider streams made for the job.")
+    error: ErrorInfo | None = None
+    output_sha256: str = Field(
+        description="SHA-256 in hex over the UTF-8 bytes of the choices' content, joined in index order."
+    )
+
+
+class JobCompleted(_Terminal):
+    """The result is stored."""
+
+    type: Literal["job.completed"] = "job.completed"
+
+
+class JobFailed(_Terminal):
+    """The job failed for good; the partial output of its last attempt is stored."""
+
+    type: Literal["job.failed"] = "job.failed"
+
+
+class JobCancelled(_Terminal):
+    """The job was cancelled; the partial output is stored."""
+
+    type: Literal["job.cancelled"] = "job.cancelled"
+
+
+class JobExpired(_Terminal):
+    """The job waited past its ``expires_at`` and was never started."""
+
+    type: Literal["job.expired"] = "job.expired"
+
+
+class UnknownEvent(_Event):
+    """An event of a type this library does not know; readers ignore it."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    type: str
+
+
+TerminalEvent = JobCompleted | JobFailed | JobCancelled | JobExpired
+KnownEvent = Annotated[
+    AttemptStarted
+    | DeltaEvent
+    | Snapshot
+    | AttemptFailed
+    | AttemptFinished
+    | JobCompleted
+    | JobFailed
+    | JobCancelled
+    | JobExpired,
+    Field(discriminator="type"),
+]
+Event = (
+    AttemptStarted
+    | DeltaEvent
+    | Snapshot
+    | AttemptFailed
+    | AttemptFinished
+    | JobCompleted
+    | JobFailed
+    | JobCancelled
+    | JobExpired
+    | UnknownEvent
+)
+
+#: The one list of event types; the schemas are generated from it.
+KNOWN_EVENTS: Final[dict[str, type[_Event]]] = {
+    "attempt.started": AttemptStarted,
+    "delta": DeltaEvent,
+    "snapshot": Snapshot,
+    "attempt.failed": AttemptFailed,
+    "attempt.finished": AttemptFinished,
+    "job.completed": JobCompleted,
+    "job.failed": JobFailed,
+    "job.cancelled": JobCancelled,
+    "job.expired": JobExpired,
+}
+TERMINAL_TYPES: Final = frozenset({"job.completed", "job.failed", "job.cancelled", "job.expired"})
+KNOWN_EVENT_ADAPTER: Final[TypeAdapter[KnownEvent]] = TypeAdapter(KnownEvent)
+
+
+def parse_event(text: str | bytes) -> Event:
+    """Return the typed event that ``text`` (JSON) holds.
+
+    Raises:
+        ValueError: ``text`` is no event of version 1.
+    """
+    try:
+        return KNOWN_EVENT_ADAPTER.validate_json(text)
+    except ValueError:
+        pass  # no event, or one of a type that is not known here
+    try:
+        event = UnknownEvent.model_validate_json(text)
+    except ValueError:
+        event = None
+    if event is None or event.type in KNOWN_EVENTS:
+        # Raised here, so that no cause repeats what could not be read.
+        raise ValueError("not a Keepstream event of version 1")
+    return event
+
+
+def is_terminal(event: Event) -> bool:
+    """Tell whether ``event`` ends the job."""
+    return event.type in TERMINAL_TYPES
+
+
+_TERMINAL_EVENTS: Final[dict[JobStatus, type[TerminalEvent]]] = {
+    JobStatus.COMPLETED: JobCompleted,
+    JobStatus.FAILED: JobFailed,
+    JobStatus.CANCELLED: JobCancelled,
+    JobStatus.EXPIRED: JobExpired,
+}
+
+
+def terminal_event(result: CompletionResult) -> TerminalEvent:
+    """Return the terminal event of a stored job: whoever finds the row can publish or hand out the event.
+
+    Raises:
+        ValueError: the job is not terminal.
+    """
+    model = _TERMINAL_EVENTS.get(result.status)
+    if model is None or result.terminal_event_id is None:
+        raise ValueError(f"a job that is {result.status} has no terminal event")
+    contents = (choice.content for choice in result.choices)
+    return model(
+        id=result.terminal_event_id,
+        job_id=result.id,
+        attempt=names.parse_event_id(result.terminal_event_id).attempt,
+        ts=_finished_ms(result),
+        status=result.status,
+        finish_reasons={choice.index: choice.finish_reason for choice in result.choices},
+        tool_call_ids=[call.id for choice in result.choices for call in choice.tool_calls],
+        usage=result.usage,
+        attempts=len(result.attempts),
+        error=result.error,
+        output_sha256=result.output_sha256 or output_sha256(contents),
+    )
+
+
+def snapshot_event(result: CompletionResult, event_id: str) -> Snapshot:
+    """Return the stored output as the snapshot ``event_id``, for followers who missed what led to it."""
+    return Snapshot(
+        id=event_id,
+        job_id=result.id,
+        attempt=names.parse_event_id(event_id).attempt,
+        ts=_finished_ms(result),
+        choices=[
+            ChoiceSnapshot(
+                index=choice.index,
+                content=choice.content,
+                reasoning=choice.reasoning,
+                refusal=choice.refusal,
+                finish_reason=choice.finish_reason,
+                tool_calls=choice.tool_calls,
+            )
+            for choice in result.choices
+        ],
+        finished=result.status is JobStatus.COMPLETED,
+        usage=result.attempts[-1].usage if result.attempts else None,
+    )
+
+
+def _finished_ms(result: CompletionResult) -> int:
+    return int((result.finished_at or result.created_at).timestamp() * 1000)

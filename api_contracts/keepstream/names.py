@@ -1,0 +1,67 @@
+"""Every name that crosses a process boundary: task, queue, channels, keys, environment variables.
+
+In: a prefix, a tenant and a job id.  Out: Redis key and channel names, to the worker, the client and
+the generated documents.  Exists so that no name is spelled twice.
+"""
+
+import re
+from typing import Final, NamedTuple
+
+TASK: Final = "completions.run"  #: Celery task name; its one argument is the job.
+QUEUE: Final = "completions"  #: Celery queue, and the Redis list that carries it.
+PREFIX: Final = "keepstream"  #: Default prefix of every Redis key and channel of ours.
+DEFAULT_TENANT: Final = "default"
+RESEND_AFTER: Final = 30.0  #: Seconds after which a queued job that nobody claimed is sent again.
+
+ENV_REDIS_URL: Final = "KEEPSTREAM_REDIS_URL"
+ENV_BROKER_URL: Final = "KEEPSTREAM_BROKER_URL"
+ENV_DATABASE_URL: Final = "KEEPSTREAM_DATABASE_URL"
+ENV_PREFIX: Final = "KEEPSTREAM_PREFIX"
+ENV_QUEUE: Final = "KEEPSTREAM_QUEUE"
+
+#: Tenant and job ids: they stand in key names, so braces, colons and spaces are out.
+ID_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._\-]{0,127}$"
+EVENT_ID_PATTERN: Final = r"^[1-9][0-9]{0,8}-[1-9][0-9]{0,9}$"
+
+
+class JobKeys(NamedTuple):
+    """The Redis names of one job; the braces keep them in one cluster slot."""
+
+    channel: str  #: Pub/sub channel of the live events.
+    log: str  #: Redis stream of the replayable events; field ``event``.
+    cancel: str  #: Set by a client that asks for cancellation without a database.
+
+
+def job_keys(tenant: str, job_id: str, prefix: str = PREFIX) -> JobKeys:
+    """Return the Redis names of a job."""
+    base = f"{prefix}:{tenant}:{{{job_id}}}"
+    return JobKeys(f"{base}:events", f"{base}:log", f"{base}:cancel")
+
+
+def control_channel(prefix: str = PREFIX) -> str:
+    """Return the channel on which workers are told to look at a job's cancellation at once."""
+    return f"{prefix}:control"
+
+
+def rejected_list(prefix: str = PREFIX) -> str:
+    """Return the Redis list that keeps messages which are no readable Celery message."""
+    return f"{prefix}:rejected"
+
+
+class EventId(NamedTuple):
+    """An event's id, ``<attempt>-<n>``: a valid Redis stream id, ordered like a pair."""
+
+    attempt: int
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.attempt}-{self.n}"
+
+
+def parse_event_id(text: str) -> EventId:
+    """Return the event id spelled by ``text``; raise ``ValueError`` if it spells none."""
+    # fullmatch: "$" alone would let a trailing line feed pass.
+    if re.fullmatch(EVENT_ID_PATTERN, text) is None:
+        raise ValueError("not an event id; event ids look like 2-17")
+    attempt, n = text.split("-")
+    return EventId(int(attempt), int(n))

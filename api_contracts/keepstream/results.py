@@ -1,0 +1,164 @@
+"""The results: what a query of the database answers.
+
+In: rows, by way of ``keepstream.client.queries``.  Out: frozen, typed results to users of the client and
+to the command line.  Exists so that stored results read the same in every service.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from keepstream.errors import ErrorInfo
+
+
+class JobStatus(StrEnum):
+    """Where a job is. The last four are terminal: a job reaches exactly one of them."""
+
+    QUEUED = "queued"  #: Waiting for a worker.
+    RUNNING = "running"  #: An attempt is under way.
+    RETRYING = "retrying"  #: Waiting for its next attempt.
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+    @property
+    def terminal(self) -> bool:
+        """Whether nothing more will happen to a job in this state."""
+        return self in TERMINAL_STATUSES
+
+
+TERMINAL_STATUSES = frozenset({JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED, JobStatus.EXPIRED})
+
+
+class UsageSource(StrEnum):
+    """Where a usage figure comes from."""
+
+    PROVIDER = "provider"  #: Reported by the provider.
+    ESTIMATED = "estimated"  #: Estimated from the text that arrived; the provider did not say.
+    UNKNOWN = "unknown"  #: Nothing is known; the figures are null.
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Usage(_Value):
+    """Tokens paid for. Unknown is null, never 0; ``details`` is what the provider reported, whole."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    total_tokens: int | None = None
+    source: UsageSource = UsageSource.UNKNOWN
+    details: dict[str, Any] | None = None
+
+
+class ToolCall(_Value):
+    """A tool call, its streamed arguments joined."""
+
+    id: str
+    type: str = "function"
+    name: str
+    arguments: str = Field(description="As the model wrote them; a function call without arguments has {}.")
+    arguments_valid: bool = Field(description="Whether the arguments are a JSON text.")
+    extra: dict[str, Any] | None = Field(default=None, description="Provider extras, a thought signature for instance.")
+
+
+class Choice(_Value):
+    """One answer of the model."""
+
+    index: int
+    content: str = ""
+    reasoning: str = ""
+    refusal: str = ""
+    finish_reason: str | None = Field(default=None, description="As the provider sent it.")
+    tool_calls: list[ToolCall] = Field(default_factory=list)
+    extra: dict[str, Any] | None = Field(default=None, description="Logprobs, annotations and other extras.")
+
+    def parsed_arguments(self, position: int = 0) -> Any:
+        """Return a tool call's arguments as Python values; raises ``ValueError`` if they do not parse."""
+        return json.loads(self.tool_calls[position].arguments)
+
+
+class AttemptResult(_Value):
+    """One provider stream made for the job."""
+
+    number: int
+    reason: str
+    outcome: str | None = Field(description="finished, failed, cancelled, interrupted or lost; null while it runs.")
+    worker: str | None = None
+    provider: str
+    model: str
+    started_at: datetime
+    finished_at: datetime | None = None
+    first_token_ms: float | None = Field(default=None, description="Milliseconds from the request to the first output.")
+    error: ErrorInfo | None = None
+    http_status: int | None = None
+    retryable: bool | None = None
+    provider_request_id: str | None = None
+    usage: Usage | None = None
+
+
+class CompletionResult(_Value):
+    """A job and everything stored about it."""
+
+    id: str
+    tenant: str
+    status: JobStatus
+    model: str
+    provider: str
+    metadata: dict[str, Any] = Field(default_factory=dict)
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    attempt: int = Field(description="The newest attempt's number; 0 before the first.")
+    partial: bool = Field(default=False, description="True if the output belongs to an attempt that did not finish.")
+    choices: list[Choice] = Field(default_factory=list)
+    usage: Usage | None = Field(default=None, description="Summed over all attempts.")
+    error: ErrorInfo | None = None
+    output_sha256: str | None = None
+    terminal_event_id: str | None = None
+    provider_details: dict[str, Any] | None = Field(
+        default=None, description="The provider's own id, model, service tier and fingerprint."
+    )
+    attempts: list[AttemptResult] = Field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """The first choice's content."""
+        return self.choices[0].content if self.choices else ""
+
+    @property
+    def tool_calls(self) -> list[ToolCall]:
+        """The first choice's tool calls."""
+        return self.choices[0].tool_calls if self.choices else []
+
+
+class JobSummary(_Value):
+    """A job as a listing shows it: without its output and attempts."""
+
+    id: str
+    tenant: str
+    status: JobStatus
+    model: str
+    provider: str
+    metadata: dict[str, Any] = Field(default_factory=dict)
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    attempt: int
+    usage: Usage | None = None
+    error: ErrorInfo | None = None
+
+
+def output_sha256(contents: Iterable[str]) -> str:
+    """Return the SHA-256 (hex) of the choices' contents, given in index order, joined, as UTF-8."""
+    digest = hashlib.sha256()
+    for content in contents:
+        digest.update(content.encode())
+    return digest.hexdigest()

@@ -1,0 +1,186 @@
+"""The transcript: what a reader holds who applies a job's events.
+
+In: events, in the order in which they come, repeated or not.  Out: the output so far, to whoever
+shows it, and its SHA-256, to be compared with the terminal event's.  Exists so that the rules for
+readers stand in one place as code; the follower keeps the same rules, and a reader in another
+language can be written after this page.
+"""
+
+import json
+from enum import Enum, auto
+
+from keepstream.events import (
+    AttemptFailed,
+    AttemptFinished,
+    ChoiceSnapshot,
+    Delta,
+    DeltaEvent,
+    Event,
+    JobCancelled,
+    JobCompleted,
+    JobExpired,
+    JobFailed,
+    Snapshot,
+    TerminalEvent,
+    ToolCallDelta,
+)
+from keepstream.names import EventId
+from keepstream.results import ToolCall, output_sha256
+
+
+class Place(Enum):
+    """Where an event stands, seen from the last one applied."""
+
+    SEEN = auto()  #: Not greater than the last one: it changes nothing.
+    NEXT = auto()  #: To be applied now.
+    AHEAD = auto()  #: Events before it are missing: read the log first.
+
+
+def place_of(event: Event, last: EventId | None) -> Place:
+    """Tell whether ``event`` comes next for a reader whose last applied event is ``last``."""
+    here = event.event_id
+    if last is not None and here <= last:
+        return Place.SEEN
+    if isinstance(event, Snapshot):  # stands for everything before it
+        return Place.NEXT
+    expected = last.n + 1 if last is not None and last.attempt == here.attempt else 1
+    return Place.NEXT if here.n == expected else Place.AHEAD
+
+
+class Transcript:
+    """The output of one job as its events tell it. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self.last: EventId | None = None  #: The last event applied.
+        self.behind = False  #: Whether an event was not applied because others are missing before it.
+        self.finished = False  #: Whether the provider's stream has ended well.
+        self.terminal: TerminalEvent | None = None  #: The event that ended the job.
+        self._choices: dict[int, _Choice] = {}
+
+    def apply(self, event: Event) -> bool:
+        """Apply ``event`` if it comes next, and tell whether it did."""
+        place = place_of(event, self.last)
+        if place is not Place.NEXT:
+            self.behind = self.behind or place is Place.AHEAD
+            return False
+        if self.last is None or event.attempt > self.last.attempt:
+            self._start_over()
+        self.last = event.event_id
+        self.behind = False
+        match event:
+            case DeltaEvent():
+                self._choices.setdefault(event.choice, _Choice()).append(event.delta)
+            case Snapshot():
+                self._start_over()
+                self._choices = {choice.index: _Choice.of(choice) for choice in event.choices}
+                self.finished = event.finished
+            case AttemptFailed():
+                self._start_over()
+            case AttemptFinished():
+                self.finished = True
+                self._note_finish_reasons(event.finish_reasons)
+            case JobCompleted() | JobFailed() | JobCancelled() | JobExpired():
+                self.terminal = event
+                self._note_finish_reasons(event.finish_reasons)
+            case _:  # attempt.started adds no output; unknown types are ignored
+                pass
+        return True
+
+    @property
+    def attempt(self) -> int:
+        """The attempt whose output this is; 0 before the first event."""
+        return self.last.attempt if self.last is not None else 0
+
+    @property
+    def choices(self) -> list[ChoiceSnapshot]:
+        """The output so far, by index."""
+        return [self._choices[index].snapshot(index) for index in sorted(self._choices)]
+
+    @property
+    def text(self) -> str:
+        """The first choice's content so far."""
+        return "".join(self._choices[min(self._choices)].content) if self._choices else ""
+
+    def sha256(self) -> str:
+        """Return the SHA-256 (hex) of the content held; at the end it equals the event's ``output_sha256``."""
+        return output_sha256("".join(self._choices[index].content) for index in sorted(self._choices))
+
+    def _start_over(self) -> None:
+        self._choices = {}
+        self.finished = False
+
+    def _note_finish_reasons(self, reasons: dict[int, str | None]) -> None:
+        for index, reason in reasons.items():
+            self._choices.setdefault(index, _Choice()).finish_reason = reason
+
+
+class _Choice:
+    """One choice under construction; texts are kept as pieces, because joining each time would be quadratic."""
+
+    def __init__(self) -> None:
+        self.content: list[str] = []
+        self.reasoning: list[str] = []
+        self.refusal: list[str] = []
+        self.finish_reason: str | None = None
+        self.tool_calls: dict[int, _Call] = {}
+
+    @classmethod
+    def of(cls, snapshot: ChoiceSnapshot) -> "_Choice":
+        choice = cls()
+        choice.content.append(snapshot.content)
+        choice.reasoning.append(snapshot.reasoning)
+        choice.refusal.append(snapshot.refusal)
+        choice.finish_reason = snapshot.finish_reason
+        choice.tool_calls = {position: _Call(call) for position, call in enumerate(snapshot.tool_calls)}
+        return choice
+
+    def append(self, delta: Delta) -> None:
+        self.content.append(delta.content or "")
+        self.reasoning.append(delta.reasoning or "")
+        self.refusal.append(delta.refusal or "")
+        for fragment in delta.tool_calls or ():
+            self.tool_calls.setdefault(fragment.index, _Call()).append(fragment)
+
+    def snapshot(self, index: int) -> ChoiceSnapshot:
+        return ChoiceSnapshot(
+            index=index,
+            content="".join(self.content),
+            reasoning="".join(self.reasoning),
+            refusal="".join(self.refusal),
+            finish_reason=self.finish_reason,
+            tool_calls=[self.tool_calls[position].value() for position in sorted(self.tool_calls)],
+        )
+
+
+class _Call:
+    """One tool call under construction."""
+
+    def __init__(self, given: ToolCall | None = None) -> None:
+        self.given = given or ToolCall(id="", name="", arguments="", arguments_valid=False)
+        self.id = self.given.id
+        self.name = self.given.name
+        self.arguments = [self.given.arguments]
+
+    def append(self, fragment: ToolCallDelta) -> None:
+        self.id = fragment.id or self.id
+        self.name = fragment.name or self.name
+        self.arguments.append(fragment.arguments or "")
+
+    def value(self) -> ToolCall:
+        arguments = "".join(self.arguments)
+        return self.given.model_copy(
+            update={
+                "id": self.id,
+                "name": self.name,
+                "arguments": arguments,
+                "arguments_valid": _is_json(arguments),
+            }
+        )
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True

@@ -1,0 +1,240 @@
+"""The doctor: looks at everything a deployment needs and says what is wrong and what to do.
+
+In: the environment.  Out: findings, as a table or as JSON.  Exists so that a set-up is understood in
+one look; the quick form is the health check of a worker's container.
+"""
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Final
+
+import redis
+from redis.exceptions import AuthenticationError, RedisError
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from keepstream.client.database import ClientDatabase, make_engine
+from keepstream.errors import InvalidSettingError, StoreUnavailableError
+from keepstream_worker.providers.config import DEFAULT, ProviderConfig, ProviderConfigError, load_providers
+from keepstream_worker.settings import Settings, SettingsError, load_settings
+from keepstream_worker.store import inspection, schema
+from keepstream_worker.store.inspection import Overview
+
+if TYPE_CHECKING:
+    from keepstream_worker.providers.provider import ProviderCheck
+
+_REDIS_TIMEOUT: Final = 3.0  #: Seconds.
+_LONG_WAIT: Final = 30.0  #: Seconds in the queue after which more workers would help.
+
+
+class Verdict(StrEnum):
+    """How a finding is to be taken."""
+
+    OK = "ok"
+    WARN = "warn"  #: Works, but somebody should know.
+    FAIL = "fail"  #: Jobs are not done, or may be lost.
+
+
+_STYLES: Final = {Verdict.OK: "green", Verdict.WARN: "yellow", Verdict.FAIL: "red"}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one check showed."""
+
+    check: str
+    verdict: Verdict
+    found: str  #: One line; no secret in it.
+    advice: str = ""  #: What to do; empty if all is well.
+
+
+def examine(*, quick: bool = False) -> list[Finding]:
+    """Return the findings of all checks; ``quick``: of those that cost nothing and tell whether this host works."""
+    return list(_quick() if quick else _thorough())
+
+
+def healthy(findings: list[Finding]) -> bool:
+    """Tell whether nothing failed."""
+    return all(finding.verdict is not Verdict.FAIL for finding in findings)
+
+
+def as_json(findings: list[Finding]) -> dict[str, Any]:
+    """Return the findings as JSON-ready values."""
+    return {"healthy": healthy(findings), "checks": [asdict(finding) for finding in findings]}
+
+
+def show(console: Console, findings: list[Finding]) -> None:
+    """Show the findings as a table, with advice under what is not well."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for finding in findings:
+        style = _STYLES[finding.verdict]
+        found = Text(finding.found)
+        if finding.advice:
+            found.append(f"\n→ {finding.advice}", style)
+        table.add_row(Text(finding.verdict.value, style), finding.check, found)
+    console.print(table)
+
+
+def _quick() -> Iterator[Finding]:
+    settings = yield from _settings()
+    if settings is None:
+        return
+    yield _redis("redis", settings.redis_url, "KEEPSTREAM_REDIS_URL")
+    database = _database(settings)
+    yield database
+    if database.verdict is not Verdict.FAIL:
+        yield from _work(settings, _own_worker)
+
+
+def _thorough() -> Iterator[Finding]:
+    settings = yield from _settings()
+    if settings is None:
+        return
+    yield _redis("redis", settings.redis_url, "KEEPSTREAM_REDIS_URL")
+    if settings.broker != settings.redis_url:
+        yield _redis("broker", settings.broker, "KEEPSTREAM_BROKER_URL")
+    database = _database(settings)
+    yield database
+    if database.verdict is not Verdict.FAIL:
+        yield from _work(settings, _workers, _jobs, _rejected)
+    yield from _providers(settings)
+
+
+def _settings() -> Generator[Finding, None, Settings | None]:
+    try:
+        settings = load_settings()
+    except SettingsError as error:
+        yield Finding("settings", Verdict.FAIL, str(error), "correct these environment variables")
+        return None
+    set_here = sorted(name for name in os.environ if name.startswith("KEEPSTREAM_"))
+    yield Finding("settings", Verdict.OK, f"from {', '.join(set_here)}" if set_here else "all at their defaults")
+    return settings
+
+
+def _redis(check: str, url: str, variable: str) -> Finding:
+    timeouts = {"socket_timeout": _REDIS_TIMEOUT, "socket_connect_timeout": _REDIS_TIMEOUT}
+    try:
+        with redis.Redis.from_url(url, decode_responses=True, **timeouts) as client:
+            server, memory = client.info("server"), client.info("memory")
+    except AuthenticationError:
+        return Finding(check, Verdict.FAIL, "refuses the user or password", f"correct {variable}")
+    except (RedisError, OSError, ValueError) as error:
+        return Finding(
+            check,
+            Verdict.FAIL,
+            f"does not answer ({type(error).__name__})",
+            f"start it, or set {variable} to where it is",
+        )
+    name = "Valkey" if "valkey_version" in server else "Redis"
+    found = f"{name} {server.get('valkey_version') or server.get('redis_version')} answers"
+    policy = memory.get("maxmemory_policy", "noeviction")
+    if policy != "noeviction":
+        advice = "CONFIG SET maxmemory-policy noeviction: an evicted key is a lost message or a hole in a log"
+        return Finding(check, Verdict.WARN, f"{found}; its maxmemory-policy is {policy}", advice)
+    return Finding(check, Verdict.OK, f"{found}; it evicts nothing")
+
+
+def _database(settings: Settings) -> Finding:
+    try:
+        engine = make_engine(settings.database_url)
+    except InvalidSettingError as error:
+        return Finding("database", Verdict.FAIL, str(error), "correct KEEPSTREAM_DATABASE_URL")
+    try:
+        schema.check(engine)
+        revision = schema.current(engine)
+    except schema.SchemaError as error:
+        found, _, advice = str(error).partition(": " if "run `" in str(error) else "; ")
+        return Finding("database", Verdict.FAIL, found, advice)
+    finally:
+        engine.dispose()
+    return Finding("database", Verdict.OK, f"{engine.dialect.name} answers; its tables are at revision {revision}")
+
+
+def _work(settings: Settings, *checks: Callable[[Overview], Finding]) -> Iterator[Finding]:
+    try:
+        database = ClientDatabase(settings.database_url)
+        try:
+            with database.transaction() as connection:
+                overview = inspection.overview(connection, settings.lease)
+        finally:
+            database.close()
+    except StoreUnavailableError as error:
+        yield Finding("work", Verdict.FAIL, str(error), "see the database's own log")
+    else:
+        yield from (check(overview) for check in checks)
+
+
+def _own_worker(overview: Overview) -> Finding:
+    host = socket.gethostname()[:64]
+    alive = sum(name.startswith(f"{host}-") for name in overview.workers)
+    if not alive:
+        return Finding("worker", Verdict.FAIL, f"none on {host} gives signs of life", "start one: keepstream worker")
+    return Finding("worker", Verdict.OK, f"{_count(alive, 'process', 'processes')} on {host} alive")
+
+
+def _workers(overview: Overview) -> Finding:
+    if overview.workers:
+        return Finding("workers", Verdict.OK, f"{_count(len(overview.workers), 'process', 'processes')} alive")
+    waiting = overview.backlog.oldest_wait is not None
+    verdict = Verdict.FAIL if waiting else Verdict.WARN
+    found = "none is alive, and jobs wait" if waiting else "none is alive"
+    return Finding("workers", verdict, found, "start one: keepstream worker")
+
+
+def _jobs(overview: Overview) -> Finding:
+    jobs = overview.backlog
+    found = f"{jobs.queued} queued, {jobs.running} running, {jobs.retrying} waiting to retry"
+    if jobs.oldest_wait is not None and jobs.oldest_wait > _LONG_WAIT:
+        found += f"; the oldest has been due for {jobs.oldest_wait:.0f} s"
+        return Finding("jobs", Verdict.WARN, found, "start more workers, or raise KEEPSTREAM_CONCURRENCY")
+    return Finding("jobs", Verdict.OK, found)
+
+
+def _rejected(overview: Overview) -> Finding:
+    found = f"{_count(overview.rejected, 'message', 'messages')} in the last 24 hours"
+    if overview.rejected:
+        return Finding("rejected", Verdict.WARN, found, "a producer sends what is no valid job: keepstream rejected")
+    return Finding("rejected", Verdict.OK, found)
+
+
+def _providers(settings: Settings) -> Iterator[Finding]:
+    try:
+        configs = load_providers(settings.providers_file, os.environ)
+    except ProviderConfigError as error:
+        yield Finding("providers", Verdict.FAIL, str(error), "correct KEEPSTREAM_PROVIDERS_FILE or what it names")
+        return
+    yield from asyncio.run(_try_providers(configs))
+
+
+async def _try_providers(configs: dict[str, ProviderConfig]) -> list[Finding]:
+    from keepstream_worker.providers.provider import (
+        Providers,  # the SDK takes longer to import than all other checks take
+    )
+
+    providers = Providers(configs)
+    try:
+        checks = await asyncio.gather(*(providers.get(name).check() for name in configs))
+    finally:
+        await providers.aclose()
+    return [_provider(config, check, len(configs)) for config, check in zip(configs.values(), checks, strict=True)]
+
+
+def _provider(config: ProviderConfig, check: "ProviderCheck", count: int) -> Finding:
+    name = f"provider {config.name}"
+    if check.ok:
+        return Finding(name, Verdict.OK, check.line)
+    if config.name == DEFAULT and config.key_missing and count > 1:
+        return Finding(name, Verdict.WARN, check.line, "only needed for jobs that name no other provider")
+    return Finding(name, Verdict.FAIL, check.line, "until then, jobs for this provider fail")
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"

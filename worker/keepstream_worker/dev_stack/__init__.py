@@ -1,0 +1,1 @@
+"""The dev stack: servers for demo, development and tests, with nothing installed."""

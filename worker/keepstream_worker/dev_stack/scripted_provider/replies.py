@@ -1,0 +1,263 @@
+"""Replies: the bytes of a scripted answer, encoded before the first of them is due.
+
+In: a request body and its script.  Out: a ``Reply`` of ready HTTP chunks, or a plain completion, to
+``server``.  Exists so that sending a delta costs a write and no encoding.
+"""
+
+import json
+import re
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from keepstream_worker.dev_stack.scripted_provider.script import DEFAULT_TEXT, Script, ScriptedToolCall
+
+DEFAULT_MODEL: Final = "scripted-1"
+MAX_CHOICES: Final = 128
+STAMP_LENGTH: Final = 21  #: 20 digits and a space.
+_FRIENDLY_RATE: Final = 40.0  #: Deltas per second without a script: a pace at which people can read along.
+_ARGUMENT_PIECE: Final = 8  #: Characters of tool arguments in one delta.
+_MAX_SCHEMA_DEPTH: Final = 8  #: Recursive schemas end here.
+_EXAMPLES: Final[dict[str, Any]] = {"string": "Zürich 🌊", "integer": 1, "number": 1.5, "boolean": True, "array": []}
+
+_encode_json: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_WORD: Final = re.compile(r"\s*\S+|\s+")
+
+#: An HTTP chunk to send; a stamp goes between its segments.
+Write = tuple[bytes, ...]
+
+
+def to_json(value: object) -> bytes:
+    """Return compact JSON as UTF-8; a text with lone surrogates is escaped, so that it can be sent at all."""
+    try:
+        return _encode_json(value).encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, separators=(",", ":")).encode()
+
+
+def http_chunk(data: bytes) -> bytes:
+    """Return ``data`` as one chunk of a chunked body."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def sse_event(value: object) -> bytes:
+    """Return ``value`` as one SSE data event."""
+    return b"data: %b\n\n" % to_json(value)
+
+
+def error_body(message: str, type_: str, code: str | None = None) -> dict[str, Any]:
+    """Return an error object in OpenAI's shape."""
+    return {"error": {"message": message, "type": type_, "code": code}}
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A streamed answer, encoded; each part but ``deltas`` is ready to send, and may be empty."""
+
+    opening: bytes  #: The role of each choice; goes out with the first delta.
+    deltas: Sequence[Write]  #: One SSE event each, without HTTP framing.
+    finish: bytes
+    usage: bytes
+    done: bytes
+
+    def writes(self, start: int, stop: int, chunk_size: int) -> list[Write]:
+        """Return the deltas from ``start`` to ``stop`` as HTTP chunks of ``chunk_size`` deltas each."""
+        deltas = self.deltas[start:stop]
+        if chunk_size > 1:
+            deltas = [_joined(deltas[i : i + chunk_size]) for i in range(0, len(deltas), chunk_size)]
+        framed: dict[Write, Write] = {}  # Thousands of equal deltas are framed once.
+        writes = [framed.get(delta) or framed.setdefault(delta, _framed(delta)) for delta in deltas]
+        if start == 0 and writes:
+            writes[0] = _joined([(self.opening,), writes[0]])
+        return writes
+
+
+def _joined(deltas: Sequence[Write]) -> Write:
+    segments = [b""]
+    for first, *rest in deltas:
+        segments[-1] += first
+        segments += rest
+    return tuple(segments)
+
+
+def _framed(write: Write) -> Write:
+    length = sum(map(len, write)) + STAMP_LENGTH * (len(write) - 1)
+    return _joined([(b"%x\r\n" % length,), write, (b"\r\n",)])
+
+
+def friendly_script(body: dict[str, Any]) -> Script:
+    """Return the script of an answer to a request that brings none: a text, and a tool call if it can be one."""
+    last = body["messages"][-1]
+    answered = isinstance(last, dict) and last.get("role") == "tool"  # A second call would never let a caller end.
+    calls = []
+    if body.get("tools") and body.get("tool_choice") != "none" and not answered:
+        function = body["tools"][0]["function"]
+        schema = function.get("parameters") or {}
+        calls = [ScriptedToolCall(name=function["name"], arguments=_example(schema, schema) or {})]
+    return Script(text=DEFAULT_TEXT, rate=_FRIENDLY_RATE, tool_calls=calls)
+
+
+def _example(schema: object, root: dict[str, Any], depth: int = _MAX_SCHEMA_DEPTH) -> Any:
+    """Return a value that suits a JSON schema well enough to look at."""
+    match schema:
+        case _ if depth == 0:
+            return None
+        case {"$ref": str(reference)}:
+            return _example(_resolve(reference, root), root, depth - 1)
+        case {"const": value} | {"default": value} | {"enum": [value, *_]} | {"examples": [value, *_]}:
+            return value
+        case {"anyOf": [first, *_]} | {"oneOf": [first, *_]} | {"allOf": [first, *_]}:
+            return _example(first, root, depth - 1)
+        case {"properties": dict(properties)}:
+            return {name: _example(value, root, depth - 1) for name, value in properties.items()}
+        case {"type": "array", "items": items}:
+            return [_example(items, root, depth - 1)]
+        case {"type": str(kind) | [str(kind), *_]}:
+            return _EXAMPLES.get(kind)
+    return None
+
+
+def _resolve(reference: str, root: object) -> object:
+    for part in reference.removeprefix("#").strip("/").split("/"):
+        root = root.get(part) if isinstance(root, dict) else None
+    return root
+
+
+def choice_count(body: dict[str, Any]) -> int:
+    """Return how many choices a request asks for; raise ``ValueError`` if that is no sensible number."""
+    n = body.get("n") or 1
+    if not isinstance(n, int) or not 1 <= n <= MAX_CHOICES:
+        raise ValueError(f"n must be a number from 1 to {MAX_CHOICES}")
+    return n
+
+
+def pieces(script: Script) -> list[str]:
+    """Return the content of one choice, one text per delta; joined, they are the text exactly."""
+    if script.deltas is not None:
+        return [script.delta_text] * script.deltas
+    text = script.text
+    if text is None:
+        text = "" if script.tool_calls or script.reasoning else DEFAULT_TEXT
+    if script.delta_chars is not None:
+        return [text[i : i + script.delta_chars] for i in range(0, len(text), script.delta_chars)]
+    return _words(text, script.words)
+
+
+def _words(text: str, count: int) -> list[str]:
+    words: list[str] = _WORD.findall(text)
+    return words if count == 1 else ["".join(words[i : i + count]) for i in range(0, len(words), count)]
+
+
+def encode_stream(body: dict[str, Any], script: Script, prompt_tokens: int) -> Reply:
+    """Encode the answer to a streaming request.
+
+    ``prompt_tokens`` goes into the usage that is made up when the script gives none.
+    """
+    choices = range(choice_count(body))
+    include_usage = bool((body.get("stream_options") or {}).get("include_usage"))
+    head = to_json({**_head(body), "object": "chat.completion.chunk"})[:-1]
+    tail = b',"usage":null' if include_usage else b""  # OpenAI sends it so with every chunk but the last.
+    padding = tail + (b',"obfuscation":"%b"' % (b"x" * script.pad) if script.pad else b"")
+
+    def event(choice: int, delta: bytes, finish_reason: bytes = b"null", ending: bytes = padding) -> bytes:
+        choices = b'{"index":%d,"delta":%b,"logprobs":null,"finish_reason":%b}' % (choice, delta, finish_reason)
+        return b'data: %b,"choices":[%b]%b}\n\n' % (head, choices, ending)
+
+    deltas: list[Write] = []
+    for text in _words(script.reasoning, 1):
+        deltas += [(event(choice, to_json({"reasoning_content": text})),) for choice in choices]
+    if script.stamp:
+        cut = [event(choice, b'{"content":"\0"}').split(b"\0") for choice in choices]
+        deltas += [tuple(segments) for segments in cut] * len(pieces(script))
+    elif script.deltas is not None:
+        deltas += [(event(choice, to_json({"content": script.delta_text})),) for choice in choices] * script.deltas
+    else:
+        for text in pieces(script):
+            deltas += [(event(choice, to_json({"content": text})),) for choice in choices]
+    for tool_delta in _tool_deltas(script.tool_calls):
+        deltas += [(event(choice, to_json({"tool_calls": [tool_delta]})),) for choice in choices]
+
+    finish_reason = _finish_reason(script)
+    finish = b""
+    if finish_reason:
+        finish = b"".join([event(choice, b"{}", to_json(finish_reason), tail) for choice in choices])
+    usage = _usage(script, prompt_tokens, len(deltas)) if include_usage else None
+    opening = b"".join([event(choice, b'{"role":"assistant","content":""}', ending=tail) for choice in choices])
+    if not deltas:
+        finish = opening + finish
+    return Reply(
+        opening=http_chunk(opening),
+        deltas=deltas,
+        finish=http_chunk(finish) if finish else b"",
+        usage=http_chunk(b'data: %b,"choices":[],"usage":%b}\n\n' % (head, to_json(usage))) if usage else b"",
+        done=http_chunk(b"data: [DONE]\n\n") if script.done else b"",
+    )
+
+
+def plain_completion(body: dict[str, Any], script: Script, prompt_tokens: int) -> dict[str, Any]:
+    """Return the answer to a request that does not stream."""
+    texts = pieces(script)
+    message: dict[str, Any] = {"role": "assistant", "content": "".join(texts) or None, "refusal": None}
+    if script.reasoning:
+        message["reasoning_content"] = script.reasoning
+    if script.tool_calls:
+        message["tool_calls"] = [
+            {
+                "id": _call_id(call, i),
+                "type": "function",
+                "function": {"name": call.name, "arguments": _arguments(call)},
+            }
+            for i, call in enumerate(script.tool_calls)
+        ]
+    choices = [
+        {"index": i, "message": message, "logprobs": None, "finish_reason": _finish_reason(script)}
+        for i in range(choice_count(body))
+    ]
+    usage = _usage(script, prompt_tokens, len(texts) * len(choices))
+    return {**_head(body), "object": "chat.completion", "choices": choices} | ({"usage": usage} if usage else {})
+
+
+def _head(body: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "id": f"chatcmpl-{uuid.uuid4().hex}",
+        "object": "",
+        "created": int(time.time()),
+        "model": body.get("model") or DEFAULT_MODEL,
+        "service_tier": "default",
+        "system_fingerprint": "fp_scripted",
+    }
+
+
+def _finish_reason(script: Script) -> str | None:
+    if script.finish_reason == "auto":
+        return "tool_calls" if script.tool_calls else "stop"
+    return script.finish_reason
+
+
+def _usage(script: Script, prompt_tokens: int, completion_tokens: int) -> dict[str, Any] | None:
+    if script.usage == "auto":
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+        }
+    return script.usage
+
+
+def _call_id(call: ScriptedToolCall, index: int) -> str:
+    return call.id if call.id is not None else f"call_scripted_{index}"
+
+
+def _arguments(call: ScriptedToolCall) -> str:
+    return call.arguments if isinstance(call.arguments, str) else to_json(call.arguments).decode()
+
+
+def _tool_deltas(calls: Sequence[ScriptedToolCall]) -> Iterator[dict[str, Any]]:
+    for index, call in enumerate(calls):
+        function = {"name": call.name, "arguments": ""}
+        yield {"index": index, "id": _call_id(call, index), "type": "function", "function": function}
+        arguments = _arguments(call)
+        for i in range(0, len(arguments), _ARGUMENT_PIECE):
+            yield {"index": index, "function": {"arguments": arguments[i : i + _ARGUMENT_PIECE]}}

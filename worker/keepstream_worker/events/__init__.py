@@ -1,0 +1,1 @@
+"""Events: what followers are told, by way of Redis."""

@@ -1,0 +1,1 @@
+"""Intake: messages of the Celery queue become jobs of this worker."""

@@ -1,0 +1,74 @@
+"""The Celery surface: what Celery is told about our one task.
+
+In: settings.  Out: a configured Celery app whose task is run by ``keepstream_worker.intake.pool``.  Exists so that each
+Celery setting stands in one place with its reason; most of them switch something off.
+"""
+
+from typing import Any, Final
+
+from celery import Celery
+from celery.signals import setup_logging
+
+from keepstream import names
+from keepstream_worker.intake.pool import LoopService
+from keepstream_worker.settings import Settings
+
+POOL: Final = "keepstream_worker.intake.pool:LoopPool"
+
+
+def make_celery(settings: Settings, service: LoopService) -> Celery:
+    """Return the Celery app of one worker process."""
+    app = Celery("keepstream", broker=settings.broker, set_as_current=True, fixups=[])
+    app.loop_service = service
+    app.conf.update(
+        # JSON only, in and out.
+        accept_content=["json"],
+        task_serializer="json",
+        task_protocol=2,
+        # A message filter in front of Celery, since one unreadable item would end the worker.
+        broker_transport="keepstream_worker.intake.transport:FilteringTransport",
+        broker_transport_options={
+            "rejected_prefix": settings.prefix,
+            "capacity": settings.concurrency,
+            # Only messages whose claim is not committed yet are unacknowledged. They come back after this
+            # time if their worker dies; a message that comes back too early finds its job claimed.
+            "visibility_timeout": 120,
+            "socket_timeout": 10,  # more than the second a BRPOP waits; a dead connection is noticed
+            "socket_connect_timeout": 5,
+            "socket_keepalive": True,
+            "health_check_interval": 15,
+            "priority_steps": [0],  # one list per queue; classes of jobs get queues of their own
+            "max_connections": 20,
+        },
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,  # a worker never gives up on its broker
+        # Acknowledged as soon as the claim is committed: the pool calls "accepted" then.
+        task_acks_late=False,
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        # Waiting messages stay in the queue for other workers.
+        worker_concurrency=settings.concurrency,
+        worker_prefetch_multiplier=1,
+        worker_disable_prefetch=True,
+        # The row is the result, our events are the events, cancel goes through the database.
+        result_backend=None,
+        task_ignore_result=True,
+        task_store_errors_even_if_ignored=False,
+        worker_send_task_events=False,
+        worker_enable_remote_control=False,
+        worker_eta_task_limit=1,
+        task_default_queue=settings.queue,
+        task_create_missing_queues=True,
+        worker_hijack_root_logger=False,
+        worker_redirect_stdouts=False,
+    )
+
+    @app.task(name=names.TASK)
+    def run(job: Any) -> None:
+        """The pool runs jobs; any other pool would run this."""
+        raise RuntimeError("jobs need Keepstream's pool: start the worker with `keepstream worker`")
+
+    @setup_logging.connect(weak=False)
+    def _logging_is_ours(**_: Any) -> None:
+        """A receiver is enough to keep Celery from configuring logging."""
+
+    return app

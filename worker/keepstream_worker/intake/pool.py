@@ -1,0 +1,181 @@
+"""The pool: runs each Celery task as a coroutine on one uvloop event loop.
+
+In: messages from Celery's consumer, on Celery's thread; the service to run from ``app.loop_service``.
+Out: one ``deliver`` call per message, on the loop's thread; acknowledgements, back on Celery's
+thread.  Exists because streams wait and hardly compute: one loop holds thousands of them, where a
+process or a thread for each would not, and because this way each signal ends them properly.
+
+Celery loads it by its extension point for pools (``CELERY_CUSTOM_WORKER_POOL``, ``--pool custom``).
+"""
+
+import asyncio
+import gc
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import uvloop
+from celery.concurrency.base import BasePool
+from celery.signals import worker_shutting_down
+
+from keepstream.errors import KeepstreamError
+from keepstream_worker.telemetry.logs import get_logger
+
+log = get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One message, handed to the service."""
+
+    task_id: str
+    arguments: list[Any]
+    accept: Callable[[], None]  #: To be called once the job is safe; the message is acknowledged then.
+
+
+class LoopService(Protocol):
+    """What the pool runs. All calls come on the event loop's thread."""
+
+    async def start(self) -> None:
+        """Open connections; an exception here stops the worker, a ``KeepstreamError`` with one line in the log."""
+
+    async def deliver(self, delivery: Delivery) -> None:
+        """Work on one message; ends when the job needs no more of this process."""
+
+    def drain(self) -> None:
+        """Prepare to stop: take nothing new upon yourself."""
+
+    def force_stop(self) -> None:
+        """Stop what is running now instead of at the end of the grace period."""
+
+    async def stop(self) -> None:
+        """Finish or hand back what runs, and close connections; bounded in time."""
+
+
+class _Handle:
+    """What Celery holds of a running task."""
+
+    def terminate(self, signal: int) -> None:
+        """Cancelling goes through the database (``client.cancel``), never through Celery's revoke."""
+
+
+def _keep_pauses_short() -> None:
+    """Keep the other threads and the garbage collector from holding up the loop for long."""
+    # Everything imported so far stays: looking through it again takes a quarter of a second each time.
+    gc.collect()
+    gc.freeze()
+    # Streams make many objects that live for a moment; looking for cycles after every 700 finds nothing.
+    gc.set_threshold(10_000, 20, 20)
+    # Celery's thread and the database's give the interpreter back after this time when the loop wants it.
+    sys.setswitchinterval(0.001)
+
+
+class LoopPool(BasePool):
+    """Celery's pool on one event loop in a thread of its own."""
+
+    signal_safe = False
+    task_join_will_block = False
+    body_can_be_buffer = True
+
+    def on_start(self) -> None:
+        """Start the loop and the service on it; called on Celery's thread."""
+        self._service: LoopService = self.app.loop_service
+        self._hub: Any = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._arrived: deque[tuple[Delivery, Callable[[], None]]] = deque()
+        self._woken = False
+        self._stopped = False
+        self._loop = uvloop.new_event_loop()
+        self._thread = threading.Thread(target=self._run_loop, name="streams", daemon=True)
+        self._thread.start()
+        try:
+            asyncio.run_coroutine_threadsafe(self._service.start(), self._loop).result()
+        except KeepstreamError as error:
+            log.critical("worker_not_started", reason=str(error))  # one line, where Celery would print a traceback
+            raise SystemExit(1) from None
+        worker_shutting_down.connect(self._on_signal)
+        _keep_pauses_short()
+
+    def _run_loop(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.close()
+
+    def register_with_event_loop(self, hub: Any) -> None:
+        """Called by Celery with the hub whose thread owns the broker connection."""
+        self._hub = hub
+
+    def on_apply(
+        self,
+        _target: Any,
+        args: Any = None,
+        _kwargs: Any = None,
+        callback: Any = None,
+        accept_callback: Any = None,
+        **_options: Any,
+    ) -> _Handle:
+        """Called by Celery for each message."""
+        _name, task_id, request, *_rest = args
+        accepted = False
+
+        def accept() -> None:
+            nonlocal accepted
+            if not accepted:
+                accepted = True
+                self._on_hub(accept_callback, threading.get_ident(), time.monotonic())
+
+        def finished() -> None:
+            # Also wakes the hub, which otherwise refills a free place only at its next tick.
+            self._on_hub(callback, (0, None, 0.0))
+
+        self._arrived.append((Delivery(task_id, request["args"], accept), finished))
+        if not self._woken:  # one wake-up is enough for all that arrive until the loop looks
+            self._woken = True
+            self._loop.call_soon_threadsafe(self._spawn_arrived)
+        return _Handle()
+
+    def _on_hub(self, function: Callable[..., Any], *args: Any) -> None:
+        if self._hub is not None:
+            self._hub.call_soon(function, *args)
+
+    def _spawn_arrived(self) -> None:
+        self._woken = False  # before looking, so that what arrives from here on wakes us again
+        while self._arrived:
+            task = self._loop.create_task(self._deliver(*self._arrived.popleft()))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _deliver(self, delivery: Delivery, finished: Callable[[], None]) -> None:
+        try:
+            await self._service.deliver(delivery)
+        except Exception:
+            log.exception("delivery_failed", task_id=delivery.task_id)
+        finally:
+            finished()
+
+    def _on_signal(self, **_: Any) -> None:
+        """Called in Celery's signal handler: the first time drain, the second time force_stop."""
+        action = self._service.force_stop if self._stopped else self._service.drain
+        self._stopped = True
+        self._loop.call_soon_threadsafe(action)
+        self._on_hub(lambda: None)
+
+    def on_stop(self) -> None:
+        """Called by Celery when it has stopped consuming; waits for the service."""
+        asyncio.run_coroutine_threadsafe(self._service.stop(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=5)
+
+    def on_terminate(self) -> None:
+        """Called by Celery for a cold shutdown: force_stop, but hand everything back."""
+        self._loop.call_soon_threadsafe(self._service.force_stop)
+        self.on_stop()
+
+    def terminate_job(self, pid: int, signal: int | None = None) -> None:
+        """Nothing to kill: jobs are coroutines; see ``_Handle``."""

@@ -1,0 +1,1 @@
+"""Jobs: the life of one job, attempt by attempt."""

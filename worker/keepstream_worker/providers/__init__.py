@@ -1,0 +1,1 @@
+"""Providers: requests to LLM providers, and what their answers mean."""

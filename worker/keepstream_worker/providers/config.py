@@ -1,0 +1,262 @@
+"""Provider configuration: which providers a job may name, and how each is reached.
+
+In: the text of the providers file (TOML) and the environment.  Out: frozen ``ProviderConfig`` values
+by name, to ``provider``.  Exists so that a job names a provider and nothing else: URLs come from the
+operator's file, keys from the operator's environment, and a mistake in either is one clear line.
+
+The provider ``default`` needs no file: OPENAI_API_KEY, OPENAI_BASE_URL, OPENAI_ORG_ID and OPENAI_PROJECT_ID
+describe it, as they do for the openai SDK. A file looks like this::
+
+    [providers.groq]
+    base_url = "https://api.groq.com/openai/v1"
+    api_key_env = "GROQ_API_KEY"          # the name of the variable, never the key
+
+    [providers.azure-eu]
+    kind = "azure"
+    endpoint = "https://example.openai.azure.com"
+    api_version = "2024-10-21"
+    api_key_env = "AZURE_OPENAI_API_KEY"
+
+    [providers.local]                     # no api_key_env: a server that wants no key
+    base_url = "http://127.0.0.1:8000/v1"
+    stream_options = false                # it refuses parameters that it does not know
+    headers = { "X-Gateway-Key" = { env = "GATEWAY_KEY" } }
+    timeouts = { first_token = 600 }
+"""
+
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self
+from urllib.parse import urlsplit
+from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]  # typeshed does not know it
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, ValidationError, model_validator
+
+from keepstream import names
+
+DEFAULT: Final = "default"
+OPENAI_URL: Final = "https://api.openai.com/v1"
+_KEY_VARIABLE: Final = "OPENAI_API_KEY"
+_URL_VARIABLE: Final = "OPENAI_BASE_URL"
+_ACCOUNT_HEADERS: Final = {"OpenAI-Organization": "OPENAI_ORG_ID", "OpenAI-Project": "OPENAI_PROJECT_ID"}
+
+_ENVIRONMENT_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+_KEY_PREFIX: Final = re.compile(r"(sk|pk|gsk|xai|hf|r8|nvapi|pplx|key|csk|tgp|fw|dapi)[-_]|AIza|eyJ|(Bearer|Basic) ")
+_OPAQUE: Final = re.compile(r"(?=.*[0-9])(?=.*[A-Za-z])[A-Za-z0-9+/=_-]{24,}\Z")
+_NAMES_OF_KEYS: Final = frozenset({"api_key", "apikey", "key", "token", "secret", "password"})
+_SECRET_HEADERS: Final = frozenset({"authorization", "proxy-authorization", "api-key", "x-api-key", "cookie"})
+
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
+Bytes = Annotated[int, Field(ge=1024)]
+Name = Annotated[str, StringConstraints(pattern=names.ID_PATTERN)]
+
+
+class ProviderConfigError(Exception):
+    """The configuration is not usable; the message names file, table and key, and repeats no value."""
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ProviderTimeouts(_Value):
+    """Seconds; None: what the job or the worker's settings say."""
+
+    connect: Seconds | None = None
+    first_token: Seconds | None = None
+    idle: Seconds | None = None
+
+
+class ProviderLimits(_Value):
+    """Bytes; None: what the worker's settings say."""
+
+    max_output_bytes: Bytes | None = None
+    max_event_bytes: Bytes | None = None
+
+
+class ProviderConfig(_Value):
+    """How one provider is reached. Whatever may hold a secret shows as ``**********`` when printed."""
+
+    name: Name
+    kind: Literal["openai", "azure"] = "openai"
+    base_url: str | None = None  #: For kind openai; the path ``/chat/completions`` is added to it.
+    endpoint: str | None = None  #: For kind azure; the resource's URL.
+    api_version: str | None = None  #: For kind azure.
+    deployment: str | None = None  #: For kind azure; None: the deployment is called like the job's model.
+    api_key_env: str | None = None  #: Variable that holds the key; None: the provider wants none.
+    api_key: SecretStr | None = None  #: What the variable held; None: nothing.
+    headers: dict[str, SecretStr] = Field(default_factory=dict)
+    query: dict[str, SecretStr] = Field(default_factory=dict)
+    stream_options: bool = True  #: Whether to ask for usage; a few servers refuse the parameter.
+    done_completes: bool = True  #: Whether ``[DONE]`` after output completes a choice without a finish reason.
+    timeouts: ProviderTimeouts = ProviderTimeouts()
+    limits: ProviderLimits = ProviderLimits()
+    proxy: SecretStr | None = None  #: URL of an HTTP proxy; None: a direct connection.
+    max_connections: Annotated[int, Field(ge=1)] | None = None  #: None: as many as there are jobs.
+
+    @property
+    def url(self) -> str:
+        """The address that requests are sent below."""
+        return self.endpoint or self.base_url or OPENAI_URL
+
+    @property
+    def key_missing(self) -> bool:
+        """Whether the provider wants a key and the environment has none."""
+        return self.api_key_env is not None and self.api_key is None
+
+    @model_validator(mode="after")
+    def _has_what_its_kind_needs(self) -> Self:
+        needed, foreign = ("base_url",), ("endpoint", "api_version", "deployment")
+        if self.kind == "azure":
+            needed, foreign = ("endpoint", "api_version", "api_key_env"), ("base_url",)  # type: ignore[assignment]
+        for key in needed:
+            if getattr(self, key) is None:
+                raise ValueError(f"'{key}' is missing; kind {self.kind!r} needs it")
+        for key in foreign:
+            if getattr(self, key) is not None:
+                raise ValueError(f"'{key}' has no meaning for kind {self.kind!r}")
+        return self
+
+
+def load_providers(file: Path | None, environment: Mapping[str, str]) -> dict[str, ProviderConfig]:
+    """Return the providers that the environment and ``file`` (if there is one) describe, by name.
+
+    Raises:
+        ProviderConfigError: the file is missing or wrong.
+    """
+    if file is None:
+        return parse_providers("", environment)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise ProviderConfigError(f"{file}: cannot be read ({reason}); see KEEPSTREAM_PROVIDERS_FILE") from None
+    return parse_providers(text, environment, file=str(file))
+
+
+def parse_providers(
+    toml_text: str, environment: Mapping[str, str], *, file: str = "providers file"
+) -> dict[str, ProviderConfig]:
+    """Return the providers that ``toml_text`` and ``environment`` describe, by name; ``default`` is always there.
+
+    Raises:
+        ProviderConfigError: naming ``file``, the table and the key.
+    """
+    try:
+        document = tomllib.loads(toml_text)
+    except tomllib.TOMLDecodeError as error:
+        # The decoder's own words may quote the line, and with it a key that should not be there.
+        position = re.search(r"\(at (.*)\)\Z", str(error))
+        raise ProviderConfigError(f"{file}: not valid TOML{f' ({position[1]})' if position else ''}") from None
+    for key in document:
+        if key != "providers":
+            raise ProviderConfigError(f"{file}: '{key}': only tables named [providers.NAME] belong here")
+    tables = document.get("providers", {})
+    if not isinstance(tables, dict):
+        raise ProviderConfigError(f"{file}: 'providers' must be tables named [providers.NAME]")
+    configs = {DEFAULT: _provider(DEFAULT, _default_table(environment), environment, "environment")}
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise ProviderConfigError(f"{file}: providers.{name} must be a table [providers.{name}]")
+        configs[name] = _provider(name, table, environment, f"{file}: [providers.{name}]")
+    return configs
+
+
+def _default_table(environment: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "base_url": environment.get(_URL_VARIABLE) or OPENAI_URL,
+        "api_key_env": _KEY_VARIABLE,
+        "headers": {
+            name: {"env": variable} for name, variable in _ACCOUNT_HEADERS.items() if environment.get(variable)
+        },
+    }
+
+
+def _provider(name: str, table: Mapping[str, Any], environment: Mapping[str, str], where: str) -> ProviderConfig:
+    """Return one table as a value: keys and secrets fetched from the environment, everything checked."""
+    fields: dict[str, Any] = {**table, "name": name}
+    for key in table.keys() & {"name", "api_key", *_NAMES_OF_KEYS}:
+        hint = "name the variable that holds the key in 'api_key_env'" if key != "name" else "the table's name says it"
+        raise ProviderConfigError(f"{where} {key}: does not belong here; {hint}")
+    if (variable := table.get("api_key_env")) is not None:
+        if not isinstance(variable, str) or not _ENVIRONMENT_NAME.match(variable) or _looks_like_a_key(variable):
+            raise ProviderConfigError(f"{where} api_key_env: must be the name of an environment variable, not a key")
+        fields["api_key"] = _clean(environment.get(variable, ""), variable) or None
+    for key in ("headers", "query"):
+        if isinstance(table.get(key), dict):
+            fields[key] = {
+                part: _secret(value, environment, f"{where} {key}.{part}", must_be_env=part.lower() in _SECRET_HEADERS)
+                for part, value in table[key].items()
+            }
+    for key in ("base_url", "endpoint"):
+        if (url := table.get(key)) is not None:
+            _check_url(url, f"{where} {key}" if where != "environment" else _URL_VARIABLE)
+    if "proxy" in table:
+        fields["proxy"] = _secret(table["proxy"], environment, f"{where} proxy")
+        _check_url(fields["proxy"].get_secret_value(), f"{where} proxy", with_password="env" in table["proxy"])
+    try:
+        config = ProviderConfig.model_validate(fields)
+    except ValidationError as error:
+        item = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        location = " ".join([where, ".".join(map(str, item["loc"]))]).rstrip()
+        message = "unknown key" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, ")
+        raise ProviderConfigError(f"{location}: {message}") from None
+    return config if config.proxy else config.model_copy(update={"proxy": _environment_proxy(config.url, environment)})
+
+
+def _secret(value: object, environment: Mapping[str, str], where: str, *, must_be_env: bool = False) -> SecretStr:
+    """Return a value that is spelled out, or fetched if it is written as ``{ env = "NAME" }``."""
+    if isinstance(value, dict) and value.keys() == {"env"} and isinstance(value["env"], str):
+        fetched = environment.get(value["env"])
+        if not fetched:
+            raise ProviderConfigError(f"{where}: the environment variable it names is not set")
+        return SecretStr(_clean(fetched, value["env"]))
+    if not isinstance(value, str):
+        raise ProviderConfigError(f'{where}: must be a text or {{ env = "NAME" }}')
+    if must_be_env or _looks_like_a_key(value):
+        raise ProviderConfigError(f'{where}: looks like a key; put it in the environment and write {{ env = "NAME" }}')
+    return SecretStr(value)
+
+
+def _clean(secret: str, variable: str) -> str:
+    """Return ``secret`` without the line end that files leave behind; it must be fit for an HTTP header."""
+    secret = secret.strip()
+    if not (secret.isascii() and (secret.isprintable() or not secret)):
+        raise ProviderConfigError(f"the environment variable {variable} holds characters that no key has")
+    return secret
+
+
+def _looks_like_a_key(text: str) -> bool:
+    if _KEY_PREFIX.match(text):
+        return True
+    return _OPAQUE.match(text) is not None and not (text.isupper() and "_" in text)  # THE_NAME_OF_MY_2ND_KEY is none
+
+
+def _check_url(url: object, where: str, *, with_password: bool = False) -> None:
+    try:
+        parts = urlsplit(url) if isinstance(url, str) else None
+        valid = parts is not None and parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0
+    except ValueError:
+        parts, valid = None, False
+    if parts is None or not valid:
+        raise ProviderConfigError(f"{where}: must be a URL that starts with http:// or https:// and names a host")
+    if parts.username is not None and not with_password:
+        raise ProviderConfigError(f"{where}: must not hold a user name or password")
+    if parts.query or parts.fragment:
+        raise ProviderConfigError(f"{where}: must end with its path; parameters go into 'query'")
+
+
+def _environment_proxy(url: str, environment: Mapping[str, str]) -> SecretStr | None:
+    """Return the proxy that HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY give for ``url``."""
+    parts = urlsplit(url)
+
+    def variable(name: str) -> str:
+        return environment.get(name) or environment.get(name.upper()) or ""
+
+    proxy = variable(f"{parts.scheme}_proxy") or variable("all_proxy")
+    if not proxy or proxy_bypass_environment(parts.netloc, {"no": variable("no_proxy")}):
+        return None
+    _check_url(proxy, f"{parts.scheme.upper()}_PROXY or ALL_PROXY", with_password=True)
+    return SecretStr(proxy)

@@ -1,0 +1,417 @@
+"""Failures: what went wrong in an attempt, under the contract's one name for it.
+
+In: an HTTP status with headers and body, or an error object found in a stream, from the provider and
+stream modules.  Out: a frozen ``Failure`` to the engine, the retry table, rows and events.  Exists so
+that every shape in which providers report an error is understood in one place.
+
+Providers repeat prompts, outputs and pieces of keys in their error messages, and messages are stored
+and logged.  So nothing a provider wrote goes into ``message``: the sentence is ours, and of the
+provider's words only a code that is a plain identifier goes with it.
+"""
+
+import math
+import re
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from http import HTTPStatus
+from typing import Any, Final
+
+import orjson
+
+from keepstream.errors import ErrorCode
+from keepstream_worker.values import Failure
+
+
+def failure_from_response(
+    status: int, headers: Mapping[str, str], body: object, *, now: float | None = None
+) -> Failure:
+    """Return the failure that a response other than a stream stands for.
+
+    Args:
+        status: The HTTP status.
+        headers: The response's headers, in any case.
+        body: What could be read of the body: decoded JSON, text, bytes or None.
+        now: Seconds since 1970, to tell how far away a date in ``Retry-After`` is; None: the clock.
+    """
+    lowered = {name.lower(): value for name, value in headers.items()}
+    report = _Report.of(body)
+    code = _code_of_response(status, report)
+    wait = _retry_after(lowered, time.time() if now is None else now)
+    return Failure(
+        code=code,
+        message=_sentence(f"HTTP {status}", code, report.provider_code),
+        http_status=status,
+        retry_after=report.retry_after if wait is None else wait,
+        provider_request_id=_request_id(lowered),
+        provider_code=report.provider_code,
+    )
+
+
+def failure_from_stream_error(payload: object) -> Failure:
+    """Return the failure that an error within a stream, or within an HTTP 200 body, stands for; any shape will do."""
+    report = _Report.of(payload)
+    code = _code_of_report(report)
+    return Failure(
+        code=code,
+        message=_sentence("an error in the stream", code, report.provider_code),
+        retry_after=report.retry_after,
+        provider_code=report.provider_code,
+    )
+
+
+# -- what the codes mean --------------------------------------------------------------------------
+
+_MEANING: Final[dict[ErrorCode, str]] = {
+    ErrorCode.BAD_REQUEST: "it does not accept the request",
+    ErrorCode.CONTEXT_LENGTH_EXCEEDED: "the prompt is longer than the model's context",
+    ErrorCode.CONTENT_FILTER: "its filter refused the prompt",
+    ErrorCode.AUTH: "it did not accept the key",
+    ErrorCode.PERMISSION: "the key may not use this model or endpoint",
+    ErrorCode.NOT_FOUND: "there is no such model or endpoint",
+    ErrorCode.INSUFFICIENT_QUOTA: "no credit or spending limit is left",
+    ErrorCode.PAYLOAD_TOO_LARGE: "the request is too large",
+    ErrorCode.UNPROCESSABLE: "it cannot run the request",
+    ErrorCode.CONFLICT: "the request conflicts with another one",
+    ErrorCode.RATE_LIMITED: "too many requests or tokens for now",
+    ErrorCode.OVERLOADED: "it has no capacity for now",
+    ErrorCode.SERVER_ERROR: "it failed to serve the request",
+    ErrorCode.TOOL_USE_FAILED: "the model produced a tool call that cannot be read",
+    ErrorCode.CONNECTION: "the connection behind it was lost",
+    ErrorCode.TIMEOUT: "the request took too long",
+    ErrorCode.EMPTY_STREAM: "there is no output",
+    ErrorCode.INVALID_RESPONSE: "that is no event stream",
+}
+
+# A status decides by itself, except for the causes in _CAUSES, which providers send with several statuses.
+_BY_STATUS: Final[dict[int, ErrorCode]] = {
+    204: ErrorCode.EMPTY_STREAM,
+    401: ErrorCode.AUTH,
+    402: ErrorCode.INSUFFICIENT_QUOTA,
+    403: ErrorCode.PERMISSION,
+    404: ErrorCode.NOT_FOUND,
+    408: ErrorCode.TIMEOUT,
+    409: ErrorCode.CONFLICT,
+    410: ErrorCode.NOT_FOUND,
+    413: ErrorCode.PAYLOAD_TOO_LARGE,
+    422: ErrorCode.UNPROCESSABLE,
+    425: ErrorCode.SERVER_ERROR,
+    429: ErrorCode.RATE_LIMITED,
+    498: ErrorCode.OVERLOADED,  # Groq: no flex capacity
+    499: ErrorCode.CONNECTION,  # a proxy says that we hung up
+    501: ErrorCode.BAD_REQUEST,
+    503: ErrorCode.OVERLOADED,
+    505: ErrorCode.BAD_REQUEST,
+    529: ErrorCode.OVERLOADED,
+}
+
+# Codes and types that say more than the status. Folded: lower case, letters and digits only.
+_CAUSES: Final[dict[str, ErrorCode]] = {
+    "contextlengthexceeded": ErrorCode.CONTEXT_LENGTH_EXCEEDED,
+    "exceedcontextsize": ErrorCode.CONTEXT_LENGTH_EXCEEDED,
+    "contextwindowexceeded": ErrorCode.CONTEXT_LENGTH_EXCEEDED,
+    "contentfilter": ErrorCode.CONTENT_FILTER,
+    "contentpolicyviolation": ErrorCode.CONTENT_FILTER,
+    "responsibleaipolicyviolation": ErrorCode.CONTENT_FILTER,
+    "datainspectionfailed": ErrorCode.CONTENT_FILTER,
+    "insufficientquota": ErrorCode.INSUFFICIENT_QUOTA,
+    "insufficientbalance": ErrorCode.INSUFFICIENT_QUOTA,
+    "creditbalanceexhausted": ErrorCode.INSUFFICIENT_QUOTA,
+    "organizationspendlimitexceeded": ErrorCode.INSUFFICIENT_QUOTA,
+    "projectspendlimitexceeded": ErrorCode.INSUFFICIENT_QUOTA,
+    "organizationusagelimitexceeded": ErrorCode.INSUFFICIENT_QUOTA,
+    "billinghardlimitreached": ErrorCode.INSUFFICIENT_QUOTA,
+    "billingnotactive": ErrorCode.INSUFFICIENT_QUOTA,
+    "billing": ErrorCode.INSUFFICIENT_QUOTA,
+    "toolusefailed": ErrorCode.TOOL_USE_FAILED,
+}
+#: Statuses (and their absence) with which a cause is believed: not a gateway's 5xx, nor what the status says better.
+_CAUSE_STATUSES: Final = frozenset({None, 400, 402, 403, 413, 422, 429})
+
+# Codes and types of errors that come without a status. Folded as above, without a final "error" or "exception".
+_BY_TYPE: Final[dict[str, ErrorCode]] = {
+    "badrequest": ErrorCode.BAD_REQUEST,
+    "invalidrequest": ErrorCode.BAD_REQUEST,
+    "invalidargument": ErrorCode.BAD_REQUEST,
+    "failedprecondition": ErrorCode.BAD_REQUEST,
+    "validation": ErrorCode.BAD_REQUEST,
+    "authentication": ErrorCode.AUTH,
+    "unauthenticated": ErrorCode.AUTH,
+    "unauthorized": ErrorCode.AUTH,
+    "invalidapikey": ErrorCode.AUTH,
+    "permission": ErrorCode.PERMISSION,
+    "permissiondenied": ErrorCode.PERMISSION,
+    "forbidden": ErrorCode.PERMISSION,
+    "notfound": ErrorCode.NOT_FOUND,
+    "modelnotfound": ErrorCode.NOT_FOUND,
+    "requesttoolarge": ErrorCode.PAYLOAD_TOO_LARGE,
+    "unprocessableentity": ErrorCode.UNPROCESSABLE,
+    "conflict": ErrorCode.CONFLICT,
+    "ratelimit": ErrorCode.RATE_LIMITED,
+    "ratelimitexceeded": ErrorCode.RATE_LIMITED,
+    "ratelimited": ErrorCode.RATE_LIMITED,
+    "toomanyrequests": ErrorCode.RATE_LIMITED,
+    "resourceexhausted": ErrorCode.RATE_LIMITED,
+    "slowdown": ErrorCode.RATE_LIMITED,
+    "throttling": ErrorCode.RATE_LIMITED,
+    "overloaded": ErrorCode.OVERLOADED,
+    "engineoverloaded": ErrorCode.OVERLOADED,
+    "modeloverloaded": ErrorCode.OVERLOADED,
+    "serverisoverloaded": ErrorCode.OVERLOADED,
+    "capacityexceeded": ErrorCode.OVERLOADED,
+    "serviceunavailable": ErrorCode.OVERLOADED,
+    "unavailable": ErrorCode.OVERLOADED,
+    "timeout": ErrorCode.TIMEOUT,
+    "requesttimeout": ErrorCode.TIMEOUT,
+    "deadlineexceeded": ErrorCode.TIMEOUT,
+    "server": ErrorCode.SERVER_ERROR,
+    "internal": ErrorCode.SERVER_ERROR,
+    "internalserver": ErrorCode.SERVER_ERROR,
+    "api": ErrorCode.SERVER_ERROR,
+    "badgateway": ErrorCode.SERVER_ERROR,
+    "gatewaytimeout": ErrorCode.SERVER_ERROR,
+    # MiniMax's own numbers; see _layers.
+    "baseresp1002": ErrorCode.RATE_LIMITED,
+    "baseresp1004": ErrorCode.AUTH,
+    "baseresp1008": ErrorCode.INSUFFICIENT_QUOTA,
+}
+
+_CONTEXT_LENGTH: Final = re.compile(
+    r"maximum context length|max(imum)? context (size|window)|context[ _](length|size|window)[^.]{0,40}exceed"
+    r"|exceed[^.]{0,60}context|(prompt|input) (is )?too long|reduce the length of the (messages|prompt|input)"
+    r"|(input|prompt)[^.]{0,20} tokens?[^.]{0,60}(exceed|must (be|have) (<=|less))|maximum (prompt|input) length",
+    re.IGNORECASE,
+)
+_CONTEXT_LENGTH_STATUSES: Final = frozenset({None, 400, 422})
+
+
+def _code_of_response(status: int, report: "_Report") -> ErrorCode:
+    if HTTPStatus.OK <= status < HTTPStatus.MULTIPLE_CHOICES and status not in _BY_STATUS:
+        return _code_of_report(report) if report.is_error else ErrorCode.INVALID_RESPONSE
+    cause = report.cause(status)
+    return cause or _code_of_status(status)
+
+
+def _code_of_report(report: "_Report") -> ErrorCode:
+    cause = report.cause(report.status)
+    if cause is not None:
+        return cause
+    if report.status is not None:
+        return _code_of_status(report.status)
+    for word in report.words:
+        code = _BY_TYPE.get(_folded(word))
+        if code is not None:
+            return code
+    return ErrorCode.PROVIDER_ERROR
+
+
+def _code_of_status(status: int) -> ErrorCode:
+    if status in _BY_STATUS:
+        return _BY_STATUS[status]
+    return ErrorCode.SERVER_ERROR if status >= HTTPStatus.INTERNAL_SERVER_ERROR else ErrorCode.BAD_REQUEST
+
+
+def _folded(word: str) -> str:
+    letters = re.sub(r"[^a-z0-9]", "", word.lower())
+    return letters.removesuffix("exception").removesuffix("error")
+
+
+def _sentence(what: str, code: ErrorCode, provider_code: str | None) -> str:
+    named = f" ({provider_code})" if provider_code else ""
+    meaning = _MEANING.get(code)
+    return f"The provider answered with {what}{named}" + (f": {meaning}." if meaning else ".")
+
+
+# -- what the provider reported -------------------------------------------------------------------
+
+#: Words of letters, or a number. No hyphens, no digits among letters, no long runs: those could be a piece of a key.
+_PLAIN_CODE: Final = re.compile(r"[A-Za-z]{1,32}(?:[_.][A-Za-z]{1,32}){0,6}(?:_[0-9]{1,5})?|[0-9]{1,6}")
+_PLAIN_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=\-]{1,128}")
+_LONGEST_BODY: Final = 1024 * 1024  #: Bytes of an error body that are looked at.
+_DEEPEST: Final = 5  #: Wrappers around an error that are opened.
+_WORD_KEYS: Final = ("code", "type", "status", "error_code", "error_type")
+_STATUS_KEYS: Final = ("status_code", "http_code", "status", "code")
+_TEXT_KEYS: Final = ("message", "msg")
+
+
+@dataclass(frozen=True, slots=True)
+class _Report:
+    """What is left of an error body once its wrapping is off. The text is for matching and goes nowhere."""
+
+    is_error: bool
+    status: int | None
+    words: tuple[str, ...]
+    text: str
+    retry_after: float | None
+
+    @classmethod
+    def of(cls, body: object) -> "_Report":
+        decoded = _decoded(body)
+        layers = list(_layers(decoded, _DEEPEST))
+        # The innermost layer knows best: a gateway wraps what it was told.
+        words = [word for layer in reversed(layers) for key in _WORD_KEYS if (word := _word(layer.get(key)))]
+        statuses = [status for layer in reversed(layers) for key in _STATUS_KEYS if (status := _status(layer.get(key)))]
+        texts = [text for layer in layers for key in _TEXT_KEYS if isinstance(text := layer.get(key), str)]
+        waits = [wait for layer in reversed(layers) for wait in _waits(layer)]
+        return cls(
+            is_error=bool(layers) and not isinstance(decoded, str),
+            status=statuses[0] if statuses else None,
+            words=tuple(words),
+            text="\n".join(texts)[:10_000],
+            retry_after=waits[0] if waits else None,
+        )
+
+    @property
+    def provider_code(self) -> str | None:
+        plain = [word for word in self.words if _PLAIN_CODE.fullmatch(word)]
+        return next((word for word in plain if not word.isdecimal()), plain[0] if plain else None)
+
+    def cause(self, status: int | None) -> ErrorCode | None:
+        """Return what the error's words say more precisely than ``status``, if they do."""
+        if status in _CAUSE_STATUSES:
+            for word in self.words:
+                if (code := _CAUSES.get(_folded(word))) is not None:
+                    return code
+        if status in _CONTEXT_LENGTH_STATUSES and _CONTEXT_LENGTH.search(self.text):
+            return ErrorCode.CONTEXT_LENGTH_EXCEEDED
+        return None
+
+
+def _decoded(body: object) -> object:
+    if not isinstance(body, bytes | bytearray | str):
+        return body
+    beginning = body[:_LONGEST_BODY]
+    try:
+        return orjson.loads(beginning)
+    except orjson.JSONDecodeError:
+        return beginning if isinstance(beginning, str) else beginning.decode(errors="replace")
+
+
+def _layers(value: object, depth: int) -> Iterator[Mapping[str, Any]]:
+    """Yield the objects that make up an error, from the outside in."""
+    if not depth:
+        return
+    if isinstance(value, str) and value.strip():
+        yield {"message": value}
+    elif isinstance(value, list):
+        if value:
+            yield from _layers(value[0], depth - 1)
+    elif isinstance(value, Mapping) and value:
+        yield value
+        verdict = value.get("base_resp")  # MiniMax; its numbers mean something else elsewhere
+        if isinstance(verdict, Mapping) and verdict.get("status_code"):
+            yield {"code": f"base_resp_{_word(verdict['status_code'])}", "message": verdict.get("status_msg")}
+        for key in ("error", "errors", "detail", "innererror"):
+            yield from _layers(value.get(key), depth - 1)
+
+
+def _word(value: object) -> str | None:
+    if isinstance(value, str):
+        return value.strip()[:200] or None
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**9:
+        return str(value)
+    return None
+
+
+def _status(value: object) -> int | None:
+    word = _word(value)
+    if word is None or not re.fullmatch(r"[45][0-9]{2}", word):
+        return None
+    return int(word)
+
+
+def _waits(layer: Mapping[str, Any]) -> Iterator[float]:
+    """Yield the waits in seconds that an error object asks for."""
+    asked = layer.get("retry_after")
+    if isinstance(asked, int | float | str) and (wait := _seconds(str(asked))) is not None:
+        yield wait
+    details = layer.get("details")  # Google: a RetryInfo among the details
+    for detail in details if isinstance(details, list) else ():
+        delay = detail.get("retryDelay") if isinstance(detail, Mapping) else None
+        if isinstance(delay, str) and (wait := _duration(delay)) is not None:
+            yield wait
+
+
+# -- headers --------------------------------------------------------------------------------------
+
+_REQUEST_ID_HEADERS: Final = ("x-request-id", "request-id", "apim-request-id", "x-ms-request-id", "cf-ray")
+_RESET: Final = "x-ratelimit-reset"
+_REMAINING: Final = "x-ratelimit-remaining"
+_LONGEST_WAIT: Final = 30 * 86_400.0  #: Seconds; whatever asks for more is no wait but a mistake.
+_LEAST_DATE: Final = 1e9  #: From here on a number is no wait but a time since 1970, in seconds …
+_LEAST_DATE_IN_MS: Final = 1e12  #: … or in milliseconds.
+_DURATION: Final = re.compile(
+    r"(?:(?P<d>[0-9]+)d)?(?:(?P<h>[0-9]+)h)?(?:(?P<m>[0-9]+)m(?!s))?"
+    r"(?:(?P<s>[0-9]+(?:\.[0-9]+)?)s)?(?:(?P<ms>[0-9]+(?:\.[0-9]+)?)ms)?"
+)
+_UNIT_SECONDS: Final = {"d": 86_400.0, "h": 3_600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
+
+
+def _request_id(headers: Mapping[str, str]) -> str | None:
+    for name in _REQUEST_ID_HEADERS:
+        value = headers.get(name, "").strip()
+        if _PLAIN_REQUEST_ID.fullmatch(value):
+            return value
+    return None
+
+
+def _retry_after(headers: Mapping[str, str], now: float) -> float | None:
+    """Return the seconds that the headers ask to wait; the more precise header is asked first."""
+    milliseconds = _seconds(headers.get("retry-after-ms", ""), unit=0.001)
+    if milliseconds is not None:
+        return milliseconds
+    text = headers.get("retry-after", "")
+    asked = _seconds(text) or _until_date(text, now)
+    return _until_reset(headers, now) if asked is None else asked
+
+
+def _seconds(text: str, unit: float = 1.0) -> float | None:
+    try:
+        value = float(text) * unit
+    except ValueError:
+        return None
+    return _sane(value)
+
+
+def _until_date(text: str, now: float) -> float | None:
+    try:
+        return _sane(parsedate_to_datetime(text).timestamp() - now)
+    except (ValueError, OverflowError, TypeError, IndexError):
+        return None
+
+
+def _duration(text: str) -> float | None:
+    """Return the seconds that a text like ``6m0s`` or ``20ms`` means."""
+    match = _DURATION.fullmatch(text.strip())
+    if match is None:
+        return None
+    return _sane(sum(float(value) * _UNIT_SECONDS[unit] for unit, value in match.groupdict().items() if value))
+
+
+def _sane(seconds: float) -> float | None:
+    return seconds if math.isfinite(seconds) and 0 < seconds <= _LONGEST_WAIT else None
+
+
+def _until_reset(headers: Mapping[str, str], now: float) -> float | None:
+    """Return the seconds until a limit resets: all limits that are used up, or else the first of any."""
+    used_up: list[float] = []
+    others: list[float] = []
+    for name, value in headers.items():
+        if not name.startswith(_RESET) or (wait := _reset_wait(value, now)) is None:
+            continue
+        remaining = headers.get(_REMAINING + name.removeprefix(_RESET), "").strip()
+        (used_up if remaining == "0" else others).append(wait)
+    return max(used_up) if used_up else min(others, default=None)
+
+
+def _reset_wait(text: str, now: float) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return _duration(text)
+    if number >= _LEAST_DATE_IN_MS:
+        return _sane(number / 1000 - now)
+    if number >= _LEAST_DATE:
+        return _sane(number - now)
+    return _sane(number)

@@ -1,0 +1,387 @@
+"""Providers: one streaming chat completion against an OpenAI-compatible provider.
+
+In: a ``ChatRequest`` and its time-outs, from the engine.  Out: the answer's bytes as they arrive, or a
+``ProviderFailure``; nothing raw escapes.  Exists so that the openai SDK, which knows keys, base URLs,
+Azure's paths and headers, is met in one place. The SDK's part ends with the response's headers: its
+decoder loses events and its chunk objects cost ten times the rest of the work together.
+"""
+
+import asyncio
+import contextlib
+import json
+import ssl
+import urllib.parse
+from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
+from dataclasses import dataclass
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+from typing import Any, Final, NamedTuple, Self, TypeVar, cast
+
+import httpx2
+import openai
+import orjson
+
+from keepstream.errors import ErrorCode
+from keepstream_worker.providers.config import ProviderConfig
+from keepstream_worker.providers.http import Body, Head, HttpTransport, ProviderFailure
+from keepstream_worker.values import Failure
+
+__all__ = ["ChatRequest", "Provider", "ProviderCheck", "ProviderFailure", "ProviderStream", "Providers", "Timeouts"]
+
+_DRAIN_SECONDS: Final = 0.1  #: The terminator follows the last event at once; waiting longer costs more than it saves.
+_LOOK_SECONDS: Final = 5.0  #: How long a connection that aiohttp gave up without a word may go unnoticed.
+_SECOND_LOOK: Final = 0.05  #: Seconds; a busy loop may have data in its sockets that nobody has read yet.
+_CHECK_SECONDS: Final = 10.0
+_MOST_HEADS: Final = 256  #: Paths, which differ only by Azure's deployments.
+_SECURITY: Final[Any] = {"bearer_auth": True}  #: Never the administrator's key, should the environment hold one.
+_MODEL_LIST_BYTES: Final = 4 * 1024 * 1024
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """Seconds."""
+
+    connect: float  #: Until the connection stands, TLS included.
+    first_token: float  #: From the request to the first data.
+    idle: float  #: Between two data events; comments are none.
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest:
+    """What is asked of the model; ``parameters`` go into the body untouched."""
+
+    model: str
+    messages: list[dict[str, Any]]
+    parameters: Mapping[str, Any]
+
+    def encode(self, *, ask_for_usage: bool) -> bytes:
+        """Return the request body.
+
+        ``extra_body`` is merged into the body, as the SDK does. With ``ask_for_usage`` the provider is
+        asked to report usage, unless the caller's ``stream_options`` say otherwise.
+
+        Raises:
+            ProviderFailure: the request cannot be written as JSON.
+        """
+        parameters = dict(self.parameters)
+        extra = parameters.pop("extra_body", None) or {}
+        if not isinstance(extra, dict):
+            raise ProviderFailure(Failure(code=ErrorCode.INVALID_JOB, message="'extra_body' must be a JSON object"))
+        body = {"model": self.model, "messages": self.messages, **parameters, **extra, "stream": True}
+        options = body.get("stream_options") or {}
+        if ask_for_usage and isinstance(options, dict):
+            body["stream_options"] = {"include_usage": True, **options}
+        try:
+            return orjson.dumps(body)
+        except orjson.JSONEncodeError:
+            # Lone surrogates, integers beyond 64 bits and deep nesting are JSON all the same.
+            with contextlib.suppress(TypeError, ValueError, RecursionError):
+                return json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
+        raise ProviderFailure(Failure(code=ErrorCode.INVALID_JOB, message="the request cannot be written as JSON"))
+
+
+class ProviderCheck(NamedTuple):
+    """What a try of a provider showed."""
+
+    ok: bool
+    line: str  #: One line for people.
+
+
+class _Watchdog:
+    """Ends a wait in which the provider sends no data for too long, or in which nothing can come any more.
+
+    One timer looks now and then at when data came last, so that a chunk costs an assignment and not a
+    timer. Only our own waits are cut, so the caller never meets a cancellation that it did not ask for.
+    """
+
+    def __init__(self, timeouts: Timeouts) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._task = cast("asyncio.Task[Any]", asyncio.current_task())  # a coroutine always runs in a task
+        self._cancellations = self._task.cancelling()
+        self._idle = timeouts.idle
+        self._limit = timeouts.first_token
+        self._last_data = self._loop.time()
+        self._any_data = self._waiting = self._overdue = False
+        self._failure: Failure | None = None
+        self.body: Body | None = None  #: What is read, once there is an answer.
+        self._look_in(self._limit)
+
+    def note_data(self) -> None:
+        self._last_data = self._loop.time()
+        if not self._any_data:
+            self._any_data = True
+            self._limit = self._idle
+            self._timer.cancel()
+            self._look_in(self._limit)
+
+    def _look_in(self, seconds: float) -> None:
+        self._timer = self._loop.call_later(min(seconds, _LOOK_SECONDS), self._look)
+
+    def _look(self) -> None:
+        left = self._last_data + self._limit - self._loop.time()
+        if self._waiting and self.body and self.body.lost:
+            self._cut(ErrorCode.CONNECTION, "the answer broke off: its framing is not HTTP")
+        elif left > 0:
+            self._overdue = False
+            self._look_in(left)
+        elif self._waiting and self._overdue:
+            what = "no further data" if self._any_data else "no data"
+            self._cut(ErrorCode.TIMEOUT, f"{what} from the provider within {self._limit:g} s")
+        else:
+            self._overdue = True
+            self._look_in(_SECOND_LOOK)
+
+    def _cut(self, code: ErrorCode, message: str) -> None:
+        status, request_id = (self.body.status, self.body.request_id) if self.body else (None, None)
+        self._failure = Failure(code=code, message=message, http_status=status, provider_request_id=request_id)
+        self._task.cancel()
+
+    async def wait_for(self, awaitable: Awaitable[_T]) -> _T:
+        """Return what ``awaitable`` gives; raise ``ProviderFailure`` if there is no data for too long meanwhile."""
+        self._waiting = True
+        try:
+            return await awaitable
+        except asyncio.CancelledError:
+            # As in asyncio.timeout: if somebody else cancels the task as well, the cancellation goes on.
+            if self._failure and self._task.uncancel() <= self._cancellations:
+                raise ProviderFailure(self._failure) from None
+            raise
+        finally:
+            self._waiting = False
+
+    def stop(self) -> None:
+        self._timer.cancel()
+
+
+class ProviderStream:
+    """A streaming answer: iterate over it for the bytes, call ``note_data`` when they held data."""
+
+    def __init__(self, body: Body, watchdog: _Watchdog) -> None:
+        self._body = body
+        self._watchdog = watchdog
+        self.note_data = watchdog.note_data  #: Tells the idle time-out that the provider sent data.
+        self.http_status = body.status
+        self.content_type = body.content_type
+        self.provider_request_id = body.request_id
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        data = await self._watchdog.wait_for(self._body.read())
+        if not data:
+            raise StopAsyncIteration
+        return data
+
+
+class Provider:
+    """One configured provider and its connections; made, used and closed on one event loop."""
+
+    def __init__(self, config: ProviderConfig, tls: ssl.SSLContext) -> None:
+        self.config = config
+        self._transport = HttpTransport(
+            tls=tls,
+            proxy=config.proxy.get_secret_value() if config.proxy else None,
+            max_connections=config.max_connections,
+        )
+        self._client = _sdk_client(config, self._transport)
+        self._heads: dict[str, Head] = {}  #: By path, what the SDK puts before a body; it is the same each time.
+        self._headers = _headers(config)
+        self._deployment_per_model = config.kind == "azure" and config.deployment is None
+        self._draining: set[asyncio.Task[None]] = set()
+
+    @contextlib.asynccontextmanager
+    async def stream(self, request: ChatRequest, timeouts: Timeouts) -> AsyncIterator[ProviderStream]:
+        """Send ``request`` and give its answer once the headers of a success are there.
+
+        The connection is let go on every road: it serves again if the answer was read to its end, and
+        is reset at once if the block is left by an exception.
+
+        Raises:
+            ProviderFailure: on entering, if there is no answer or the provider refuses; while iterating,
+                if the answer breaks off or stalls.
+        """
+        self._require_key()
+        content = request.encode(ask_for_usage=self.config.stream_options)
+        watchdog = _Watchdog(timeouts)
+        try:
+            watchdog.body = body = await watchdog.wait_for(self._post(request.model, content, timeouts.connect))
+            try:
+                yield ProviderStream(body, watchdog)
+            except BaseException:
+                body.close()
+                raise
+            self._let_go(body)
+        finally:
+            watchdog.stop()
+
+    async def _post(self, model: str, content: bytes, connect_timeout: float) -> Body:
+        path = "/chat/completions"
+        if self._deployment_per_model:  # the SDK reads the model from its own kind of body only
+            path = f"/deployments/{urllib.parse.quote(model, safe='')}{path}"
+        with _nothing_raw():
+            if head := self._heads.get(path):
+                return await self._transport.send(head, content, connect_timeout)
+            # The SDK's low-level call: everything of `chat.completions.create` but the walk over the typed
+            # parameters, which costs more than the request itself. `cast_to` hands the response out unread.
+            response = await self._client.post(
+                path,
+                content=content,
+                cast_to=httpx2.Response,
+                stream=True,
+                stream_cls=openai.AsyncStream[Any],
+                options={
+                    "headers": self._headers,
+                    "timeout": httpx2.Timeout(None, connect=connect_timeout),
+                    "security": _SECURITY,
+                },
+            )
+            extensions = cast("httpx2.Response", response).extensions
+            if len(self._heads) < _MOST_HEADS:
+                self._heads[path] = cast("Head", extensions["head"])
+            return cast("Body", extensions["body"])
+
+    def _let_go(self, body: Body) -> None:
+        """Take the end of an answer that the caller left, off the caller's way, so that its connection serves again."""
+        if body.complete:
+            return
+        task = asyncio.create_task(_drain(body))
+        self._draining.add(task)
+        task.add_done_callback(self._draining.discard)
+
+    async def check(self) -> ProviderCheck:
+        """Try the provider without paying for anything: ask it for its list of models."""
+        try:
+            self._require_key()
+            async with asyncio.timeout(_CHECK_SECONDS):
+                with _nothing_raw():
+                    response = await self._client.get(
+                        "/models",
+                        cast_to=httpx2.Response,
+                        stream=True,
+                        stream_cls=openai.AsyncStream[Any],
+                        options={"headers": self._headers, "security": _SECURITY},
+                    )
+                    text = await _read_up_to(cast("httpx2.Response", response).extensions["body"], _MODEL_LIST_BYTES)
+        except TimeoutError:
+            return ProviderCheck(False, f"{self.config.url} does not answer within {_CHECK_SECONDS:g} s")
+        except ProviderFailure as error:
+            if error.failure.code is ErrorCode.NOT_FOUND:
+                return ProviderCheck(True, f"{self.config.url} answers, but lists no models (HTTP 404)")
+            return ProviderCheck(False, f"{self.config.url}: {error.failure.message}")
+        try:
+            count = len(orjson.loads(text)["data"])
+        except (ValueError, KeyError, TypeError):
+            return ProviderCheck(False, f"{self.config.url} answers, but not like an OpenAI-compatible provider")
+        return ProviderCheck(True, f"{self.config.url} answers and lists {count} models")
+
+    def _require_key(self) -> None:
+        if self.config.key_missing:
+            message = (
+                f"provider {self.config.name!r} has no key: set the environment variable {self.config.api_key_env}"
+            )
+            raise ProviderFailure(Failure(code=ErrorCode.AUTH, message=message))
+
+    async def aclose(self) -> None:
+        """Close every connection."""
+        for task in self._draining:
+            task.cancel()
+        await asyncio.gather(*self._draining, return_exceptions=True)
+        await self._client.close()
+
+
+class Providers:
+    """The configured providers by name; made, used and closed on one event loop."""
+
+    def __init__(self, configs: Mapping[str, ProviderConfig]) -> None:
+        tls = httpx2.create_ssl_context()
+        self._providers = {name: Provider(config, tls) for name, config in configs.items()}
+
+    def get(self, name: str) -> Provider:
+        """Return the provider called ``name``.
+
+        Raises:
+            ProviderFailure: there is none; the message names those that there are.
+        """
+        if (provider := self._providers.get(name)) is None:
+            message = f"no provider {name!r} is configured; there is: {', '.join(sorted(self._providers))}"
+            raise ProviderFailure(Failure(code=ErrorCode.UNKNOWN_PROVIDER, message=message))
+        return provider
+
+    async def aclose(self) -> None:
+        """Close every connection to every provider."""
+        for provider in self._providers.values():
+            await provider.aclose()
+
+
+def _sdk_client(config: ProviderConfig, transport: HttpTransport) -> openai.AsyncOpenAI:
+    shared: dict[str, Any] = {
+        "api_key": config.api_key.get_secret_value() if config.api_key else "none",
+        "max_retries": 0,  # retries are the engine's: counted, visible to followers, and paid for in the books
+        "default_query": {name: value.get_secret_value() for name, value in config.query.items()},
+        "http_client": httpx2.AsyncClient(
+            transport=transport,
+            follow_redirects=False,
+            trust_env=False,
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
+        ),
+    }
+    client: openai.AsyncOpenAI
+    if config.kind == "azure":
+        client = openai.AsyncAzureOpenAI(
+            azure_endpoint=config.endpoint or "",
+            azure_deployment=config.deployment,
+            api_version=config.api_version,
+            **shared,
+        )
+    else:
+        client = openai.AsyncOpenAI(base_url=config.base_url, **shared)
+    # The SDK helps itself to OPENAI_ORG_ID, OPENAI_PROJECT_ID and OPENAI_CUSTOM_HEADERS, whoever the provider is.
+    # What is sent to whom is our configuration's decision.
+    client.organization = client.project = None
+    client._custom_headers = {}  # noqa: SLF001  # there is no public way
+    return client
+
+
+def _headers(config: ProviderConfig) -> dict[str, str | openai.Omit]:
+    headers: dict[str, str | openai.Omit] = {
+        # Compressing proxies hold small events back until a block is full, and inflating costs time.
+        "Accept-Encoding": "identity",
+        **{name: value.get_secret_value() for name, value in config.headers.items()},
+    }
+    if config.api_key_env is None and "authorization" not in map(str.lower, headers):
+        headers["Authorization"] = openai.omit
+    return headers
+
+
+@contextlib.contextmanager
+def _nothing_raw() -> Iterator[None]:
+    """Let a ``ProviderFailure`` pass; whatever else the SDK raises is a defect, and may quote a header."""
+    try:
+        yield
+    except ProviderFailure:
+        raise
+    except Exception as error:  # noqa: BLE001  # the seam to a library: its errors end here
+        message = f"unexpected {type(error).__name__} while the request was made"
+        raise ProviderFailure(Failure(code=ErrorCode.INTERNAL, message=message)) from None
+
+
+async def _drain(body: Body) -> None:
+    try:
+        with contextlib.suppress(ProviderFailure, TimeoutError):
+            async with asyncio.timeout(_DRAIN_SECONDS):
+                while await body.read():
+                    pass
+    finally:
+        body.close()
+
+
+async def _read_up_to(body: Body, limit: int) -> bytes:
+    parts: list[bytes] = []
+    try:
+        while sum(map(len, parts)) < limit and (data := await body.read()):
+            parts.append(data)
+    finally:
+        body.close()
+    return b"".join(parts)

@@ -1,0 +1,215 @@
+"""The service: everything one worker process runs on its event loop, put together.
+
+In: settings; deliveries from the pool; signals to stop.  Out: a running engine with its publisher,
+database, providers, sweeper and ear for cancels.  Exists so that connections are opened and closed in
+one place, in the right order.
+"""
+
+import asyncio
+import base64
+import json
+import os
+import socket
+import time
+import uuid
+
+import redis.asyncio
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from keepstream.client.database import make_engine
+from keepstream.client.sender import Sender
+from keepstream.errors import ErrorCode, InvalidJobError, StoreUnavailableError
+from keepstream.jobs import Job, parse_job
+from keepstream.names import DEFAULT_TENANT
+from keepstream_worker import store
+from keepstream_worker.events.publisher import Publisher
+from keepstream_worker.intake.pool import Delivery
+from keepstream_worker.jobs.active_job import Stop
+from keepstream_worker.jobs.engine import Engine
+from keepstream_worker.jobs.recovery import LogReader
+from keepstream_worker.providers.config import ProviderConfig
+from keepstream_worker.providers.provider import Providers
+from keepstream_worker.settings import Settings
+from keepstream_worker.store import Refused, Rejection
+from keepstream_worker.store.database import StoreRefusedError, WorkerDatabase
+from keepstream_worker.telemetry.logs import get_logger
+from keepstream_worker.upkeep.announcer import Announcer
+from keepstream_worker.upkeep.cancel_listener import CancelListener
+from keepstream_worker.upkeep.sweeper import Sweeper
+from keepstream_worker.values import JobKey
+
+log = get_logger()
+
+#: Seconds for interrupted jobs to be handed back, after which the process ends all the same.
+_HAND_BACK_TIMEOUT = 10.0
+#: Bytes of an invalid job that are kept; enough to see what it was.
+_KEPT_BYTES = 64 * 1024
+
+
+class Service:
+    """One worker process's work; a ``keepstream_worker.intake.pool.LoopService``."""
+
+    def __init__(self, settings: Settings, providers: dict[str, ProviderConfig]) -> None:
+        self._settings = settings
+        self._provider_configs = providers
+        self._draining = asyncio.Event()
+        self._stop_forced = asyncio.Event()
+
+    async def start(self) -> None:
+        """Open connections and begin to give signs of life."""
+        settings = self._settings
+        # Unique for each start, so that a restarted process is not taken for its predecessor.
+        self.worker_id = f"{socket.gethostname()[:64]}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self._database = WorkerDatabase(
+            make_engine(settings.database_url, "keepstream-worker", pool_size=2, writer=True)
+        )
+        self._client = _redis_client(settings.redis_url)
+        self._broker = _redis_client(settings.broker)
+        self._publisher = Publisher(
+            settings.redis_url,
+            prefix=settings.prefix,
+            log_ttl=settings.log_ttl,
+            buffer_bytes=settings.publish_buffer,
+            merge_above=settings.merge_above,
+        )
+        self._providers = Providers(self._provider_configs)
+        self._sender = Sender(settings.broker, settings.queue)
+        self._announcer = Announcer(self._database, self._publisher)
+        self.engine = Engine(
+            settings,
+            self.worker_id,
+            self._database,
+            self._publisher,
+            self._providers,
+            LogReader(self._client, settings.prefix),
+        )
+        self._cancel_listener = CancelListener(
+            self._client, settings.prefix, self._database, self.engine, self._announcer
+        )
+        self._sweeper = Sweeper(
+            settings,
+            self.worker_id,
+            self._database,
+            self.engine,
+            self._announcer,
+            self._sender,
+            self._client,
+            self._broker,
+        )
+        await self._sweeper.start()
+        self._cancel_listener.start()
+        log.info("worker_started", worker=self.worker_id, concurrency=settings.concurrency)
+
+    async def deliver(self, delivery: Delivery) -> None:
+        """Run the job of one message, or record why it is none."""
+        if self._draining.is_set():
+            return  # not accepted, so Celery gives the message back; the row is found by others in any case
+        argument = _with_id(delivery.arguments[0], delivery.task_id)
+        try:
+            job = parse_job(argument)
+        except InvalidJobError as error:
+            await self._refuse(argument, str(error))
+            delivery.accept()
+            return
+        try:
+            await self.engine.run(job, delivery.accept)
+        except InvalidJobError as error:
+            # The claim found out: the job is too large or too deep to be stored.
+            await self._refuse(argument, str(error))
+            delivery.accept()
+        except StoreRefusedError as error:
+            # Not an outage, for which the engine waits: the database refuses this job.
+            log.exception("job_unstorable", tenant=job.tenant, job_id=job.id)
+            await self._reject(argument, str(error), job)
+            delivery.accept()
+
+    async def _refuse(self, argument: object, reason: str) -> None:
+        """Record a message that is no valid job; if it names a job, that job ends as failed."""
+        job = _names_in(argument)
+        key = JobKey(job.tenant, job.id) if job else None
+        log.warning("job_invalid", reason=reason, tenant=key and key.tenant, job_id=key and key.id)
+        await self._reject(argument, reason, job)
+        if job is not None and key is not None:
+            refused = Refused(job, ErrorCode.INVALID_JOB, reason)
+            await self._database.persist(store.refuse, refused, "refused job")
+            try:
+                await self._announcer.announce(key)
+            except StoreUnavailableError:
+                log.warning("announcement_delayed", tenant=key.tenant, job_id=key.id)
+
+    async def _reject(self, argument: object, reason: str, job: Job | None) -> None:
+        text = json.dumps(argument).encode()
+        rejection = Rejection(
+            id=uuid.uuid4().hex,
+            reason=reason,
+            size=len(text),
+            payload=base64.b64encode(text[:_KEPT_BYTES]).decode(),
+            tenant=job.tenant if job else None,
+            job_id=job.id if job else None,
+        )
+        await self._database.persist(store.reject, rejection, "rejection")
+
+    # -- the end --
+
+    def drain(self) -> None:
+        """Start nothing new; what runs goes on."""
+        if not self._draining.is_set():
+            log.info("worker_draining", running=len(self.engine.active), grace=self._settings.shutdown_grace)
+            self._draining.set()
+            self._sweeper.pause()
+
+    def force_stop(self) -> None:
+        """Hand back what runs now instead of at the end of the grace period."""
+        self.drain()
+        self._stop_forced.set()
+
+    async def stop(self) -> None:
+        """Let streams finish within the grace period, hand back the rest, and close everything."""
+        self.drain()
+        deadline = time.monotonic() + self._settings.shutdown_grace
+        while self.engine.active and time.monotonic() < deadline and not self._stop_forced.is_set():  # noqa: ASYNC110  # the end of the process is no hot path
+            await asyncio.sleep(0.02)
+        handed_back = len(self.engine.active)
+        for key in list(self.engine.active):
+            self.engine.request_stop(key, Stop.INTERRUPTED)
+        deadline = time.monotonic() + _HAND_BACK_TIMEOUT
+        while self.engine.active and time.monotonic() < deadline:  # noqa: ASYNC110  # the end of the process is no hot path
+            await asyncio.sleep(0.02)
+        await self._cancel_listener.stop()
+        await self._publisher.close(timeout=3.0)
+        await self.engine.settle(timeout=3.0)
+        await self._sweeper.stop()
+        await self._providers.aclose()
+        await self._client.aclose()
+        await self._broker.aclose()
+        await asyncio.to_thread(self._database.close)
+        await asyncio.to_thread(self._sender.close)
+        log.info("worker_stopped", worker=self.worker_id, handed_back=handed_back, left=len(self.engine.active))
+
+
+def _with_id(argument: object, task_id: str) -> object:
+    """The task id is the job id: a job that names none gets it, so that its message, repeated, stays one job."""
+    if isinstance(argument, dict) and not argument.keys() & {"id", "idempotency_key"}:
+        return {**argument, "id": task_id}
+    return argument
+
+
+def _names_in(argument: object) -> Job | None:
+    """Return a job with the id and tenant that an invalid one claims, if at least these are valid."""
+    if not isinstance(argument, dict) or "id" not in argument:
+        return None
+    try:
+        return Job(id=argument["id"], tenant=argument.get("tenant", DEFAULT_TENANT), model="unknown", messages=[{}])
+    except ValueError:
+        return None
+
+
+def _redis_client(url: str) -> redis.asyncio.Redis:
+    return redis.asyncio.Redis.from_url(
+        url,
+        socket_timeout=15.0,  # more than the longest wait of the control listener
+        socket_connect_timeout=2.0,
+        health_check_interval=15,
+        retry=Retry(NoBackoff(), 1),
+    )

@@ -1,0 +1,166 @@
+"""Settings: everything about a deployment that the environment decides.
+
+In: environment variables with the prefix ``KEEPSTREAM_``.  Out: one frozen ``Settings`` value to the
+composition root, which hands each part what it needs.  Exists so that each setting has one home with
+its unit, its default and the reason for it; a wrong one stops the start with a clear line.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from keepstream import names
+
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class SettingsError(Exception):
+    """A setting is missing or malformed; the message names the variable and never its value."""
+
+
+class Settings(BaseSettings):
+    """The worker's settings. Each is read from ``KEEPSTREAM_<NAME IN CAPITALS>``."""
+
+    model_config = SettingsConfigDict(env_prefix="KEEPSTREAM_", frozen=True, extra="ignore")
+
+    # -- where things are --
+    redis_url: str = Field("redis://127.0.0.1:6379/0", description="Redis for events, logs and cancel requests.")
+    broker_url: str | None = Field(None, description="Celery's broker; default: the Redis of redis_url.")
+    database_url: str = Field(
+        "sqlite:///keepstream.db",
+        description="Database; sqlite:///file.db and postgresql://user:password@host/name are supported.",
+    )
+    prefix: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._\-:]{1,64}$")] = Field(
+        names.PREFIX, description="Prefix of every Redis key and channel; change it to share one Redis."
+    )
+    queue: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._\-:]{1,128}$")] = Field(
+        names.QUEUE,
+        description="Celery queue; jobs that must not wait behind others get a queue and workers of their own.",
+    )
+    providers_file: Path | None = Field(None, description="TOML file with further providers.")
+
+    # -- how much at once --
+    concurrency: int = Field(
+        1000,
+        ge=1,
+        le=20_000,
+        description="Jobs that one worker process runs at once; a stream costs little but memory.",
+    )
+    processes: int = Field(
+        1, ge=1, le=256, description="Worker processes that `keepstream worker` starts; one per core."
+    )
+
+    # -- how long --
+    connect_timeout: Seconds = Field(
+        15.0, description="Seconds to connect; generous, since a burst of starts queues up on one loop."
+    )
+    first_token_timeout: Seconds = Field(
+        120.0, description="Seconds from the request to the first data; reasoning models think long."
+    )
+    idle_timeout: Seconds = Field(
+        180.0,
+        description="Seconds between two data events; gateways are silent for minutes while a tool call is built.",
+    )
+    total_timeout: Seconds = Field(
+        3600.0, description="Seconds from the first attempt's start to the end of the last, waits included."
+    )
+    usage_wait: Seconds = Field(
+        5.0, description="Seconds to go on reading after the finish reason; the usage arrives behind it."
+    )
+
+    # -- retry --
+    max_attempts: int = Field(5, ge=1, le=100, description="Provider streams per job at most.")
+    backoff_base: Seconds = Field(0.5, description="Seconds; the first retry waits a random time up to this.")
+    backoff_cap: Seconds = Field(30.0, description="Seconds; the random wait doubles up to this.")
+    sleep_limit: Seconds = Field(
+        10.0, description="Seconds; longer waits are left to the database, so that they survive the worker."
+    )
+
+    # -- recovery --
+    heartbeat_interval: Seconds = Field(1.0, description="Seconds between two signs of life of a worker process.")
+    lease: Seconds = Field(
+        6.0, description="Seconds without a sign of life after which a worker counts as dead; several heartbeats."
+    )
+    sweep_interval: Seconds = Field(1.0, description="Seconds between two sweeps for lost jobs and due retries.")
+    resend_after: Seconds = Field(
+        30.0, description="Seconds that a queued job's message may stay unclaimed before it is sent again."
+    )
+    shutdown_grace: Seconds = Field(
+        30.0, description="Seconds that running streams may go on after SIGTERM; keep it below the supervisor's limit."
+    )
+
+    # -- live events --
+    log_ttl: Seconds = Field(
+        900.0, description="Seconds that a job's log outlives its last event; after that the database answers."
+    )
+    publish_buffer: int = Field(
+        262_144,
+        ge=1024,
+        description="Bytes of unsent events kept per job while Redis is away; then one snapshot instead.",
+    )
+    merge_above: int = Field(
+        256, ge=1, description="Unsent deltas of one job above which neighbours of one kind are merged."
+    )
+
+    # -- bounds --
+    max_output_bytes: int = Field(
+        16 * 1024 * 1024, ge=1024, description="Bytes of one job's whole output; a model in a loop is stopped there."
+    )
+    max_event_bytes: int = Field(8 * 1024 * 1024, ge=1024, description="Bytes of one event from the provider.")
+
+    # -- for people --
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severity that is logged."
+    )
+    log_format: Literal["json", "console"] = Field("json", description="json for machines, console for people.")
+
+    @field_validator("redis_url")
+    @classmethod
+    def _is_redis(cls, value: str) -> str:
+        if not value.startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError("must start with redis://, rediss:// or unix://")
+        return value
+
+    @field_validator("broker_url")
+    @classmethod
+    def _is_supported_broker(cls, value: str | None) -> str | None:
+        if value is None or value.startswith(("redis://", "rediss://")):
+            return value
+        raise ValueError("must start with redis:// or rediss:// (Celery supports no Redis Cluster as broker)")
+
+    @field_validator("database_url")
+    @classmethod
+    def _is_supported_database(cls, value: str) -> str:
+        if value.startswith(("sqlite://", "postgresql://", "postgres://", "postgresql+psycopg://")):
+            return value
+        raise ValueError("must start with sqlite:// or postgresql://")
+
+    @model_validator(mode="after")
+    def _lease_outlasts_heartbeats(self) -> Self:
+        if self.lease < 3 * self.heartbeat_interval:
+            raise ValueError("KEEPSTREAM_LEASE must be at least three times KEEPSTREAM_HEARTBEAT_INTERVAL")
+        return self
+
+    @property
+    def broker(self) -> str:
+        """The broker's URL."""
+        return self.broker_url or self.redis_url
+
+
+def load_settings() -> Settings:
+    """Return the settings that the environment describes.
+
+    Raises:
+        SettingsError: naming each malformed variable and what it must be.
+    """
+    try:
+        return Settings()  # type: ignore[call-arg]  # every field has a default
+    except ValidationError as error:
+        problems = []
+        for item in error.errors(include_url=False, include_input=False, include_context=False):
+            message = item["msg"].removeprefix("Value error, ")
+            name = "_".join(str(part) for part in item["loc"]).upper()
+            problems.append(f"KEEPSTREAM_{name}: {message}" if name else message)
+        raise SettingsError("; ".join(problems)) from None

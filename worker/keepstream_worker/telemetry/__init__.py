@@ -1,0 +1,1 @@
+"""Telemetry: what the worker says about itself."""

@@ -1,0 +1,85 @@
+"""Values that the rooms of the worker hand each other: which job, which attempt, how it ended, and why."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+from keepstream.errors import ErrorCode
+from keepstream.results import Choice, JobStatus, Usage
+
+
+class JobKey(NamedTuple):
+    """What identifies a job."""
+
+    tenant: str
+    id: str
+
+
+class AttemptReason(StrEnum):
+    """Why an attempt is made."""
+
+    FIRST = "first"
+    RETRY = "retry"  #: The attempt before failed.
+    WORKER_LOST = "worker_lost"  #: The worker of the attempt before died.
+    INTERRUPTED = "interrupted"  #: The worker of the attempt before was shut down.
+
+
+class Outcome(StrEnum):
+    """How an attempt ended."""
+
+    FINISHED = "finished"
+    RECOVERED = "recovered"  #: Made no stream: carried over what the attempt before had finished.
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    INTERRUPTED = "interrupted"
+    LOST = "lost"
+    UNSTARTED = "unstarted"  #: There was no time or no try left; such an attempt leaves no row.
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an attempt failed. Whether another attempt can help is the retry table's business."""
+
+    code: ErrorCode
+    message: str  #: Safe to store, log and show: never a prompt, an output or a key.
+    http_status: int | None = None  #: Of the response; None if the failure came without one, or within a 200.
+    retry_after: float | None = None  #: Seconds the provider asks to wait, at least.
+    provider_request_id: str | None = None
+    provider_code: str | None = None  #: The provider's own name for it, if that is a plain identifier.
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How an attempt ended, what it brought, and what becomes of its job."""
+
+    key: JobKey
+    attempt: int
+    worker_id: str
+    outcome: Outcome
+    status: JobStatus  #: A terminal status, or RETRYING.
+    choices: Sequence[Choice] = ()
+    usage: Usage = Usage()
+    failure: Failure | None = None
+    retryable: bool | None = None
+    retry_in: float = 0.0  #: Seconds until the job is due again; only with RETRYING.
+    resend_in: float = 0.0  #: Seconds until a sweeper takes care of it; only with RETRYING.
+    next_reason: AttemptReason = AttemptReason.RETRY
+    first_token_ms: float | None = None
+    provider_request_id: str | None = None
+    provider_details: dict[str, Any] | None = None
+    terminal_event_id: str | None = None
+
+
+class Ended(NamedTuple):
+    """The ending is written."""
+
+    usage: Usage | None  #: Summed over the job's attempts; None if none of them cost anything.
+    attempts: int
+
+
+class Delta(NamedTuple):
+    """What one chunk adds to one choice, in the shape of ``keepstream.events.Delta``."""
+
+    choice: int
+    fields: dict[str, Any]  #: Any of content, reasoning, refusal (texts to append) and tool_calls (fragments).
