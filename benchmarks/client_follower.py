@@ -11,7 +11,7 @@ import json
 import redis
 
 from benchmarks.followers import say
-from keepstream.client.client import AsyncClient, Client
+from keepstream import AsyncClient, Client
 from keepstream.events import DeltaEvent
 from keepstream.names import DEFAULT_TENANT, job_keys
 

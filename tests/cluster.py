@@ -25,7 +25,7 @@ import redis
 from sqlalchemy import Connection, create_engine
 from typing_extensions import override
 
-from keepstream.client.client import Client
+from keepstream import Client
 from keepstream.client.database import make_engine
 from keepstream.client.sender import Sender
 from keepstream.events import Event, parse_event
@@ -153,7 +153,7 @@ class Following(threading.Thread):
         self.events: list[Event] = []
         self.transcript = Transcript()
         self.error: Exception | None = None
-        self._events = client.follow(job_id, after, timeout=timeout, patience=timeout)
+        self._events = client.follow(job_id, after, timeout=timeout, not_found_after=timeout)
         self.start()
 
     @override

@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields
 
 import redis.asyncio
 
-from keepstream.client.client import AsyncClient
+from keepstream import AsyncClient
 from keepstream.names import JobKeys, job_keys, parse_event_id
 from keepstream_worker.dev_stack.embedded import EmbeddedValkey
 from tests.histories import delta, ended, started

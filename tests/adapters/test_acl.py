@@ -9,7 +9,7 @@ import pytest
 import redis
 from redis.exceptions import NoPermissionError, ResponseError
 
-from keepstream.client.client import Client
+from keepstream import Client
 from keepstream.errors import BrokerUnavailableError, InvalidSettingError
 from keepstream.names import QUEUE, control_channel, job_keys
 from keepstream_worker.dev_stack.embedded import sqlite_url

@@ -13,8 +13,7 @@ import pytest
 import redis
 from sqlalchemy import create_engine, select, update
 
-from keepstream import names, tables
-from keepstream.client.client import AsyncClient, Client
+from keepstream import AsyncClient, Client, names, tables
 from keepstream.client.sender import Sender
 from keepstream.errors import (
     BrokerUnavailableError,

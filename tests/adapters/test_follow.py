@@ -12,8 +12,7 @@ import redis
 import redis.asyncio
 from sqlalchemy import create_engine
 
-from keepstream import tables
-from keepstream.client.client import AsyncClient, Client
+from keepstream import AsyncClient, Client, tables
 from keepstream.client.queries import queued_values
 from keepstream.errors import FollowTimeoutError, InvalidCursorError, InvalidSettingError, JobNotFoundError
 from keepstream.events import Event
@@ -332,7 +331,7 @@ async def test_a_queued_job_that_is_cancelled_ends_its_followers_without_any_wor
 async def test_an_unknown_job_is_not_found(redis_url: str, stored: str) -> None:
     async with AsyncClient(redis_url, database_url=stored) as client:
         with pytest.raises(JobNotFoundError):
-            await anext(client.follow("nobody", patience=0))
+            await anext(client.follow("nobody", not_found_after=0))
 
 
 # -- what the reader may do --

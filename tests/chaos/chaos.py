@@ -21,7 +21,7 @@ from typing import Any, Final
 import redis.asyncio
 from redis.exceptions import RedisError
 
-from keepstream.client.client import AsyncClient
+from keepstream import AsyncClient
 from keepstream.errors import BrokerUnavailableError, StoreUnavailableError
 from keepstream.events import Event, is_terminal, parse_event
 from keepstream.names import EventId, job_keys, parse_event_id
@@ -167,7 +167,7 @@ async def _follow(
             witness.joins += 1
             after = str(witness.transcript.last) if witness.transcript.last else None
             leaves_after = dice.randint(1, 40) if dice.random() < 0.4 else None
-            stream = client.follow(witness.job_id, after, timeout=PATIENCE, patience=PATIENCE)
+            stream = client.follow(witness.job_id, after, timeout=PATIENCE, not_found_after=PATIENCE)
             try:
                 heard = 0
                 async for event in stream:

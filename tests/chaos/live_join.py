@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Final
 
-from keepstream.client.client import AsyncClient
+from keepstream import AsyncClient
 from keepstream.events import is_terminal
 from keepstream.names import job_keys
 from tests.chaos.place import Place
@@ -108,7 +108,7 @@ async def _one_stream(
 
 
 async def _watch(client: AsyncClient, stream: _Stream) -> None:
-    async for event in client.follow(stream.job_id, timeout=120, patience=120):
+    async for event in client.follow(stream.job_id, timeout=120, not_found_after=120):
         stream.n = event.event_id.n
     stream.ended = True
 
@@ -123,7 +123,7 @@ async def _join(
         enough = stream.n + dice.randint(2, 12)
         got: list[int] = []
         ended = False
-        follower = client.follow(stream.job_id, f"1-{after}" if after else None, timeout=120, patience=120)
+        follower = client.follow(stream.job_id, f"1-{after}" if after else None, timeout=120, not_found_after=120)
         try:
             async for event in follower:
                 got.append(event.event_id.n)

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from keepstream.client.client import AsyncClient
+from keepstream import AsyncClient
 from keepstream.client.database import make_engine
 from keepstream.errors import KeepstreamError
 from keepstream.events import AttemptFailed, ChoiceSnapshot

@@ -3,7 +3,7 @@
 import asyncio
 from typing import Any, Final
 
-from keepstream.client.client import AsyncClient
+from keepstream import AsyncClient
 from keepstream.events import Event
 from keepstream.names import job_keys
 from keepstream.results import JobStatus

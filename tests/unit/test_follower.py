@@ -21,12 +21,12 @@ from keepstream.client.follower import (
     Follower,
     Listen,
     LogEntry,
-    Pause,
+    Operation,
     ReadLog,
     ReadNewest,
     ReadResult,
     ReadSummary,
-    Step,
+    Sleep,
     Subscribe,
     parse_cursor,
 )
@@ -62,7 +62,7 @@ def id_of(text: str) -> EventId:
 
 
 class World:
-    """A job's surroundings; every step of the follower is answered from here."""
+    """A job's surroundings; every operation of the follower is answered from here."""
 
     def __init__(self, history: list[str] = HISTORY, *, row: bool = True) -> None:
         self.now = 0.0
@@ -75,7 +75,7 @@ class World:
         self.redis_is_up = True
         self.database_is_up = True
         self.committed = False
-        self.steps: list[Step] = []
+        self.operations: list[Operation] = []
 
     def publish(self, count: int = 1) -> None:
         """Publish as the worker does: log and channel in one step, and a snapshot where the log has a hole."""
@@ -115,20 +115,20 @@ class World:
         self.disconnect()
         self.log.clear()
 
-    def perform(self, step: Step) -> Any:
-        self.steps.append(step)
-        match step:
-            case Pause(seconds):
+    def perform(self, operation: Operation) -> Any:
+        self.operations.append(operation)
+        match operation:
+            case Sleep(seconds):
                 self.now += seconds
                 return None
             case ReadSummary() | ReadResult():
                 if not self.database_is_up:
                     raise StoreUnavailableError
-                return (self.summary() if isinstance(step, ReadSummary) else self.result()) if self.row else None
-        if not self.redis_is_up or (isinstance(step, Listen) and not self.subscribed):
+                return (self.summary() if isinstance(operation, ReadSummary) else self.result()) if self.row else None
+        if not self.redis_is_up or (isinstance(operation, Listen) and not self.subscribed):
             self.disconnect()
             raise DisconnectedError
-        match step:
+        match operation:
             case Subscribe():
                 self.disconnect()
                 self.subscribed = True
@@ -170,7 +170,7 @@ class World:
         )
 
     def follow(
-        self, after: str | None = None, *, timeout: float = 60, patience: float = 10, **given: Any
+        self, after: str | None = None, *, timeout: float = 60, not_found_after: float = 10, **given: Any
     ) -> Iterator[Event]:
         """Follow the job as a client does."""
         follower = Follower(
@@ -178,23 +178,23 @@ class World:
             parse_cursor(after),
             has_database=given.get("has_database", True),
             timeout=timeout,
-            patience=patience,
+            not_found_after=not_found_after,
             clock=lambda: self.now,
         )
-        plan = follower.run()
+        run = follower.run()
         try:
-            step = next(plan)
+            operation = next(run)
             while True:
-                if not isinstance(step, Step):
-                    yield step
-                    step = next(plan)
+                if not isinstance(operation, Operation):
+                    yield operation
+                    operation = next(run)
                     continue
                 try:
-                    answer = self.perform(step)
+                    answer = self.perform(operation)
                 except (DisconnectedError, StoreUnavailableError) as error:
-                    step = plan.throw(error)
+                    operation = run.throw(error)
                 else:
-                    step = plan.send(answer)
+                    operation = run.send(answer)
         except StopIteration:
             return
 
@@ -216,7 +216,7 @@ def test_a_follower_subscribes_before_it_reads_the_log() -> None:
     world = World()
     world.publish(99)
     list(world.follow())
-    assert [type(step) for step in world.steps[:2]] == [Subscribe, ReadLog]
+    assert [type(operation) for operation in world.operations[:2]] == [Subscribe, ReadLog]
 
 
 @pytest.mark.parametrize("position", range(len(ALL)))
@@ -277,7 +277,7 @@ def test_a_subscription_that_fell_silent_is_made_anew() -> None:
     assert next(events).id == "1-2"  # found in the log
     world.publish(1)
     assert next(events).id == "1-3"
-    assert sum(isinstance(step, Subscribe) for step in world.steps) == 2
+    assert sum(isinstance(operation, Subscribe) for operation in world.operations) == 2
 
 
 @pytest.mark.parametrize("after", [None, "1-3", "2-4"])
@@ -351,23 +351,23 @@ def test_a_reader_from_before_a_restart_of_redis_goes_on() -> None:
     assert ids(events) == ALL[ALL.index("2-5") :]
 
 
-def test_an_unknown_job_is_an_error_after_some_patience() -> None:
+def test_an_unknown_job_is_an_error_after_a_while() -> None:
     world = World(row=False)
     with pytest.raises(JobNotFoundError):
-        next(world.follow(patience=10))
+        next(world.follow(not_found_after=10))
     assert 10 <= world.now <= 14
 
 
 def test_a_job_that_is_still_on_its_way_is_waited_for() -> None:
     world = World(row=False)
-    events = world.follow(patience=10)
+    events = world.follow(not_found_after=10)
     perform = world.perform
 
-    def arrive_later(step: Step) -> Any:
+    def arrive_later(operation: Operation) -> Any:
         if world.now > 5:
             world.row = True
             world.publish(99)
-        return perform(step)
+        return perform(operation)
 
     world.perform = arrive_later  # type: ignore[method-assign]
     assert ids(events) == ALL
@@ -453,7 +453,7 @@ def test_a_hole_in_the_log_does_not_make_each_further_event_read_it() -> None:
     world.publish(99)
     with pytest.raises(FollowTimeoutError):
         next(events)
-    assert sum(isinstance(step, ReadLog) for step in world.steps) <= 10  # in twenty seconds
+    assert sum(isinstance(operation, ReadLog) for operation in world.operations) <= 10  # in twenty seconds
 
 
 @pytest.mark.parametrize("garbage", [b"", b"{}", b"\xff", b'{"v":2,"id":"2-2"}'])
@@ -487,8 +487,8 @@ def test_whatever_happens_the_reader_ends_up_with_the_stored_text(
     perform = world.perform
     trouble_ends = 200.0
 
-    def troubled(step: Step) -> Any:
-        troubled_times = world.now < trouble_ends and len(world.steps) < 400
+    def troubled(operation: Operation) -> Any:
+        troubled_times = world.now < trouble_ends and len(world.operations) < 400
         if dice.random() < 0.5 and (troubled_times or dice.random() < 0.3):
             world.publish(dice.randrange(4))
         if troubled_times:
@@ -505,7 +505,7 @@ def test_whatever_happens_the_reader_ends_up_with_the_stored_text(
                     world.channel.pop(0)
         else:
             world.redis_is_up = world.database_is_up = True
-        return perform(step)
+        return perform(operation)
 
     world.perform = troubled  # type: ignore[method-assign]
     told, held = [], Transcript()

@@ -1,5 +1,1 @@
-"""The client: jobs in, events and results out. Needs the extra ``client``."""
-
-from keepstream.client.client import AsyncClient, Client
-
-__all__ = ["AsyncClient", "Client"]
+"""The modules of the client, which need the extra ``client``. Services import it from ``keepstream`` itself."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, ResourceClosedError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
@@ -59,12 +59,23 @@ def make_engine(url: str, application: str = "keepstream", *, pool_size: int = 5
     if url.startswith("postgres://"):  # as many hosts of databases write it
         url = url.replace("postgres", "postgresql", 1)
     try:
-        return _sqlite(url, writer=writer) if url.startswith("sqlite") else _postgresql(url, application, pool_size)
-    except (ArgumentError, NoSuchModuleError, ModuleNotFoundError):
+        backend = make_url(url).get_backend_name()
+        if backend == "sqlite":
+            return _sqlite(url, writer=writer)
+        if backend == "postgresql":
+            return _postgresql(url, application, pool_size)
+    except ModuleNotFoundError as error:
+        if error.name != "psycopg":
+            raise
         raise InvalidSettingError(
-            "the database URL cannot be used; it looks like sqlite:///jobs.db or postgresql://user:password@host/name,"
-            " and PostgreSQL needs the extra 'postgres'"
-        ) from None
+            "PostgreSQL needs 'psycopg', which is not installed; install the extra 'postgres':"
+            " pip install 'keepstream[postgres]'"
+        ) from error
+    except (ArgumentError, NoSuchModuleError, ValueError):  # ValueError: the port is no number
+        pass  # raised below, so that no cause repeats the URL
+    raise InvalidSettingError(
+        "the database URL cannot be used; it looks like sqlite:///jobs.db or postgresql://user:password@host/name"
+    )
 
 
 def _sqlite(url: str, *, writer: bool) -> Engine:

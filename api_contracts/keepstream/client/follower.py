@@ -1,14 +1,13 @@
-"""The follower: how a reader gets every event of a job once and in order, whatever happens meanwhile.
+"""The follower: delivers each event of a job once and in order, whatever happens to Redis and the database meanwhile.
 
-In: answers from Redis and from the database, handed in by ``keepstream.client.client``.  Out: the events
-for the reader, and the next step for the client to perform.  Exists so that the thinking is written
-once, without I/O, for the sync and the async client alike.
+In: the results of its operations, from ``keepstream.client.redis``.  Out: events for the reader, and the next
+operation to perform.  It does no I/O itself, so the sync and the async client share it.
 
-The way of a follower: subscribe to the channel and wait until Redis confirms it; read the log; then
-take what comes on the channel.  Both carry the same events in the same order, so an event that was
-seen is dropped by its id, and nothing falls between the two.  When an event is missing, when nothing
-came for a while, or when the connection was lost, the log is read again.  When the log does not help
-either, the job's row answers: a job that has ended is told from its stored result.
+A follower subscribes to the job's channel, waits until Redis confirms the subscription, reads the log, and
+then takes what arrives on the channel.  Log and channel carry the same events in the same order, so events
+seen before are dropped by their ids, and none can be missed in between.  The log is read again when an event
+is missing, when the channel has been silent for a while, and after a lost connection.  If the log does not
+help either, the job's row does: for a job that has ended, the events are made from its stored result.
 """
 
 import random
@@ -29,53 +28,53 @@ from keepstream.names import EventId, parse_event_id
 from keepstream.results import CompletionResult, JobSummary
 from keepstream.transcript import Place, place_of
 
-LOG_PAGE: Final = 500  #: Log entries read at once; what a follower holds in memory at most.
-CHECK_EVERY: Final = 3.0  #: Seconds of silence after which the log and the row are looked at.
-_FIRST_PAUSE: Final = 0.1  #: Seconds before the first reconnection; doubled up to the longest.
-_LONGEST_PAUSE: Final = 2.0
+LOG_PAGE: Final = 500  #: Log entries read at once: the most that a follower holds in memory.
+CHECK_EVERY: Final = 3.0  #: Seconds of silence after which the log and the row are checked.
+_FIRST_RECONNECT_DELAY: Final = 0.1  #: Seconds; doubled with every failure.
+_MAX_RECONNECT_DELAY: Final = 2.0  #: Seconds.
 
 
-class Step:
-    """Something the client is to do; its answer is sent into the plan."""
-
-
-@dataclass(frozen=True, slots=True)
-class Subscribe(Step):
-    """Open a new subscription to the job's channel and wait until Redis has confirmed it."""
+class Operation:
+    """What the client is to do next; the result is sent back into the follower."""
 
 
 @dataclass(frozen=True, slots=True)
-class Listen(Step):
-    """Wait for a message on the channel; answer its payload, or None if there was none."""
-
-    seconds: float
+class Subscribe(Operation):
+    """Open a new subscription to the job's channel and wait until Redis has confirmed it. Result: None."""
 
 
 @dataclass(frozen=True, slots=True)
-class ReadLog(Step):
-    """Answer a list of at most ``LOG_PAGE`` log entries (``LogEntry``) whose ids are greater than ``after``."""
+class Listen(Operation):
+    """Wait for a message on the channel. Result: its payload, or None if none came."""
+
+    seconds: float  #: The longest wait.
+
+
+@dataclass(frozen=True, slots=True)
+class ReadLog(Operation):
+    """Read the log. Result: the first ``LOG_PAGE`` entries (``LogEntry``) with ids greater than ``after``."""
 
     after: str | None
 
 
 @dataclass(frozen=True, slots=True)
-class ReadNewest(Step):
-    """Answer the log's newest entry (``LogEntry``), or None if there is no log."""
+class ReadNewest(Operation):
+    """Read the log's newest entry. Result: a ``LogEntry``, or None if there is no log."""
 
 
 @dataclass(frozen=True, slots=True)
-class ReadSummary(Step):
-    """Answer the job's row without its output, or None."""
+class ReadSummary(Operation):
+    """Read the job's row without its output. Result: a ``JobSummary``, or None if there is no row."""
 
 
 @dataclass(frozen=True, slots=True)
-class ReadResult(Step):
-    """Answer the job's whole result, or None."""
+class ReadResult(Operation):
+    """Read everything stored about the job. Result: a ``CompletionResult``, or None if there is no row."""
 
 
 @dataclass(frozen=True, slots=True)
-class Pause(Step):
-    """Do nothing for a while."""
+class Sleep(Operation):
+    """Do nothing for ``seconds``. Result: None."""
 
     seconds: float
 
@@ -88,18 +87,18 @@ class LogEntry(NamedTuple):
 
 
 class DisconnectedError(Exception):
-    """Thrown into the plan when Redis did not answer a step."""
+    """Thrown into the follower when Redis did not perform an operation."""
 
 
-#: Gives steps, which want an answer, and events, which go to the reader.
-Plan = Generator[Step | Event, Any, None]
+#: What ``Follower.run`` returns: yields operations, whose results are sent back, and events for the reader.
+FollowerRun = Generator[Operation | Event, Any, None]
 
 
 def parse_cursor(text: str | None) -> EventId | None:
-    """Return the event id a reader gives as ``after``.
+    """Return the event id that a reader passes as ``after``.
 
     Raises:
-        InvalidCursorError: it is no event id.
+        InvalidCursorError: ``text`` is not an event id.
     """
     if text is None:
         return None
@@ -110,15 +109,15 @@ def parse_cursor(text: str | None) -> EventId | None:
 
 
 class Follower:
-    """Follows one job for one reader, from the event after ``after`` to the terminal one.
+    """Follows one job for one reader, from the event after ``after`` to the terminal event.
 
     Args:
         job_id: The job.
-        after: The last event the reader has; None for a reader that has none.
+        after: The last event the reader has, or None.
         has_database: Whether ``ReadSummary`` and ``ReadResult`` can be performed.
         timeout: Seconds without an event after which to give up.
-        patience: Seconds for which a job of which there is no trace may be on its way.
-        clock: Seconds, monotonic.
+        not_found_after: Seconds to wait for a job that is neither on Redis nor in the database.
+        clock: Returns monotonic seconds.
     """
 
     def __init__(
@@ -128,60 +127,60 @@ class Follower:
         *,
         has_database: bool,
         timeout: float,
-        patience: float,
+        not_found_after: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._job_id = job_id
         self._has_database = has_database
         self._timeout = timeout
-        self._patience = patience
+        self._not_found_after = not_found_after
         self._clock = clock
         self._last = after
-        self._cursor_is_proven = after is None
-        self._ahead: Event | None = None  # the newest event that could not be delivered, for others are missing
+        self._cursor_is_valid = after is None  # True once the job is known to have come as far as ``after``
+        self._ahead: Event | None = None  # the newest event that cannot be delivered yet, because others are missing
         self._log_is_missing = False
-        self._heard = clock()  # when the last event was delivered
-        self._pause = _FIRST_PAUSE
+        self._delivered_at = clock()  # when the reader took the last event
+        self._reconnect_delay = _FIRST_RECONNECT_DELAY
         self._ended = False
 
-    def run(self) -> Plan:
-        """Give events and steps until the terminal event was given.
+    def run(self) -> FollowerRun:
+        """Yield operations and events until the terminal event has been delivered.
 
         Raises:
             EventsLostError: the job has ended, events are missing, and there is no database.
             FollowTimeoutError: no event came for ``timeout`` seconds.
-            InvalidCursorError: ``after`` is beyond everything that is known of the job.
+            InvalidCursorError: ``after`` is beyond everything known of the job.
             JobNotFoundError: neither log nor row exist.
         """
-        self._heard = self._clock()
+        self._delivered_at = self._clock()
         while not self._ended:
             try:
                 yield Subscribe()
                 yield from self._catch_up()
-                self._pause = _FIRST_PAUSE
+                self._reconnect_delay = _FIRST_RECONNECT_DELAY
                 while not self._ended:
                     was_silent = yield from self._listen()
                     last = self._last
                     yield from self._catch_up()
                     if was_silent and self._last != last:
-                        break  # the log grew and the channel kept silent: subscribe anew, the connection may be dead
+                        break  # the log grew while the channel was silent: the connection may be dead
             except DisconnectedError:
-                self._log_is_missing = False  # not known while Redis is away
+                self._log_is_missing = False  # unknown while Redis is away
                 yield from self._ask_database()
                 if not self._ended:
                     self._check_timeout()
                     # Jitter, because a restarted Redis meets all its followers at once.
-                    yield Pause(self._pause * random.uniform(0.5, 1.0))  # noqa: S311
-                    self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+                    yield Sleep(self._reconnect_delay * random.uniform(0.5, 1.0))  # noqa: S311
+                    self._reconnect_delay = min(2 * self._reconnect_delay, _MAX_RECONNECT_DELAY)
 
-    def _catch_up(self) -> Plan:
-        """Deliver what the log has; ask the database if it has nothing new, or not all."""
+    def _catch_up(self) -> FollowerRun:
+        """Deliver what is in the log; ask the database if the log has nothing new or has gaps."""
         last = self._last
         position = str(last) if last is not None else None
         while not self._ended:
             entries: list[LogEntry] = yield ReadLog(position)
             for entry in entries:
-                yield from self._take(entry.payload)
+                yield from self._handle(entry.payload)
             if len(entries) < LOG_PAGE:
                 break
             position = entries[-1].id
@@ -192,7 +191,7 @@ class Follower:
             self._log_is_missing = newest is None
             if newest is not None:
                 self._check_cursor(_stream_id(newest.id))
-                self._ended = newest.id == position and _is_end(newest)  # the reader had everything before
+                self._ended = newest.id == position and _is_end(newest)  # the reader already has the terminal event
         if self._end_is_ahead and not self._has_database:
             raise EventsLostError(f"job {self._job_id} has ended, but events before its end are lost")
         if not self._ended and (self._last == last or self._end_is_ahead):
@@ -200,28 +199,28 @@ class Follower:
         if not self._ended:
             self._check_timeout()
 
-    def _listen(self) -> Generator[Step | Event, Any, bool]:
-        """Deliver what comes on the channel, until an event is missing or nothing comes for a while (True)."""
-        look_again = self._clock() + CHECK_EVERY
+    def _listen(self) -> Generator[Operation | Event, Any, bool]:
+        """Deliver what arrives on the channel; return False when an event is missing, True after a silence."""
+        next_check = self._clock() + CHECK_EVERY
         while not self._ended:
-            seconds = min(look_again, self._heard + self._timeout) - self._clock()
+            seconds = min(next_check, self._delivered_at + self._timeout) - self._clock()
             if seconds <= 0:
                 return True
             payload: bytes | None = yield Listen(seconds)
             if payload is None:
                 continue
             was_behind = self._is_behind
-            place = yield from self._take(payload)
+            place = yield from self._handle(payload)
             if place is Place.NEXT:
-                look_again = self._clock() + CHECK_EVERY
+                next_check = self._clock() + CHECK_EVERY
             elif place is Place.AHEAD and (not was_behind or self._end_is_ahead):
-                # Read the log.  If it has been read for this gap already, it has not got what is missing:
-                # wait for a snapshot, a new attempt, or the next look.
+                # Read the log.  If it has been read for this gap before, the missing event is not in it:
+                # wait for a snapshot, a new attempt, or the next check.
                 return False
         return False
 
-    def _take(self, payload: bytes) -> Generator[Step | Event, Any, Place]:
-        """Deliver the event if it comes next; remember it if others must come before it."""
+    def _handle(self, payload: bytes) -> Generator[Operation | Event, Any, Place]:
+        """Deliver the event if it comes next; remember it if events before it are missing."""
         try:
             event = parse_event(payload)
             place = place_of(event, self._last)
@@ -233,21 +232,21 @@ class Follower:
             self._ahead = event
         return place
 
-    def _deliver(self, event: Event) -> Plan:
+    def _deliver(self, event: Event) -> FollowerRun:
         self._last = event.event_id
-        self._cursor_is_proven = True
+        self._cursor_is_valid = True
         self._ended = is_terminal(event)
         yield event
-        self._heard = self._clock()  # after the reader came back: its own pauses are no silence
+        self._delivered_at = self._clock()  # after the reader came back: its own pauses do not count as silence
 
-    def _ask_database(self) -> Plan:
-        """Tell a job that has ended from its stored result."""
+    def _ask_database(self) -> FollowerRun:
+        """If the job's row says that it has ended, deliver the rest from the stored result."""
         if not self._has_database:
             return
         try:
             summary: JobSummary | None = yield ReadSummary()
             if summary is None:
-                self._check_patience()
+                self._check_not_found()
                 return
             self._check_cursor(EventId(summary.attempt + 1, 0))
             if not summary.status.terminal:
@@ -272,20 +271,20 @@ class Follower:
         return self._is_behind and self._ahead is not None and is_terminal(self._ahead)
 
     def _check_cursor(self, limit: EventId) -> None:
-        if not self._cursor_is_proven and self._last is not None and self._last > limit:
+        if not self._cursor_is_valid and self._last is not None and self._last > limit:
             raise InvalidCursorError(f"'after' is {self._last}, and job {self._job_id} has not come that far")
 
-    def _check_patience(self) -> None:
-        if self._log_is_missing and self._clock() - self._heard >= self._patience:
+    def _check_not_found(self) -> None:
+        if self._log_is_missing and self._clock() - self._delivered_at >= self._not_found_after:
             raise JobNotFoundError(f"there is no job {self._job_id}, neither on Redis nor in the database")
 
     def _check_timeout(self) -> None:
-        if self._clock() - self._heard >= self._timeout:
-            raise FollowTimeoutError(f"nothing was heard of job {self._job_id} for {self._timeout:g} s")
+        if self._clock() - self._delivered_at >= self._timeout:
+            raise FollowTimeoutError(f"no event of job {self._job_id} came for {self._timeout:g} s")
 
 
 def _stored_events(result: CompletionResult, last: EventId | None) -> Iterator[Event]:
-    """Give what a reader at ``last`` lacks of a job that has ended: its output, and its terminal event."""
+    """Yield what a reader at ``last`` lacks of a job that has ended: its output and its terminal event."""
     end = terminal_event(result)
     before = EventId(end.event_id.attempt, end.event_id.n - 1)
     if before.n > 0 and (last is None or last < before):

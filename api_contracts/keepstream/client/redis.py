@@ -1,56 +1,75 @@
-"""The client's way to Redis: what a follower wants done is done here, with redis-py, sync and async.
+"""The client's connections to Redis: performs a follower's operations and leaves cancellation requests.
 
-In: a follower's plan, and requests to cancel, from ``keepstream.client.client``.  Out: the plan's events;
-keys and messages on Redis.  Exists so that every call is bounded in time, and that a follower hears
-of a lost connection: redis-py would reconnect in silence, and events in between would be lost.  The
-only importer of redis-py among the contracts.
+In: a follower's run, and requests to cancel, from ``keepstream.client.sync`` and ``keepstream.client.aio``.
+Out: the run's events; keys and messages on Redis.  The only importer of redis-py in this package.
+
+Every call is bounded in time.  A lost subscription is reported to the follower: redis-py would reconnect
+silently, and the events in between would be lost.
 """
 
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import redis
 import redis.asyncio
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, AuthorizationError, MasterDownError, NoPermissionError, RedisError
+from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
+    ClusterDownError,
+    NoPermissionError,
+    RedisError,
+    ResponseError,
+    TryAgainError,
+)
 from redis.retry import Retry
 
 from keepstream.client.follower import (
     LOG_PAGE,
     DisconnectedError,
+    FollowerRun,
     Listen,
     LogEntry,
-    Pause,
-    Plan,
+    Operation,
     ReadLog,
     ReadNewest,
     ReadResult,
     ReadSummary,
-    Step,
+    Sleep,
     Subscribe,
 )
-from keepstream.errors import BrokerUnavailableError, InvalidSettingError, StoreUnavailableError
+from keepstream.errors import BrokerUnavailableError, InvalidSettingError, KeepstreamError
 from keepstream.events import Event
 from keepstream.names import JobKeys
 
-#: Seconds; little is asked of Redis at a time, so what takes longer than this is an outage.
+#: Seconds; each command is small, so a longer wait means an outage.
 _ANSWER_TIMEOUT: Final = 2.0
 _TIMEOUTS: Final[dict[str, Any]] = {"socket_connect_timeout": 1.0, "socket_timeout": _ANSWER_TIMEOUT}
-#: Connections for commands; who finds all of them busy waits at most ``timeout`` seconds for one.
+#: Connections for commands; a caller that finds all of them busy waits at most ``timeout`` seconds for one.
 _COMMAND_POOL: Final[dict[str, Any]] = {**_TIMEOUTS, "max_connections": 20, "timeout": 5.0}
-#: Each follower has a connection of its own, so that a slow reader holds up nobody else.
+#: Each follower has a connection of its own, so that a slow reader delays nobody else.
 _SUBSCRIPTION_POOL: Final[dict[str, Any]] = {**_TIMEOUTS, "max_connections": 100_000}
-_CANCEL_KEPT: Final = 86_400  #: Seconds for which a request to cancel waits for its job.
+_CANCEL_TTL: Final = 86_400  #: Seconds for which a request to cancel waits for its job.
 _BAD_URL: Final = "the Redis URL cannot be used; it looks like redis://host:6379/0"
 
+#: Errors that pass; each is one for the follower to wait out.
+_OUTAGES: Final = (redis.ConnectionError, redis.TimeoutError, ClusterDownError, TryAgainError, OSError)
+
 T = TypeVar("T")
+DatabaseRead = ReadSummary | ReadResult  #: What the database performs, through a function of the client's.
+_Call = partial[Any]  #: A call that a session wants made; whoever drives the session sends back the result.
 
 
-class Live:
-    """Redis for one client, from any thread."""
+class RedisConnections:
+    """One client's connections to Redis. Thread-safe; connects when first used.
+
+    Raises:
+        InvalidSettingError: the URL cannot be used.
+    """
 
     def __init__(self, url: str) -> None:
         try:
@@ -63,49 +82,29 @@ class Live:
         except ValueError:
             raise InvalidSettingError(_BAD_URL) from None
 
-    def run(
-        self, plan: Plan, keys: JobKeys, ask_database: Callable[[ReadSummary | ReadResult], Any]
-    ) -> Generator[Event]:
-        """Perform a follower's plan and give its events."""
-        pubsub = self._subscriptions.pubsub()
-
-        def perform(step: Step) -> Any:
-            nonlocal pubsub
-            match step:
-                case Subscribe():
-                    pubsub.close()
-                    pubsub = self._subscriptions.pubsub()
-                    pubsub.subscribe(keys.channel)
-                    _check_confirmed(pubsub.get_message(timeout=_ANSWER_TIMEOUT))
-                case Listen(seconds):
-                    return _payload(pubsub.get_message(timeout=seconds))
-                case ReadLog(after):
-                    return _entries(self._commands.xrange(keys.log, _after(after), count=LOG_PAGE))
-                case ReadNewest():
-                    return next(iter(_entries(self._commands.xrevrange(keys.log, count=1))), None)
-                case Pause(seconds):
-                    time.sleep(seconds)
-                case ReadSummary() | ReadResult():
-                    return ask_database(step)
-            return None
-
+    def follow(self, run: FollowerRun, keys: JobKeys, read: Callable[[DatabaseRead], Any]) -> Generator[Event]:
+        """Perform a follower's run and yield its events; ``read`` asks the database."""
+        session = _Session(
+            self._commands, self._subscriptions, keys, read=read, sleep=time.sleep, close=redis.client.PubSub.close
+        )
+        steps = session.perform(run)
         try:
-            step = next(plan)
+            step = next(steps)
             while True:
-                if not isinstance(step, Step):
+                if not isinstance(step, partial):
                     yield step
-                    step = next(plan)
+                    step = next(steps)
                     continue
                 try:
-                    answer = perform(step)
-                except Exception as error:  # noqa: BLE001  # what the plan does not know comes out of it again
-                    step = plan.throw(_for_the_plan(error))
+                    result = step()
+                except Exception as error:  # noqa: BLE001  # the session decides what it means
+                    step = steps.throw(error)
                 else:
-                    step = plan.send(answer)
+                    step = steps.send(result)
         except StopIteration:
             return
         finally:
-            pubsub.close()
+            session.pubsub.close()
 
     def request_cancel(self, keys: JobKeys, control_channel: str, message: str) -> None:
         """Leave a request to cancel for whoever claims the job, and tell the workers to look at once.
@@ -115,10 +114,10 @@ class Live:
         """
         try:
             with self._commands.pipeline(transaction=False) as pipeline:
-                pipeline.set(keys.cancel, 1, ex=_CANCEL_KEPT)
+                pipeline.set(keys.cancel, 1, ex=_CANCEL_TTL)
                 pipeline.publish(control_channel, message)
                 pipeline.execute()
-        except RedisError as error:
+        except (RedisError, OSError) as error:
             raise BrokerUnavailableError(f"Redis did not take the cancellation ({type(error).__name__})") from None
 
     def close(self) -> None:
@@ -127,8 +126,12 @@ class Live:
         self._subscriptions.close()
 
 
-class AsyncLive:
-    """Redis for one async client, on its event loop. The counterpart of ``Live``, line by line."""
+class AsyncRedisConnections:
+    """The same for an async client, on its event loop.
+
+    Raises:
+        InvalidSettingError: the URL cannot be used.
+    """
 
     def __init__(self, url: str) -> None:
         try:
@@ -141,49 +144,36 @@ class AsyncLive:
         except ValueError:
             raise InvalidSettingError(_BAD_URL) from None
 
-    async def run(
-        self, plan: Plan, keys: JobKeys, ask_database: Callable[[ReadSummary | ReadResult], Awaitable[Any]]
+    async def follow(
+        self, run: FollowerRun, keys: JobKeys, read: Callable[[DatabaseRead], Awaitable[Any]]
     ) -> AsyncGenerator[Event]:
-        """Perform a follower's plan and give its events."""
-        pubsub = self._subscriptions.pubsub()
-
-        async def perform(step: Step) -> Any:
-            nonlocal pubsub
-            match step:
-                case Subscribe():
-                    await pubsub.aclose()
-                    pubsub = self._subscriptions.pubsub()
-                    await pubsub.subscribe(keys.channel)
-                    _check_confirmed(await pubsub.get_message(timeout=_ANSWER_TIMEOUT))
-                case Listen(seconds):
-                    return _payload(await pubsub.get_message(timeout=seconds))
-                case ReadLog(after):
-                    return _entries(await self._commands.xrange(keys.log, _after(after), count=LOG_PAGE))
-                case ReadNewest():
-                    return next(iter(_entries(await self._commands.xrevrange(keys.log, count=1))), None)
-                case Pause(seconds):
-                    await asyncio.sleep(seconds)
-                case ReadSummary() | ReadResult():
-                    return await ask_database(step)
-            return None
-
+        """Perform a follower's run and yield its events; ``read`` asks the database."""
+        session = _Session(
+            self._commands,
+            self._subscriptions,
+            keys,
+            read=read,
+            sleep=asyncio.sleep,
+            close=redis.asyncio.client.PubSub.aclose,
+        )
+        steps = session.perform(run)
         try:
-            step = next(plan)
+            step = next(steps)
             while True:
-                if not isinstance(step, Step):
+                if not isinstance(step, partial):
                     yield step
-                    step = next(plan)
+                    step = next(steps)
                     continue
                 try:
-                    answer = await _cancellable(perform(step))
-                except Exception as error:  # noqa: BLE001  # what the plan does not know comes out of it again
-                    step = plan.throw(_for_the_plan(error))
+                    result = await _cancellable(step())
+                except Exception as error:  # noqa: BLE001  # the session decides what it means
+                    step = steps.throw(error)
                 else:
-                    step = plan.send(answer)
+                    step = steps.send(result)
         except StopIteration:
             return
         finally:
-            await pubsub.aclose()
+            await session.pubsub.aclose()
 
     async def close(self) -> None:
         """Close all connections."""
@@ -191,11 +181,76 @@ class AsyncLive:
         await self._subscriptions.aclose()
 
 
-async def _cancellable(work: Awaitable[T]) -> T:
-    """Await ``work``, and be cancelled if a cancellation was swallowed in it.
+class _Session:
+    """Turns one follower's operations into calls of redis-py, for the sync and the async form alike.
 
-    redis-py uses ``asyncio.wait_for``, which before Python 3.12 swallows one that comes at the very
-    moment at which its own wait is over.
+    Both forms of redis-py have the same methods, but those of the async one return awaitables.  So a session
+    makes no call itself: it yields the call, and is sent the result or thrown the exception.
+    """
+
+    def __init__(
+        self,
+        commands: Any,
+        subscriptions: Any,
+        keys: JobKeys,
+        *,
+        read: Callable[[DatabaseRead], Any],
+        sleep: Callable[[float], Any],
+        close: Callable[[Any], Any],
+    ) -> None:
+        self.pubsub = subscriptions.pubsub()  #: The present subscription; whoever drives the session closes it.
+        self._commands = commands
+        self._subscriptions = subscriptions
+        self._keys = keys
+        self._read = read
+        self._sleep = sleep
+        self._close = close
+
+    def perform(self, run: FollowerRun) -> Generator[_Call | Event, Any, None]:
+        """Yield the calls that ``run`` needs, and its events."""
+        try:
+            item = next(run)
+            while True:
+                if not isinstance(item, Operation):
+                    yield item
+                    item = next(run)
+                    continue
+                try:
+                    result = yield from self._perform(item)
+                except Exception as error:  # noqa: BLE001  # what the follower does not handle, it raises again
+                    item = run.throw(_translate(error))
+                else:
+                    item = run.send(result)
+        except StopIteration:
+            return
+
+    def _perform(self, operation: Operation) -> Generator[_Call, Any, Any]:
+        match operation:
+            case Listen(seconds):
+                return _payload((yield partial(self.pubsub.get_message, timeout=seconds)))
+            case Subscribe():
+                yield partial(self._close, self.pubsub)
+                self.pubsub = self._subscriptions.pubsub()
+                yield partial(self.pubsub.subscribe, self._keys.channel)
+                _check_confirmed((yield partial(self.pubsub.get_message, timeout=_ANSWER_TIMEOUT)))
+            case ReadLog(after):
+                start = "-" if after is None else f"({after}"
+                return _entries((yield partial(self._commands.xrange, self._keys.log, start, count=LOG_PAGE)))
+            case ReadNewest():
+                entries = _entries((yield partial(self._commands.xrevrange, self._keys.log, count=1)))
+                return entries[0] if entries else None
+            case Sleep(seconds):
+                yield partial(self._sleep, seconds)
+            case ReadSummary() | ReadResult():
+                return (yield partial(self._read, operation))
+        return None
+
+
+async def _cancellable(work: Awaitable[T]) -> T:
+    """Await ``work``, and raise ``CancelledError`` if a cancellation was swallowed in it.
+
+    redis-py uses ``asyncio.wait_for``, which before Python 3.12 swallows a cancellation that comes at the
+    very moment at which its own wait ends.
     """
     task = asyncio.current_task()
     before = task.cancelling() if task is not None else 0
@@ -214,27 +269,35 @@ def _check_confirmed(message: dict[str, Any] | None) -> None:
 def _payload(message: dict[str, Any] | None) -> bytes | None:
     if message is None:
         return None
-    if message["type"] != "message":  # a second confirmation: the connection is a new one
+    if message["type"] != "message":  # a second confirmation: redis-py has made a new connection
         raise DisconnectedError
     return bytes(message["data"])
-
-
-def _after(event_id: str | None) -> str:
-    return "-" if event_id is None else f"({event_id}"
 
 
 def _entries(reply: Any) -> list[LogEntry]:
     return [LogEntry(entry_id.decode(), fields.get(b"event", b"")) for entry_id, fields in reply]
 
 
-def _for_the_plan(error: Exception) -> Exception:
-    """An outage of Redis becomes ``DisconnectedError``, which the plan survives; a refusal says what to change."""
-    if isinstance(error, StoreUnavailableError):  # an OSError too, but the database's
+def _translate(error: Exception) -> Exception:
+    """Return what the follower is thrown: ``DisconnectedError`` for an outage, which it survives.
+
+    What waiting does not mend becomes an ``InvalidSettingError`` that says what to change.
+    """
+    if isinstance(error, KeepstreamError):  # StoreUnavailableError is an OSError too, but not an outage of Redis
         return error
     if isinstance(error, AuthenticationError | AuthorizationError | NoPermissionError):
         return InvalidSettingError(
             f"Redis does not let this user follow the job ({type(error).__name__}); check the user and password of the"
             " Redis URL, and that its ACL allows the tenant's log and channel"
         )
-    is_outage = isinstance(error, redis.ConnectionError | redis.TimeoutError | MasterDownError | OSError)
-    return DisconnectedError() if is_outage else error
+    # "BUSY": Redis is running somebody's script.
+    if isinstance(error, _OUTAGES) or (isinstance(error, ResponseError) and str(error).startswith("BUSY")):
+        return DisconnectedError()
+    if isinstance(error, RedisError):
+        # Only an error reply is repeated: other messages may quote what was read.
+        reply = f": {str(error)[:200]}" if isinstance(error, ResponseError) else ""
+        return InvalidSettingError(
+            f"Redis cannot be used to follow the job ({type(error).__name__}{reply});"
+            " check the Redis URL and the prefix"
+        )
+    return error

@@ -1,8 +1,9 @@
-"""The sender: puts a job's message on the Celery queue, within seconds or not at all.
+"""The sender: puts jobs on the Celery queue, within seconds or not at all.
 
-In: jobs, from the client and from a worker's sweeper.  Out: messages in Celery's protocol 2 on the
-queue.  Exists because a plain ``send_task`` waits without limit when the broker accepts a connection
-and then says nothing; the only importer of Celery among the contracts.
+In: jobs, from the client and from a worker's sweeper.  Out: messages in Celery's protocol 2 on the queue.
+The only importer of Celery in this package.
+
+A plain ``send_task`` would wait without limit for a broker that accepts a connection and then never answers.
 """
 
 from collections.abc import Iterable
@@ -16,12 +17,16 @@ from keepstream import names
 from keepstream.errors import BrokerUnavailableError, InvalidSettingError
 
 _CONNECT_TIMEOUT: Final = 1.0  #: Seconds; a broker that does not even accept a connection is down.
-_ANSWER_TIMEOUT: Final = 2.0  #: Seconds; a push is answered in microseconds, so this is generous.
-_CONNECTIONS: Final = 10  #: Sends at the same time; further ones wait, no longer than for an answer.
+_ANSWER_TIMEOUT: Final = 2.0  #: Seconds; a push normally takes microseconds, so this is generous.
+_CONNECTIONS: Final = 10  #: Sends at the same time; further ones wait, at most ``_ANSWER_TIMEOUT``.
 
 
 class Sender:
-    """Sends jobs to one queue. Thread-safe; connects when it is first used."""
+    """Sends jobs to one queue. Thread-safe; connects when it is first used.
+
+    Raises:
+        InvalidSettingError: the broker URL cannot be used.
+    """
 
     def __init__(self, broker_url: str, queue: str = names.QUEUE) -> None:
         if "cluster" in broker_url.partition("://")[0]:
@@ -36,7 +41,7 @@ class Sender:
             accept_content=["json"],
             task_protocol=2,
             task_ignore_result=True,
-            task_publish_retry=False,  # with a database the row waits for the sweeper; without, the caller decides
+            task_publish_retry=False,  # with a database a sweeper resends it; without, the caller decides
             broker_connection_retry=False,
             broker_transport_options={
                 "socket_connect_timeout": _CONNECT_TIMEOUT,
@@ -47,7 +52,12 @@ class Sender:
         )
         try:
             connection = self._app.connection_for_write()
-        except (KeyError, ValueError, ImportError):
+            # The broker's own exceptions, which Kombu does not always translate.  Its list for Redis has KeyError as
+            # well, which would hide our own mistakes.
+            self._broker_errors = tuple(
+                error for error in (*connection.connection_errors, *connection.channel_errors) if error is not KeyError
+            )
+        except (KeyError, ValueError):
             raise InvalidSettingError("the broker URL cannot be used; it looks like redis://host:6379/0") from None
         # Not Celery's own pools: those are shared by the whole process, so closing them would hurt others.
         self._connections = connection.Pool(limit=_CONNECTIONS)
@@ -57,13 +67,13 @@ class Sender:
         """Send one job, given as ``Job.to_wire()`` returns it.
 
         Raises:
-            BrokerUnavailableError: the broker did not take it in time, as far as we know: a message
-                that timed out may still be there, and a worker drops the duplicate.
+            BrokerUnavailableError: the broker refused it or did not confirm it in time.  A message that timed
+                out may still be on the queue; a worker drops the duplicate.
         """
         self.send_many([job])
 
     def send_many(self, jobs: Iterable[dict[str, Any]]) -> None:
-        """Send jobs together; either the broker took all, or the error says that it may not have.
+        """Send jobs together. After an error, some of them may still be on the queue.
 
         Raises:
             BrokerUnavailableError: as for ``send``.
@@ -80,8 +90,8 @@ class Sender:
                         argsrepr=f"({job['id']},)",  # Celery's own repr would show the prompt in logs
                         kwargsrepr="{}",
                     )
-        except (KombuError, OperationalError, OSError, TimeoutError) as error:
-            raise BrokerUnavailableError(f"the broker did not take the job in time ({type(error).__name__})") from None
+        except (KombuError, OperationalError, OSError, *self._broker_errors) as error:
+            raise BrokerUnavailableError(f"the broker did not take the job ({type(error).__name__})") from None
 
     def close(self) -> None:
         """Close the connections."""

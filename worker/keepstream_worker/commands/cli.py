@@ -27,7 +27,7 @@ except ModuleNotFoundError:  # installed for the contract or the client alone
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from keepstream.client.client import Client
+    from keepstream import Client
     from keepstream.events import Event
     from keepstream_worker.settings import Settings
 
@@ -591,7 +591,7 @@ def _settings() -> "Settings":
 
 def _client(tenant: str) -> "Client":
     """Return a client for the same services as a worker in this environment."""
-    from keepstream.client.client import Client
+    from keepstream import Client
 
     settings = _settings()
     path = settings.database_url.removeprefix("sqlite:///").partition("?")[0]

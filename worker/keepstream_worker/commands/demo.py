@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from keepstream.client.client import Client
+from keepstream import Client
 from keepstream.errors import KeepstreamError
 from keepstream.names import QUEUE, job_keys
 from keepstream.results import CompletionResult, JobStatus, output_sha256

@@ -1,0 +1,101 @@
+"""The async client: ``Client`` for asyncio.
+
+In: calls of a service, on its event loop.  Out: typed events and results to the caller; jobs on the queue and
+in the database.  Events arrive over the event loop; database and broker have blocking drivers and are called
+in threads.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, Final, ParamSpec, Self, TypeVar
+
+from keepstream import names
+from keepstream.client.base import FOLLOW_TIMEOUT, NOT_FOUND_AFTER, BaseClient
+from keepstream.client.redis import AsyncRedisConnections
+from keepstream.events import Event
+from keepstream.jobs import Job
+from keepstream.results import CompletionResult, JobStatus, JobSummary
+
+_MAX_THREADS: Final = 8  #: Database and broker calls of one client at the same time.
+
+P = ParamSpec("P")
+T = TypeVar("T")
+JobSummaries = list[JobSummary]  # inside the class, "list" is the method
+
+
+class AsyncClient(BaseClient):
+    """``Client`` for asyncio: the same arguments, and the same methods to be awaited."""
+
+    def __init__(
+        self,
+        redis_url: str,
+        *,
+        broker_url: str | None = None,
+        database_url: str | None = None,
+        tenant: str = names.DEFAULT_TENANT,
+        prefix: str = names.PREFIX,
+        queue: str = names.QUEUE,
+    ) -> None:
+        super().__init__(
+            redis_url, broker_url=broker_url, database_url=database_url, tenant=tenant, prefix=prefix, queue=queue
+        )
+        self._async_redis = AsyncRedisConnections(redis_url)
+        self._threads = ThreadPoolExecutor(_MAX_THREADS, thread_name_prefix="keepstream-client")
+
+    async def enqueue(self, job: Job | Mapping[str, Any] | None = None, /, **fields: Any) -> str:
+        """Accept a job; see ``Client.enqueue``."""
+        return await self._in_thread(self._enqueue, job, fields)
+
+    def follow(
+        self,
+        job_id: str,
+        after: str | None = None,
+        *,
+        timeout: float = FOLLOW_TIMEOUT,
+        not_found_after: float = NOT_FOUND_AFTER,
+    ) -> AsyncGenerator[Event]:
+        """Iterate over a job's events; see ``Client.follow``."""
+        return self._async_redis.follow(
+            self._run_follower(job_id, after, timeout, not_found_after),
+            self._keys(job_id),
+            partial(self._in_thread, partial(self._read_for_follower, job_id)),
+        )
+
+    async def cancel(self, job_id: str) -> JobStatus | None:
+        """Cancel a job; see ``Client.cancel``."""
+        return await self._in_thread(self._cancel, job_id)
+
+    async def get(self, job_id: str) -> CompletionResult | None:
+        """Return a job with everything stored about it; see ``Client.get``."""
+        return await self._in_thread(self._get, job_id)
+
+    async def list(
+        self,
+        *,
+        status: JobStatus | None = None,
+        model: str | None = None,
+        provider: str | None = None,
+        before: str | None = None,
+        limit: int = 50,
+    ) -> JobSummaries:
+        """Return the tenant's jobs, newest first; see ``Client.list``."""
+        return await self._in_thread(
+            self._list, status=status, model=model, provider=provider, before=before, limit=limit
+        )
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._async_redis.close()
+        await self._in_thread(self._close)
+        self._threads.shutdown(wait=False)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def _in_thread(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(call, *args, **kwargs))

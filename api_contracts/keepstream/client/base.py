@@ -1,0 +1,204 @@
+"""What the sync and the async client share: everything but the way in which they wait.
+
+In: the arguments of a client and of its calls.  Out: jobs on the queue and in the database, requests to
+cancel, stored results, and the follower's runs, to ``keepstream.client.sync`` and ``keepstream.client.aio``.
+"""
+
+import contextlib
+import difflib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, Final, Self
+
+from keepstream import names
+from keepstream.client import queries
+from keepstream.client.database import ClientDatabase
+from keepstream.client.follower import Follower, FollowerRun, ReadResult, ReadSummary, parse_cursor
+from keepstream.client.redis import RedisConnections
+from keepstream.client.sender import Sender
+from keepstream.errors import (
+    BrokerUnavailableError,
+    InvalidJobError,
+    InvalidSettingError,
+    JobNotFoundError,
+    NotConfiguredError,
+    StoreUnavailableError,
+)
+from keepstream.jobs import Job, parse_job
+from keepstream.results import CompletionResult, JobStatus, JobSummary
+
+FOLLOW_TIMEOUT: Final = 600.0  #: Seconds; a reasoning model may be silent for minutes.
+NOT_FOUND_AFTER: Final = 10.0  #: Seconds; a job sent without a row is unknown until a worker claims it.
+
+_EXAMPLE_URL: Final = "redis://host:6379/0"
+_VARIABLES: Final = (
+    names.ENV_REDIS_URL,
+    names.ENV_BROKER_URL,
+    names.ENV_DATABASE_URL,
+    names.ENV_PREFIX,
+    names.ENV_QUEUE,
+)
+
+
+class BaseClient:
+    """The jobs of one tenant; see ``Client`` for the arguments. Thread-safe.
+
+    Its methods block: the async client calls them in threads.
+    """
+
+    def __init__(
+        self,
+        redis_url: str,
+        *,
+        broker_url: str | None = None,
+        database_url: str | None = None,
+        tenant: str = names.DEFAULT_TENANT,
+        prefix: str = names.PREFIX,
+        queue: str = names.QUEUE,
+    ) -> None:
+        if re.fullmatch(names.ID_PATTERN, tenant) is None:
+            raise InvalidSettingError("a tenant consists of letters, digits, '.', '_' and '-', at most 128 of them")
+        if not redis_url:  # or None, from a variable that is not set
+            raise InvalidSettingError(f"redis_url ({names.ENV_REDIS_URL}) is missing; it looks like {_EXAMPLE_URL}")
+        self.tenant = tenant
+        self._prefix = prefix
+        self._queue = queue
+        with _setting("redis_url", names.ENV_REDIS_URL):
+            self._redis = RedisConnections(redis_url)
+        with _setting("broker_url", names.ENV_BROKER_URL) if broker_url else _setting("redis_url", names.ENV_REDIS_URL):
+            self._sender = Sender(broker_url or redis_url, queue)
+        with _setting("database_url", names.ENV_DATABASE_URL):
+            self._database = None if database_url is None else ClientDatabase(database_url)
+
+    @classmethod
+    def from_env(cls, tenant: str = names.DEFAULT_TENANT) -> Self:
+        """Make a client from ``KEEPSTREAM_REDIS_URL`` and, if set, those for broker, database, prefix and queue.
+
+        Raises:
+            NotConfiguredError: ``KEEPSTREAM_REDIS_URL`` is not set.
+            InvalidSettingError: a variable's value cannot be used.
+        """
+        redis_url = os.environ.get(names.ENV_REDIS_URL)
+        if not redis_url:
+            raise NotConfiguredError(
+                f"{names.ENV_REDIS_URL} is not set; it looks like {_EXAMPLE_URL}{_misspelt(names.ENV_REDIS_URL)}"
+            )
+        return cls(
+            redis_url,
+            broker_url=os.environ.get(names.ENV_BROKER_URL) or None,
+            database_url=os.environ.get(names.ENV_DATABASE_URL) or None,
+            tenant=tenant,
+            prefix=os.environ.get(names.ENV_PREFIX) or names.PREFIX,
+            queue=os.environ.get(names.ENV_QUEUE) or names.QUEUE,
+        )
+
+    def _enqueue(self, job: Job | Mapping[str, Any] | None, fields: dict[str, Any]) -> str:
+        accepted = self._own_job(job, fields)
+        accepted.to_json()  # refuses what is no JSON or too large, before anything is written
+        if self._database is None:
+            self._sender.send(accepted.to_wire())
+            return accepted.id
+        with self._database.transaction() as connection:
+            is_new = queries.enqueue(connection, accepted, self._queue)
+        if is_new:
+            try:
+                self._sender.send(accepted.to_wire())
+            except BrokerUnavailableError:
+                # The row is what counts.  If this fails as well, a sweeper still finds it, half a minute later.
+                with contextlib.suppress(StoreUnavailableError), self._database.transaction() as connection:
+                    queries.send_again(connection, accepted.tenant, accepted.id)
+        return accepted.id
+
+    def _own_job(self, job: Job | Mapping[str, Any] | None, fields: dict[str, Any]) -> Job:
+        if job is not None and fields:
+            raise InvalidJobError("give a job or keyword arguments, not both")
+        own = job if isinstance(job, Job) else parse_job({"tenant": self.tenant, **(job or fields)})
+        if own.tenant != self.tenant:
+            raise InvalidJobError(f"tenant: the job is of '{own.tenant}', and this client is for '{self.tenant}'")
+        return own
+
+    def _run_follower(self, job_id: str, after: str | None, timeout: float, not_found_after: float) -> FollowerRun:
+        """Return the run of a new follower; its operations are performed by the client's Redis connections."""
+        return Follower(
+            job_id,
+            parse_cursor(after),
+            has_database=self._database is not None,
+            timeout=timeout,
+            not_found_after=not_found_after,
+        ).run()
+
+    def _read_for_follower(
+        self, job_id: str, operation: ReadSummary | ReadResult
+    ) -> JobSummary | CompletionResult | None:
+        with self._required_database().transaction() as connection:
+            query = queries.get_summary if isinstance(operation, ReadSummary) else queries.get
+            return query(connection, self.tenant, job_id)
+
+    def _cancel(self, job_id: str) -> JobStatus | None:
+        keys = self._keys(job_id)
+        status = None
+        if self._database is not None:
+            with self._database.transaction() as connection:
+                status = queries.cancel(connection, self.tenant, job_id)
+        try:
+            message = json.dumps({"tenant": self.tenant, "job_id": job_id})
+            self._redis.request_cancel(keys, names.control_channel(self._prefix), message)
+        except BrokerUnavailableError:
+            if status is None:
+                raise
+        return status
+
+    def _get(self, job_id: str) -> CompletionResult | None:
+        with self._required_database().transaction() as connection:
+            return queries.get(connection, self.tenant, job_id)
+
+    def _list(
+        self,
+        *,
+        status: JobStatus | None,
+        model: str | None,
+        provider: str | None,
+        before: str | None,
+        limit: int,
+    ) -> list[JobSummary]:
+        with self._required_database().transaction() as connection:
+            return queries.list_jobs(
+                connection, self.tenant, status=status, model=model, provider=provider, before=before, limit=limit
+            )
+
+    def _close(self) -> None:
+        self._sender.close()
+        self._redis.close()
+        if self._database is not None:
+            self._database.close()
+
+    def _keys(self, job_id: str) -> names.JobKeys:
+        if re.fullmatch(names.ID_PATTERN, job_id) is None:
+            raise JobNotFoundError("no job has such an id: ids consist of letters, digits, '.', '_' and '-'")
+        return names.job_keys(self.tenant, job_id, self._prefix)
+
+    def _required_database(self) -> ClientDatabase:
+        if self._database is None:
+            raise NotConfiguredError(
+                f"this needs a database: give database_url or set {names.ENV_DATABASE_URL}"
+                f"{_misspelt(names.ENV_DATABASE_URL)}"
+            )
+        return self._database
+
+
+@contextlib.contextmanager
+def _setting(argument: str, variable: str) -> Iterator[None]:
+    """Have the error about a setting name the argument and the environment variable that it comes from."""
+    try:
+        yield
+    except InvalidSettingError as error:
+        raise InvalidSettingError(f"{argument} ({variable}): {error}") from None
+
+
+def _misspelt(variable: str) -> str:
+    """Return a hint for an error message if a variable is set whose name is nearly ``variable``."""
+    others = {name.upper(): name for name in os.environ if name not in _VARIABLES}
+    similar = difflib.get_close_matches(variable, others, n=1, cutoff=0.85)
+    return f" ({others[similar[0]]} is set: is that the one you mean?)" if similar else ""
