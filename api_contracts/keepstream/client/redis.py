@@ -61,7 +61,8 @@ _OUTAGES: Final = (redis.ConnectionError, redis.TimeoutError, ClusterDownError, 
 
 T = TypeVar("T")
 DatabaseRead = ReadSummary | ReadResult  #: What the database performs, through a function of the client's.
-_Call = partial[Any]  #: A call that a session wants made; whoever drives the session sends back the result.
+#: A call to make, and what to do with its reply, which the async form has to await first.
+_Call = tuple[Callable[[], Any], Callable[[Any], Any]]
 
 
 class RedisConnections:
@@ -87,20 +88,21 @@ class RedisConnections:
         session = _Session(
             self._commands, self._subscriptions, keys, read=read, sleep=time.sleep, close=redis.client.PubSub.close
         )
-        steps = session.perform(run)
+        result = None
         try:
-            step = next(steps)
+            step = next(run)
             while True:
-                if not isinstance(step, partial):
+                if not isinstance(step, Operation):
                     yield step
-                    step = next(steps)
+                    step = next(run)
                     continue
                 try:
-                    result = step()
-                except Exception as error:  # noqa: BLE001  # the session decides what it means
-                    step = steps.throw(error)
+                    for call, read_reply in session.calls(step):
+                        result = read_reply(call())
+                except Exception as error:  # noqa: BLE001  # what the follower does not handle, it raises again
+                    step = run.throw(_translate(error))
                 else:
-                    step = steps.send(result)
+                    step = run.send(result)
         except StopIteration:
             return
         finally:
@@ -156,20 +158,21 @@ class AsyncRedisConnections:
             sleep=asyncio.sleep,
             close=redis.asyncio.client.PubSub.aclose,
         )
-        steps = session.perform(run)
+        result = None
         try:
-            step = next(steps)
+            step = next(run)
             while True:
-                if not isinstance(step, partial):
+                if not isinstance(step, Operation):
                     yield step
-                    step = next(steps)
+                    step = next(run)
                     continue
                 try:
-                    result = await _cancellable(step())
-                except Exception as error:  # noqa: BLE001  # the session decides what it means
-                    step = steps.throw(error)
+                    for call, read_reply in session.calls(step):
+                        result = read_reply(await _cancellable(call()))
+                except Exception as error:  # noqa: BLE001  # what the follower does not handle, it raises again
+                    step = run.throw(_translate(error))
                 else:
-                    step = steps.send(result)
+                    step = run.send(result)
         except StopIteration:
             return
         finally:
@@ -185,7 +188,7 @@ class _Session:
     """Turns one follower's operations into calls of redis-py, for the sync and the async form alike.
 
     Both forms of redis-py have the same methods, but those of the async one return awaitables.  So a session
-    makes no call itself: it yields the call, and is sent the result or thrown the exception.
+    makes no call itself: it returns them to the ``follow`` of either form, which does.
     """
 
     def __init__(
@@ -198,7 +201,7 @@ class _Session:
         sleep: Callable[[float], Any],
         close: Callable[[Any], Any],
     ) -> None:
-        self.pubsub = subscriptions.pubsub()  #: The present subscription; whoever drives the session closes it.
+        self.pubsub = subscriptions.pubsub()  #: The present subscription; ``follow`` closes it at the end.
         self._commands = commands
         self._subscriptions = subscriptions
         self._keys = keys
@@ -206,44 +209,28 @@ class _Session:
         self._sleep = sleep
         self._close = close
 
-    def perform(self, run: FollowerRun) -> Generator[_Call | Event, Any, None]:
-        """Yield the calls that ``run`` needs, and its events."""
-        try:
-            item = next(run)
-            while True:
-                if not isinstance(item, Operation):
-                    yield item
-                    item = next(run)
-                    continue
-                try:
-                    result = yield from self._perform(item)
-                except Exception as error:  # noqa: BLE001  # what the follower does not handle, it raises again
-                    item = run.throw(_translate(error))
-                else:
-                    item = run.send(result)
-        except StopIteration:
-            return
-
-    def _perform(self, operation: Operation) -> Generator[_Call, Any, Any]:
+    def calls(self, operation: Operation) -> tuple[_Call, ...]:
+        """Return the calls that perform ``operation``; the last one gives its result."""
         match operation:
             case Listen(seconds):
-                return _payload((yield partial(self.pubsub.get_message, timeout=seconds)))
+                return ((partial(self.pubsub.get_message, timeout=seconds), _payload),)
             case Subscribe():
-                yield partial(self._close, self.pubsub)
-                self.pubsub = self._subscriptions.pubsub()
-                yield partial(self.pubsub.subscribe, self._keys.channel)
-                _check_confirmed((yield partial(self.pubsub.get_message, timeout=_ANSWER_TIMEOUT)))
+                previous, self.pubsub = self.pubsub, self._subscriptions.pubsub()
+                return (
+                    (partial(self._close, previous), _ignore),
+                    (partial(self.pubsub.subscribe, self._keys.channel), _ignore),
+                    (partial(self.pubsub.get_message, timeout=_ANSWER_TIMEOUT), _check_confirmed),
+                )
             case ReadLog(after):
                 start = "-" if after is None else f"({after}"
-                return _entries((yield partial(self._commands.xrange, self._keys.log, start, count=LOG_PAGE)))
+                return ((partial(self._commands.xrange, self._keys.log, start, count=LOG_PAGE), _entries),)
             case ReadNewest():
-                entries = _entries((yield partial(self._commands.xrevrange, self._keys.log, count=1)))
-                return entries[0] if entries else None
+                return ((partial(self._commands.xrevrange, self._keys.log, count=1), _first_entry),)
             case Sleep(seconds):
-                yield partial(self._sleep, seconds)
+                return ((partial(self._sleep, seconds), _ignore),)
             case ReadSummary() | ReadResult():
-                return (yield partial(self._read, operation))
-        return None
+                return ((partial(self._read, operation), _unchanged),)
+        raise TypeError(f"no such operation: {type(operation).__name__}")
 
 
 async def _cancellable(work: Awaitable[T]) -> T:
@@ -261,6 +248,14 @@ async def _cancellable(work: Awaitable[T]) -> T:
             raise asyncio.CancelledError
 
 
+def _ignore(_reply: Any) -> None:
+    return None
+
+
+def _unchanged(reply: Any) -> Any:
+    return reply
+
+
 def _check_confirmed(message: dict[str, Any] | None) -> None:
     if message is None or message["type"] != "subscribe":
         raise DisconnectedError
@@ -276,6 +271,10 @@ def _payload(message: dict[str, Any] | None) -> bytes | None:
 
 def _entries(reply: Any) -> list[LogEntry]:
     return [LogEntry(entry_id.decode(), fields.get(b"event", b"")) for entry_id, fields in reply]
+
+
+def _first_entry(reply: Any) -> LogEntry | None:
+    return next(iter(_entries(reply)), None)
 
 
 def _translate(error: Exception) -> Exception:
