@@ -225,6 +225,24 @@ def test_many_threads_get_their_answer_within_the_bound_too(own_valkey: Embedded
         assert max(pool.map(enqueue, range(30))) < 2 * BOUND
 
 
+def test_a_job_that_the_broker_refuses_is_an_error_of_ours(own_valkey: EmbeddedValkey, database_url: str) -> None:
+    with (
+        redis.Redis.from_url(own_valkey.url) as connection,
+        Client(own_valkey.url) as bare,
+        Client(own_valkey.url, database_url=make_tables(database_url)) as full,
+    ):
+        connection.set(names.QUEUE, "somebody else's")  # WRONGTYPE
+        with pytest.raises(BrokerUnavailableError):
+            bare.enqueue(model="m", messages=MESSAGES)
+        full.enqueue(model="m", messages=MESSAGES)
+        connection.delete(names.QUEUE)
+        connection.config_set("maxmemory", 1)  # OOM
+        with pytest.raises(BrokerUnavailableError):
+            bare.enqueue(model="m", messages=MESSAGES)
+        full.enqueue(model="m", messages=MESSAGES)
+    assert all(row.resend_in <= 0 for row in rows(database_url))  # a sweeper sends them at once
+
+
 def test_a_client_recovers_with_its_broker(own_valkey: EmbeddedValkey) -> None:
     with Client(own_valkey.url) as client:
         client.enqueue(model="m", messages=MESSAGES)
@@ -351,13 +369,46 @@ def test_an_environment_without_redis_says_which_variable_is_missing(monkeypatch
         Client.from_env()
 
 
+@pytest.mark.parametrize("similar", ["KEEPSTREAM_REDIS_URI", "KEEPSTREAM_REDISURL", "keepstream_redis_url"])
+def test_a_variable_with_nearly_the_right_name_is_pointed_out(similar: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = {similar: "redis://:hunter2@h", names.ENV_BROKER_URL: "redis://b", "PATH": "/bin"}
+    monkeypatch.setattr(os, "environ", environment)
+    with pytest.raises(NotConfiguredError, match=rf"{names.ENV_REDIS_URL} is not set.*\({similar} is set") as caught:
+        Client.from_env()
+    assert "hunter2" not in str(caught.value)
+    del environment[similar]
+    with pytest.raises(NotConfiguredError) as caught:
+        Client.from_env()
+    assert "is set" not in str(caught.value)
+
+
+def test_a_database_variable_with_nearly_the_right_name_is_pointed_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {names.ENV_REDIS_URL: "redis://h", "KEEPSTREAM_DATABASE_URI": "sqlite:///x"})
+    with Client.from_env() as client, pytest.raises(NotConfiguredError, match="KEEPSTREAM_DATABASE_URI is set"):
+        client.get("x")
+
+
+@pytest.mark.parametrize("client", [Client, AsyncClient])
+@pytest.mark.parametrize("variable", [names.ENV_REDIS_URL, names.ENV_BROKER_URL, names.ENV_DATABASE_URL])
+def test_a_variable_that_cannot_be_used_is_named(
+    variable: str, client: type[Client] | type[AsyncClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", {names.ENV_REDIS_URL: "redis://h"} | {variable: "nonsense://u:hunter2@h"})
+    with pytest.raises(InvalidSettingError, match=variable) as caught:
+        client.from_env()
+    assert "hunter2" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
         ({"redis_url": "http://localhost"}, "redis://"),
-        ({"redis_url": "redis://localhost", "broker_url": "redis+cluster://localhost"}, "Cluster"),
+        ({"redis_url": None}, "redis_url.*missing"),
+        ({"redis_url": "redis://localhost", "broker_url": "redis+cluster://localhost"}, "broker_url.*Cluster"),
         ({"redis_url": "redis://localhost", "tenant": "a:b"}, "tenant"),
         ({"redis_url": "redis://localhost", "database_url": "nonsense"}, "database URL"),
+        ({"redis_url": "redis://localhost", "database_url": "mysql://localhost/x"}, "database URL"),
+        ({"redis_url": "redis://localhost", "database_url": "postgresql://u:p@localhost:port/x"}, "database URL"),
     ],
 )
 def test_a_setting_that_cannot_be_used_says_so(given: dict[str, Any], said: str) -> None:

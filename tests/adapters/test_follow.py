@@ -13,9 +13,21 @@ import redis.asyncio
 from sqlalchemy import create_engine
 
 from keepstream import AsyncClient, Client, tables
+from keepstream.client.follower import (
+    DisconnectedError,
+    FollowerRun,
+    Listen,
+    LogEntry,
+    Operation,
+    ReadLog,
+    ReadNewest,
+    Sleep,
+    Subscribe,
+)
 from keepstream.client.queries import queued_values
+from keepstream.client.redis import AsyncRedisConnections, RedisConnections
 from keepstream.errors import FollowTimeoutError, InvalidCursorError, InvalidSettingError, JobNotFoundError
-from keepstream.events import Event
+from keepstream.events import Event, parse_event
 from keepstream.jobs import Job
 from keepstream.names import job_keys
 from keepstream.results import JobStatus, output_sha256
@@ -155,6 +167,46 @@ def test_the_sync_client_follows_just_as_well(redis_url: str) -> None:
         for thread in threads:
             thread.join(30)
     assert results == [IDS] * len(HISTORY)
+
+
+@pytest.mark.parametrize("published", [0, 1, len(HISTORY)], ids=["nothing", "one", "all"])
+async def test_both_clients_get_the_same_results_for_every_operation(
+    log: redis.asyncio.Redis, redis_url: str, published: int
+) -> None:
+    for event in HISTORY[:published]:
+        await append(log, KEYS, event)
+    results: dict[str, list[Any]] = {"sync": [], "async": []}
+
+    def run(name: str) -> FollowerRun:
+        for operation in (ReadNewest(), ReadLog(None), ReadLog("1-3"), Subscribe(), Listen(0.01), Sleep(0.01)):
+            results[name].append((yield operation))
+        with redis.Redis.from_url(redis_url) as connection:
+            assert connection.publish(KEYS.channel, "live") == 1
+            results[name].append((yield Listen(5)))
+            connection.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+        with pytest.raises(DisconnectedError):
+            yield Listen(5)
+        yield Subscribe()
+        yield parse_event(HISTORY[0])
+        assert subscribers(redis_url) == 1
+
+    def follow(connections: RedisConnections) -> list[Event]:
+        return list(connections.follow(run("sync"), KEYS, read=lambda _: None))
+
+    async def nothing(_: Operation) -> None:
+        return None
+
+    connections, async_connections = RedisConnections(redis_url), AsyncRedisConnections(redis_url)
+    assert ids(await asyncio.to_thread(follow, connections)) == ["1-1"]
+    assert ids([event async for event in async_connections.follow(run("async"), KEYS, read=nothing)]) == ["1-1"]
+    await until_nobody_is_subscribed(redis_url)
+    connections.close()
+    await async_connections.close()
+    assert results["sync"] == results["async"]
+    newest, first_page, second_page, *others = results["sync"]
+    stored = [LogEntry(event_id, text.encode()) for event_id, text in zip(IDS, HISTORY, strict=True)][:published]
+    assert (newest, first_page, second_page) == (stored[-1] if stored else None, stored, stored[3:])
+    assert others == [None, None, None, b"live"]
 
 
 # -- Redis in trouble --
@@ -397,3 +449,13 @@ async def test_a_wrong_password_is_an_error_at_once() -> None:
         async with AsyncClient(server.url.replace("redis://", "redis://:wrong@")) as client:
             with pytest.raises(InvalidSettingError, match="user and password"):
                 await anext(client.follow(JOB_ID))
+
+
+async def test_a_log_that_is_no_log_is_an_error_at_once(
+    log: redis.asyncio.Redis, client: AsyncClient, redis_url: str
+) -> None:
+    await log.set(KEYS.log, "somebody else's")
+    with pytest.raises(InvalidSettingError, match=r"WRONGTYPE.*prefix"):
+        await anext(client.follow(JOB_ID))
+    with Client(redis_url) as sync_client, pytest.raises(InvalidSettingError, match=r"WRONGTYPE.*prefix"):
+        next(sync_client.follow(JOB_ID))
