@@ -52,11 +52,6 @@ class Sender:
         )
         try:
             connection = self._app.connection_for_write()
-            # The broker's own exceptions, which Kombu does not always translate.  Its list for Redis has KeyError as
-            # well, which would hide our own mistakes.
-            self._broker_errors = tuple(
-                error for error in (*connection.connection_errors, *connection.channel_errors) if error is not KeyError
-            )
         except (KeyError, ValueError):
             raise InvalidSettingError("the broker URL cannot be used; it looks like redis://host:6379/0") from None
         # Not Celery's own pools: those are shared by the whole process, so closing them would hurt others.
@@ -90,7 +85,7 @@ class Sender:
                         argsrepr=f"({job['id']},)",  # Celery's own repr would show the prompt in logs
                         kwargsrepr="{}",
                     )
-        except (KombuError, OperationalError, OSError, *self._broker_errors) as error:
+        except (KombuError, OperationalError, OSError) as error:
             raise BrokerUnavailableError(f"the broker did not take the job ({type(error).__name__})") from None
 
     def close(self) -> None:
