@@ -140,9 +140,31 @@ def test_the_help_lists_every_command_and_needs_no_heavy_library(here: Callable[
     assert all(re.search(rf"^│ {command} ", done.stdout, re.MULTILINE) for command in COMMANDS)
 
 
-def test_a_wrong_option_is_a_usage_error(here: Callable[..., Done]):
-    assert here("list", "--limit", "0").returncode == INVALID
-    assert here("nonsense").returncode == INVALID
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["list", "--limit", "0"], "'--limit'"),
+        (["list", "--limit"], "'--limit' requires an argument"),
+        (["list", "--limt", "1"], "there is no option --limt; did you mean --limit? (see: keepstream list --help)"),
+        (["sumbit"], "did you mean 'submit'?"),
+        (["follow"], "missing argument 'JOB_ID'"),
+        (["cancel", "one", "two"], "unexpected extra argument"),
+    ],
+)
+def test_a_usage_error_is_one_line_like_all_others(here: Callable[..., Done], arguments: list[str], message: str):
+    done = here(*arguments)
+    assert done.returncode == INVALID
+    assert message.lower() in one_line(done).lower()
+
+
+def test_without_a_command_the_help_is_shown(here: Callable[..., Done]):
+    done = here()
+    assert done.returncode == INVALID
+    assert "keepstream demo" in done.stdout
+
+
+def test_an_installed_distribution_names_its_version(here: Callable[..., Done]):
+    assert re.fullmatch(r"keepstream \d+\.\d+\.\d+\n", here("--version").stdout)
 
 
 # -- the way of a job -----------------------------------------------------------------------------
@@ -206,6 +228,15 @@ def test_options_make_a_job(cluster: Cluster, tmp_path: Path):
     assert (body["model"], body["temperature"], body["user"]) == ("m-1", 0.2, "me")
     assert body["tools"][0]["function"]["name"] == "get_weather"
     assert "calls get_weather {" in keepstream(cluster, "follow", "options-1").stdout
+
+
+def test_a_message_comes_from_standard_input(cluster: Cluster):
+    done = keepstream(cluster, "submit", "--model", "m-1", "-m", "-", "--id", "stdin-1", stdin="Grüße!\nTwo lines.\n")
+    assert (done.returncode, done.stdout) == (OK, "stdin-1\n")
+    cluster.wait_for("stdin-1")
+    with urllib.request.urlopen(cluster.provider.base_url.removesuffix("/v1") + "/_requests") as answer:
+        body = json.load(answer)[-1]["body"]
+    assert body["messages"] == [{"role": "user", "content": "Grüße!\nTwo lines."}]
 
 
 def test_a_retry_is_a_visible_line_and_the_text_starts_over(cluster: Cluster):
@@ -294,6 +325,9 @@ def test_an_unknown_provider_fails_the_job_and_names_those_there_are(cluster: Cl
     [
         (["submit", "-m", "Hi"], "--model"),
         (["submit", "--model", "m"], "--message"),
+        (["submit", "--model", "m", "-m", "A", "-m", "B"], "--message was given 2 times; "),
+        (["submit", "--model", "m", "-m", "-"], "standard input is empty"),
+        (["submit", "--file", "-", "-m", "-"], "only one of them"),
         (["submit", "--model", "m", "-m", "Hi", "--param", "stream=true"], "'stream' is set by the worker"),
         (["submit", "--model", "m", "-m", "Hi", "--param", "temperature"], "write NAME=VALUE"),
         (["submit", "--model", "m", "-m", "Hi", "--max-attempts", "0"], "max_attempts: "),
@@ -353,6 +387,16 @@ def test_a_wrong_setting_is_named_without_its_value(command: str):
     done = run(environment(KEEPSTREAM_CONCURRENCY=SECRET), command)
     assert done.returncode == INVALID
     assert "KEEPSTREAM_CONCURRENCY" in one_line(done)
+
+
+@pytest.mark.parametrize(
+    "command", [["worker"], ["worker", "--processes", "2"], ["list"], ["migrate"], ["demo"], ["dev"]]
+)
+def test_a_misspelt_setting_stops_the_start_with_the_nearest_name(tmp_path: Path, command: str):
+    done = run(environment(KEEPSTREAM_CONCURENCY=SECRET), *command.split(), cwd=tmp_path)
+    assert done.returncode == INVALID
+    assert "KEEPSTREAM_CONCURENCY: there is no such setting; did you mean KEEPSTREAM_CONCURRENCY?" in one_line(done)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_providers_file_is_named(cluster: Cluster, tmp_path: Path):
@@ -416,6 +460,12 @@ def test_the_doctor_says_what_is_wrong_and_what_to_do(tmp_path: Path):
     checks = findings(run(env, "doctor", "--json"))
     assert {"redis": "fail", "database": "ok", "workers": "warn"}.items() <= checks.items()
     assert findings(run(env, "doctor", "--quick", "--json"))["worker"] == "fail"
+
+
+def test_the_doctor_names_a_misspelt_setting(cluster: Cluster):
+    done = run(cluster.environment() | {"KEEPSTREAM_CONCURENCY": "7"}, "doctor")
+    assert done.returncode == UNSUCCESSFUL
+    assert "did you mean KEEPSTREAM_CONCURRENCY?" in " ".join(done.stdout.split())
 
 
 def test_the_doctor_meets_a_provider_that_refuses_the_key(cluster: Cluster, monkeypatch: pytest.MonkeyPatch):

@@ -7,6 +7,7 @@ Out: JSON values, durations and job documents, to the commands; wrong input ends
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -24,22 +25,32 @@ _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 def read_job(file: str) -> dict[str, Any]:
     """Return the job in a JSON file; ``-`` is standard input."""
-    try:
-        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"{file} cannot be read: {_reason(error)}", INVALID)
-    job = parse_json(text, "standard input" if file == "-" else file)
+    job = parse_json(_read(file), _name(file))
     if not isinstance(job, dict):
-        fail(f"{file}: a job is a JSON object; see: keepstream schema job", INVALID)
+        fail(f"{_name(file)}: a job is a JSON object; see: keepstream schema job", INVALID)
     return job
+
+
+def read_message(texts: Sequence[str] | None, job_file: str | None) -> str | None:
+    """Return the user's message, if there is one; ``-`` is standard input, without the last line's end."""
+    if not texts:
+        return None
+    if len(texts) > 1:
+        advice = "give one text, or write the conversation to a file for --file"
+        fail(f"--message was given {len(texts)} times; {advice}", INVALID)
+    if texts[0] != "-":
+        return texts[0]
+    if job_file == "-":
+        fail("--file - and --message - both read standard input; use only one of them", INVALID)
+    message = _read("-").removesuffix("\n")
+    if not message:
+        fail("--message -: standard input is empty", INVALID)
+    return message
 
 
 def read_tools(path: Path) -> list[Any]:
     """Return the tools of a JSON file: one or a list, each as a tool or as the function alone."""
-    try:
-        content = parse_json(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"{path} cannot be read: {_reason(error)}", INVALID)
+    content = parse_json(_read(str(path)), str(path))
     tools = content if isinstance(content, list) else [content]
     return [
         {"type": "function", "function": tool} if isinstance(tool, dict) and "name" in tool else tool for tool in tools
@@ -74,5 +85,13 @@ def parse_duration(text: str) -> float:
     return float(match[1]) * _UNITS[match[2]]
 
 
-def _reason(error: OSError | UnicodeDecodeError) -> str:
-    return error.strerror or type(error).__name__ if isinstance(error, OSError) else "it is not UTF-8"
+def _read(file: str) -> str:
+    try:
+        return sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror or type(error).__name__ if isinstance(error, OSError) else "it is not UTF-8"
+        fail(f"{_name(file)} cannot be read: {reason}", INVALID)
+
+
+def _name(file: str) -> str:
+    return "standard input" if file == "-" else file

@@ -4,6 +4,7 @@ In: environment variables.
 Out: `Settings` or a `Client`, to the commands; a wrong setting ends the command with one line.
 """
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,14 @@ def settings_from_environment() -> "Settings":
         return load_settings()
     except SettingsError as error:
         fail(str(error), INVALID)
+
+
+def check_variable_names() -> None:
+    """End the command if a ``KEEPSTREAM_…`` variable is misspelt; for commands that make settings of their own."""
+    from keepstream_worker.settings import unknown_variables
+
+    if complaints := unknown_variables(os.environ):
+        fail("; ".join(complaints), INVALID)
 
 
 def client_for(tenant: str) -> "Client":

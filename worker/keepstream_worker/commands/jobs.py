@@ -21,6 +21,7 @@ from keepstream_worker.commands.arguments import (
     parse_json,
     parse_param,
     read_job,
+    read_message,
     read_tools,
 )
 from keepstream_worker.commands.environment import client_for
@@ -44,7 +45,10 @@ group = CommandGroup("Jobs")
 def submit(
     *,
     model: Annotated[str | None, typer.Option(help="Model, as the provider calls it.")] = None,
-    message: Annotated[str | None, typer.Option("--message", "-m", help="What the user says.")] = None,
+    message: Annotated[
+        list[str] | None,
+        typer.Option("--message", "-m", metavar="TEXT", help="What the user says; - reads standard input."),
+    ] = None,
     system: Annotated[str | None, typer.Option(help="System message, before the user's.")] = None,
     provider: Annotated[str | None, typer.Option(help="Name of a configured provider.")] = None,
     tenant: Annotated[str | None, typer.Option(help="Whose job; otherwise as the file says, or default.")] = None,
@@ -86,7 +90,7 @@ def submit(
     over the file.
     """
     job = read_job(file) if file is not None else {}
-    messages = [("system", system), ("user", message)]
+    messages = [("system", system), ("user", read_message(message, file))]
     given: dict[str, Any] = {
         "model": model,
         "messages": [{"role": role, "content": text} for role, text in messages if text is not None] or None,

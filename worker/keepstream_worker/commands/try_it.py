@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from keepstream_worker.commands.environment import check_variable_names
 from keepstream_worker.commands.exits import UNSUCCESSFUL, start_errors
 from keepstream_worker.commands.group import CommandGroup
 from keepstream_worker.commands.output import make_console
@@ -34,6 +35,7 @@ def demo(
     """
     from keepstream_worker.commands.demo import WIDTH, run_demo
 
+    check_variable_names()
     console = make_console()
     console.width = min(WIDTH, console.width) if console.is_terminal else WIDTH
     with start_errors():
@@ -54,6 +56,7 @@ def dev(
     """
     from keepstream_worker.dev_stack.stack import dev_stack
 
+    check_variable_names()
     directory.mkdir(parents=True, exist_ok=True)
     (directory / ".gitignore").write_text("*\n")
     with start_errors(), dev_stack(directory) as stack:
