@@ -89,11 +89,12 @@ def submit(
     The job comes from options, or from a file as the schema of `keepstream schema job` describes it; options win
     over the file.
     """
+    text = read_message(message, file)
     job = read_job(file) if file is not None else {}
-    messages = [("system", system), ("user", read_message(message, file))]
+    messages = [("system", system), ("user", text)]
     given: dict[str, Any] = {
         "model": model,
-        "messages": [{"role": role, "content": text} for role, text in messages if text is not None] or None,
+        "messages": [{"role": role, "content": content} for role, content in messages if content is not None] or None,
         "provider": provider,
         "tenant": tenant,
         "metadata": None if metadata is None else parse_json(metadata, "--metadata"),
