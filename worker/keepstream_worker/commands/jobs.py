@@ -138,7 +138,7 @@ def follow(
 
     Begins with what has happened already. Text appears as the model writes it, reasoning dimmed, tool calls as
     they are built. When an attempt fails and the text starts over, a line says so. At the end the text is compared
-    with the stored one.
+    with the stored text.
     """
     with client_for(tenant) as client:
         raise typer.Exit(_follow(client, job_id, after, timeout=timeout, as_json=as_json))
@@ -167,7 +167,7 @@ def get(
     elif text:
         typer.echo(result.text)
     else:
-        from keepstream_worker.commands.console import show_result
+        from keepstream_worker.commands.tables import show_result
 
         show_result(make_console(), result)
 
@@ -203,7 +203,7 @@ def list_(
     if as_json:
         print_lines(summary.model_dump_json() for summary in summaries)
         return
-    from keepstream_worker.commands.console import show_list
+    from keepstream_worker.commands.tables import show_list
 
     console = make_console()
     if not summaries:
@@ -223,13 +223,13 @@ def cancel(job_id: JobId, *, tenant: Tenant = "default", as_json: AsJson = False
     with client_for(tenant) as client:
         status = client.cancel(job_id)
     if status is None:
-        fail(f"there is no job {job_id} of tenant {tenant}; should it still come, it is cancelled", NOT_FOUND)
+        fail(f"there is no job {job_id} of tenant {tenant}; if it still arrives, it will be cancelled", NOT_FOUND)
     if as_json:
         typer.echo(json.dumps({"job_id": job_id, "status": status}))
     elif status.terminal:
         typer.echo(status.value)
     else:
-        typer.echo(f"{status.value}: its worker has been told to stop")
+        typer.echo(f"{status.value}: its worker has been asked to stop")
 
 
 def _follow(client: "Client", job_id: str, after: str | None, *, timeout: float = 600.0, as_json: bool) -> int:
@@ -237,7 +237,7 @@ def _follow(client: "Client", job_id: str, after: str | None, *, timeout: float 
     if as_json:
         return _follow_json(client.follow(job_id, after, timeout=timeout))
     from keepstream.client.follower import parse_cursor
-    from keepstream_worker.commands.console import LiveView
+    from keepstream_worker.commands.live_view import LiveView
 
     view = LiveView(make_console(), parse_cursor(after))
     try:
@@ -247,8 +247,8 @@ def _follow(client: "Client", job_id: str, after: str | None, *, timeout: float 
         at = f" --after {view.transcript.last}" if view.transcript.last else ""
         print_error(f"\nthe job goes on; to follow it again: keepstream follow {job_id}{at}")
         return INTERRUPTED
-    terminal = view.transcript.terminal
-    return OK if terminal and terminal.type == "job.completed" and view.matches is not False else UNSUCCESSFUL
+    end = view.transcript.terminal
+    return OK if end and end.type == "job.completed" and view.matches is not False else UNSUCCESSFUL
 
 
 def _follow_json(events: "Iterable[Event]") -> int:

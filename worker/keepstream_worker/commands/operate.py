@@ -31,10 +31,10 @@ def worker(
         int | None, typer.Option(min=1, max=256, help="Processes, one per core; else KEEPSTREAM_PROCESSES.")
     ] = None,
 ) -> None:
-    """Run a worker until it is told to stop.
+    """Run a worker until SIGTERM or Ctrl-C.
 
-    On SIGTERM or Ctrl-C it takes no more jobs, lets streams finish for KEEPSTREAM_SHUTDOWN_GRACE seconds, and hands
-    the rest to other workers; a second signal shortens that. With several processes, one that dies is replaced.
+    It then takes no more jobs, lets streams finish for KEEPSTREAM_SHUTDOWN_GRACE seconds, and leaves the rest to
+    other workers; a second signal shortens that. With several processes, one that dies is replaced.
     """
     from keepstream_worker.providers.config import ProviderConfigError, load_providers
 
@@ -64,8 +64,8 @@ def migrate(
 ) -> None:
     """Create or update the database's tables.
 
-    The database is the one of KEEPSTREAM_DATABASE_URL. Old workers go on working meanwhile: every change is
-    additive.
+    The database is that of KEEPSTREAM_DATABASE_URL. Workers of the previous version can go on working meanwhile:
+    changes are additive.
     """
     from keepstream.client.database import make_engine
     from keepstream_worker.store import schema
@@ -99,8 +99,8 @@ def doctor(
 ) -> None:
     """Say what is wrong with a deployment and what to do.
 
-    Looks at settings, Redis, database, workers, waiting jobs, rejected messages, providers (their list of models
-    is asked for; that costs nothing). Exits 1 if something fails; a warning is none.
+    Checks settings, Redis, database, workers, waiting jobs, rejected messages, and providers (by asking for their list
+    of models, which costs nothing). Exits 1 if a check fails; a warning is not a failure.
     """
     from keepstream_worker.commands.doctor import as_json as findings_json
     from keepstream_worker.commands.doctor import examine, healthy, show
@@ -118,9 +118,9 @@ def doctor(
 def rejected(
     *, limit: Annotated[int, typer.Option(min=1, max=1000, help="Messages at most.")] = 50, as_json: AsJsonLines = False
 ) -> None:
-    """List messages that were no valid jobs, and why.
+    """List messages that were not valid jobs, and why.
 
-    The newest come first. They are kept in the table rejected_messages, with their payload.
+    The newest come first. The database keeps them with their payload.
     """
     from keepstream.client.database import ClientDatabase
     from keepstream_worker.store import inspection
@@ -134,7 +134,7 @@ def rejected(
     if as_json:
         print_lines(json.dumps(message._asdict(), default=datetime.isoformat) for message in messages)
         return
-    from keepstream_worker.commands.console import show_rejected
+    from keepstream_worker.commands.tables import show_rejected
 
     show_rejected(make_console(), messages)
 
@@ -173,10 +173,7 @@ def schema(
     *,
     check: Annotated[bool, typer.Option("--check", help="Exit 1 if the committed files are not current.")] = False,
 ) -> None:
-    """Print the contract for services in any language.
-
-    It consists of JSON Schemas and an AsyncAPI document.
-    """
+    """Print the contract for services in any language: JSON Schemas or an AsyncAPI document."""
     from keepstream.schemas import generate as generate_schemas
 
     if check:

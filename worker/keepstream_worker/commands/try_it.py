@@ -27,10 +27,10 @@ def demo(
         bool, typer.Option("--cut", help="Cut the provider's first stream in the middle, to see a retry.")
     ] = False,
 ) -> None:
-    """Show one job on its whole way; needs nothing installed.
+    """Show one job from the queue to the database; needs no service.
 
     Starts an embedded Valkey, a SQLite database, a scripted provider and a worker, sends a job through them, shows
-    its events as they come and the stored row, and ends everything. If OPENAI_API_KEY or OPENAI_BASE_URL is set,
+    its events as they come and the stored row, and stops everything. If OPENAI_API_KEY or OPENAI_BASE_URL is set,
     your provider is used instead, with the model that KEEPSTREAM_DEMO_MODEL names.
     """
     from keepstream_worker.commands.demo import WIDTH, run_demo
@@ -43,14 +43,14 @@ def demo(
             raise typer.Exit(UNSUCCESSFUL)
 
 
-@group.command("keepstream dev", "keepstream dev --directory /tmp/mill")
+@group.command("keepstream dev", "keepstream dev --directory /tmp/keepstream")
 def dev(
     *,
     directory: Annotated[Path, typer.Option(help="Where the database is kept.", file_okay=False)] = Path(".keepstream"),
 ) -> None:
     """Run everything here, for development, until Ctrl-C.
 
-    Starts an embedded Valkey, a SQLite database, a scripted provider and a worker. Prints what other terminals and
+    Starts an embedded Valkey, a SQLite database, a scripted provider and a worker. Prints what other shells and
     your own service need. Jobs and results are kept in the directory. If OPENAI_API_KEY or OPENAI_BASE_URL is set,
     your provider is used instead of the scripted one.
     """
@@ -64,13 +64,13 @@ def dev(
         exports.write_text("".join(f"export {name}={shlex.quote(value)}\n" for name, value in stack.settings.items()))
         model = "MODEL" if stack.provider_url is None else "scripted-1"
         console = make_console()
-        console.print("Keepstream runs. In another terminal:\n", style="bold")
+        console.print("Keepstream is running. In another shell:\n", style="bold")
         for line in (f". {exports}", f"keepstream submit --model {model} -m 'Hello!' --follow"):
             console.print(f"  {line}", style="cyan", soft_wrap=True, markup=False)
         console.print()
         for name, value in stack.settings.items():
             console.print(f"  {name}={value}", style="dim", soft_wrap=True, markup=False)
-        console.print("\nThe worker's log follows. Ctrl-C ends everything.\n", style="dim")
+        console.print("\nThe worker's log follows. Ctrl-C stops everything.\n", style="dim")
         environment = {"KEEPSTREAM_LOG_FORMAT": "console", **stack.environment(os.environ)}
         os.environ.clear()
         os.environ.update(environment)
