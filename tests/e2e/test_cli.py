@@ -338,7 +338,12 @@ def test_an_unknown_provider_fails_the_job_and_names_those_there_are(cluster: Cl
         (["submit", "--file", "-"], "not valid JSON"),
         (["list", "--status", "done"], "choose one of queued, running"),
         (["follow", "job", "--after", "seventeen"], "event ids look like 2-17"),
-        (["purge", "--older-than", "long"], "no duration"),
+        (["purge", "--older-than", "long", "--all-tenants"], "no duration"),
+        (["purge", "--older-than", "30", "--all-tenants"], "write a number and its unit"),
+        (["purge", "--older-than", "99999999d", "--all-tenants"], "too long"),
+        (["purge", "--older-than", "30d"], "--tenant NAME or --all-tenants"),
+        (["purge", "--older-than", "30d", "--tenant", "a", "--all-tenants"], "--tenant NAME or --all-tenants"),
+        (["submit", "--model", "m", "-m", "Hi", "--expires-in", "99999999d"], "too long"),
         (["schema", "nope"], "choose one of job, event, result, asyncapi"),
     ],
 )
@@ -389,9 +394,7 @@ def test_a_wrong_setting_is_named_without_its_value(command: str):
     assert "KEEPSTREAM_CONCURRENCY" in one_line(done)
 
 
-@pytest.mark.parametrize(
-    "command", [["worker"], ["worker", "--processes", "2"], ["list"], ["migrate"], ["demo"], ["dev"]]
-)
+@pytest.mark.parametrize("command", ["worker", "worker --processes 2", "list", "migrate", "demo", "dev"])
 def test_a_misspelt_setting_stops_the_start_with_the_nearest_name(tmp_path: Path, command: str):
     done = run(environment(KEEPSTREAM_CONCURENCY=SECRET), *command.split(), cwd=tmp_path)
     assert done.returncode == INVALID
@@ -511,8 +514,33 @@ def test_purge_deletes_old_jobs_of_one_tenant(cluster: Cluster):
         done = keepstream(cluster, "purge", "--older-than", "0s", "--tenant", "t1", "--json")
         return bool(json.loads(done.stdout)["deleted"] == 1)
 
+    def would_delete() -> bool:
+        done = keepstream(cluster, "purge", "--older-than", "0s", "--tenant", "t1", "--dry-run", "--json")
+        return bool(json.loads(done.stdout) == {"jobs": 1, "rejected_messages": 0})
+
+    wait_until(would_delete, "the job to be announced")
+    assert keepstream(cluster, "get", job_id, "--tenant", "t1").returncode == OK
     wait_until(deleted, "the job to be deleted")
     assert keepstream(cluster, "get", job_id, "--tenant", "t1").returncode == NOT_FOUND
+
+
+@pytest.mark.parametrize(("answer", "code", "left"), [("n\n", UNSUCCESSFUL, OK), ("y\n", OK, NOT_FOUND)])
+def test_purge_asks_first_where_somebody_can_answer(cluster: Cluster, answer: str, code: int, left: int):
+    tenant = f"asked-{code}"
+    job_id = keepstream(cluster, "submit", "--model", "m", "-m", "Hi", "--tenant", tenant).stdout.strip()
+    keepstream(cluster, "follow", job_id, "--tenant", tenant)
+    options = ["purge", "--older-than", "0s", "--tenant", tenant]
+    wait_until(lambda: "would delete 1 jobs" in keepstream(cluster, *options, "--dry-run").stdout, "the announcement")
+    parent, child = pty.openpty()
+    os.write(parent, answer.encode())
+    done = subprocess.run(
+        [*COMMAND, *options], env=cluster.environment(), stdin=child, capture_output=True, text=True, check=False
+    )
+    os.close(child)
+    os.close(parent)
+    assert done.returncode == code
+    assert "Delete 1 jobs and 0 rejected messages?" in done.stderr
+    assert keepstream(cluster, "get", job_id, "--tenant", tenant).returncode == left
 
 
 def test_the_schemas_are_printed(here: Callable[..., Done]):

@@ -21,6 +21,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")
 AsJsonLines = Annotated[bool, typer.Option("--json", help="Print one JSON document per line.")]
 
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+_LONGEST: Final = 36_500 * 86_400  #: Seconds; dates and databases have an end.
 
 
 def read_job(file: str) -> dict[str, Any]:
@@ -82,7 +83,10 @@ def parse_duration(text: str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
     if match is None:
         fail(f"{text} is no duration; write a number and its unit: 90s, 15m, 2h or 30d", INVALID)
-    return float(match[1]) * _UNITS[match[2]]
+    seconds = float(match[1]) * _UNITS[match[2]]
+    if seconds > _LONGEST:
+        fail(f"{text} is too long; durations go up to {_LONGEST // _UNITS['d']}d", INVALID)
+    return seconds
 
 
 def _read(file: str) -> str:

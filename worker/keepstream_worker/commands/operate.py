@@ -6,6 +6,7 @@ Out: a running worker, changes to the database, or a report on standard output a
 
 import json
 import os
+import sys
 from datetime import datetime
 from typing import Annotated
 
@@ -139,23 +140,43 @@ def rejected(
     show_rejected(make_console(), messages)
 
 
-@group.command("keepstream purge --older-than 30d", "keepstream purge --older-than 1h --tenant a")
+@group.command(
+    "keepstream purge --older-than 30d --all-tenants --dry-run",
+    "keepstream purge --older-than 30d --all-tenants --yes",
+    "keepstream purge --older-than 1h --tenant shop",
+)
 def purge(
     *,
     older_than: Annotated[str, typer.Option(metavar="DURATION", help="Age since their end: 90s, 15m, 2h or 30d.")],
-    tenant: Annotated[str | None, typer.Option(help="Only this tenant's jobs; else of all.")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Only this tenant's jobs.")] = None,
+    all_tenants: Annotated[bool, typer.Option("--all-tenants", help="The jobs of all tenants.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Delete nothing; say how much would be deleted.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask first.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Delete jobs that ended long ago, with their results.
+    """Delete jobs that ended long ago, with their results, and rejected messages of that age.
 
-    There is no way back.
+    What is deleted cannot be restored. If standard input is interactive, the command asks first.
     """
     from keepstream.client import queries
     from keepstream.client.database import ClientDatabase
+    from keepstream_worker.store import inspection
 
     seconds, deleted = parse_duration(older_than), 0
+    if (tenant is None) is not all_tenants:
+        fail("whose jobs? write either --tenant NAME or --all-tenants", INVALID)
+    ask = sys.stdin.isatty() and not yes and not dry_run
     database = ClientDatabase(settings_from_environment().database_url)
     try:
+        if dry_run or ask:
+            with database.transaction() as connection:
+                found = inspection.purgeable(connection, seconds, tenant)
+            counts = f"{found.jobs} jobs and {found.rejected_messages} rejected messages"
+            if dry_run:
+                typer.echo(json.dumps(found._asdict()) if as_json else f"would delete {counts}")
+                return
+            if not typer.confirm(f"Delete {counts}?", err=True):
+                fail("nothing was deleted", UNSUCCESSFUL)
         while True:  # in small transactions, so that workers need not wait
             with database.transaction() as connection:
                 batch = queries.purge(connection, seconds, tenant)

