@@ -157,6 +157,15 @@ def test_a_usage_error_is_one_line_like_all_others(here: Callable[..., Done], ar
     assert message.lower() in one_line(done).lower()
 
 
+def test_without_the_extra_the_command_line_says_what_to_install():
+    script = "import sys; sys.modules['typer'] = None; import keepstream_worker.commands.main"
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == UNSUCCESSFUL
+    assert "pip install 'keepstream[worker]' (in a checkout: pip install '.[worker]')" in one_line(done)
+
+
 def test_without_a_command_the_help_is_shown(here: Callable[..., Done]):
     done = here()
     assert done.returncode == INVALID

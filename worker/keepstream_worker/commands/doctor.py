@@ -243,5 +243,5 @@ def _provider(config: ProviderConfig, check: "ProviderCheck", count: int) -> Fin
     return Finding(name, Verdict.FAIL, check.line, "until then, jobs for this provider fail")
 
 
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"
+def _count(number: int, singular: str, plural: str) -> str:
+    return f"{number} {singular if number == 1 else plural}"
