@@ -175,7 +175,7 @@ class Keepstream(_CeleryContender):
         """Start it; ``events_url`` is the Redis of the events if it is not the broker's."""
         super().__init__(name, services, name, database_url)
         environment = {names.ENV_DATABASE_URL: database_url}
-        migrate = python("keepstream_worker.commands.cli", "migrate")
+        migrate = python("keepstream_worker.commands", "migrate")
         made = subprocess.run(
             migrate, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False
         )
@@ -183,7 +183,7 @@ class Keepstream(_CeleryContender):
             raise BenchmarkError(f"keepstream migrate failed: {made.stderr}")
         self.process = Process(
             self.name,
-            python("keepstream_worker.commands.cli", "worker"),
+            python("keepstream_worker.commands", "worker"),
             cores,
             log,
             environment

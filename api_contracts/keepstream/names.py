@@ -5,8 +5,11 @@ the generated documents.  Exists so that no name is spelled twice.
 """
 
 import re
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Final, NamedTuple
 
+DISTRIBUTION: Final = "keepstream"  #: What pip installs.
 TASK: Final = "completions.run"  #: Celery task name; its one argument is the job.
 QUEUE: Final = "completions"  #: Celery queue, and the Redis list that carries it.
 PREFIX: Final = "keepstream"  #: Default prefix of every Redis key and channel of ours.
@@ -65,3 +68,15 @@ def parse_event_id(text: str) -> EventId:
         raise ValueError("not an event id; event ids look like 2-17")
     attempt, n = text.split("-")
     return EventId(int(attempt), int(n))
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that ``name`` most likely was meant to be; None: it resembles none of them."""
+    return next(iter(get_close_matches(name, list(known), n=1)), None)
+
+
+def install_hint(extra: str) -> str:
+    """Return how to install what an extra brings, for the message that says it is missing."""
+    return (
+        f"install the extra '{extra}': pip install '{DISTRIBUTION}[{extra}]' (in a checkout: pip install '.[{extra}]')"
+    )

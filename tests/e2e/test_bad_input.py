@@ -105,7 +105,7 @@ def check_kept_secret(cluster: Cluster, worker: WorkerProcess, *job_ids: str) ->
 
 def test_doctor_tries_each_named_provider_and_says_what_is_wrong(cluster: Cluster, providers_file: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "keepstream_worker.commands.cli", "doctor", "--json"],
+        [sys.executable, "-m", "keepstream_worker.commands", "doctor", "--json"],
         cwd=Path(__file__).parents[2],
         env=cluster.environment(providers_file=providers_file),
         capture_output=True,

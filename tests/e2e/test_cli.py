@@ -23,7 +23,7 @@ from keepstream import parse_event
 from keepstream.events import UnknownEvent
 from keepstream.names import QUEUE, control_channel
 from keepstream.transcript import Transcript
-from keepstream_worker.commands import cli
+from keepstream_worker.commands.main import main
 from keepstream_worker.dev_stack.embedded import EmbeddedProvider, free_port, sqlite_url
 from keepstream_worker.supervisor import python_module
 from tests.cluster import Cluster, wait_until
@@ -35,7 +35,7 @@ COMMANDS = (
 )
 TEXT = "Grüße, ¡saludos!, 你好 🌊 - a text for the tests of the command line."
 SECRET = "hunter2-secret"  # stands in URLs and must not be repeated
-COMMAND = python_module("keepstream_worker.commands.cli")
+COMMAND = python_module("keepstream_worker.commands")
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         monkeypatch.setattr(sys, "argv", ["keepstream", *args])
         monkeypatch.setattr(sys, "stdin", io.StringIO())
         with pytest.raises(SystemExit) as end:
-            cli.main()
+            main()
         return Done(args, int(end.value.code or 0), *capsys.readouterr())
 
     return run_here
@@ -129,7 +129,7 @@ def test_the_help_of_each_command_has_an_example_and_the_exit_codes(here: Callab
 
 def test_the_help_lists_every_command_and_needs_no_heavy_library(here: Callable[..., Done]):
     script = (
-        "import sys, keepstream_worker.commands.cli; "
+        "import sys, keepstream_worker.commands.main; "
         "print(sorted({'celery', 'openai', 'redis', 'sqlalchemy', 'rich'} & set(sys.modules)))"
     )
     loaded = subprocess.run(
@@ -140,9 +140,40 @@ def test_the_help_lists_every_command_and_needs_no_heavy_library(here: Callable[
     assert all(re.search(rf"^│ {command} ", done.stdout, re.MULTILINE) for command in COMMANDS)
 
 
-def test_a_wrong_option_is_a_usage_error(here: Callable[..., Done]):
-    assert here("list", "--limit", "0").returncode == INVALID
-    assert here("nonsense").returncode == INVALID
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["list", "--limit", "0"], "'--limit'"),
+        (["list", "--limit"], "'--limit' requires an argument"),
+        (["list", "--limt", "1"], "there is no option --limt; did you mean --limit? (see: keepstream list --help)"),
+        (["sumbit"], "did you mean 'submit'?"),
+        (["follow"], "missing argument 'JOB_ID'"),
+        (["cancel", "one", "two"], "unexpected extra argument"),
+    ],
+)
+def test_a_usage_error_is_one_line_like_all_others(here: Callable[..., Done], arguments: list[str], message: str):
+    done = here(*arguments)
+    assert done.returncode == INVALID
+    assert message.lower() in one_line(done).lower()
+
+
+def test_without_the_extra_the_command_line_says_what_to_install():
+    script = "import sys; sys.modules['typer'] = None; import keepstream_worker.commands.main"
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == UNSUCCESSFUL
+    assert "pip install 'keepstream[worker]' (in a checkout: pip install '.[worker]')" in one_line(done)
+
+
+def test_without_a_command_the_help_is_shown(here: Callable[..., Done]):
+    done = here()
+    assert done.returncode == INVALID
+    assert "keepstream demo" in done.stdout
+
+
+def test_an_installed_distribution_names_its_version(here: Callable[..., Done]):
+    assert re.fullmatch(r"keepstream \d+\.\d+\.\d+\n", here("--version").stdout)
 
 
 # -- the way of a job -----------------------------------------------------------------------------
@@ -206,6 +237,15 @@ def test_options_make_a_job(cluster: Cluster, tmp_path: Path):
     assert (body["model"], body["temperature"], body["user"]) == ("m-1", 0.2, "me")
     assert body["tools"][0]["function"]["name"] == "get_weather"
     assert "calls get_weather {" in keepstream(cluster, "follow", "options-1").stdout
+
+
+def test_a_message_comes_from_standard_input(cluster: Cluster):
+    done = keepstream(cluster, "submit", "--model", "m-1", "-m", "-", "--id", "stdin-1", stdin="Grüße!\nTwo lines.\n")
+    assert (done.returncode, done.stdout) == (OK, "stdin-1\n")
+    cluster.wait_for("stdin-1")
+    with urllib.request.urlopen(cluster.provider.base_url.removesuffix("/v1") + "/_requests") as answer:
+        body = json.load(answer)[-1]["body"]
+    assert body["messages"] == [{"role": "user", "content": "Grüße!\nTwo lines."}]
 
 
 def test_a_retry_is_a_visible_line_and_the_text_starts_over(cluster: Cluster):
@@ -294,6 +334,9 @@ def test_an_unknown_provider_fails_the_job_and_names_those_there_are(cluster: Cl
     [
         (["submit", "-m", "Hi"], "--model"),
         (["submit", "--model", "m"], "--message"),
+        (["submit", "--model", "m", "-m", "A", "-m", "B"], "--message was given 2 times; "),
+        (["submit", "--model", "m", "-m", "-"], "standard input is empty"),
+        (["submit", "--file", "-", "-m", "-"], "only one of them"),
         (["submit", "--model", "m", "-m", "Hi", "--param", "stream=true"], "'stream' is set by the worker"),
         (["submit", "--model", "m", "-m", "Hi", "--param", "temperature"], "write NAME=VALUE"),
         (["submit", "--model", "m", "-m", "Hi", "--max-attempts", "0"], "max_attempts: "),
@@ -304,7 +347,12 @@ def test_an_unknown_provider_fails_the_job_and_names_those_there_are(cluster: Cl
         (["submit", "--file", "-"], "not valid JSON"),
         (["list", "--status", "done"], "choose one of queued, running"),
         (["follow", "job", "--after", "seventeen"], "event ids look like 2-17"),
-        (["purge", "--older-than", "long"], "no duration"),
+        (["purge", "--older-than", "long", "--all-tenants"], "no duration"),
+        (["purge", "--older-than", "30", "--all-tenants"], "write a number and its unit"),
+        (["purge", "--older-than", "99999999d", "--all-tenants"], "too long"),
+        (["purge", "--older-than", "30d"], "--tenant NAME or --all-tenants"),
+        (["purge", "--older-than", "30d", "--tenant", "a", "--all-tenants"], "--tenant NAME or --all-tenants"),
+        (["submit", "--model", "m", "-m", "Hi", "--expires-in", "99999999d"], "too long"),
         (["schema", "nope"], "choose one of job, event, result, asyncapi"),
     ],
 )
@@ -353,6 +401,14 @@ def test_a_wrong_setting_is_named_without_its_value(command: str):
     done = run(environment(KEEPSTREAM_CONCURRENCY=SECRET), command)
     assert done.returncode == INVALID
     assert "KEEPSTREAM_CONCURRENCY" in one_line(done)
+
+
+@pytest.mark.parametrize("command", ["worker", "worker --processes 2", "list", "migrate", "demo", "dev"])
+def test_a_misspelt_setting_stops_the_start_with_the_nearest_name(tmp_path: Path, command: str):
+    done = run(environment(KEEPSTREAM_CONCURENCY=SECRET), *command.split(), cwd=tmp_path)
+    assert done.returncode == INVALID
+    assert "KEEPSTREAM_CONCURENCY: there is no such setting; did you mean KEEPSTREAM_CONCURRENCY?" in one_line(done)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_providers_file_is_named(cluster: Cluster, tmp_path: Path):
@@ -418,6 +474,12 @@ def test_the_doctor_says_what_is_wrong_and_what_to_do(tmp_path: Path):
     assert findings(run(env, "doctor", "--quick", "--json"))["worker"] == "fail"
 
 
+def test_the_doctor_names_a_misspelt_setting(cluster: Cluster):
+    done = run(cluster.environment() | {"KEEPSTREAM_CONCURENCY": "7"}, "doctor")
+    assert done.returncode == UNSUCCESSFUL
+    assert "did you mean KEEPSTREAM_CONCURRENCY?" in " ".join(done.stdout.split())
+
+
 def test_the_doctor_meets_a_provider_that_refuses_the_key(cluster: Cluster, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("KEEPSTREAM_SCRIPTED_API_KEY", "the right one")
     with EmbeddedProvider() as provider:
@@ -461,8 +523,33 @@ def test_purge_deletes_old_jobs_of_one_tenant(cluster: Cluster):
         done = keepstream(cluster, "purge", "--older-than", "0s", "--tenant", "t1", "--json")
         return bool(json.loads(done.stdout)["deleted"] == 1)
 
+    def would_delete() -> bool:
+        done = keepstream(cluster, "purge", "--older-than", "0s", "--tenant", "t1", "--dry-run", "--json")
+        return bool(json.loads(done.stdout) == {"jobs": 1, "rejected_messages": 0})
+
+    wait_until(would_delete, "the job to be announced")
+    assert keepstream(cluster, "get", job_id, "--tenant", "t1").returncode == OK
     wait_until(deleted, "the job to be deleted")
     assert keepstream(cluster, "get", job_id, "--tenant", "t1").returncode == NOT_FOUND
+
+
+@pytest.mark.parametrize(("answer", "code", "left"), [("n\n", UNSUCCESSFUL, OK), ("y\n", OK, NOT_FOUND)])
+def test_purge_asks_first_where_somebody_can_answer(cluster: Cluster, answer: str, code: int, left: int):
+    tenant = f"asked-{code}"
+    job_id = keepstream(cluster, "submit", "--model", "m", "-m", "Hi", "--tenant", tenant).stdout.strip()
+    keepstream(cluster, "follow", job_id, "--tenant", tenant)
+    options = ["purge", "--older-than", "0s", "--tenant", tenant]
+    wait_until(lambda: "would delete 1 jobs" in keepstream(cluster, *options, "--dry-run").stdout, "the announcement")
+    parent, child = pty.openpty()
+    os.write(parent, answer.encode())
+    done = subprocess.run(
+        [*COMMAND, *options], env=cluster.environment(), stdin=child, capture_output=True, text=True, check=False
+    )
+    os.close(child)
+    os.close(parent)
+    assert done.returncode == code
+    assert "Delete 1 jobs and 0 rejected messages?" in done.stderr
+    assert keepstream(cluster, "get", job_id, "--tenant", tenant).returncode == left
 
 
 def test_the_schemas_are_printed(here: Callable[..., Done]):

@@ -15,7 +15,7 @@ from typer.main import get_command
 from keepstream import names
 from keepstream.events import parse_event
 from keepstream.jobs import parse_job
-from keepstream_worker.commands.cli import app
+from keepstream_worker.commands.main import app
 from keepstream_worker.providers.config import parse_providers
 from keepstream_worker.settings import Settings
 
@@ -91,9 +91,9 @@ def test_the_readme_lists_every_command() -> None:
 
 
 def test_the_exit_codes_are_those_of_the_command_line() -> None:
-    from keepstream_worker.commands import cli
+    from keepstream_worker.commands import exits
 
-    codes = (cli.OK, cli.UNSUCCESSFUL, cli.INVALID, cli.UNAVAILABLE, cli.NOT_FOUND, cli.INTERRUPTED)
+    codes = (exits.OK, exits.UNSUCCESSFUL, exits.INVALID, exits.UNAVAILABLE, exits.NOT_FOUND, exits.INTERRUPTED)
     match = re.search(r"Exit codes: ([^.]*)\.", README)
     assert match is not None
     assert [int(number) for number in re.findall(r"\d+", match[1])] == list(codes)

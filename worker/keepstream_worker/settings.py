@@ -5,15 +5,25 @@ composition root, which hands each part what it needs.  Exists so that each sett
 its unit, its default and the reason for it; a wrong one stops the start with a clear line.
 """
 
+import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from keepstream import names
 
 Seconds = Annotated[float, Field(gt=0)]
+
+_PREFIX: Final = "KEEPSTREAM_"
+#: Read by `keepstream demo`, by the scripted provider and by docker-compose.yml.
+_READ_ELSEWHERE: Final = {"KEEPSTREAM_DEMO_MODEL", "KEEPSTREAM_SCRIPTED_API_KEY", "KEEPSTREAM_TAG"}
+#: What Kubernetes (and Docker's links) set in each container for a service whose name begins with "keepstream".
+_OF_A_SERVICE: Final = re.compile(r"_SERVICE_HOST$|_SERVICE_PORT(_\w+)?$|_PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?$")
 
 
 class SettingsError(Exception):
@@ -23,7 +33,7 @@ class SettingsError(Exception):
 class Settings(BaseSettings):
     """The worker's settings. Each is read from ``KEEPSTREAM_<NAME IN CAPITALS>``."""
 
-    model_config = SettingsConfigDict(env_prefix="KEEPSTREAM_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(env_prefix=_PREFIX, frozen=True, extra="ignore")
 
     # -- where things are --
     redis_url: str = Field("redis://127.0.0.1:6379/0", description="Redis for events, logs and cancel requests.")
@@ -149,18 +159,74 @@ class Settings(BaseSettings):
         return self.broker_url or self.redis_url
 
 
-def load_settings() -> Settings:
-    """Return the settings that the environment describes.
+def load_settings(environment: Mapping[str, str] = os.environ) -> Settings:
+    """Return the settings of this process; ``environment`` is looked through for misspelt names.
 
     Raises:
-        SettingsError: naming each malformed variable and what it must be.
+        SettingsError: naming each unknown variable and each wrong value, and what to write instead.
     """
+    problems = unknown_variables(environment)
     try:
-        return Settings()  # type: ignore[call-arg]  # every field has a default
+        settings = Settings()  # type: ignore[call-arg]  # every field has a default
     except ValidationError as error:
-        problems = []
-        for item in error.errors(include_url=False, include_input=False, include_context=False):
-            message = item["msg"].removeprefix("Value error, ")
-            name = "_".join(str(part) for part in item["loc"]).upper()
-            problems.append(f"KEEPSTREAM_{name}: {message}" if name else message)
-        raise SettingsError("; ".join(problems)) from None
+        problems += [_complaint(details) for details in error.errors(include_url=False, include_input=False)]
+    else:
+        if not problems:
+            return settings
+    raise SettingsError("; ".join(problems))
+
+
+def unknown_variables(environment: Mapping[str, str]) -> list[str]:
+    """Return a complaint about each ``KEEPSTREAM_…`` variable that nothing reads, with the name that was meant."""
+    known = {f"{_PREFIX}{name.upper()}" for name in Settings.model_fields} | _READ_ELSEWHERE
+    complaints = []
+    for name in sorted(environment):
+        spelling = name.upper()  # names are read in either case
+        if not spelling.startswith(_PREFIX) or spelling in known or _OF_A_SERVICE.search(spelling):
+            continue
+        if _is_named_in_providers_file(name, environment):
+            continue
+        nearest = names.nearest(spelling.removeprefix(_PREFIX), (variable.removeprefix(_PREFIX) for variable in known))
+        advice = f"did you mean {_PREFIX}{nearest}?" if nearest else "unset it, or rename it if it is yours"
+        complaints.append(f"{name}: there is no such setting; {advice}")
+    return complaints
+
+
+def _is_named_in_providers_file(name: str, environment: Mapping[str, str]) -> bool:
+    """Whether the providers file names a variable, as the holder of a key; what else is in it is checked elsewhere."""
+    file = environment.get(f"{_PREFIX}PROVIDERS_FILE")
+    try:
+        text = Path(file).read_text(encoding="utf-8") if file else ""
+    except (OSError, ValueError):
+        return False
+    return f'"{name}"' in text or f"'{name}'" in text
+
+
+def _complaint(details: ErrorDetails) -> str:
+    """Return what is wrong with a value and what to write, without the value: it may be a secret."""
+    limits = details.get("ctx", {})
+    match details["type"]:
+        case "int_parsing" | "int_from_float" | "int_parsing_size":
+            complaint = "must be a whole number"
+        case "float_parsing":
+            complaint = "must be a number"
+        case "greater_than":
+            complaint = f"must be greater than {limits['gt']:g}"
+        case "greater_than_equal":
+            complaint = f"must be at least {limits['ge']}"
+        case "less_than_equal":
+            complaint = f"must be at most {limits['le']}"
+        case "literal_error":
+            return f"{_variable(details)}: must be {limits['expected']}"
+        case "string_pattern_mismatch":
+            complaint = "must consist of letters, digits, '.', '_', '-' and ':', and be neither empty nor very long"
+        case _:
+            message = details["msg"].removeprefix("Value error, ")
+            return f"{_variable(details)}: {message}" if details["loc"] else message
+    default = Settings.model_fields[str(details["loc"][0])].default
+    example = f"{default:g}" if isinstance(default, float) else default
+    return f"{_variable(details)}: {complaint}, {example} for instance"
+
+
+def _variable(details: ErrorDetails) -> str:
+    return _PREFIX + "_".join(map(str, details["loc"])).upper()

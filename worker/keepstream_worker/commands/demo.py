@@ -1,8 +1,7 @@
-"""The demo: one job on its whole way, on one screen.
+"""The demo: one job from the queue to the database, through a real worker process.
 
-In: nothing, or the user's own provider from OPENAI_API_KEY and OPENAI_BASE_URL.  Out: what happens, on
-a console, and whether the stored text is the one that was streamed.  Exists so that the first look at
-Keepstream is a look at the real thing: a queue, a worker process, live events, a database.
+In: nothing, or the user's own provider from OPENAI_API_KEY and OPENAI_BASE_URL.
+Out: what happens, on a console, and whether the stored text is the one that was streamed.
 """
 
 import os
@@ -21,7 +20,8 @@ from keepstream import Client
 from keepstream.errors import KeepstreamError
 from keepstream.names import QUEUE, job_keys
 from keepstream.results import CompletionResult, JobStatus, output_sha256
-from keepstream_worker.commands.console import LiveView, printable, usage_line
+from keepstream_worker.commands.formats import printable, usage_line
+from keepstream_worker.commands.live_view import LiveView
 from keepstream_worker.dev_stack.scripted_provider.script import DEFAULT_TEXT
 from keepstream_worker.dev_stack.stack import DevStack, WorkerProcess, dev_stack
 from keepstream_worker.providers.config import OPENAI_URL
@@ -56,9 +56,9 @@ _SQL: Final = """\
 
 
 def run_demo(console: Console, *, cut: bool = False) -> bool:
-    """Show a job's way; return whether the stored text is the one that was streamed.
+    """Run one job and show what happens; return whether the stored text is the one that was streamed.
 
-    ``cut`` breaks the first attempt in the middle, if the provider is the scripted one.
+    ``cut`` breaks the stream of the first attempt in the middle, if the provider is the scripted one.
 
     Raises:
         EmbeddedServiceError: a service or the worker did not start.
@@ -67,7 +67,7 @@ def run_demo(console: Console, *, cut: bool = False) -> bool:
     console.print(Text.assemble(("Keepstream demo", "bold"), ": a job goes through a real queue and a real worker."))
     console.print("Starting the services and a worker ...", style="dim")
     with tempfile.TemporaryDirectory(prefix="keepstream-demo-") as directory, dev_stack(Path(directory)) as stack:
-        # Of the settings only those of the dev_stack: the demo is the same everywhere.
+        # No settings but those of the dev stack, so that the demo is the same everywhere.
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("KEEPSTREAM_")}
         with WorkerProcess(stack.environment(inherited)) as worker:
             try:
@@ -150,15 +150,15 @@ def _title(console: Console, title: str, explanation: str) -> None:
 def _show_row(console: Console, result: CompletionResult, status: str, content: str, call: str | None) -> None:
     excerpt = printable(content).replace("\n", " ")
     room = console.width - 40
-    attempt = result.attempts[-1]
-    whole = (attempt.finished_at or attempt.started_at) - attempt.started_at
+    last = result.attempts[-1]
+    duration = (last.finished_at or last.started_at) - last.started_at
     facts = {
         "status": status,
         "text": f"{excerpt[:room]}{'…' if len(excerpt) > room else ''} ({len(content)} characters)",
         "tool call": call,
         "usage": usage_line(result.usage),
-        "timings": f"first token after {attempt.first_token_ms or 0:.0f} ms, whole after {whole.total_seconds():.2f} s",
-        "attempts": ", ".join(f"{one.number} {one.outcome}" for one in result.attempts),
+        "timings": f"first token after {last.first_token_ms or 0:.0f} ms, whole after {duration.total_seconds():.2f} s",
+        "attempts": ", ".join(f"{attempt.number} {attempt.outcome}" for attempt in result.attempts),
     }
     _show_facts(console, facts)
 

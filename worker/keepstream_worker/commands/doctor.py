@@ -1,7 +1,9 @@
-"""The doctor: looks at everything a deployment needs and says what is wrong and what to do.
+"""The doctor: checks everything a deployment needs, and says what is wrong and what to do.
 
-In: the environment.  Out: findings, as a table or as JSON.  Exists so that a set-up is understood in
-one look; the quick form is the health check of a worker's container.
+In: the environment.
+Out: findings, as a table or as JSON, to `keepstream doctor`.
+
+The quick form is the health check of a worker's container.
 """
 
 import asyncio
@@ -33,10 +35,10 @@ _LONG_WAIT: Final = 30.0  #: Seconds in the queue after which more workers would
 
 
 class Verdict(StrEnum):
-    """How a finding is to be taken."""
+    """How serious a finding is."""
 
     OK = "ok"
-    WARN = "warn"  #: Works, but somebody should know.
+    WARN = "warn"  #: Jobs are done, but somebody should know.
     FAIL = "fail"  #: Jobs are not done, or may be lost.
 
 
@@ -45,7 +47,7 @@ _STYLES: Final = {Verdict.OK: "green", Verdict.WARN: "yellow", Verdict.FAIL: "re
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one check showed."""
+    """The result of one check."""
 
     check: str
     verdict: Verdict
@@ -54,12 +56,12 @@ class Finding:
 
 
 def examine(*, quick: bool = False) -> list[Finding]:
-    """Return the findings of all checks; ``quick``: of those that cost nothing and tell whether this host works."""
+    """Return the findings of all checks; ``quick``: only of those that show whether this host's worker can work."""
     return list(_quick() if quick else _thorough())
 
 
 def healthy(findings: list[Finding]) -> bool:
-    """Tell whether nothing failed."""
+    """Whether no check failed."""
     return all(finding.verdict is not Verdict.FAIL for finding in findings)
 
 
@@ -69,7 +71,7 @@ def as_json(findings: list[Finding]) -> dict[str, Any]:
 
 
 def show(console: Console, findings: list[Finding]) -> None:
-    """Show the findings as a table, with advice under what is not well."""
+    """Show the findings as a table, with advice below what is not well."""
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)
@@ -112,7 +114,7 @@ def _settings() -> Generator[Finding, None, Settings | None]:
     try:
         settings = load_settings()
     except SettingsError as error:
-        yield Finding("settings", Verdict.FAIL, str(error), "correct these environment variables")
+        yield Finding("settings", Verdict.FAIL, str(error), "correct the environment")
         return None
     set_here = sorted(name for name in os.environ if name.startswith("KEEPSTREAM_"))
     yield Finding("settings", Verdict.OK, f"from {', '.join(set_here)}" if set_here else "all at their defaults")
@@ -176,7 +178,7 @@ def _own_worker(overview: Overview) -> Finding:
     host = socket.gethostname()[:64]
     alive = sum(name.startswith(f"{host}-") for name in overview.workers)
     if not alive:
-        return Finding("worker", Verdict.FAIL, f"none on {host} gives signs of life", "start one: keepstream worker")
+        return Finding("worker", Verdict.FAIL, f"none on {host} is alive", "start one: keepstream worker")
     return Finding("worker", Verdict.OK, f"{_count(alive, 'process', 'processes')} on {host} alive")
 
 
@@ -201,7 +203,12 @@ def _jobs(overview: Overview) -> Finding:
 def _rejected(overview: Overview) -> Finding:
     found = f"{_count(overview.rejected, 'message', 'messages')} in the last 24 hours"
     if overview.rejected:
-        return Finding("rejected", Verdict.WARN, found, "a producer sends what is no valid job: keepstream rejected")
+        return Finding(
+            "rejected",
+            Verdict.WARN,
+            found,
+            "a producer sends messages that are not valid jobs; to see them: keepstream rejected",
+        )
     return Finding("rejected", Verdict.OK, found)
 
 
@@ -236,5 +243,5 @@ def _provider(config: ProviderConfig, check: "ProviderCheck", count: int) -> Fin
     return Finding(name, Verdict.FAIL, check.line, "until then, jobs for this provider fail")
 
 
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"
+def _count(number: int, singular: str, plural: str) -> str:
+    return f"{number} {singular if number == 1 else plural}"

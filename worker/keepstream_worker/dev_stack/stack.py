@@ -1,8 +1,7 @@
-"""The dev_stack: everything Keepstream needs on one machine, started and ended with us.
+"""The dev stack: everything a worker needs, on this machine, for as long as we run.
 
-In: a directory for the database, and the environment.  Out: running services, a migrated database and
-the environment that leads to them; for `demo` a worker process as well.  Exists so that a newcomer sees
-the real thing, with the same processes as in production, without installing a service.
+In: a directory for the database, and the environment, from `demo`, `dev` and the tests.
+Out: running servers, a migrated database and the settings that lead to them; for the demo a worker process as well.
 """
 
 import os
@@ -24,39 +23,39 @@ _PROVIDER_VARIABLES: Final = ("OPENAI_API_KEY", "OPENAI_BASE_URL")
 
 
 class DevStack(NamedTuple):
-    """Running services."""
+    """Running servers and how to reach them."""
 
     redis_url: str
     database: Path  #: The SQLite file.
-    provider_url: str | None  #: The scripted provider; None: the user's own is used.
-    settings: dict[str, str]  #: The variables that lead a client or a worker here.
+    provider_url: str | None  #: The scripted provider; None: the user has one.
+    settings: dict[str, str]  #: Environment variables for clients and workers.
 
     def environment(self, base: Mapping[str, str]) -> dict[str, str]:
-        """Return ``base`` such that a process uses these services."""
-        own = {name: value for name, value in base.items() if self.provider_url is None or not _is_proxy(name)}
-        return own | self.settings
+        """Return ``base``, changed so that a process uses these servers."""
+        kept = {name: value for name, value in base.items() if self.provider_url is None or not _is_proxy(name)}
+        return kept | self.settings
 
 
 @contextmanager
 def dev_stack(directory: Path) -> Iterator[DevStack]:
-    """Start the services; end them on leaving, also when we are told to end by SIGTERM.
+    """Start the servers; stop them on leaving, which SIGTERM and SIGHUP bring about as well.
 
     Raises:
-        EmbeddedServiceError: a service did not start.
+        EmbeddedServiceError: a server did not start.
         SchemaError: the database could not be migrated.
     """
-    with ExitStack() as stack:
-        stack.enter_context(_ended_by_sigterm())
-        valkey = stack.enter_context(EmbeddedValkey())
+    with ExitStack() as resources:
+        resources.enter_context(_ended_by_sigterm())
+        valkey = resources.enter_context(EmbeddedValkey())
         database = directory / "keepstream.db"
         settings = {
             "KEEPSTREAM_REDIS_URL": valkey.url,
-            "KEEPSTREAM_BROKER_URL": valkey.url,  # the user's shell may name another
+            "KEEPSTREAM_BROKER_URL": valkey.url,  # the user's environment may name another
             "KEEPSTREAM_DATABASE_URL": sqlite_url(database),
         }
         provider_url = None
         if not any(os.environ.get(name) for name in _PROVIDER_VARIABLES):
-            provider_url = stack.enter_context(EmbeddedProvider()).base_url
+            provider_url = resources.enter_context(EmbeddedProvider()).base_url
             settings |= {"OPENAI_BASE_URL": provider_url, "OPENAI_API_KEY": "scripted"}
         engine = make_engine(settings["KEEPSTREAM_DATABASE_URL"])
         schema.migrate(engine)
@@ -65,7 +64,7 @@ def dev_stack(directory: Path) -> Iterator[DevStack]:
 
 
 class WorkerProcess(EmbeddedProcess):
-    """A worker, as `keepstream worker` starts it; its log is kept for when something goes wrong."""
+    """A worker in a process of its own; its log is kept for the case that something goes wrong."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         super().__init__("worker")
@@ -89,13 +88,13 @@ class WorkerProcess(EmbeddedProcess):
 
 
 def _is_proxy(name: str) -> bool:
-    # The scripted provider is on this machine, where no proxy finds it.
+    # A proxy would look for the scripted provider on its own machine.
     return name.lower() in {"http_proxy", "https_proxy", "all_proxy"}
 
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """Turn SIGTERM and SIGHUP into an exception, so that no server is left behind."""
+    """Turn SIGTERM and SIGHUP into ``SystemExit``, so that no server is left behind."""
 
     def end(signum: int, _frame: FrameType | None) -> None:
         raise SystemExit(128 + signum)

@@ -1,0 +1,61 @@
+"""Exit codes, and how a command ends early: with one line on standard error that says what to do.
+
+In: messages and exceptions, from the commands.
+Out: an exit code, to the shell.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final, NoReturn
+
+import typer
+
+OK, UNSUCCESSFUL, INVALID, UNAVAILABLE, NOT_FOUND, INTERRUPTED = 0, 1, 2, 3, 4, 130
+
+EXIT_CODES: Final = (
+    "Exit codes: 0 done · 1 the job did not complete, or a check failed · 2 wrong input or setting · "
+    "3 a service is not available · 4 no such job · 130 Ctrl-C"
+)
+
+
+def print_error(message: str) -> None:
+    """Write one line to standard error."""
+    sys.stderr.write(message + "\n")
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """End the command with ``code`` and one line on standard error."""
+    print_error(f"keepstream: {message}")
+    raise typer.Exit(code)
+
+
+@contextmanager
+def start_errors() -> Iterator[None]:
+    """End the command with one line if a service does not start or the database cannot be migrated."""
+    from keepstream_worker.dev_stack.embedded import EmbeddedServiceError
+    from keepstream_worker.store.schema import SchemaError
+
+    try:
+        yield
+    except (SchemaError, EmbeddedServiceError) as error:
+        fail(str(error), UNAVAILABLE)
+
+
+def exit_code_of(error: Exception) -> int | None:
+    """Return the exit code for an error that the client raises on purpose; None: it is a defect."""
+    from keepstream import errors
+
+    match error:
+        case errors.JobNotFoundError():
+            return NOT_FOUND
+        case (
+            errors.BrokerUnavailableError()
+            | errors.StoreUnavailableError()
+            | errors.FollowTimeoutError()
+            | errors.EventsLostError()
+        ):
+            return UNAVAILABLE
+        case errors.KeepstreamError():
+            return INVALID
+    return None

@@ -1,0 +1,94 @@
+"""The command line `keepstream`, for newcomers, operators and shell scripts.
+
+In: arguments and the environment.
+Out: text for people or JSON for programs, and an exit code that says what happened.
+
+Every expected failure is one line on standard error that says what to do.  Each command imports what it needs when it
+runs, so that help and errors come at once.
+"""
+
+import sys
+from typing import Annotated, NoReturn
+
+from keepstream import names
+
+try:
+    import typer
+except ModuleNotFoundError:  # installed for the contract or the client alone
+    raise SystemExit(f"keepstream: the command line needs more; {names.install_hint('worker')}") from None
+
+from keepstream_worker.commands import jobs, operate, try_it
+from keepstream_worker.commands.exits import (
+    EXIT_CODES,
+    INTERRUPTED,
+    INVALID,
+    OK,
+    UNAVAILABLE,
+    exit_code_of,
+    print_error,
+)
+
+app = typer.Typer(
+    help="Keepstream runs LLM completions in the background: a job from the queue, live deltas on Redis, "
+    "the result in a database.",
+    epilog=f"Begin with [bold cyan]keepstream demo[/].\n\n[dim]{EXIT_CODES}[/]",
+    rich_markup_mode="rich",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for group in (try_it.group, jobs.group, operate.group):  # in the order of the help
+    app.add_typer(group.app)
+
+
+@app.callback(invoke_without_command=True)
+def _keepstream(
+    context: typer.Context,
+    *,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from importlib.metadata import PackageNotFoundError
+        from importlib.metadata import version as installed
+
+        try:
+            typer.echo(f"keepstream {installed(names.DISTRIBUTION)}")
+        except PackageNotFoundError:
+            typer.echo("keepstream, not installed")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(INVALID)
+
+
+def _usage_error(error: typer.TyperException) -> str:
+    """Return what is wrong with the arguments, on one line, in the form of all other messages."""
+    option, nearest = getattr(error, "option_name", None), getattr(error, "possibilities", None)
+    if nearest:
+        message = f"there is no option {option}; did you mean {' or '.join(sorted(nearest))}?"
+    else:
+        message = " ".join(error.format_message().rstrip(".").split())
+        message = message[:1].lower() + message[1:]
+    context = getattr(error, "ctx", None)
+    return message if context is None else f"{message} (see: {context.command_path} --help)"
+
+
+def main() -> NoReturn:
+    """Run the command that the arguments name."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a console that lacks a character shows "?"
+    try:
+        code = app(prog_name="keepstream", standalone_mode=False)
+    except typer.TyperException as error:  # a wrong option or value
+        print_error(f"keepstream: {_usage_error(error)}")
+        raise SystemExit(error.exit_code) from None
+    except typer.Abort:  # Ctrl-C at a question
+        raise SystemExit(INTERRUPTED) from None
+    except Exception as error:
+        code = exit_code_of(error)
+        if code is None:
+            raise
+        hint = "; to see what is wrong: keepstream doctor" if code == UNAVAILABLE else ""
+        print_error(f"keepstream: {error}{hint}")
+        raise SystemExit(code) from None
+    raise SystemExit(code or OK)

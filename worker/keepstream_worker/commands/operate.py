@@ -1,0 +1,209 @@
+"""The commands for operators: worker, migrate, doctor, rejected, purge, schema.
+
+In: arguments and the settings of a deployment.
+Out: a running worker, changes to the database, or a report on standard output as text or JSON.
+"""
+
+import json
+import os
+import sys
+from datetime import datetime
+from typing import Annotated
+
+import typer
+
+from keepstream_worker.commands.arguments import AsJson, AsJsonLines, parse_duration
+from keepstream_worker.commands.environment import settings_from_environment
+from keepstream_worker.commands.exits import INVALID, UNSUCCESSFUL, fail, start_errors
+from keepstream_worker.commands.group import CommandGroup
+from keepstream_worker.commands.output import make_console, print_lines
+from keepstream_worker.commands.worker_processes import run_worker_here, run_workers
+
+group = CommandGroup("Operate")
+
+
+@group.command("keepstream worker", "keepstream worker --processes 4 --concurrency 500")
+def worker(
+    *,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, help="Jobs that one process runs at once; else KEEPSTREAM_CONCURRENCY.")
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, max=256, help="Processes, one per core; else KEEPSTREAM_PROCESSES.")
+    ] = None,
+) -> None:
+    """Run a worker until SIGTERM or Ctrl-C.
+
+    It then takes no more jobs, lets streams finish for KEEPSTREAM_SHUTDOWN_GRACE seconds, and leaves the rest to
+    other workers; a second signal shortens that. With several processes, one that dies is replaced.
+    """
+    from keepstream_worker.providers.config import ProviderConfigError, load_providers
+
+    settings = settings_from_environment()
+    try:
+        load_providers(settings.providers_file, os.environ)
+    except ProviderConfigError as error:
+        fail(str(error), INVALID)
+    count = processes or settings.processes
+    if count == 1:
+        try:
+            run_worker_here(concurrency)
+        except typer.Exit as end:
+            from keepstream_worker.app import leave
+
+            leave(end.exit_code)
+    run_workers(settings, count, concurrency)
+
+
+@group.command("keepstream migrate", "keepstream migrate --check")
+def migrate(
+    *,
+    check: Annotated[
+        bool, typer.Option("--check", help="Change nothing; exit 1 if the tables are not current.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Create or update the database's tables.
+
+    The database is that of KEEPSTREAM_DATABASE_URL. Workers of the previous version can go on working meanwhile:
+    changes are additive.
+    """
+    from keepstream.client.database import make_engine
+    from keepstream_worker.store import schema
+
+    with start_errors():
+        engine = make_engine(settings_from_environment().database_url)
+        try:
+            before = schema.current(engine)
+            after = before if check else schema.migrate(engine)
+        finally:
+            engine.dispose()
+    needed = schema.head()
+    if as_json:
+        typer.echo(json.dumps({"before": before, "after": after, "needed": needed}))
+    elif before == after:
+        typer.echo(f"the database is at {before or 'no revision yet'}; this version needs {needed}")
+    else:
+        typer.echo(f"migrated the database from {before or 'nothing'} to {after}")
+    if after != needed:
+        raise typer.Exit(UNSUCCESSFUL)
+
+
+@group.command("keepstream doctor", "keepstream doctor --quick", "keepstream doctor --json | jq .healthy")
+def doctor(
+    *,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="For a container's health check: no providers; is a worker on this host alive?"),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what is wrong with a deployment and what to do.
+
+    Checks settings, Redis, database, workers, waiting jobs, rejected messages, and providers (by asking for their list
+    of models, which costs nothing). Exits 1 if a check fails; a warning is not a failure.
+    """
+    from keepstream_worker.commands.doctor import as_json as findings_json
+    from keepstream_worker.commands.doctor import examine, healthy, show
+
+    findings = examine(quick=quick)
+    if as_json:
+        typer.echo(json.dumps(findings_json(findings), indent=2))
+    else:
+        show(make_console(), findings)
+    if not healthy(findings):
+        raise typer.Exit(UNSUCCESSFUL)
+
+
+@group.command("keepstream rejected", "keepstream rejected --json | jq .reason")
+def rejected(
+    *, limit: Annotated[int, typer.Option(min=1, max=1000, help="Messages at most.")] = 50, as_json: AsJsonLines = False
+) -> None:
+    """List messages that were not valid jobs, and why.
+
+    The newest come first. The database keeps them with their payload.
+    """
+    from keepstream.client.database import ClientDatabase
+    from keepstream_worker.store import inspection
+
+    database = ClientDatabase(settings_from_environment().database_url)
+    try:
+        with database.transaction() as connection:
+            messages = inspection.rejected(connection, limit)
+    finally:
+        database.close()
+    if as_json:
+        print_lines(json.dumps(message._asdict(), default=datetime.isoformat) for message in messages)
+        return
+    from keepstream_worker.commands.tables import show_rejected
+
+    show_rejected(make_console(), messages)
+
+
+@group.command(
+    "keepstream purge --older-than 30d --all-tenants --dry-run",
+    "keepstream purge --older-than 30d --all-tenants --yes",
+    "keepstream purge --older-than 1h --tenant shop",
+)
+def purge(
+    *,
+    older_than: Annotated[str, typer.Option(metavar="DURATION", help="Age since their end: 90s, 15m, 2h or 30d.")],
+    tenant: Annotated[str | None, typer.Option(help="Only this tenant's jobs.")] = None,
+    all_tenants: Annotated[bool, typer.Option("--all-tenants", help="The jobs of all tenants.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Delete nothing; say how much would be deleted.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask first.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Delete jobs that ended long ago, with their results, and rejected messages of that age.
+
+    What is deleted cannot be restored. If standard input is interactive, the command asks first.
+    """
+    from keepstream.client import queries
+    from keepstream.client.database import ClientDatabase
+    from keepstream_worker.store import inspection
+
+    seconds, deleted = parse_duration(older_than), 0
+    if (tenant is None) is not all_tenants:
+        fail("whose jobs? write either --tenant NAME or --all-tenants", INVALID)
+    ask = sys.stdin.isatty() and not yes and not dry_run
+    database = ClientDatabase(settings_from_environment().database_url)
+    try:
+        if dry_run or ask:
+            with database.transaction() as connection:
+                found = inspection.purgeable(connection, seconds, tenant)
+            counts = f"{found.jobs} jobs and {found.rejected_messages} rejected messages"
+            if dry_run:
+                typer.echo(json.dumps(found._asdict()) if as_json else f"would delete {counts}")
+                return
+            if not typer.confirm(f"Delete {counts}?", err=True):
+                fail("nothing was deleted", UNSUCCESSFUL)
+        while True:  # in small transactions, so that workers need not wait
+            with database.transaction() as connection:
+                batch = queries.purge(connection, seconds, tenant)
+            deleted += batch
+            if not batch:
+                break
+    finally:
+        database.close()
+    typer.echo(json.dumps({"deleted": deleted}) if as_json else f"deleted {deleted} jobs")
+
+
+@group.command("keepstream schema job > job.schema.json", "keepstream schema asyncapi", "keepstream schema --check")
+def schema(
+    name: Annotated[str, typer.Argument(metavar="[job|event|result|asyncapi]", help="Which one.")] = "",
+    *,
+    check: Annotated[bool, typer.Option("--check", help="Exit 1 if the committed files are not current.")] = False,
+) -> None:
+    """Print the contract for services in any language: JSON Schemas or an AsyncAPI document."""
+    from keepstream.schemas import generate as generate_schemas
+
+    if check:
+        if outdated := generate_schemas.outdated():
+            message = f"{', '.join(outdated)}: not current; run: python -m keepstream.schemas.generate"
+            fail(message, UNSUCCESSFUL)
+        return
+    documents = {file.partition(".")[0]: text for file, text in generate_schemas.documents().items()}
+    text = documents.get({"events": "event", "jobs": "job", "results": "result"}.get(name, name))
+    if text is None:
+        fail(f"which schema? choose one of {', '.join(documents)}", INVALID)
+    typer.echo(text, nl=False)
