@@ -1,8 +1,7 @@
 """Retry: which failures are tried again, how often, and after how long.
 
-In: the ``Failure`` of an attempt and what is left of the job's attempts and time, from the engine and
-the sweeper.  Out: a ``RetryDecision``; whoever asked acts on it.  Exists so that the whole policy is
-one table and one function without a clock, a socket or a queue.
+In: the ``Failure`` of an attempt and what is left of the job's attempts and time, from the verdict.
+Out: a ``RetryDecision``.  Pure: the whole policy is one table and one function.
 """
 
 from collections.abc import Callable
