@@ -368,7 +368,7 @@ async def test_spoiled_log_of_one_job_holds_up_no_other(publisher: Publisher, cl
     assert text_of(log(client)) == spoiled.text
 
 
-async def test_what_is_forgotten_while_redis_is_away_is_not_sent_when_it_is_back(
+async def test_what_is_discarded_while_redis_is_away_is_not_sent_when_it_is_back(
     publisher: Publisher, server: EmbeddedValkey, client: "redis.Redis"
 ) -> None:
     server.kill()
@@ -380,7 +380,7 @@ async def test_what_is_forgotten_while_redis_is_away_is_not_sent_when_it_is_back
     assert log(client, "discarded") == []
 
 
-async def test_what_is_forgotten_during_a_flush_that_fails_stays_discarded(
+async def test_what_is_discarded_during_a_flush_that_fails_stays_discarded(
     publisher: Publisher, server: EmbeddedValkey, client: "redis.Redis"
 ) -> None:
     discarded, kept = Job(publisher, job_id="discarded"), Job(publisher)
