@@ -29,7 +29,7 @@ class StartError(Exception):
 
 
 def run_worker(*, concurrency: int | None = None) -> int:
-    """Run one worker process until it is told to stop; return its exit code.
+    """Run one worker process until it is stopped; return its exit code.
 
     Args:
         concurrency: Jobs at once, instead of the setting.

@@ -1,4 +1,4 @@
-"""Closing events: what followers are told when an attempt or a job ends, as JSON-ready values.
+"""Closing events: what followers receive when an attempt or a job ends, as JSON-ready values.
 
 In: output, endings and summed usage, from the engine.  Out: types and fields of events, to the publisher.
 The shapes are those of ``keepstream.events``; building those models for each job would cost too much.

@@ -70,7 +70,7 @@ class BatchingQoS(QoS):
             log.warning("messages_not_noted", count=len(entries), reason=type(error).__name__)
 
     def append(self, message: Any, delivery_tag: str) -> None:
-        """Remember a message that is delivered; ``note`` has told Redis."""
+        """Remember a message that is delivered; ``note`` has noted it in Redis."""
         virtual.QoS.append(self, message, delivery_tag)
 
     def ack(self, delivery_tag: str) -> None:
@@ -96,7 +96,7 @@ class BatchingQoS(QoS):
             log.warning("acknowledgements_not_sent", count=len(tags), reason=type(error).__name__)
 
     def restore_unacked_once(self, stderr: Any = None) -> None:
-        """Give back what is not acknowledged; called when the channel closes."""
+        """Put back what is not acknowledged; called when the channel closes."""
         self.flush_acknowledgements()
         super().restore_unacked_once(stderr)  # type: ignore[no-untyped-call]
 
@@ -144,7 +144,7 @@ class FilteringChannel(Channel):
             for raw in items:
                 message = read_message(raw)
                 if isinstance(message, Unreadable):
-                    self._set_unreadable_aside(raw, message)
+                    self._set_aside(raw, message)
                 else:
                     messages.append(message)
             if not messages:
@@ -176,7 +176,7 @@ class FilteringChannel(Channel):
         items = reply[1] if isinstance(reply[1], list) else [reply[1]]
         return queue, [item.encode() if isinstance(item, str) else item for item in items]
 
-    def _set_unreadable_aside(self, raw: bytes, fault: Unreadable) -> None:
+    def _set_aside(self, raw: bytes, fault: Unreadable) -> None:
         log.warning("message_unreadable", reason=fault.reason, size=len(raw), task_id=fault.task_id)
         self._unreadable.append(
             orjson.dumps(
