@@ -114,23 +114,16 @@ class Service:
         if self._draining.is_set():
             return  # not acknowledged, so Celery puts the message back; a sweeper finds the row in any case
         argument = _with_id(delivery.arguments[0], delivery.task_id)
+        job: Job | None = None
         try:
             job = parse_job(argument)
-        except InvalidJobError as error:
-            await self._refuse(argument, str(error))
-            delivery.acknowledge()
-            return
-        try:
             await self.engine.run(job, delivery.acknowledge)
-        except InvalidJobError as error:
-            # Found out by the claim: the job is too large or too deep to be stored.
+        except InvalidJobError as error:  # also raised by the claim: the job is too large or too deep to be stored
             await self._refuse(argument, str(error))
-            delivery.acknowledge()
-        except StoreRefusedError as error:
-            # Not an outage, for which the engine waits: the database refuses this job.
-            log.exception("job_unstorable", tenant=job.tenant, job_id=job.id)
+        except StoreRefusedError as error:  # no outage, for which the engine waits: the database refuses this job
+            log.exception("job_unstorable", tenant=job and job.tenant, job_id=job and job.id)
             await self._reject(argument, str(error), job)
-            delivery.acknowledge()
+        delivery.acknowledge()
 
     async def _refuse(self, argument: object, reason: str) -> None:
         """Record a message that is no valid job; if it names a job, that job ends as failed."""
