@@ -6,6 +6,7 @@ cancelled or taken over by another worker; claims given back that nothing here r
 
 import asyncio
 import time
+from collections.abc import Callable
 
 from keepstream.errors import StoreUnavailableError
 from keepstream_worker import store
@@ -26,21 +27,29 @@ _RETIRE_TIMEOUT = 3.0
 class WorkerHeartbeat:
     """Gives one worker process's signs of life. Made and used on the event loop."""
 
-    def __init__(self, settings: Settings, worker_id: str, database: WorkerDatabase, engine: Engine) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        worker_id: str,
+        database: WorkerDatabase,
+        engine: Engine,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._interval = settings.heartbeat_interval
         self._lease = settings.lease
         self._worker_id = worker_id
         self._database = database
         self._engine = engine
-        self._confirmed_at = 0.0  #: ``time.monotonic()`` of the last confirmed heartbeat.
-        self._unbroken_since: float | None = None  #: The same of the first since the last gap.
+        self._clock = clock
+        self._confirmed_at = 0.0  #: When the last heartbeat was confirmed.
+        self._unbroken_since: float | None = None  #: When the first one after the last gap was.
         self._not_running: frozenset[tuple[JobKey, int]] = frozenset()
         self._task: PeriodicTask | None = None
 
     async def start(self) -> None:
         """Give the first sign of life, then go on in the background."""
-        await self._beat()
-        self._task = PeriodicTask("heartbeat", self._beat, self._interval, on_outage=self.note_outage)
+        await self.beat()
+        self._task = PeriodicTask("heartbeat", self.beat, self._interval, on_outage=self.note_outage)
 
     async def stop(self) -> None:
         """Stop, and tell the others that this worker is gone."""
@@ -63,9 +72,14 @@ class WorkerHeartbeat:
         If not, the silence of other workers proves nothing: in an outage or a stall of the database
         everybody is silent.
         """
-        return self._unbroken_since is not None and time.monotonic() - self._unbroken_since > self._lease
+        return self._unbroken_since is not None and self._clock() - self._unbroken_since > self._lease
 
-    async def _beat(self) -> None:
+    async def beat(self) -> None:
+        """Give one sign of life, and act on the database's answer.
+
+        Raises:
+            StoreUnavailableError: the database is away.
+        """
         active = self._engine.active
         claimed_before = {(key, job.attempt) for key, job in active.items() if job.attempt}
         result = await self._database.run(store.record_heartbeat, store.Heartbeat(self._worker_id, self._lease))
@@ -81,7 +95,7 @@ class WorkerHeartbeat:
         await self._release_unknown_claims(result.owned)
 
     def _note_confirmed(self, *, lapsed: bool) -> None:
-        now = time.monotonic()
+        now = self._clock()
         # Half a lease: a shorter stall makes nobody look dead, since a lease is at least three heartbeats.
         if lapsed or self._unbroken_since is None or now - self._confirmed_at > self._lease / 2:
             self._unbroken_since = now
