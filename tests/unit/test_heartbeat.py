@@ -1,4 +1,4 @@
-"""What a worker does with the database's answer to its sign of life. (The statement: ``adapters/test_store.py``.)"""
+"""What a worker does with the database's answer to its sign of life; for the statement see ``test_store.py``."""
 
 import asyncio
 from types import SimpleNamespace
