@@ -88,7 +88,7 @@ def decide(report: AttemptReport, policy: RetryPolicy, random: Callable[[], floa
         return replace(ending, outcome=Outcome.UNSTARTED, status=JobStatus.EXPIRED)
     decision = retry.decide(
         failure,
-        attempt=report.tries,
+        tries=report.tries,
         max_attempts=policy.max_attempts,
         remaining_seconds=report.remaining_seconds,
         policy=policy.backoff,
