@@ -82,7 +82,7 @@ class BatchingQoS(QoS):
             hub.call_later(_ACKNOWLEDGE_WITHIN, self.flush_acknowledgements)
 
     def flush_acknowledgements(self) -> None:
-        """Tell Redis of all acknowledged messages at once."""
+        """Send all acknowledgements to Redis at once."""
         tags, self._acknowledged = self._acknowledged, []
         if not tags:
             return
