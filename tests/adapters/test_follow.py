@@ -257,7 +257,7 @@ async def test_a_restart_of_redis_that_loses_the_log_is_healed_by_the_worker() -
             await asyncio.to_thread(server.start)
             send("after ")
             late = [asyncio.create_task(hold()) for _ in range(10)]
-            await publication.flushed(20)
+            await publication.wait_flushed(20)
             publication.send(
                 "job.completed",
                 {"status": "completed", "attempts": 1, "output_sha256": output_sha256([text])},

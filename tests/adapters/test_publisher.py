@@ -13,7 +13,9 @@ from keepstream.events import Event, parse_event
 from keepstream.names import EventId, job_keys, parse_event_id
 from keepstream.transcript import Transcript
 from keepstream_worker.dev_stack.embedded import EmbeddedValkey
-from keepstream_worker.events.publisher import _SCRIPT, _SCRIPT_SHA, Flushed, Publication, Publisher
+from keepstream_worker.events.log_script import APPEND, HEAL, SCRIPT, SCRIPT_SHA, VERIFY
+from keepstream_worker.events.publication import FlushResult, Publication
+from keepstream_worker.events.publisher import Publisher
 from keepstream_worker.events.redis_link import pack
 from keepstream_worker.values import Delta
 from tests.log_model import LogModel
@@ -65,7 +67,7 @@ class Job:
 
     async def is_sent(self) -> bool:
         """Wait until everything is in the log."""
-        return await self.publication.flushed(PATIENCE) is Flushed.SENT
+        return await self.publication.wait_flushed(PATIENCE) is FlushResult.SENT
 
     def _snapshot(self) -> dict[str, Any]:
         return {"choices": [{"index": 0, "content": self.text}]}
@@ -106,7 +108,7 @@ async def until(condition: Callable[[], object]) -> None:
 calls = st.tuples(
     st.integers(1, 3),  # attempt
     st.integers(1, 6),  # n of the first event
-    st.sampled_from([b"a", b"v", b"h"]),
+    st.sampled_from([APPEND, VERIFY, HEAL]),
     st.integers(1, 3),  # events
 )
 schedules = st.lists(
@@ -125,7 +127,7 @@ schedules = st.lists(
 def test_script_behaves_like_its_model(redis_url: str, schedule: list[Any]) -> None:
     with redis.Redis.from_url(redis_url) as client:
         client.flushall()
-        client.script_load(_SCRIPT)
+        client.script_load(SCRIPT)
         model = LogModel()
         with client.pubsub() as pubsub:
             pubsub.subscribe(KEYS.channel)
@@ -147,8 +149,8 @@ def test_script_behaves_like_its_model(redis_url: str, schedule: list[Any]) -> N
                     case attempt, n, mode, count:
                         events = [b"%d-%d" % (attempt, n + number) for number in range(count)]
                         arguments = [KEYS.log, KEYS.channel, KEYS.cancel, attempt, n, 60_000, mode, *events]
-                        command = pack(b"EVALSHA", _SCRIPT_SHA, 3, *map(_packable, arguments))
-                        assert client.evalsha(_SCRIPT_SHA.decode(), 3, *arguments) == model.execute(command)
+                        command = pack(b"EVALSHA", SCRIPT_SHA, 3, *map(_packable, arguments))
+                        assert client.evalsha(SCRIPT_SHA.decode(), 3, *arguments) == model.execute(command)
                 entries: Any = client.xrange(KEYS.log)
                 assert [(parse_event_id(i.decode()), f[b"event"]) for i, f in entries] == model.log
             heard = [pubsub.get_message(timeout=5) for _ in model.heard]
@@ -222,7 +224,7 @@ async def test_older_attempt_is_fenced_by_the_newer_ones_first_event(
     assert await new.is_sent()
     for _ in range(3):
         old.say("too late ")
-        assert await old.publication.flushed(PATIENCE) is Flushed.FENCED
+        assert await old.publication.wait_flushed(PATIENCE) is FlushResult.FENCED
     assert old.fenced == 1, "told once"
     new.say("new")
     assert await new.is_sent()
@@ -236,7 +238,7 @@ async def test_older_attempt_is_fenced_after_a_lost_connection_too(publisher: Pu
     client.client_kill_filter(_type="normal", skipme=True)
     old.say("too late")
     other.say("in time")
-    assert await old.publication.flushed(PATIENCE) is Flushed.FENCED
+    assert await old.publication.wait_flushed(PATIENCE) is FlushResult.FENCED
     assert await other.is_sent()
     assert old.fenced == 1
 
@@ -246,7 +248,7 @@ async def test_attempt_that_was_overtaken_before_its_first_event_is_fenced(
 ) -> None:
     client.xadd(KEYS.log, {"event": "{}"}, "2-1")
     old = Job(publisher, attempt=1)
-    assert await old.publication.flushed(PATIENCE) is Flushed.FENCED
+    assert await old.publication.wait_flushed(PATIENCE) is FlushResult.FENCED
 
 
 async def test_request_to_cancel_is_met_at_the_first_event(publisher: Publisher, client: "redis.Redis") -> None:
@@ -308,7 +310,7 @@ async def test_redis_away_costs_little_memory_and_one_snapshot(
         if number % 100 == 0:
             await asyncio.sleep(0.02)
     await until(lambda: job.publication._pending_bytes <= BUFFER)
-    assert await job.publication.flushed(0.01) is Flushed.WAITING
+    assert await job.publication.wait_flushed(0.01) is FlushResult.PENDING
     server.start()
     job.end()
     assert await job.is_sent()
@@ -336,7 +338,7 @@ async def test_full_redis_is_waited_for(publisher: Publisher, client: "redis.Red
     client.config_set("maxmemory", 1)
     job = Job(publisher)
     job.say("one ")
-    assert await job.publication.flushed(0.3) is Flushed.WAITING
+    assert await job.publication.wait_flushed(0.3) is FlushResult.PENDING
     client.config_set("maxmemory", 0)
     assert await job.is_sent()
     assert text_of(log(client)) == "one "
@@ -360,40 +362,40 @@ async def test_spoiled_log_of_one_job_holds_up_no_other(publisher: Publisher, cl
         healthy.say(f"{number} ")
         assert await healthy.is_sent()
     assert text_of(log(client, "healthy")) == healthy.text
-    assert await spoiled.publication.flushed(0.01) is Flushed.WAITING
+    assert await spoiled.publication.wait_flushed(0.01) is FlushResult.PENDING
     client.delete(KEYS.log)
     assert await spoiled.is_sent()
     assert text_of(log(client)) == spoiled.text
 
 
-async def test_what_is_forgotten_while_redis_is_away_is_not_sent_when_it_is_back(
+async def test_what_is_discarded_while_redis_is_away_is_not_sent_when_it_is_back(
     publisher: Publisher, server: EmbeddedValkey, client: "redis.Redis"
 ) -> None:
     server.kill()
-    forgotten, kept = Job(publisher, job_id="forgotten"), Job(publisher)
-    assert await forgotten.publication.flushed(0.2) is Flushed.WAITING
-    forgotten.publication.forget()
+    discarded, kept = Job(publisher, job_id="discarded"), Job(publisher)
+    assert await discarded.publication.wait_flushed(0.2) is FlushResult.PENDING
+    discarded.publication.discard()
     server.start()
     assert await kept.is_sent()
-    assert log(client, "forgotten") == []
+    assert log(client, "discarded") == []
 
 
-async def test_what_is_forgotten_during_a_flush_that_fails_stays_forgotten(
+async def test_what_is_discarded_during_a_flush_that_fails_stays_discarded(
     publisher: Publisher, server: EmbeddedValkey, client: "redis.Redis"
 ) -> None:
-    forgotten, kept = Job(publisher, job_id="forgotten"), Job(publisher)
-    assert await forgotten.is_sent()
+    discarded, kept = Job(publisher, job_id="discarded"), Job(publisher)
+    assert await discarded.is_sent()
     server.freeze()
-    forgotten.say("word ")
+    discarded.say("word ")
     await until(lambda: publisher._in_flight)
-    forgotten.publication.needs_snapshot = True  # it would take the id of the end, which the sweeps will tell
-    forgotten.end()
-    forgotten.publication.forget()
+    discarded.publication.needs_snapshot = True  # it would take the id of the end, which the sweeps will publish
+    discarded.end()
+    discarded.publication.discard()
     server.kill()
     server.start()
     kept.say("more ")
     assert await kept.is_sent()
-    assert log(client, "forgotten") == []
+    assert log(client, "discarded") == []
 
 
 # -- announcing again --
@@ -420,14 +422,14 @@ async def test_terminal_event_is_in_the_log_once_however_often_it_is_announced(
     job.end()
     assert await job.is_sent()
     for _ in range(3):
-        assert await announce(publisher, EventId(1, 3), job.text).flushed(PATIENCE) is Flushed.SENT
+        assert await announce(publisher, EventId(1, 3), job.text).wait_flushed(PATIENCE) is FlushResult.SENT
     assert [event.id for event in log(client)] == ["1-1", "1-2", "1-3"]
 
 
 async def test_announcement_is_preceded_by_a_snapshot_where_the_log_lacks_what_led_to_it(
     publisher: Publisher, client: "redis.Redis"
 ) -> None:
-    assert await announce(publisher, EventId(2, 40), "the output").flushed(PATIENCE) is Flushed.SENT
+    assert await announce(publisher, EventId(2, 40), "the output").wait_flushed(PATIENCE) is FlushResult.SENT
     assert [(event.id, event.type) for event in log(client)] == [("2-39", "snapshot"), ("2-40", "job.completed")]
     assert text_of(log(client)) == "the output"
 
@@ -435,7 +437,7 @@ async def test_announcement_is_preceded_by_a_snapshot_where_the_log_lacks_what_l
 async def test_terminal_event_of_a_job_without_output_needs_no_snapshot(
     publisher: Publisher, client: "redis.Redis"
 ) -> None:
-    assert await announce(publisher, EventId(1, 1), "").flushed(PATIENCE) is Flushed.SENT
+    assert await announce(publisher, EventId(1, 1), "").wait_flushed(PATIENCE) is FlushResult.SENT
     assert [(event.id, event.type) for event in log(client)] == [("1-1", "job.completed")]
 
 
@@ -451,7 +453,7 @@ async def test_announcer_and_worker_at_the_same_time_end_the_log_once(
         job.end()
         announcement = announce(publisher, EventId(1, 4), job.text)
         assert await job.is_sent()
-        assert await announcement.flushed(PATIENCE) is Flushed.SENT
+        assert await announcement.wait_flushed(PATIENCE) is FlushResult.SENT
         assert text_of(log(client)) == "one two "
         assert [event.id for event in log(client)][-1] == "1-4"
 

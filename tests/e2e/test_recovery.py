@@ -220,7 +220,7 @@ def test_claim_that_nobody_runs_is_let_go(cluster: Cluster) -> None:
     result = cluster.wait_for(job_id)
     assert result.status is JobStatus.COMPLETED
     assert result.attempts[-1].reason == "worker_lost"
-    assert worker.said("job_orphaned", job_id=job_id)
+    assert worker.said("unknown_claim_released", job_id=job_id)
 
 
 @pytest.mark.parametrize("fault", ["cut", "eof", "garbage"])

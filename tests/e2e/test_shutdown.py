@@ -20,7 +20,7 @@ def test_streams_finish_within_the_grace_period(any_cluster: Cluster) -> None:
         assert result.status is JobStatus.COMPLETED
         assert len(result.attempts) == 1
         assert [one.type for one in cluster.log(job_id)][-1] == "job.completed"
-    assert worker.said("worker_stopped", handed_back=0, left=0)
+    assert worker.said("worker_stopped", interrupted=0, left=0)
 
 
 def test_ending_worker_takes_no_new_job(cluster: Cluster) -> None:

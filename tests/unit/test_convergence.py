@@ -6,7 +6,7 @@ the connection and the followers are in the hands of hypothesis.
 
 import json
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,12 +15,12 @@ from keepstream.events import is_terminal, parse_event
 from keepstream.names import EventId, parse_event_id
 from keepstream.results import Usage, output_sha256
 from keepstream.transcript import Transcript
-from keepstream_worker.events.payloads import finish_reasons, snapshot_fields
-from keepstream_worker.events.publisher import Publication, Publisher
+from keepstream_worker.events.closing_events import finish_reasons, snapshot_fields
+from keepstream_worker.events.publication import Publication
 from keepstream_worker.providers.stream import StreamReader
 from tests.log_model import LogModel
 
-LIMIT = 300  # bytes that a publication may hold while Redis is away: little, so that relief is met often
+LIMIT = 300  # bytes that a publication may hold while Redis is away: little, so that shedding is met often
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8) | st.sampled_from(
     ["\ud83c", "\udf0a", "a\x00b"]  # halves of a pair, and what may not be stored
@@ -53,8 +53,8 @@ steps = st.one_of(
 )
 
 
-class Desk:
-    """What a publication needs of its publisher."""
+class StubOutbox:
+    """Stands in for the publisher: the schedule decides what is sent, and when."""
 
     prefix = "keepstream"
     merge_above = 8
@@ -65,12 +65,15 @@ class Desk:
     def mark_dirty(self, publication: Publication) -> None:
         """Nothing is sent but by the schedule."""
 
+    def discard(self, publication: Publication) -> None:
+        """Nothing is queued here."""
+
 
 class World:
     """A job, its worker, the connection to Redis, and one follower."""
 
     def __init__(self) -> None:
-        self.desk = Desk()
+        self.outbox = StubOutbox()
         self.redis = LogModel()
         self.late: list[bytes] = []
         self.follower = Transcript()
@@ -86,7 +89,7 @@ class World:
         self.finished = False
         self.reader = StreamReader(call_seed="job-1")
         self.publication = Publication(
-            cast("Publisher", self.desk),
+            self.outbox,
             "default",
             "job-1",
             self.attempt,
@@ -109,13 +112,13 @@ class World:
 
     def flush(self) -> None:
         if self.publication._pending:
-            command, covered = self.publication.command(self.desk.epoch, b"1000")
-            self.publication.settle(self.redis.execute(command), covered, self.desk.epoch)
+            command, covered = self.publication.next_call(self.outbox.epoch, b"1000")
+            self.publication.handle_answer(self.redis.execute(command), covered, self.outbox.epoch)
             self.deliver()
 
     def the_answer_is_lost(self) -> None:
         if self.publication._pending:
-            self.redis.execute(self.publication.command(self.desk.epoch, b"1000")[0])
+            self.redis.execute(self.publication.next_call(self.outbox.epoch, b"1000")[0])
             self.deliver()
         self.reconnect()
 
@@ -124,7 +127,7 @@ class World:
 
     def the_command_is_late(self) -> None:
         if self.publication._pending:
-            self.late.append(self.publication.command(self.desk.epoch, b"1000")[0])
+            self.late.append(self.publication.next_call(self.outbox.epoch, b"1000")[0])
         self.reconnect()
 
     def a_late_command_arrives(self, which: int) -> None:
@@ -157,7 +160,7 @@ class World:
         self.deaf += count
 
     def reconnect(self) -> None:
-        self.desk.epoch += 1
+        self.outbox.epoch += 1
         self.publication.shed_buffer(LIMIT)
 
     # -- the follower --

@@ -26,7 +26,7 @@ RETRIED = {
 def decide_on(
     code: ErrorCode,
     *,
-    attempt: int = 1,
+    tries: int = 1,
     max_attempts: int = 5,
     remaining: float | None = 1000.0,
     retry_after: float | None = None,
@@ -35,7 +35,7 @@ def decide_on(
 ) -> RetryDecision:
     return decide(
         Failure(code=code, message="m", retry_after=retry_after, http_status=status),
-        attempt=attempt,
+        tries=tries,
         max_attempts=max_attempts,
         remaining_seconds=remaining,
         policy=BackoffPolicy(base=0.5, cap=30.0),
@@ -59,11 +59,11 @@ def test_what_cannot_succeed_is_not_retried(code: ErrorCode) -> None:
 
 
 @pytest.mark.parametrize(
-    ("attempt", "ceiling"), [(1, 0.5), (2, 1.0), (3, 2.0), (6, 16.0), (7, 30.0), (50, 30.0), (10_000, 30.0)]
+    ("tries", "ceiling"), [(1, 0.5), (2, 1.0), (3, 2.0), (6, 16.0), (7, 30.0), (50, 30.0), (10_000, 30.0)]
 )
-def test_the_wait_doubles_up_to_the_cap_and_is_random_from_nothing_to_all_of_it(attempt: int, ceiling: float) -> None:
+def test_the_wait_doubles_up_to_the_cap_and_is_random_from_nothing_to_all_of_it(tries: int, ceiling: float) -> None:
     def wait(random: float) -> float:
-        return decide_on(ErrorCode.TIMEOUT, attempt=attempt, max_attempts=10**6, random=random).delay
+        return decide_on(ErrorCode.TIMEOUT, tries=tries, max_attempts=10**6, random=random).delay
 
     assert wait(0.0) == 0.0
     assert wait(0.5) == pytest.approx(ceiling / 2)
@@ -76,7 +76,7 @@ def test_retry_after_is_the_least_wait_and_the_jitter_comes_on_top() -> None:
 
 
 @pytest.mark.parametrize(
-    ("attempt", "max_attempts", "reason"),
+    ("tries", "max_attempts", "reason"),
     [
         (1, 1, RetryReason.ATTEMPTS_USED),
         (4, 5, RetryReason.RETRY),
@@ -84,20 +84,20 @@ def test_retry_after_is_the_least_wait_and_the_jitter_comes_on_top() -> None:
         (6, 5, RetryReason.ATTEMPTS_USED),
     ],
 )
-def test_attempts_are_bounded(attempt: int, max_attempts: int, reason: RetryReason) -> None:
-    assert decide_on(ErrorCode.SERVER_ERROR, attempt=attempt, max_attempts=max_attempts).reason is reason
+def test_attempts_are_bounded(tries: int, max_attempts: int, reason: RetryReason) -> None:
+    assert decide_on(ErrorCode.SERVER_ERROR, tries=tries, max_attempts=max_attempts).reason is reason
 
 
 @pytest.mark.parametrize("code", [ErrorCode.INVALID_RESPONSE, ErrorCode.INTERNAL])
 def test_some_codes_get_one_retry_only(code: ErrorCode) -> None:
-    assert decide_on(code, attempt=1).reason is RetryReason.RETRY
-    assert decide_on(code, attempt=2).reason is RetryReason.ATTEMPTS_USED
+    assert decide_on(code, tries=1).reason is RetryReason.RETRY
+    assert decide_on(code, tries=2).reason is RetryReason.ATTEMPTS_USED
 
 
 def test_a_request_that_a_proxy_says_we_gave_up_is_retried_once() -> None:
-    assert decide_on(ErrorCode.CONNECTION, status=499, attempt=1).reason is RetryReason.RETRY
-    assert decide_on(ErrorCode.CONNECTION, status=499, attempt=2).reason is RetryReason.ATTEMPTS_USED
-    assert decide_on(ErrorCode.CONNECTION, status=None, attempt=2).reason is RetryReason.RETRY
+    assert decide_on(ErrorCode.CONNECTION, status=499, tries=1).reason is RetryReason.RETRY
+    assert decide_on(ErrorCode.CONNECTION, status=499, tries=2).reason is RetryReason.ATTEMPTS_USED
+    assert decide_on(ErrorCode.CONNECTION, status=None, tries=2).reason is RetryReason.RETRY
 
 
 @pytest.mark.parametrize(
@@ -121,10 +121,10 @@ def test_there_is_no_retry_that_would_begin_after_the_total_time(
 
 @pytest.mark.parametrize("code", [ErrorCode.INTERRUPTED, ErrorCode.WORKER_LOST])
 def test_a_job_whose_worker_went_away_goes_on_at_once(code: ErrorCode) -> None:
-    assert decide_on(code, attempt=3, retry_after=60.0) == RetryDecision(RetryReason.RETRY, 0.0)
+    assert decide_on(code, tries=3, retry_after=60.0) == RetryDecision(RetryReason.RETRY, 0.0)
     assert decide_on(code, remaining=0.0).reason is RetryReason.TIME_USED
 
 
 def test_an_interruption_uses_up_no_attempt_but_a_lost_worker_does() -> None:
-    assert decide_on(ErrorCode.INTERRUPTED, attempt=9, max_attempts=1).reason is RetryReason.RETRY
-    assert decide_on(ErrorCode.WORKER_LOST, attempt=5, max_attempts=5).reason is RetryReason.ATTEMPTS_USED
+    assert decide_on(ErrorCode.INTERRUPTED, tries=9, max_attempts=1).reason is RetryReason.RETRY
+    assert decide_on(ErrorCode.WORKER_LOST, tries=5, max_attempts=5).reason is RetryReason.ATTEMPTS_USED

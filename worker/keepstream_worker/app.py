@@ -1,7 +1,7 @@
 """The composition root: from settings to a running worker.
 
 In: the environment.  Out: a Celery worker process with our pool and transport, or one clear line that
-says what is wrong and what to do.  Exists so that everything is put together, and checked, in one place.
+says what is wrong and what to do.
 """
 
 import os
@@ -29,7 +29,10 @@ class StartError(Exception):
 
 
 def run_worker(*, concurrency: int | None = None) -> int:
-    """Run one worker process until it is told to stop; returns its exit code.
+    """Run one worker process until it is stopped; return its exit code.
+
+    Args:
+        concurrency: Jobs at once, instead of the setting.
 
     Raises:
         StartError: a setting, the database, Redis or the providers file is not as it must be.
@@ -62,15 +65,19 @@ def run_worker(*, concurrency: int | None = None) -> int:
         without_heartbeat=True,
         optimization="default",
     )
-    told_to_stop = threading.Event()
-    worker_shutting_down.connect(lambda **_: told_to_stop.set(), weak=False)
+    shutdown_requested = threading.Event()
+    worker_shutting_down.connect(lambda **_: shutdown_requested.set(), weak=False)
     worker.start()
     # Celery counts Ctrl-C as a failure; it is how people stop a worker.
-    return 0 if told_to_stop.is_set() else int(worker.exitcode or 0)
+    return 0 if shutdown_requested.is_set() else int(worker.exitcode or 0)
 
 
 def check_database(settings: Settings) -> None:
-    """Raise ``StartError`` unless the database answers and has our tables."""
+    """Check that the database answers and has our tables.
+
+    Raises:
+        StartError: it does not.
+    """
     engine = make_engine(settings.database_url)
     try:
         schema.check(engine)
@@ -81,7 +88,11 @@ def check_database(settings: Settings) -> None:
 
 
 def check_redis(settings: Settings) -> None:
-    """Raise ``StartError`` unless Redis answers."""
+    """Check that the broker and the Redis for events answer.
+
+    Raises:
+        StartError: one of them does not, or refuses us.
+    """
     for name, url in (("KEEPSTREAM_REDIS_URL", settings.redis_url), ("KEEPSTREAM_BROKER_URL", settings.broker)):
         try:
             with redis.Redis.from_url(url, socket_timeout=3, socket_connect_timeout=3) as client:
@@ -97,8 +108,8 @@ def check_redis(settings: Settings) -> None:
 def leave(code: int) -> NoReturn:
     """End the process at once; the worker has closed what it had opened.
 
-    Python would first take apart every module, which takes longer than all the rest of a shutdown and
-    which a supervisor that replaces workers waits for.
+    Python's own exit takes longer than all the rest of a shutdown, and a supervisor that replaces workers
+    waits for it.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,8 +1,8 @@
 """The service: everything one worker process runs on its event loop, put together.
 
-In: settings; deliveries from the pool; signals to stop.  Out: a running engine with its publisher,
-database, providers, sweeper and ear for cancels.  Exists so that connections are opened and closed in
-one place, in the right order.
+In: settings and providers, from the composition root; deliveries and requests to stop, from the pool.
+Out: valid jobs to the engine; rejections of all others to the store.  Connections are opened and closed
+here and nowhere else.
 """
 
 import asyncio
@@ -26,8 +26,9 @@ from keepstream_worker import store
 from keepstream_worker.events.publisher import Publisher
 from keepstream_worker.intake.pool import Delivery
 from keepstream_worker.jobs.active_job import Stop
+from keepstream_worker.jobs.attempt import AttemptStreams
 from keepstream_worker.jobs.engine import Engine
-from keepstream_worker.jobs.recovery import LogReader
+from keepstream_worker.jobs.recovery import Recovery
 from keepstream_worker.providers.config import ProviderConfig
 from keepstream_worker.providers.provider import Providers
 from keepstream_worker.settings import Settings
@@ -36,19 +37,21 @@ from keepstream_worker.store.database import StoreRefusedError, WorkerDatabase
 from keepstream_worker.telemetry.logs import get_logger
 from keepstream_worker.upkeep.announcer import Announcer
 from keepstream_worker.upkeep.cancel_listener import CancelListener
+from keepstream_worker.upkeep.heartbeat import WorkerHeartbeat
 from keepstream_worker.upkeep.sweeper import Sweeper
+from keepstream_worker.upkeep.unreadable_messages import UnreadableMessages
 from keepstream_worker.values import JobKey
 
 log = get_logger()
 
-#: Seconds for interrupted jobs to be handed back, after which the process ends all the same.
-_HAND_BACK_TIMEOUT = 10.0
+#: Seconds for interrupted jobs to be stored as such, after which the process ends all the same.
+_INTERRUPT_TIMEOUT = 10.0
 #: Bytes of an invalid job that are kept; enough to see what it was.
 _KEPT_BYTES = 64 * 1024
 
 
 class Service:
-    """One worker process's work; a ``keepstream_worker.intake.pool.LoopService``."""
+    """One worker process's work; the ``LoopService`` of ``keepstream_worker.intake.pool``."""
 
     def __init__(self, settings: Settings, providers: dict[str, ProviderConfig]) -> None:
         self._settings = settings
@@ -57,9 +60,13 @@ class Service:
         self._stop_forced = asyncio.Event()
 
     async def start(self) -> None:
-        """Open connections and begin to give signs of life."""
+        """Open connections and begin to give signs of life.
+
+        Raises:
+            StoreUnavailableError: the database cannot be written.
+        """
         settings = self._settings
-        # Unique for each start, so that a restarted process is not taken for its predecessor.
+        # Unique for each start, so that a restarted process is not mistaken for the one before it.
         self.worker_id = f"{socket.gethostname()[:64]}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._database = WorkerDatabase(
             make_engine(settings.database_url, "keepstream-worker", pool_size=2, writer=True)
@@ -81,52 +88,46 @@ class Service:
             self.worker_id,
             self._database,
             self._publisher,
-            self._providers,
-            LogReader(self._client, settings.prefix),
+            AttemptStreams(settings, self._providers),
+            Recovery(self._client, settings.prefix, self._database),
         )
         self._cancel_listener = CancelListener(
             self._client, settings.prefix, self._database, self.engine, self._announcer
         )
+        self._heartbeat = WorkerHeartbeat(settings, self.worker_id, self._database, self.engine)
         self._sweeper = Sweeper(
             settings,
-            self.worker_id,
             self._database,
-            self.engine,
+            self._heartbeat,
             self._announcer,
+            UnreadableMessages(self._client, settings.prefix, self._database),
             self._sender,
-            self._client,
             self._broker,
         )
-        await self._sweeper.start()
+        await self._heartbeat.start()
+        self._sweeper.start()
         self._cancel_listener.start()
         log.info("worker_started", worker=self.worker_id, concurrency=settings.concurrency)
 
     async def deliver(self, delivery: Delivery) -> None:
-        """Run the job of one message, or record why it is none."""
+        """Run the job of one message, or record why the message is no valid job."""
         if self._draining.is_set():
-            return  # not accepted, so Celery gives the message back; the row is found by others in any case
+            return  # not acknowledged, so Celery puts the message back; a sweeper finds the row in any case
         argument = _with_id(delivery.arguments[0], delivery.task_id)
+        job: Job | None = None
         try:
             job = parse_job(argument)
-        except InvalidJobError as error:
+            await self.engine.run(job, delivery.acknowledge)
+        except InvalidJobError as error:  # also raised by the claim: the job is too large or too deep to be stored
             await self._refuse(argument, str(error))
-            delivery.accept()
-            return
-        try:
-            await self.engine.run(job, delivery.accept)
-        except InvalidJobError as error:
-            # The claim found out: the job is too large or too deep to be stored.
-            await self._refuse(argument, str(error))
-            delivery.accept()
-        except StoreRefusedError as error:
-            # Not an outage, for which the engine waits: the database refuses this job.
-            log.exception("job_unstorable", tenant=job.tenant, job_id=job.id)
+        except StoreRefusedError as error:  # no outage, for which the engine waits: the database refuses this job
+            log.exception("job_unstorable", tenant=job and job.tenant, job_id=job and job.id)
             await self._reject(argument, str(error), job)
-            delivery.accept()
+        delivery.acknowledge()
 
     async def _refuse(self, argument: object, reason: str) -> None:
         """Record a message that is no valid job; if it names a job, that job ends as failed."""
-        job = _names_in(argument)
+        job = _job_named_in(argument)
         key = JobKey(job.tenant, job.id) if job else None
         log.warning("job_invalid", reason=reason, tenant=key and key.tenant, job_id=key and key.id)
         await self._reject(argument, reason, job)
@@ -160,43 +161,44 @@ class Service:
             self._sweeper.pause()
 
     def force_stop(self) -> None:
-        """Hand back what runs now instead of at the end of the grace period."""
+        """Interrupt what runs now instead of at the end of the grace period."""
         self.drain()
         self._stop_forced.set()
 
     async def stop(self) -> None:
-        """Let streams finish within the grace period, hand back the rest, and close everything."""
+        """Let streams finish within the grace period, interrupt the rest, and close everything."""
         self.drain()
         deadline = time.monotonic() + self._settings.shutdown_grace
         while self.engine.active and time.monotonic() < deadline and not self._stop_forced.is_set():  # noqa: ASYNC110  # the end of the process is no hot path
             await asyncio.sleep(0.02)
-        handed_back = len(self.engine.active)
+        interrupted = len(self.engine.active)
         for key in list(self.engine.active):
             self.engine.request_stop(key, Stop.INTERRUPTED)
-        deadline = time.monotonic() + _HAND_BACK_TIMEOUT
+        deadline = time.monotonic() + _INTERRUPT_TIMEOUT
         while self.engine.active and time.monotonic() < deadline:  # noqa: ASYNC110  # the end of the process is no hot path
             await asyncio.sleep(0.02)
         await self._cancel_listener.stop()
         await self._publisher.close(timeout=3.0)
-        await self.engine.settle(timeout=3.0)
+        await self.engine.wait_for_announcements(timeout=3.0)
         await self._sweeper.stop()
+        await self._heartbeat.stop()
         await self._providers.aclose()
         await self._client.aclose()
         await self._broker.aclose()
         await asyncio.to_thread(self._database.close)
         await asyncio.to_thread(self._sender.close)
-        log.info("worker_stopped", worker=self.worker_id, handed_back=handed_back, left=len(self.engine.active))
+        log.info("worker_stopped", worker=self.worker_id, interrupted=interrupted, left=len(self.engine.active))
 
 
 def _with_id(argument: object, task_id: str) -> object:
-    """The task id is the job id: a job that names none gets it, so that its message, repeated, stays one job."""
+    """Give a job without an id the task id as its id, so that its message, if repeated, stays one job."""
     if isinstance(argument, dict) and not argument.keys() & {"id", "idempotency_key"}:
         return {**argument, "id": task_id}
     return argument
 
 
-def _names_in(argument: object) -> Job | None:
-    """Return a job with the id and tenant that an invalid one claims, if at least these are valid."""
+def _job_named_in(argument: object) -> Job | None:
+    """Return a stand-in with the id and tenant of an invalid job, or None if not even these are valid."""
     if not isinstance(argument, dict) or "id" not in argument:
         return None
     try:
@@ -208,7 +210,7 @@ def _names_in(argument: object) -> Job | None:
 def _redis_client(url: str) -> redis.asyncio.Redis:
     return redis.asyncio.Redis.from_url(
         url,
-        socket_timeout=15.0,  # more than the longest wait of the control listener
+        socket_timeout=15.0,  # more than the longest wait of the cancel listener
         socket_connect_timeout=2.0,
         health_check_interval=15,
         retry=Retry(NoBackoff(), 1),

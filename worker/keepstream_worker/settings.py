@@ -1,8 +1,8 @@
 """Settings: everything about a deployment that the environment decides.
 
-In: environment variables with the prefix ``KEEPSTREAM_``.  Out: one frozen ``Settings`` value to the
-composition root, which hands each part what it needs.  Exists so that each setting has one home with
-its unit, its default and the reason for it; a wrong one stops the start with a clear line.
+In: environment variables with the prefix ``KEEPSTREAM_``.  Out: one frozen ``Settings`` value, to the
+composition root and the command line.  Each setting is here once, with its unit, its default and the
+reason for it; a wrong one stops the start with a clear line.
 """
 
 import os
@@ -64,10 +64,10 @@ class Settings(BaseSettings):
 
     # -- how long --
     connect_timeout: Seconds = Field(
-        15.0, description="Seconds to connect; generous, since a burst of starts queues up on one loop."
+        15.0, description="Seconds to connect; generous, because a burst of new streams shares one event loop."
     )
     first_token_timeout: Seconds = Field(
-        120.0, description="Seconds from the request to the first data; reasoning models think long."
+        120.0, description="Seconds from the request to the first data; reasoning models think for long."
     )
     idle_timeout: Seconds = Field(
         180.0,
@@ -77,11 +77,11 @@ class Settings(BaseSettings):
         3600.0, description="Seconds from the first attempt's start to the end of the last, waits included."
     )
     usage_wait: Seconds = Field(
-        5.0, description="Seconds to go on reading after the finish reason; the usage arrives behind it."
+        5.0, description="Seconds to go on reading after the finish reason, because the usage comes after it."
     )
 
     # -- retry --
-    max_attempts: int = Field(5, ge=1, le=100, description="Provider streams per job at most.")
+    max_attempts: int = Field(5, ge=1, le=100, description="Most provider streams per job.")
     backoff_base: Seconds = Field(0.5, description="Seconds; the first retry waits a random time up to this.")
     backoff_cap: Seconds = Field(30.0, description="Seconds; the random wait doubles up to this.")
     sleep_limit: Seconds = Field(
@@ -89,9 +89,10 @@ class Settings(BaseSettings):
     )
 
     # -- recovery --
-    heartbeat_interval: Seconds = Field(1.0, description="Seconds between two signs of life of a worker process.")
+    heartbeat_interval: Seconds = Field(1.0, description="Seconds between two heartbeats of a worker process.")
     lease: Seconds = Field(
-        6.0, description="Seconds without a sign of life after which a worker counts as dead; several heartbeats."
+        6.0,
+        description="Seconds without a heartbeat after which a worker counts as dead; at least three intervals.",
     )
     sweep_interval: Seconds = Field(1.0, description="Seconds between two sweeps for lost jobs and due retries.")
     resend_after: Seconds = Field(
@@ -108,15 +109,17 @@ class Settings(BaseSettings):
     publish_buffer: int = Field(
         262_144,
         ge=1024,
-        description="Bytes of unsent events kept per job while Redis is away; then one snapshot instead.",
+        description="Bytes of unsent events kept per job while Redis is away; beyond that, one snapshot replaces them.",
     )
     merge_above: int = Field(
-        256, ge=1, description="Unsent deltas of one job above which neighbours of one kind are merged."
+        256, ge=1, description="Unsent deltas of one job above which neighbouring ones of one kind are merged."
     )
 
     # -- bounds --
     max_output_bytes: int = Field(
-        16 * 1024 * 1024, ge=1024, description="Bytes of one job's whole output; a model in a loop is stopped there."
+        16 * 1024 * 1024,
+        ge=1024,
+        description="Bytes of one job's whole output; a model that repeats itself without end is stopped there.",
     )
     max_event_bytes: int = Field(8 * 1024 * 1024, ge=1024, description="Bytes of one event from the provider.")
 

@@ -1,4 +1,4 @@
-"""Values that the rooms of the worker hand each other: which job, which attempt, how it ended, and why."""
+"""Values that the rooms of the worker share: which job, which attempt, how it ended, and why."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,17 +29,17 @@ class Outcome(StrEnum):
     """How an attempt ended."""
 
     FINISHED = "finished"
-    RECOVERED = "recovered"  #: Made no stream: carried over what the attempt before had finished.
+    RECOVERED = "recovered"  #: Made no stream: it took over the whole answer of the attempt before.
     FAILED = "failed"
     CANCELLED = "cancelled"
     INTERRUPTED = "interrupted"
     LOST = "lost"
-    UNSTARTED = "unstarted"  #: There was no time or no try left; such an attempt leaves no row.
+    UNSTARTED = "unstarted"  #: No time or no attempt was left; such an attempt leaves no row.
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why an attempt failed. Whether another attempt can help is the retry table's business."""
+    """Why an attempt failed. Whether another attempt can help is for the retry table to say."""
 
     code: ErrorCode
     message: str  #: Safe to store, log and show: never a prompt, an output or a key.
@@ -51,7 +51,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How an attempt ended, what it brought, and what becomes of its job."""
+    """How an attempt ended, what it produced, and what becomes of its job."""
 
     key: JobKey
     attempt: int
@@ -63,8 +63,8 @@ class Ending:
     failure: Failure | None = None
     retryable: bool | None = None
     retry_in: float = 0.0  #: Seconds until the job is due again; only with RETRYING.
-    resend_in: float = 0.0  #: Seconds until a sweeper takes care of it; only with RETRYING.
-    next_reason: AttemptReason = AttemptReason.RETRY
+    resend_in: float = 0.0  #: Seconds until a sweeper sends its message again; only with RETRYING.
+    next_reason: AttemptReason = AttemptReason.RETRY  #: Why the next attempt is made; only with RETRYING.
     first_token_ms: float | None = None
     provider_request_id: str | None = None
     provider_details: dict[str, Any] | None = None
@@ -72,14 +72,14 @@ class Ending:
 
 
 class Ended(NamedTuple):
-    """The ending is written."""
+    """What a job has cost in all, known once its ending is stored."""
 
     usage: Usage | None  #: Summed over the job's attempts; None if none of them cost anything.
     attempts: int
 
 
 class Delta(NamedTuple):
-    """What one chunk adds to one choice, in the shape of ``keepstream.events.Delta``."""
+    """What one chunk adds to one choice, in the fields of ``keepstream.events.Delta``."""
 
     choice: int
     fields: dict[str, Any]  #: Any of content, reasoning, refusal (texts to append) and tool_calls (fragments).

@@ -1,1 +1,1 @@
-"""Events: what followers are told, by way of Redis."""
+"""Events: what followers hear of jobs, by way of Redis."""

@@ -1,8 +1,8 @@
 """The publisher's connection to Redis: packed commands out, replies in, nothing between.
 
-In: a Redis URL, and bytes that are whole commands.  Out: their replies, in order.  Exists because
-the publisher sends thousands of small pipelines a second: redis-py spends more on one awaited reply
-than all the rest of a delta costs.  Everything else in the worker uses redis-py.
+In: a Redis URL, and bytes that are whole commands, from the publisher.  Out: their replies, in order.
+Everything else in the worker uses redis-py; but the publisher sends thousands of small pipelines a second,
+and redis-py spends more on one awaited reply than all the rest of a delta costs.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from redis.asyncio.connection import parse_url
 
 
 class LinkError(ConnectionError):
-    """The connection is not there, or was lost before all replies came."""
+    """There is no connection, or it was lost before all replies came."""
 
 
 def pack(*arguments: bytes | str | int) -> bytes:
@@ -26,12 +26,12 @@ def pack(*arguments: bytes | str | int) -> bytes:
 
 
 class RedisLink(asyncio.Protocol):
-    """One connection. After an error it is dead; make a new one."""
+    """One connection; after an error it is dead, and a new one is to be made."""
 
     def __init__(self) -> None:
         self._reader = hiredis.Reader()
         self._transport: asyncio.Transport | None = None
-        self._waiting: deque[tuple[asyncio.Future[list[Any]], int]] = deque()
+        self._expected: deque[tuple[asyncio.Future[list[Any]], int]] = deque()
         self._replies: list[Any] = []
         self._lost: Exception | None = None
 
@@ -70,18 +70,18 @@ class RedisLink(asyncio.Protocol):
                 raise LinkError("Redis refused the user, the password or the database number")
 
     def call(self, commands: Iterable[bytes], count: int) -> "asyncio.Future[list[Any]]":
-        """Send ``commands``; the future gives their ``count`` replies, errors among them as values."""
+        """Send ``commands``; the future gives their ``count`` replies, with errors as values among them."""
         future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
         if self._lost is not None or self._transport is None:
             future.set_exception(LinkError("the connection to Redis is closed"))
             return future
-        self._waiting.append((future, count))
+        self._expected.append((future, count))
         self._transport.write(b"".join(commands))
         return future
 
     @property
     def alive(self) -> bool:
-        """Whether the connection still stands, as far as is known."""
+        """Whether the connection is up, as far as is known."""
         return self._lost is None
 
     def close(self) -> None:
@@ -100,7 +100,7 @@ class RedisLink(asyncio.Protocol):
         """Called by the event loop."""
         self._reader.feed(data)
         replies = self._replies
-        while self._waiting:
+        while self._expected:
             try:
                 reply = self._reader.gets()
             except hiredis.ProtocolError as error:
@@ -110,9 +110,9 @@ class RedisLink(asyncio.Protocol):
             if reply is False:
                 return
             replies.append(reply)
-            future, count = self._waiting[0]
+            future, count = self._expected[0]
             if len(replies) == count:
-                self._waiting.popleft()
+                self._expected.popleft()
                 self._replies = []
                 if not future.done():
                     future.set_result(replies)
@@ -121,8 +121,8 @@ class RedisLink(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Called by the event loop."""
         self._lost = self._lost or exc or LinkError("closed")
-        while self._waiting:
-            future, _ = self._waiting.popleft()
+        while self._expected:
+            future, _ = self._expected.popleft()
             if not future.done():
                 future.set_exception(LinkError("the connection to Redis was lost"))
 

@@ -1,1 +1,1 @@
-"""Intake: messages of the Celery queue become jobs of this worker."""
+"""Intake: from the Celery queue to this worker's event loop, one message at a time."""

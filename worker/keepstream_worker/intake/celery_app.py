@@ -1,7 +1,7 @@
-"""The Celery surface: what Celery is told about our one task.
+"""The Celery app: one task, and each setting of Celery with its reason; most switch something off.
 
-In: settings.  Out: a configured Celery app whose task is run by ``keepstream_worker.intake.pool``.  Exists so that each
-Celery setting stands in one place with its reason; most of them switch something off.
+In: settings and the service, from the composition root.  Out: a Celery app whose messages come through
+``keepstream_worker.intake.transport`` and whose task is run by ``keepstream_worker.intake.pool``.
 """
 
 from typing import Any, Final
@@ -42,7 +42,7 @@ def make_celery(settings: Settings, service: LoopService) -> Celery:
         },
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,  # a worker never gives up on its broker
-        # Acknowledged as soon as the claim is committed: the pool calls "accepted" then.
+        # A message is acknowledged when the pool reports it accepted: as soon as the claim is committed.
         task_acks_late=False,
         worker_cancel_long_running_tasks_on_connection_loss=False,
         # Waiting messages stay in the queue for other workers.
@@ -64,7 +64,7 @@ def make_celery(settings: Settings, service: LoopService) -> Celery:
 
     @app.task(name=names.TASK)
     def run(job: Any) -> None:
-        """The pool runs jobs; any other pool would run this."""
+        """Run by any pool but ours."""
         raise RuntimeError("jobs need Keepstream's pool: start the worker with `keepstream worker`")
 
     @setup_logging.connect(weak=False)

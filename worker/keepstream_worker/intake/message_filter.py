@@ -1,9 +1,8 @@
-"""The envelope: is this queue item a Celery message that Celery can read?
+"""The message filter: is this queue item a Celery message that Celery can read?
 
-In: raw bytes of one item of the queue.  Out: the decoded message, or the reason why not.  Exists
-because one malformed item stops a stock Celery worker, and the next worker too; and because a
-message for an unknown task is acknowledged and dropped by it.  What is refused here never reaches
-Celery: it is kept aside.  Pure: bytes in, values out.
+In: the raw bytes of one item of the queue, from the transport.  Out: the decoded message, or the reason
+why it is unreadable.  One malformed item stops a stock Celery worker, and the next worker too; a message
+for an unknown task it acknowledges and drops.  What is refused here never reaches Celery.  Pure.
 """
 
 import base64
@@ -15,14 +14,15 @@ import orjson
 
 from keepstream import names
 
-#: Bytes of a queue item: a job of the largest size, base64, and its envelope.
+#: Bytes of a queue item: a job of the largest size in base64, and its envelope.
 MAX_MESSAGE_BYTES: Final = 12 * 1024 * 1024
 #: Levels of nesting in a body; Celery's decoder gives up at twice as many, and logs what it could not read.
 MAX_LEVELS: Final = 400
 
 
-#: What these headers ask of Celery lives in one worker's memory, or does not apply; the job has its own limits.
-_WITHOUT_MEANING: Final[dict[str, tuple[Any, ...]]] = {
+#: Headers that must be empty, with their empty values. What they ask of Celery would live in one worker's
+#: memory, or does not apply; the job has limits of its own.
+_UNSUPPORTED_HEADERS: Final[dict[str, tuple[Any, ...]]] = {
     "eta": (None,),
     "expires": (None,),
     "timelimit": (None, [None, None]),
@@ -36,14 +36,17 @@ _WITHOUT_MEANING: Final[dict[str, tuple[Any, ...]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """Not a message that may be given to Celery."""
+    """An item that must not be given to Celery."""
 
-    reason: str
+    reason: str  #: Names the field; holds no value of it.
     task_id: str | None = None
 
 
 def read_message(raw: bytes) -> dict[str, Any] | Unreadable:
-    """Return the message in ``raw``, checked, and reduced to what Celery needs: what it does not see cannot harm it."""
+    """Return the message in ``raw``, checked and reduced to what Celery needs, or why it is unreadable.
+
+    What Celery does not see cannot harm it.
+    """
     if len(raw) > MAX_MESSAGE_BYTES:
         return Unreadable(f"the message has {len(raw)} bytes, more than {MAX_MESSAGE_BYTES}")
     try:
@@ -51,20 +54,20 @@ def read_message(raw: bytes) -> dict[str, Any] | Unreadable:
     except ValueError:
         return Unreadable("the message is not JSON")
     if not isinstance(message, dict):
-        return Unreadable("the message is no JSON object")
+        return Unreadable("the message is not a JSON object")
     headers, properties = message.get("headers"), message.get("properties")
     if not isinstance(headers, dict):
-        return Unreadable("'headers' is no object; Celery's message protocol 2 is needed")
+        return Unreadable("'headers' is not an object; Celery's message protocol 2 is needed")
     task_id = headers.get("id")
     if not isinstance(task_id, str) or not 0 < len(task_id) <= 255:
-        return Unreadable("'headers.id' is no text of 1 to 255 characters")
+        return Unreadable("'headers.id' is not a text of 1 to 255 characters")
     if not isinstance(properties, dict):
-        return Unreadable("'properties' is no object", task_id)
-    reason = _fault(message, headers, properties)
-    return Unreadable(reason, task_id) if reason is not None else _reduced(message, task_id, properties)
+        return Unreadable("'properties' is not an object", task_id)
+    reason = _find_fault(message, headers, properties)
+    return Unreadable(reason, task_id) if reason is not None else _reduce(message, task_id, properties)
 
 
-def _reduced(message: dict[str, Any], task_id: str, properties: dict[str, Any]) -> dict[str, Any]:
+def _reduce(message: dict[str, Any], task_id: str, properties: dict[str, Any]) -> dict[str, Any]:
     delivery = properties["delivery_info"]
     return {
         "body": message["body"],
@@ -79,31 +82,31 @@ def _reduced(message: dict[str, Any], task_id: str, properties: dict[str, Any]) 
     }
 
 
-def _fault(message: dict[str, Any], headers: dict[str, Any], properties: dict[str, Any]) -> str | None:
+def _find_fault(message: dict[str, Any], headers: dict[str, Any], properties: dict[str, Any]) -> str | None:
     if headers.get("task") != names.TASK:
         return f"'headers.task' is not {names.TASK}"
-    for name, empty in _WITHOUT_MEANING.items():
+    for name, empty in _UNSUPPORTED_HEADERS.items():
         if headers.get(name) not in empty:
             return f"'headers.{name}' is not supported; use the job's own fields"
     tag = properties.get("delivery_tag")
     if not isinstance(tag, str) or not 0 < len(tag) <= 255:
-        return "'properties.delivery_tag' is no text of 1 to 255 characters"
+        return "'properties.delivery_tag' is not a text of 1 to 255 characters"
     delivery = properties.get("delivery_info")
     if not isinstance(delivery, dict) or not all(
         isinstance(delivery.get(name, ""), str) for name in ("exchange", "routing_key")
     ):
-        return "'properties.delivery_info' is no object with 'exchange' and 'routing_key'"
+        return "'properties.delivery_info' is not an object with 'exchange' and 'routing_key'"
     if message.get("content-type") != "application/json":
         return "'content-type' is not application/json"
     encoding = message.get("content-encoding")
     if not isinstance(encoding, str) or encoding.lower() not in ("utf-8", "utf8"):
         return "'content-encoding' is not utf-8"
-    return _body_fault(message.get("body"), properties.get("body_encoding"))
+    return _find_body_fault(message.get("body"), properties.get("body_encoding"))
 
 
-def _body_fault(body: Any, encoding: Any) -> str | None:
+def _find_body_fault(body: Any, encoding: Any) -> str | None:
     if not isinstance(body, str):
-        return "'body' is no text"
+        return "'body' is not a text"
     text = body
     if encoding == "base64":
         try:
@@ -113,7 +116,7 @@ def _body_fault(body: Any, encoding: Any) -> str | None:
     elif encoding is not None:
         return "'properties.body_encoding' is not base64"
     try:
-        # With Celery's decoder: it refuses what others accept, integers of 5,000 digits for instance.
+        # With Celery's decoder, which refuses what others accept: integers of 5,000 digits, for instance.
         content = json.loads(text)
     except (ValueError, RecursionError):
         return "the body is not JSON, or nested too deeply"
@@ -134,7 +137,7 @@ def _body_fault(body: Any, encoding: Any) -> str | None:
 
 
 def _is_deeper_than(levels: int, content: Any) -> bool:
-    """Walk level by level: a walk that calls itself could not go deeper than what it is to find."""
+    """Walk level by level: recursion would itself fail at the depth that is to be found."""
     level = [content]
     for _ in range(levels):
         level = [

@@ -1,9 +1,8 @@
 """The pool: runs each Celery task as a coroutine on one uvloop event loop.
 
-In: messages from Celery's consumer, on Celery's thread; the service to run from ``app.loop_service``.
-Out: one ``deliver`` call per message, on the loop's thread; acknowledgements, back on Celery's
-thread.  Exists because streams wait and hardly compute: one loop holds thousands of them, where a
-process or a thread for each would not, and because this way each signal ends them properly.
+In: messages and signals from Celery, on Celery's thread; the service to run, from ``app.loop_service``.
+Out: one ``deliver`` call per message, on the loop's thread; acknowledgements, back on Celery's thread.
+Streams wait and hardly compute, so one loop holds thousands of them where processes or threads would not.
 
 Celery loads it by its extension point for pools (``CELERY_CUSTOM_WORKER_POOL``, ``--pool custom``).
 """
@@ -34,26 +33,30 @@ class Delivery:
 
     task_id: str
     arguments: list[Any]
-    accept: Callable[[], None]  #: To be called once the job is safe; the message is acknowledged then.
+    acknowledge: Callable[[], None]  #: To be called as soon as the job is safe; repeating it does nothing.
 
 
 class LoopService(Protocol):
     """What the pool runs. All calls come on the event loop's thread."""
 
     async def start(self) -> None:
-        """Open connections; an exception here stops the worker, a ``KeepstreamError`` with one line in the log."""
+        """Open connections.
+
+        Raises:
+            KeepstreamError: the worker cannot start; the message becomes one line in the log.
+        """
 
     async def deliver(self, delivery: Delivery) -> None:
         """Work on one message; ends when the job needs no more of this process."""
 
     def drain(self) -> None:
-        """Prepare to stop: take nothing new upon yourself."""
+        """Prepare to stop: begin no new job."""
 
     def force_stop(self) -> None:
         """Stop what is running now instead of at the end of the grace period."""
 
     async def stop(self) -> None:
-        """Finish or hand back what runs, and close connections; bounded in time."""
+        """Finish or interrupt what runs, and close connections; bounded in time."""
 
 
 class _Handle:
@@ -65,12 +68,12 @@ class _Handle:
 
 def _keep_pauses_short() -> None:
     """Keep the other threads and the garbage collector from holding up the loop for long."""
-    # Everything imported so far stays: looking through it again takes a quarter of a second each time.
+    # Everything imported so far stays: examining it again takes a quarter of a second each time.
     gc.collect()
     gc.freeze()
     # Streams make many objects that live for a moment; looking for cycles after every 700 finds nothing.
     gc.set_threshold(10_000, 20, 20)
-    # Celery's thread and the database's give the interpreter back after this time when the loop wants it.
+    # When the loop wants the interpreter, Celery's thread and the database's give it back after this time.
     sys.setswitchinterval(0.001)
 
 
@@ -88,6 +91,7 @@ class LoopPool(BasePool):
         self._tasks: set[asyncio.Task[None]] = set()
         self._arrived: deque[tuple[Delivery, Callable[[], None]]] = deque()
         self._woken = False
+        self._signalled = False
         self._stopped = False
         self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._run_loop, name="streams", daemon=True)
@@ -122,25 +126,34 @@ class LoopPool(BasePool):
     ) -> _Handle:
         """Called by Celery for each message."""
         _name, task_id, request, *_rest = args
-        accepted = False
+        acknowledged = False
 
-        def accept() -> None:
-            nonlocal accepted
-            if not accepted:
-                accepted = True
-                self._on_hub(accept_callback, threading.get_ident(), time.monotonic())
+        def acknowledge() -> None:
+            nonlocal acknowledged
+            if not acknowledged:
+                acknowledged = True
+                self._call_on_hub(accept_callback, threading.get_ident(), time.monotonic())
 
         def finished() -> None:
             # Also wakes the hub, which otherwise refills a free place only at its next tick.
-            self._on_hub(callback, (0, None, 0.0))
+            self._call_on_hub(callback, (0, None, 0.0))
 
-        self._arrived.append((Delivery(task_id, request["args"], accept), finished))
+        self._arrived.append((Delivery(task_id, request["args"], acknowledge), finished))
         if not self._woken:  # one wake-up is enough for all that arrive until the loop looks
             self._woken = True
-            self._loop.call_soon_threadsafe(self._spawn_arrived)
+            self._call_on_loop(self._spawn_arrived)
         return _Handle()
 
-    def _on_hub(self, function: Callable[..., Any], *args: Any) -> None:
+    def _call_on_loop(self, function: Callable[[], object]) -> None:
+        """Call ``function`` on the loop's thread; once the loop is closed there is nothing left to call."""
+        try:
+            self._loop.call_soon_threadsafe(function)
+        except RuntimeError:
+            if not self._loop.is_closed():
+                raise
+
+    def _call_on_hub(self, function: Callable[..., Any], *args: Any) -> None:
+        """Call ``function`` on Celery's thread."""
         if self._hub is not None:
             self._hub.call_soon(function, *args)
 
@@ -160,21 +173,24 @@ class LoopPool(BasePool):
             finished()
 
     def _on_signal(self, **_: Any) -> None:
-        """Called in Celery's signal handler: the first time drain, the second time force_stop."""
-        action = self._service.force_stop if self._stopped else self._service.drain
-        self._stopped = True
-        self._loop.call_soon_threadsafe(action)
-        self._on_hub(lambda: None)
+        """Called in Celery's signal handler: the first signal drains, each further one forces the stop."""
+        action = self._service.force_stop if self._signalled else self._service.drain
+        self._signalled = True
+        self._call_on_loop(action)
+        self._call_on_hub(lambda: None)  # wakes it
 
     def on_stop(self) -> None:
         """Called by Celery when it has stopped consuming; waits for the service."""
+        if self._stopped:
+            return
+        self._stopped = True
         asyncio.run_coroutine_threadsafe(self._service.stop(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._call_on_loop(self._loop.stop)
         self._thread.join(timeout=5)
 
     def on_terminate(self) -> None:
-        """Called by Celery for a cold shutdown: force_stop, but hand everything back."""
-        self._loop.call_soon_threadsafe(self._service.force_stop)
+        """Called by Celery for a cold shutdown: running jobs are interrupted at once, and go on elsewhere."""
+        self._call_on_loop(self._service.force_stop)
         self.on_stop()
 
     def terminate_job(self, pid: int, signal: int | None = None) -> None:

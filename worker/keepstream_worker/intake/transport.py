@@ -1,9 +1,9 @@
 """The transport: Celery's Redis transport with a message filter, and lighter bookkeeping.
 
-In: items of the queue, from Redis.  Out: readable messages to Celery; all others to a Redis list,
-from where the sweeper records them in the database.  Exists because one item that kombu or Celery
-cannot read ends the worker (and, put back, the next one); and because kombu's bookkeeping of
-unacknowledged messages, two transactions on two new clients for each, costs more than a short job.
+In: items of the queue, from Redis.  Out: readable messages to Celery; records of all others to a Redis
+list, from where upkeep moves them into the database.  One item that kombu or Celery cannot read ends the
+worker (and, put back, the next one); and kombu's bookkeeping of unacknowledged messages, two transactions
+on two new clients for each, costs more than a short job.
 """
 
 import base64
@@ -35,10 +35,10 @@ _ACKNOWLEDGE_WITHIN: Final = 0.05
 
 
 class BatchingQoS(QoS):
-    """Keeps unacknowledged messages in Redis like its parent, with less ado.
+    """Keeps unacknowledged messages in Redis like its parent, in fewer round trips.
 
-    Messages that are taken together are noted together, and acknowledgements of a moment go out
-    together. No transaction is needed: an entry that is half there is either overlooked or delivered
+    Messages that are taken together are noted together, and acknowledgements that come within a moment go
+    out together. No transaction is needed: an entry that is half there is either overlooked or delivered
     once more, and a second delivery finds the job claimed.
     """
 
@@ -50,8 +50,8 @@ class BatchingQoS(QoS):
     def note(self, messages: list[dict[str, Any]]) -> None:
         """Note messages that were taken from the queue, before they are delivered.
 
-        If Redis refuses, for want of memory for instance, they are delivered all the same: they are in
-        no queue any more, and an exception here would end the worker.
+        If Redis refuses, out of memory for instance, they are delivered all the same: they are in no
+        queue any more, and an exception here would end the worker.
         """
         now = time.time()
         entries: dict[str, bytes] = {}
@@ -67,10 +67,10 @@ class BatchingQoS(QoS):
                 pipe.zadd(self.unacked_index_key, dict.fromkeys(entries, now))
                 pipe.execute()
         except (RedisError, OSError) as error:
-            log.warning("messages_unnoted", count=len(entries), reason=type(error).__name__)
+            log.warning("messages_not_noted", count=len(entries), reason=type(error).__name__)
 
     def append(self, message: Any, delivery_tag: str) -> None:
-        """Remember a message that is delivered; ``note`` has told Redis."""
+        """Remember a message that is delivered; ``note`` has noted it in Redis."""
         virtual.QoS.append(self, message, delivery_tag)
 
     def ack(self, delivery_tag: str) -> None:
@@ -82,7 +82,7 @@ class BatchingQoS(QoS):
             hub.call_later(_ACKNOWLEDGE_WITHIN, self.flush_acknowledgements)
 
     def flush_acknowledgements(self) -> None:
-        """Tell Redis of all acknowledged messages at once."""
+        """Send all acknowledgements to Redis at once."""
         tags, self._acknowledged = self._acknowledged, []
         if not tags:
             return
@@ -93,16 +93,16 @@ class BatchingQoS(QoS):
                 pipe.execute()
         except (RedisError, OSError) as error:
             # They will be delivered again some time, and find their jobs claimed.
-            log.warning("acknowledgements_lost", count=len(tags), reason=type(error).__name__)
+            log.warning("acknowledgements_not_sent", count=len(tags), reason=type(error).__name__)
 
     def restore_unacked_once(self, stderr: Any = None) -> None:
-        """Give back what is not acknowledged; called when the channel closes."""
+        """Put back what is not acknowledged; called when the channel closes."""
         self.flush_acknowledgements()
         super().restore_unacked_once(stderr)  # type: ignore[no-untyped-call]
 
 
 class FilteringChannel(Channel):
-    """Reads the queue like its parent, but several items at once, and looks at each first."""
+    """Reads the queue like its parent, but several items at once, and each through the message filter."""
 
     QoS = BatchingQoS
 
@@ -115,15 +115,15 @@ class FilteringChannel(Channel):
         "capacity",
     )
 
-    #: Whether the server knows BLMPOP (Redis 7, Valkey); else items come one by one.
+    #: Whether the server knows BLMPOP (Redis 7, Valkey); if not, items come one by one.
     _takes_many = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
-        self._aside: list[bytes] = []  # records of unreadable items that Redis has not taken yet
+        self._unreadable: list[bytes] = []  # records of unreadable items that Redis has not taken yet
 
     def _brpop_start(self, timeout: float | None = None) -> None:
-        self._flush_aside()
+        self._flush_unreadable()
         if not self._takes_many:
             super()._brpop_start(timeout)  # type: ignore[no-untyped-call]
             return
@@ -144,7 +144,7 @@ class FilteringChannel(Channel):
             for raw in items:
                 message = read_message(raw)
                 if isinstance(message, Unreadable):
-                    self._keep_aside(raw, message)
+                    self._set_aside(raw, message)
                 else:
                     messages.append(message)
             if not messages:
@@ -176,9 +176,9 @@ class FilteringChannel(Channel):
         items = reply[1] if isinstance(reply[1], list) else [reply[1]]
         return queue, [item.encode() if isinstance(item, str) else item for item in items]
 
-    def _keep_aside(self, raw: bytes, fault: Unreadable) -> None:
+    def _set_aside(self, raw: bytes, fault: Unreadable) -> None:
         log.warning("message_unreadable", reason=fault.reason, size=len(raw), task_id=fault.task_id)
-        self._aside.append(
+        self._unreadable.append(
             orjson.dumps(
                 {
                     "id": uuid.uuid4().hex,
@@ -191,16 +191,16 @@ class FilteringChannel(Channel):
             )
         )
 
-    def _flush_aside(self) -> None:
-        if not self._aside:
+    def _flush_unreadable(self) -> None:
+        if not self._unreadable:
             return
         try:
             with self.conn_or_acquire() as client:
-                client.lpush(rejected_list(self.rejected_prefix), *self._aside)
+                client.lpush(rejected_list(self.rejected_prefix), *self._unreadable)
         except (RedisError, OSError) as error:
-            log.warning("unreadable_messages_unrecorded", count=len(self._aside), reason=type(error).__name__)
+            log.warning("unreadable_messages_not_recorded", count=len(self._unreadable), reason=type(error).__name__)
         else:
-            self._aside.clear()
+            self._unreadable.clear()
 
 
 class FilteringTransport(Transport):

@@ -1,8 +1,8 @@
-"""The run: a job in this process, and how it is asked to stop.
+"""Active jobs: the jobs of this process, and how they are asked to stop.
 
-In: requests to stop, from cancel, shutdown and the fences.  Out: a failure in place of the work that was
-interrupted, to the engine.  Exists so that a job is only ever interrupted while it streams or waits:
-what comes after, storing and telling, always runs to its end.
+In: requests to stop, from cancels, shutdown and the fences.  Out: a failure in place of the work that was
+interrupted, to the engine.  A job is only ever interrupted while it streams or waits; storing and
+publishing its ending always run to their end.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ class Stop(StrEnum):
     INTERRUPTED = "interrupted"  #: This worker is shutting down.
     SUPERSEDED = "superseded"  #: Another worker has taken the job over.
     TOTAL_TIMEOUT = "total_timeout"
-    USAGE_LATE = "usage_late"  #: The answer is whole, and its usage did not come in time.
+    USAGE_LATE = "usage_late"  #: The answer is whole, but its usage did not come in time.
 
 
 STOP_FAILURES: Final = {
@@ -44,7 +44,10 @@ class ActiveJob:
         self._task = task
 
     def request_stop(self, stop: Stop) -> None:
-        """Stop streaming or waiting as soon as possible. The first reason given counts, but for a cancel."""
+        """Stop streaming or waiting as soon as possible.
+
+        The first reason given counts; only a cancel and a takeover replace an earlier one.
+        """
         if self.stop is None or stop in (Stop.CANCELLED, Stop.SUPERSEDED):
             self.stop = stop
         if self.interruptible:

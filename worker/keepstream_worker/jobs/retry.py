@@ -1,8 +1,7 @@
 """Retry: which failures are tried again, how often, and after how long.
 
-In: the ``Failure`` of an attempt and what is left of the job's attempts and time, from the engine and
-the sweeper.  Out: a ``RetryDecision``; whoever asked acts on it.  Exists so that the whole policy is
-one table and one function without a clock, a socket or a queue.
+In: the ``Failure`` of an attempt and what is left of the job's attempts and time, from the verdict.
+Out: a ``RetryDecision``.  Pure: the whole policy is one table and one function.
 """
 
 from collections.abc import Callable
@@ -65,7 +64,7 @@ RULES: Final[dict[ErrorCode, Rule]] = {
     ErrorCode.INTERNAL: _RETRY_ONCE,  # a defect may depend on the moment; twice is no coincidence
 }
 
-_CLIENT_CLOSED_REQUEST: Final = 499  #: A proxy says that we hung up; again is fine, again and again is not.
+_CLIENT_CLOSED_REQUEST: Final = 499  #: A proxy says that we hung up: one retry is fine, more are not.
 _LONGEST_WAIT: Final = 86_400.0  #: Seconds; no job may live longer, so no wait can.
 _MOST_DOUBLINGS: Final = 32  #: Keeps the power finite; every cap is reached long before.
 
@@ -113,17 +112,17 @@ def is_retryable(code: ErrorCode) -> bool:
 def decide(
     failure: Failure,
     *,
-    attempt: int,
+    tries: int,
     max_attempts: int,
     remaining_seconds: float | None,
     policy: BackoffPolicy,
     random: Callable[[], float],
 ) -> RetryDecision:
-    """Decide what follows the failure of attempt number ``attempt``.
+    """Decide what follows a failed attempt.
 
     Args:
         failure: Why the attempt failed; its ``retry_after`` is the least wait.
-        attempt: The failed attempt's number, from 1.
+        tries: Attempts that count against the job's limit, the failed one included.
         max_attempts: Attempts the job may have.
         remaining_seconds: What is left of the job's total time; None: no limit.
         policy: How the waits grow.
@@ -133,10 +132,10 @@ def decide(
     if not rule.retried:
         return RetryDecision(RetryReason.NOT_RETRYABLE)
     most = _RETRY_ONCE.attempts if failure.http_status == _CLIENT_CLOSED_REQUEST else rule.attempts
-    if (most is not None and attempt >= most) or (rule.counted and attempt >= max_attempts):
+    if (most is not None and tries >= most) or (rule.counted and tries >= max_attempts):
         return RetryDecision(RetryReason.ATTEMPTS_USED)
     # The jitter comes on top of Retry-After: the provider gave many jobs the same number.
-    delay = (failure.retry_after or 0.0) + policy.wait(attempt, random) if rule.waits else 0.0
+    delay = (failure.retry_after or 0.0) + policy.wait(tries, random) if rule.waits else 0.0
     if delay >= (_LONGEST_WAIT if remaining_seconds is None else remaining_seconds):
         return RetryDecision(RetryReason.TIME_USED)
     return RetryDecision(RetryReason.RETRY, delay)

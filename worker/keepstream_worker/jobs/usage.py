@@ -1,8 +1,8 @@
 """Usage: what an attempt cost, as well as it can be known.
 
 In: what the provider reported, or the text that arrived.  Out: a ``Usage`` with its source, to the
-engine.  Exists so that every attempt has its line in the books: reported figures are kept as they
-are, estimates are marked, and what nobody knows is null.  Pure.
+engine and to recovery.  Reported figures are kept as they are, estimates are marked as such, and what
+nobody knows is null.  Pure.
 """
 
 from collections.abc import Sequence

@@ -12,6 +12,7 @@ Each plural function takes a connection inside a transaction and a list, and ans
 """
 
 from keepstream_worker.store.claims import Claim, ClaimRequest, Refusal, claim
+from keepstream_worker.store.client_calls import cancel, load_results
 from keepstream_worker.store.endings import LateUsage, NotEnded, end, record_usage
 from keepstream_worker.store.rejections import Refused, Rejection, refuse, reject
 from keepstream_worker.store.upkeep import (
@@ -42,8 +43,10 @@ __all__ = [
     "Rejection",
     "Sweep",
     "SweepResult",
+    "cancel",
     "claim",
     "end",
+    "load_results",
     "mark_announced",
     "record_heartbeat",
     "record_usage",

@@ -1,8 +1,8 @@
-"""Telemetry: what the worker says about itself.
+"""Logs: one line per event on standard error, for machines or for people.
 
-In: level and format from the settings; event names with data as keywords from everyone.  Out: one
-line per event on standard error.  Exists so that logs are uniform, machine-readable and free of
-prompts, outputs and keys: log ids, codes and counts, never content.
+In: level and format, from the settings; static event names with data as keywords, from every room.  Out:
+lines of one form, the libraries' warnings included.  Log ids, codes and counts, never content: no prompt,
+output or key belongs in a log.
 """
 
 import logging
@@ -12,12 +12,17 @@ from typing import Literal
 import structlog
 from structlog.typing import FilteringBoundLogger, Processor
 
-#: Loggers of libraries that say the same as we do, or say it per request.
+#: Libraries that log what we log ourselves, or log each request; only their errors are shown.
 _QUIET = ("celery.worker.strategy", "celery.app.trace", "httpx2", "httpcore2", "openai", "aiohttp", "kombu")
 
 
 def configure_logging(level: str, style: Literal["json", "console"]) -> None:
-    """Send our events and the libraries' warnings to standard error in one style."""
+    """Send our events and the libraries' warnings to standard error in one style.
+
+    Args:
+        level: The least severity of our own events: debug, info, warning or error.
+        style: ``json`` for machines, ``console`` for people.
+    """
     shared: list[Processor] = [
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),

@@ -1,1 +1,1 @@
-"""Upkeep: what keeps a deployment going beside the jobs: signs of life, sweeps, cancels, announcements."""
+"""Upkeep: what keeps a deployment going beside the jobs: heartbeats, sweeps, cancels, terminal events of others."""

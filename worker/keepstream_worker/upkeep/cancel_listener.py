@@ -1,8 +1,8 @@
-"""Control: the ear for cancel requests.
+"""The cancel listener: takes cancel requests the moment they are made.
 
-In: nudges on the control channel, from clients.  Out: the job cancelled in the database, its run
-stopped, its terminal event announced.  Exists so that a cancel takes milliseconds; if a nudge is lost,
-the heartbeat finds the request in the database a little later.
+In: notices on the control channel, from clients.  Out: the job cancelled in the database, its stream here
+stopped, its terminal event announced.  A cancel takes milliseconds this way; if a notice is lost, the
+heartbeat finds the request in the database a little later.
 """
 
 import asyncio
@@ -10,12 +10,11 @@ import asyncio
 import orjson
 import redis.asyncio
 from redis.exceptions import RedisError
-from sqlalchemy import Connection
 
-from keepstream.client import queries
 from keepstream.errors import StoreUnavailableError
 from keepstream.names import control_channel, job_keys
 from keepstream.results import JobStatus
+from keepstream_worker import store
 from keepstream_worker.jobs.active_job import Stop
 from keepstream_worker.jobs.engine import Engine
 from keepstream_worker.store.database import WorkerDatabase
@@ -24,11 +23,6 @@ from keepstream_worker.upkeep.announcer import Announcer
 from keepstream_worker.values import JobKey
 
 log = get_logger()
-
-
-def cancel_jobs(connection: Connection, keys: list[JobKey]) -> list[JobStatus | None]:
-    """Cancel each job as a client does; answers its status, None if it has no row yet."""
-    return [queries.cancel(connection, key.tenant, key.id) for key in keys]
 
 
 class CancelListener:
@@ -43,16 +37,16 @@ class CancelListener:
         self._database = database
         self._engine = engine
         self._announcer = announcer
-        self._task: asyncio.Task[None] | None = None
-        self._work: set[asyncio.Task[None]] = set()
+        self._listening: asyncio.Task[None] | None = None
+        self._cancels: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
         """Listen in the background, whatever happens to Redis meanwhile."""
-        self._task = asyncio.create_task(self._listen(), name="control")
+        self._listening = asyncio.create_task(self._listen(), name="cancel listener")
 
     async def stop(self) -> None:
         """Stop listening."""
-        tasks = [*self._work, *([self._task] if self._task else [])]
+        tasks = [*self._cancels, *([self._listening] if self._listening else [])]
         for task in tasks:
             task.cancel()
         if tasks:
@@ -64,22 +58,22 @@ class CancelListener:
             try:
                 async with self._client.pubsub(ignore_subscribe_messages=True) as pubsub:
                     await pubsub.subscribe(self._channel)
-                    await self._look()
+                    await self._cancel_requested_meanwhile()
                     while True:
                         message = await pubsub.get_message(timeout=10.0)
                         if message is None:
                             await pubsub.ping()  # finds out about a connection that died silently
                         elif message["type"] == "message":
-                            self._receive(message["data"])
+                            self._handle_notice(message["data"])
             except (RedisError, OSError) as error:
-                log.warning("control_unavailable", reason=type(error).__name__)
+                log.warning("cancel_listener_unavailable", reason=type(error).__name__)
                 await asyncio.sleep(1.0)
             except Exception:  # a defect met once must not end the listening
-                log.exception("control_defect")
+                log.exception("cancel_listener_defect")
                 await asyncio.sleep(1.0)
 
-    async def _look(self) -> None:
-        """Find the requests for jobs that run here which came while nobody listened."""
+    async def _cancel_requested_meanwhile(self) -> None:
+        """Cancel the jobs that run here and whose request came while nobody listened."""
         keys = list(self._engine.active)
         if not keys:
             return
@@ -90,24 +84,24 @@ class CancelListener:
                 if requested:
                     await self._cancel(key)
 
-    def _receive(self, data: bytes) -> None:
+    def _handle_notice(self, data: bytes) -> None:
         try:
             request = orjson.loads(data)
             key = JobKey(str(request["tenant"]), str(request["job_id"]))
         except (ValueError, TypeError, KeyError):
-            log.warning("control_unreadable", size=len(data))
+            log.warning("cancel_notice_unreadable", size=len(data))
             return
         # The client may have had no database, so the request is written here too; writing it twice is harmless.
         task = asyncio.get_running_loop().create_task(self._cancel(key))
-        self._work.add(task)
-        task.add_done_callback(self._work.discard)
+        self._cancels.add(task)
+        task.add_done_callback(self._cancels.discard)
 
     async def _cancel(self, key: JobKey) -> None:
-        """Cancel a job for which Redis holds a request: who may only nudge cancels nothing."""
+        """Cancel a job for which Redis holds a request; a notice alone cancels nothing, whoever sent it."""
         try:
             if not await self._client.exists(job_keys(key.tenant, key.id, self._prefix).cancel):
                 return
-            status = await self._database.run(cancel_jobs, key)
+            status = await self._database.run(store.cancel, key)
             if status is JobStatus.CANCELLED:
                 await self._announcer.announce(key)
         except StoreUnavailableError as error:

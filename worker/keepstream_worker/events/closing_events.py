@@ -1,8 +1,8 @@
-"""Payloads: what the worker's events say, as JSON-ready values.
+"""Closing events: what followers receive when an attempt or a job ends, as JSON-ready values.
 
-In: output, endings and sums, from the engine.  Out: the fields of events, to the publisher.  Exists so
-that the shapes of ``keepstream.events`` are written in one place; there they are models, which would
-cost too much to build for each job.
+In: output, endings and summed usage, from the engine.  Out: types and fields of events, to the publisher.
+The shapes are those of ``keepstream.events``; building those models for each job would cost too much.
+Pure.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,26 @@ from typing import Any
 
 from keepstream.results import Choice, JobStatus, Usage, output_sha256
 from keepstream_worker.values import Ended, Ending
+
+
+def closing_events(ending: Ending, *, announced: bool) -> list[tuple[str, dict[str, Any]]]:
+    """Return the events (type and fields) that close an attempt, all but the terminal one.
+
+    After them followers hold what the row holds.
+
+    Args:
+        ending: How the attempt ended.
+        announced: Whether followers have heard of the attempt.
+    """
+    events = []
+    if ending.status is JobStatus.RETRYING:
+        return [("attempt.failed", failed_fields(ending))]
+    is_void = ending.status is JobStatus.FAILED  # followers drop the output of a failed attempt
+    if is_void and announced:
+        events.append(("attempt.failed", failed_fields(ending)))
+    if ending.choices and (is_void or not announced):
+        events.append(("snapshot", snapshot_fields(ending.choices, ending.usage, finished=False)))
+    return events
 
 
 def snapshot_fields(choices: Sequence[Choice], spent: Usage, *, finished: bool) -> dict[str, Any]:
@@ -21,7 +41,12 @@ def snapshot_fields(choices: Sequence[Choice], spent: Usage, *, finished: bool) 
     }
 
 
-def failure_fields(ending: Ending) -> dict[str, Any]:
+def finished_fields(choices: Sequence[Choice], spent: Usage) -> dict[str, Any]:
+    """Return the fields of an ``attempt.finished``."""
+    return {"finish_reasons": finish_reasons(choices), "usage": spent.model_dump(mode="json")}
+
+
+def failed_fields(ending: Ending) -> dict[str, Any]:
     """Return the fields of an ``attempt.failed``."""
     assert ending.failure is not None
     return {

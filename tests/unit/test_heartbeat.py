@@ -1,0 +1,170 @@
+"""What a worker does with the database's answer to its sign of life; for the statement see ``test_store.py``."""
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from keepstream_worker import store
+from keepstream_worker.jobs.active_job import ActiveJob, Stop
+from keepstream_worker.settings import load_settings
+from keepstream_worker.store import HeartbeatResult, OwnedJob
+from keepstream_worker.upkeep.heartbeat import WorkerHeartbeat
+from keepstream_worker.values import Failure, JobKey
+
+KEY = JobKey("tenant-1", "job-1")
+SETTINGS = load_settings().model_copy(update={"heartbeat_interval": 1.0, "lease": 6.0})
+
+
+class World:
+    """A clock, a database that answers what a test lays down, and the jobs that run here."""
+
+    def __init__(self) -> None:
+        self.time = 1000.0
+        self.answer = HeartbeatResult(lapsed=False, owned=frozenset(), cancels=frozenset())
+        self.released: list[OwnedJob] = []
+        self.active: dict[JobKey, ActiveJob] = {}
+        engine = SimpleNamespace(active=self.active, request_stop=self._request_stop)
+        self.heartbeat = WorkerHeartbeat(
+            SETTINGS, "worker-1", cast("Any", self), cast("Any", engine), clock=lambda: self.time
+        )
+
+    async def run(self, operation: Any, argument: Any) -> HeartbeatResult | None:
+        """Answer as the database does."""
+        if operation is store.release:
+            self.released.append(argument)
+            return None
+        assert operation is store.record_heartbeat
+        return self.answer
+
+    async def beat(self, after: float = 1.0, **changes: Any) -> None:
+        """Let some seconds pass, then give a sign of life."""
+        self.time += after
+        self.answer = self.answer._replace(**changes)
+        await self.heartbeat.beat()
+
+    def _request_stop(self, key: JobKey, stop: Stop) -> None:
+        self.active[key].request_stop(stop)
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+async def stream() -> Failure | None:
+    """Stream until somebody stops it."""
+    await asyncio.Event().wait()
+    return None
+
+
+async def run_job(world: World, attempt: int) -> "asyncio.Task[Failure | None]":
+    """Run a job here, as the engine does; return once it streams."""
+
+    async def run() -> Failure | None:
+        task = asyncio.current_task()
+        assert task is not None
+        world.active[KEY] = job = ActiveJob(task)
+        job.attempt = attempt
+        return await job.interruptibly(stream())
+
+    task = asyncio.create_task(run())
+    await asyncio.sleep(0)
+    assert world.active[KEY].interruptible
+    return task
+
+
+async def stop_of(world: World, task: "asyncio.Task[Failure | None]") -> Stop | None:
+    """Why the job was asked to stop; it is ended in any case."""
+    stop = world.active[KEY].stop
+    task.cancel()
+    await asyncio.wait((task,))
+    return stop
+
+
+# -- whether the silence of others proves anything --
+
+
+async def test_others_may_be_judged_after_a_whole_lease_without_a_gap(world: World) -> None:
+    assert not world.heartbeat.unbroken_for_a_lease
+    for _ in range(7):
+        await world.beat()
+        assert not world.heartbeat.unbroken_for_a_lease
+    await world.beat()
+    assert world.heartbeat.unbroken_for_a_lease
+
+
+@pytest.mark.parametrize(("pause", "unbroken"), [(3.0, True), (3.1, False)])
+async def test_gap_of_half_a_lease_makes_it_begin_anew(world: World, pause: float, unbroken: bool) -> None:  # noqa: FBT001
+    for _ in range(8):
+        await world.beat()
+    await world.beat(after=pause)
+    assert world.heartbeat.unbroken_for_a_lease is unbroken
+
+
+async def test_lapse_that_the_database_saw_makes_it_begin_anew(world: World) -> None:
+    for _ in range(8):
+        await world.beat()
+    await world.beat(lapsed=True)
+    assert not world.heartbeat.unbroken_for_a_lease
+
+
+async def test_outage_makes_it_begin_anew(world: World) -> None:
+    for _ in range(8):
+        await world.beat()
+    world.heartbeat.note_outage()
+    assert not world.heartbeat.unbroken_for_a_lease
+    await world.beat()
+    assert not world.heartbeat.unbroken_for_a_lease
+
+
+# -- jobs that run here --
+
+
+async def test_job_that_the_database_gives_to_nobody_else_goes_on(world: World) -> None:
+    task = await run_job(world, attempt=2)
+    await world.beat(owned=frozenset({(KEY, 2)}))
+    assert await stop_of(world, task) is None
+
+
+@pytest.mark.parametrize("owned", [frozenset(), frozenset({(KEY, 3)})])
+async def test_job_that_was_taken_over_stops(world: World, owned: frozenset[tuple[JobKey, int]]) -> None:
+    task = await run_job(world, attempt=2)
+    await world.beat(owned=owned)
+    assert await stop_of(world, task) is Stop.SUPERSEDED
+
+
+async def test_job_whose_claim_is_not_granted_yet_goes_on(world: World) -> None:
+    task = await run_job(world, attempt=0)
+    await world.beat()
+    assert await stop_of(world, task) is None
+
+
+async def test_job_whose_ending_is_being_stored_is_left_alone(world: World) -> None:
+    task = await run_job(world, attempt=2)
+    world.active[KEY].interruptible = False
+    await world.beat()
+    assert await stop_of(world, task) is None
+
+
+async def test_job_with_a_cancel_request_is_cancelled(world: World) -> None:
+    task = await run_job(world, attempt=2)
+    await world.beat(owned=frozenset({(KEY, 2)}), cancels=frozenset({KEY}))
+    assert await stop_of(world, task) is Stop.CANCELLED
+
+
+# -- claims that nothing runs --
+
+
+async def test_claim_that_nothing_runs_is_released_at_the_second_heartbeat(world: World) -> None:
+    await world.beat(owned=frozenset({(KEY, 2)}))
+    assert world.released == [], "its answer may be on its way"
+    await world.beat()
+    assert world.released == [OwnedJob(KEY, 2, "worker-1")]
+
+
+async def test_claim_of_another_attempt_begins_anew(world: World) -> None:
+    await world.beat(owned=frozenset({(KEY, 2)}))
+    await world.beat(owned=frozenset({(KEY, 3)}))
+    assert world.released == []

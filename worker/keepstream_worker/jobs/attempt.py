@@ -1,0 +1,209 @@
+"""One attempt: its provider stream, read to the end, and everything known about it meanwhile.
+
+In: a job and its claim, from the engine; requests to stop; the provider's bytes.  Out: deltas to the
+publisher while the stream lasts; then the failure that ended it, or None, and a report, to the engine.
+"""
+
+import asyncio
+import time
+from typing import Any
+
+from keepstream.errors import ErrorCode
+from keepstream.jobs import Job
+from keepstream.results import Choice, Usage
+from keepstream_worker.events.closing_events import finished_fields, snapshot_fields
+from keepstream_worker.events.publisher import Publisher
+from keepstream_worker.jobs import usage
+from keepstream_worker.jobs.active_job import ActiveJob, Stop
+from keepstream_worker.jobs.verdict import AttemptReport
+from keepstream_worker.providers.config import ProviderConfig
+from keepstream_worker.providers.provider import ChatRequest, ProviderFailure, Providers, Timeouts
+from keepstream_worker.providers.stream import Limits, Output, StreamReader
+from keepstream_worker.settings import Settings
+from keepstream_worker.store import Claim
+from keepstream_worker.telemetry.logs import get_logger
+from keepstream_worker.values import Delta, Failure, JobKey
+
+log = get_logger()
+
+
+class Attempt:
+    """One attempt, as far as it has come."""
+
+    __slots__ = (
+        "_first_output_at",
+        "_requested_at",
+        "carried",
+        "claim",
+        "finished",
+        "job",
+        "key",
+        "provider_request_id",
+        "publication",
+        "reader",
+    )
+
+    def __init__(self, job: Job, claim: Claim, publisher: Publisher, active: ActiveJob) -> None:
+        self.job = job
+        self.claim = claim
+        self.key = JobKey(job.tenant, job.id)
+        self.publication = publisher.open(
+            job.tenant,
+            job.id,
+            claim.attempt,
+            self._snapshot,
+            on_fenced=lambda: active.request_stop(Stop.SUPERSEDED),
+            on_cancel=lambda: active.request_stop(Stop.CANCELLED),
+        )
+        self.reader = StreamReader()
+        self.finished = False  #: Whether the answer is whole.
+        self.carried: list[Choice] | None = None  #: Output of an earlier attempt, whose worker died.
+        self.provider_request_id: str | None = None
+        self._requested_at = time.monotonic()
+        self._first_output_at: float | None = None
+
+    def begin_request(self) -> None:
+        """Note that the request goes out now."""
+        self._requested_at = time.monotonic()
+
+    def publish_output(self, deltas: list[Delta]) -> None:
+        """Publish what the provider has added to the output."""
+        if deltas:
+            if self._first_output_at is None:
+                self._first_output_at = time.monotonic()
+            self.publication.send_deltas(deltas)
+
+    def publish_started(self, **fields: bool) -> None:
+        """Publish ``attempt.started``."""
+        about = {"model": self.job.model, "provider": self.job.provider, "reason": self.claim.reason}
+        self.publication.send("attempt.started", about | fields)
+
+    def publish_finished(self, report: AttemptReport) -> None:
+        """Publish ``attempt.finished``: the answer is whole."""
+        self.finished = True
+        self.publication.send("attempt.finished", finished_fields(report.choices, report.usage))
+
+    def publish_carried(self, choices: list[Choice], spent: Usage) -> None:
+        """Publish the whole answer of an earlier attempt as this one's."""
+        self.carried = choices
+        self.finished = True
+        self.publish_started(continues=True)
+        self.publication.send("snapshot", snapshot_fields(choices, spent, finished=True))
+        self.publication.send("attempt.finished", finished_fields(choices, spent))
+
+    def report(self, worker_id: str, failure: Failure | None, stop: Stop | None) -> AttemptReport:
+        """Return what the verdict is to be based on."""
+        output = self.reader.output()
+        first_token_ms = None
+        if self._first_output_at is not None:
+            first_token_ms = round((self._first_output_at - self._requested_at) * 1000, 3)
+        return AttemptReport(
+            key=self.key,
+            attempt=self.claim.attempt,
+            worker_id=worker_id,
+            tries=self.claim.tries,
+            announced=self.publication.last_n > 0,
+            remaining_seconds=self.claim.remaining_seconds - (time.monotonic() - self._requested_at),
+            failure=failure,
+            stop=stop,
+            choices=output.choices,
+            usage=self.usage_of(output),
+            first_token_ms=first_token_ms,
+            provider_request_id=self.provider_request_id,
+            provider_details=output.provider_details,
+        )
+
+    def usage_of(self, output: Output) -> Usage:
+        """Return what the output cost: as reported, else as estimated."""
+        return usage.reported(output.usage) if output.usage is not None else self.estimated_usage(output.choices)
+
+    def estimated_usage(self, choices: list[Choice]) -> Usage:
+        """Return the estimated cost of ``choices`` and of this job's prompt."""
+        return usage.estimated(self.job.messages, choices)
+
+    def _snapshot(self) -> dict[str, Any]:
+        if self.carried is not None:
+            return snapshot_fields(self.carried, Usage(), finished=self.finished)
+        output = self.reader.output()
+        return snapshot_fields(output.choices, self.usage_of(output), finished=self.finished)
+
+
+class AttemptStreams:
+    """Makes the provider streams of attempts. Used on the event loop."""
+
+    def __init__(self, settings: Settings, providers: Providers) -> None:
+        self._settings = settings
+        self._providers = providers
+
+    async def run(self, active: ActiveJob, attempt: Attempt) -> Failure | None:
+        """Stream until the answer ends, fails or is stopped; return why it is not whole, or None if it is."""
+        timer = asyncio.get_running_loop().call_later(
+            max(attempt.claim.remaining_seconds, 0.0), active.request_stop, Stop.TOTAL_TIMEOUT
+        )
+        try:
+            failure = await active.interruptibly(self._read(active, attempt))
+        finally:
+            timer.cancel()
+        failure = attempt.reader.finish(failure)
+        attempt.publish_output(attempt.reader.final_deltas)
+        return failure
+
+    async def _read(self, active: ActiveJob, attempt: Attempt) -> Failure | None:
+        """Read the provider's answer to its end; return why it broke off, or None."""
+        job = attempt.job
+        usage_timer: asyncio.TimerHandle | None = None
+        try:
+            provider = self._providers.get(job.provider)
+            timeouts = self._timeouts(job, provider.config)
+            request = ChatRequest(job.model, job.messages, job.parameters)
+            attempt.begin_request()
+            async with provider.stream(request, timeouts) as response:
+                attempt.provider_request_id = response.provider_request_id
+                reader = attempt.reader = self._make_reader(job, provider.config, response.content_type)
+                data_events = 0
+                async for data in response:
+                    deltas = reader.feed(data)
+                    if reader.data_events != data_events:
+                        data_events = reader.data_events
+                        response.note_data()
+                    if deltas:
+                        attempt.publish_output(deltas)
+                    if reader.done:
+                        break
+                    if usage_timer is None and reader.complete:
+                        usage_timer = asyncio.get_running_loop().call_later(
+                            self._settings.usage_wait, active.request_stop, Stop.USAGE_LATE
+                        )
+        except ProviderFailure as error:
+            return error.failure
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:  # a defect of ours must not leave the job hanging
+            log.exception("attempt_defect", tenant=job.tenant, job_id=job.id, attempt=attempt.claim.attempt)
+            return Failure(code=ErrorCode.INTERNAL, message=f"internal error ({type(error).__name__})")
+        finally:
+            if usage_timer is not None:
+                usage_timer.cancel()
+        return None
+
+    def _timeouts(self, job: Job, config: ProviderConfig) -> Timeouts:
+        """The job's own limits come first, then the provider's, then the worker's."""
+        given, settings = config.timeouts, self._settings
+        return Timeouts(
+            connect=given.connect or settings.connect_timeout,
+            first_token=job.first_token_timeout or given.first_token or settings.first_token_timeout,
+            idle=job.idle_timeout or given.idle or settings.idle_timeout,
+        )
+
+    def _make_reader(self, job: Job, config: ProviderConfig, content_type: str | None) -> StreamReader:
+        expected = job.parameters.get("n")
+        return StreamReader(
+            Limits(
+                max_event_bytes=config.limits.max_event_bytes or self._settings.max_event_bytes,
+                max_output_bytes=config.limits.max_output_bytes or self._settings.max_output_bytes,
+            ),
+            done_completes=config.done_completes,
+            content_type=content_type,
+            expected_choices=expected if isinstance(expected, int) else 1,
+            call_seed=job.id,
+        )

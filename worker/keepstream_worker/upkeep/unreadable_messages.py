@@ -1,0 +1,55 @@
+"""Unreadable messages: from the list where the transport keeps them to the table of rejected messages.
+
+In: records of queue items that are no Celery message, from a Redis list.  Out: one row for each, for
+``keepstream rejected``.
+"""
+
+import re
+from typing import Any
+
+import orjson
+import redis.asyncio
+from redis.exceptions import RedisError
+
+from keepstream.names import ID_PATTERN, rejected_list
+from keepstream_worker import store
+from keepstream_worker.store.database import WorkerDatabase
+from keepstream_worker.telemetry.logs import get_logger
+
+log = get_logger()
+
+
+class UnreadableMessages:
+    """Moves records of unreadable messages into the database. Used on the event loop."""
+
+    def __init__(self, client: redis.asyncio.Redis, prefix: str, database: WorkerDatabase) -> None:
+        self._client = client
+        self._list = rejected_list(prefix)
+        self._database = database
+
+    async def record(self, limit: int) -> None:
+        """Move at most ``limit`` records.
+
+        Raises:
+            StoreUnavailableError: the database is away; what it has not recorded stays in the list.
+        """
+        try:
+            records: list[Any] = await self._client.lrange(self._list, -limit, -1)
+            for raw in records:
+                await self._database.run(store.reject, _rejection(raw))
+                # Removed only when recorded; two sweepers that record the same one write one row.
+                await self._client.lrem(self._list, -1, raw)
+        except (RedisError, OSError) as error:
+            log.warning("redis_unavailable", waiting_to="record unreadable messages", reason=type(error).__name__)
+
+
+def _rejection(raw: bytes) -> store.Rejection:
+    record = orjson.loads(raw)
+    task_id = record["task_id"]
+    return store.Rejection(
+        id=record["id"],
+        reason=record["reason"],
+        size=record["size"],
+        payload=record["payload"],
+        job_id=task_id if task_id and re.fullmatch(ID_PATTERN, task_id) else None,  # the task id is the job id
+    )
