@@ -16,10 +16,10 @@ import redis
 broker_url, prompt, model = sys.argv[1:4]
 
 job = {
+    "v": 2,  # of the format
     "id": uuid.uuid4().hex,  # yours to choose: send it again, and it stays one job
     "tenant": "default",
-    "model": model,
-    "messages": [{"role": "user", "content": prompt}],
+    "request": {"model": model, "messages": [{"role": "user", "content": prompt}]},  # goes to the provider as it is
     "metadata": {"made_by": "raw_producer"},  # stored with the result, never sent to the provider
 }
 body = [[job], {}, {}]  # the task's arguments, its keyword arguments (none), its links (none)

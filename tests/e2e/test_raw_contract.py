@@ -201,4 +201,4 @@ def test_job_that_names_no_id_has_the_id_of_its_task_however_often_it_is_sent(cl
     with cluster.redis() as client:
         wait_until(lambda: client.llen("completions") == 0, "all messages to be taken")
     assert [one.id for one in cluster.client.list()] == ["chosen-by-the-producer"]
-    assert len(cluster.provider.attempts(job["script"]["key"])) == 1
+    assert len(cluster.provider.attempts(job["request"]["script"]["key"])) == 1

@@ -24,7 +24,7 @@ import keepstream
 
 for name in keepstream.__all__:
     getattr(keepstream, name)
-job = keepstream.Job(model="m", messages=[{{"role": "user", "content": "hi"}}])
+job = keepstream.Job(request={{"model": "m", "messages": [{{"role": "user", "content": "hi"}}]}})
 assert keepstream.parse_job(job.model_dump(mode="json", exclude_none=True)) == job
 """
 

@@ -35,7 +35,7 @@ from keepstream.errors import (
     StoreUnavailableError,
 )
 from keepstream.events import Event
-from keepstream.jobs import Job, parse_job
+from keepstream.jobs import Job, make_job
 from keepstream.results import CompletionResult, JobStatus, JobSummary
 
 FOLLOW_TIMEOUT: Final = 600.0  #: Seconds; a model that thinks may be silent for minutes.
@@ -92,10 +92,15 @@ class Client:
         """
         return cls(**_settings_from_env(), tenant=tenant)
 
-    def enqueue(self, job: Job | Mapping[str, Any] | None = None, /, **fields: Any) -> str:
-        """Accept a job, given whole or as keyword arguments, and return its id.
+    def enqueue(self, request: Job | Mapping[str, Any] | None = None, /, **fields: Any) -> str:
+        """Accept a job and return its id.
 
         The same id or ``idempotency_key`` may be enqueued again: it stays one job.
+
+        Args:
+            request: The chat-completions body, which goes to the provider as it is, or a whole ``Job``. For a request
+                of nothing but a model and messages, ``model=`` and ``messages=`` will do instead.
+            fields: The job's other fields: ``metadata``, ``idempotency_key``, ``max_attempts`` and so on; see ``Job``.
 
         Raises:
             InvalidJobError: the job is not valid, or is another tenant's.
@@ -103,7 +108,7 @@ class Client:
             StoreUnavailableError: the database did not take it; it is not accepted.
             BrokerUnavailableError: there is no database, and the broker did not take it within seconds.
         """
-        accepted = self._own_job(job, fields)
+        accepted = self._own_job(request, fields)
         accepted.to_json()  # refuses what is no JSON or too large, before anything is written
         if self._database is None:
             self._sender.send(accepted.to_wire())
@@ -215,13 +220,16 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _own_job(self, job: Job | Mapping[str, Any] | None, fields: dict[str, Any]) -> Job:
-        if job is not None and fields:
-            raise InvalidJobError("give a job or keyword arguments, not both")
-        own = job if isinstance(job, Job) else parse_job({"tenant": self.tenant, **(job or fields)})
-        if own.tenant != self.tenant:
-            raise InvalidJobError(f"tenant: the job is of '{own.tenant}', and this client is for '{self.tenant}'")
-        return own
+    def _own_job(self, request: Job | Mapping[str, Any] | None, fields: dict[str, Any]) -> Job:
+        if isinstance(request, Job):
+            if fields:
+                raise InvalidJobError("a whole job takes no further arguments; set its fields when you make it")
+            job = request
+        else:
+            job = make_job({"tenant": self.tenant, **_with_request(request, fields)})
+        if job.tenant != self.tenant:
+            raise InvalidJobError(f"tenant: the job is of '{job.tenant}', and this client is for '{self.tenant}'")
+        return job
 
     def _keys(self, job_id: str) -> names.JobKeys:
         if re.fullmatch(names.ID_PATTERN, job_id) is None:
@@ -270,9 +278,9 @@ class AsyncClient:
         """Make a client as ``Client.from_env`` does."""
         return cls(**_settings_from_env(), tenant=tenant)
 
-    async def enqueue(self, job: Job | Mapping[str, Any] | None = None, /, **fields: Any) -> str:
+    async def enqueue(self, request: Job | Mapping[str, Any] | None = None, /, **fields: Any) -> str:
         """Accept a job; see ``Client.enqueue``."""
-        return await self._in_thread(self._client.enqueue, job, **fields)
+        return await self._in_thread(self._client.enqueue, request, **fields)
 
     def follow(
         self,
@@ -324,6 +332,18 @@ class AsyncClient:
 
     async def _in_thread(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, partial(call, *args, **kwargs))
+
+
+def _with_request(request: object, fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a job from the arguments of ``enqueue``."""
+    parts = {name: fields.pop(name) for name in ("model", "messages") if name in fields}
+    if request is None and not parts:
+        return fields
+    if "request" in fields or (parts and request is not None):
+        raise InvalidJobError("give the request once: as the first argument, or as model= and messages=")
+    if isinstance(request, Mapping) and request.keys() & {"v", "request"}:
+        raise InvalidJobError("this looks like a whole job, not like a request: give parse_job(...) of it")
+    return fields | {"request": parts if request is None else request}
 
 
 def _settings_from_env() -> dict[str, Any]:
