@@ -37,7 +37,7 @@ class _Generator(GenerateJsonSchema):
 
 
 def documents() -> dict[str, str]:
-    """Return every document as JSON text, by file name."""
+    """Return the JSON text of each document by its file name."""
     return {
         name: json.dumps(document, indent=2, ensure_ascii=False) + "\n"
         for name, document in {
@@ -148,8 +148,8 @@ def _asyncapi() -> dict[str, Any]:
                 "address": "{prefix}:{tenant}:{taggedJobId}:log",
                 "servers": [{"$ref": "#/servers/redis"}],
                 "description": (
-                    "Redis stream: the same events, to be read with XRANGE. The entry's id is the event's id, the field"
-                    " 'event' its JSON text. It is gone some minutes after the job's end."
+                    "Redis stream: the same events, to be read with XRANGE. The entry's id is the event's id; the field"
+                    " 'event' holds its JSON text. It is deleted some minutes after the end of the job."
                 ),
                 "parameters": of_one_job,
                 "messages": event_refs,
@@ -159,18 +159,18 @@ def _asyncapi() -> dict[str, Any]:
                 "servers": [{"$ref": "#/servers/redis"}],
                 "description": (
                     "Redis pub/sub: asks the workers to look at a job's cancellation at once. First SET"
-                    " '{prefix}:{tenant}:{taggedJobId}:cancel' to 1 with EX 86400, which waits for a job that no worker"
-                    " has met yet."
+                    " '{prefix}:{tenant}:{taggedJobId}:cancel' to 1 with EX 86400, for the case that no worker has"
+                    " taken the job yet."
                 ),
                 "parameters": {"prefix": of_one_job["prefix"]},
                 "messages": {"CancelNudge": {"$ref": "#/components/messages/CancelNudge"}},
             },
         },
         "operations": {
-            "enqueueJob": _operation("send", "queue", "Hand a job over."),
+            "enqueueJob": _operation("send", "queue", "Hand over a job."),
             "followJob": _operation("receive", "events", "Watch a job."),
-            "replayJob": _operation("receive", "log", "Read the events that one has missed."),
-            "cancelJob": _operation("send", "control", "Cancel a job in whatever state it is."),
+            "replayJob": _operation("receive", "log", "Read the events that were missed."),
+            "cancelJob": _operation("send", "control", "Cancel a job in any state."),
         },
         "components": {
             "messages": {
@@ -205,8 +205,9 @@ def _event_message(kind: str, model: str) -> dict[str, Any]:
 
 
 def _in_components(definitions: dict[str, Any]) -> dict[str, Any]:
-    """Return definitions of a JSON Schema as AsyncAPI has them."""
-    text = json.dumps({name: schema for name, schema in definitions.items() if not name.endswith("nownEvent")})
+    """Return definitions of a JSON Schema as components of AsyncAPI, in which each event is a message of its own."""
+    unions = {"KnownEvent", "UnknownEvent"}
+    text = json.dumps({name: schema for name, schema in definitions.items() if name not in unions})
     moved: dict[str, Any] = json.loads(text.replace('"#/$defs/', '"#/components/schemas/'))
     return moved
 
@@ -216,7 +217,7 @@ def _operation(action: str, channel: str, summary: str) -> dict[str, Any]:
 
 
 def _job_message_schema() -> dict[str, Any]:
-    """What a producer without Celery must write; less is refused by Celery."""
+    """The least that a producer without Celery must write for Celery to accept it."""
     text = {"type": "string"}
     return {
         "type": "object",
