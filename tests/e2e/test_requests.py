@@ -7,7 +7,7 @@ from typing import Any, Final
 from sqlalchemy import update
 
 from keepstream.events import DeltaEvent, ToolCallDelta
-from keepstream.jobs import parse_job
+from keepstream.jobs import Job, parse_job
 from keepstream.names import QUEUE
 from keepstream.results import JobStatus
 from keepstream.tables import jobs, now
@@ -150,7 +150,9 @@ def test_every_parameter_reaches_the_provider_untouched(cluster: Cluster) -> Non
     given = {name: {"model": "scripted-1", "script": {"key": name}, **one} for name, one in REQUESTS.items()}
     cluster.start_worker()
     job_ids = [
-        cluster.client.enqueue(request, metadata={"secret": "of the caller"}, max_attempts=3, idle_timeout=30.5)
+        cluster.client.enqueue(
+            Job(request=request, metadata={"secret": "of the caller"}, max_attempts=3, idle_timeout=30.5)
+        )
         for request in given.values()
     ]
     for job_id in job_ids:

@@ -99,7 +99,8 @@ class Client:
 
         Args:
             request: The chat-completions body, which goes to the provider as it is, or a whole ``Job``. For a request
-                of nothing but a model and messages, ``model=`` and ``messages=`` will do instead.
+                of nothing but a model and messages, ``model=`` and ``messages=`` will do instead. For one with a
+                parameter called ``v`` or ``request``, give ``Job(request=...)``.
             fields: The job's other fields: ``metadata``, ``idempotency_key``, ``max_attempts`` and so on; see ``Job``.
 
         Raises:
