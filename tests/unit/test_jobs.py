@@ -5,6 +5,8 @@ from datetime import UTC, date, datetime, timedelta, timezone
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from keepstream.errors import InvalidJobError
@@ -90,6 +92,35 @@ def test_what_the_worker_sets_and_the_arguments_of_the_sdk_are_no_part_of_a_requ
 )
 def test_a_request_needs_a_model_and_messages(request_: Any, said: str) -> None:
     assert refusal({"v": 2, "request": request_}).startswith(said)
+
+
+NAMES = st.text(max_size=5)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(NAMES, values, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(NAMES | st.sampled_from([*Job.model_fields, *RESERVED_FIELDS]), JSON, max_size=5))
+def test_any_parameters_arrive_as_they_were_given(parameters: dict[str, Any]) -> None:
+    before = job(parameters | REQUEST)
+    after = reads(before.to_json())
+    # As JSON text, in which true is not 1 and -0.0 is not 0.
+    assert json.dumps(after.request, sort_keys=True) == json.dumps(parameters | REQUEST, sort_keys=True)
+    assert after.request_hash() == before.request_hash()
+
+
+@given(
+    st.dictionaries(st.sampled_from([*Job.model_fields, "n", "class"]), JSON, max_size=5),
+    st.dictionaries(st.sampled_from(["model", "messages", "stream", "n"]), JSON) | JSON,
+)
+def test_whatever_is_no_job_is_refused_as_an_invalid_job(fields: dict[str, Any], request_: Any) -> None:
+    for data in (fields, {"v": 2, "request": REQUEST} | fields, {"v": 2, "request": request_}):
+        try:
+            parse_job(data).to_json()
+        except InvalidJobError as error:
+            assert "\n" not in str(error)  # noqa: PT017  # a job by chance is as good
 
 
 # -- the envelope is ours --
