@@ -231,9 +231,8 @@ class Job(BaseModel):
         return text
 
     def _field_that_is_no_json(self) -> str:
-        fields: dict[str, Any] = {"metadata": self.metadata}
-        fields |= {f"request.{_shown(name)}": self.request[name] for name in self.request}
-        for name, value in fields.items():
+        parameters = ((f"request.{_shown(name)}", value) for name, value in self.request.items())
+        for name, value in (("metadata", self.metadata), *parameters):
             try:
                 json.dumps(to_jsonable_python(value, inf_nan_mode="constants"), allow_nan=False)
             except (ValueError, RecursionError):

@@ -90,6 +90,14 @@ def test_examples_import_the_standard_library_and_a_redis_client_only(example: P
     assert {name.partition(".")[0] for name in imported} - sys.stdlib_module_names == {"redis"}
 
 
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("raw_*.py")), ids=lambda path: path.stem)
+def test_examples_without_arguments_say_what_they_need(example: Path) -> None:
+    process = start(example.name)
+    _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1
+    assert err.startswith(f"usage: python {example.name} REDIS_URL ")
+
+
 def test_job_sent_by_hand_is_watched_with_a_plain_redis_client_and_read_with_plain_sql(any_cluster: Cluster) -> None:
     cluster = any_cluster
     cluster.start_worker()

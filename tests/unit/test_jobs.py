@@ -164,7 +164,7 @@ def test_an_unknown_field_is_refused_with_what_may_be_meant(name: str, hint: str
 @pytest.mark.parametrize("name", ["my secret prompt", "secret\nprompt", "secret" * 20, 5, None, ("secret",)])
 def test_a_name_that_may_be_a_text_in_the_wrong_place_is_not_repeated(name: Any) -> None:
     assert "secret" not in refusal({"v": 2, "request": REQUEST, name: 1})
-    assert "secret" not in refusal({"v": 2, "request": REQUEST | {name: float("nan")}})
+    assert "secret" not in refusal({"v": 2, "request": REQUEST | {name: float("nan"), "an innocent name": 1}})
 
 
 @pytest.mark.parametrize(
