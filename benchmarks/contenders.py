@@ -215,5 +215,5 @@ class Keepstream(_CeleryContender):
 
     def message(self, job: str, script: dict[str, Any]) -> bytes:
         """Return a job's Celery message."""
-        wire = {"id": job, "tenant": names.DEFAULT_TENANT, **completion_body(script)}
+        wire = {"v": 2, "id": job, "tenant": names.DEFAULT_TENANT, "request": completion_body(script)}
         return celery_message(names.TASK, job, self._queue, wire)

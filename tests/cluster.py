@@ -29,6 +29,7 @@ from keepstream import Client
 from keepstream.client.database import make_engine
 from keepstream.client.sender import Sender
 from keepstream.events import Event, parse_event
+from keepstream.jobs import parse_job
 from keepstream.names import QUEUE, job_keys
 from keepstream.results import CompletionResult
 from keepstream.transcript import Transcript
@@ -333,19 +334,25 @@ class Cluster:
         return client
 
     def job(self, *, limits: dict[str, Any] | None = None, **script: Any) -> dict[str, Any]:
-        """Return a job whose stream is scripted; its id is the key under which the provider counts it."""
+        """Return a job, as it is sent, whose stream is scripted; its id is the key under which the provider counts it.
+
+        ``limits`` are further fields of the job.
+        """
         job_id = f"job-{next(self._numbers)}"
         return {
+            "v": 2,
             "id": job_id,
-            "model": "scripted-1",
-            "messages": [{"role": "user", "content": "Tell me something."}],
-            "script": {"key": job_id, **script},
+            "request": {
+                "model": "scripted-1",
+                "messages": [{"role": "user", "content": "Tell me something."}],
+                "script": {"key": job_id, **script},
+            },
             **(limits or {}),
         }
 
     def enqueue(self, *, limits: dict[str, Any] | None = None, **script: Any) -> str:
         """Enqueue a scripted job and return its id."""
-        return self.client.enqueue(self.job(limits=limits, **script))
+        return self.client.enqueue(parse_job(self.job(limits=limits, **script)))
 
     def follow(self, job_id: str, after: str | None = None) -> Following:
         """Follow a job in a thread."""

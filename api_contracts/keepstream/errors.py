@@ -1,8 +1,8 @@
-"""Error codes and exceptions: how every failure is named, on the wire, in the database and in code.
+"""Error codes and exceptions: the names of failures, on the wire, in the database and in code.
 
-In: nothing.  Out: ``ErrorCode`` to everyone (it is stored in rows and sent in events), ``ErrorInfo``
-to events and results, and the exception tree to users of the client.  Exists so that a failure has
-one name wherever it is met.
+In: nothing.
+Out: ``ErrorCode``, which rows store and events carry; ``ErrorInfo``, to events and results; the exceptions that the
+client raises.
 """
 
 from enum import StrEnum
@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class ErrorCode(StrEnum):
-    """Why an attempt, a job or a message failed. New codes may be added; readers keep unknown ones."""
+    """Why an attempt, a job or a message failed. New codes may be added; readers must accept codes they do not know."""
 
     # -- the provider refused the request --
     BAD_REQUEST = "bad_request"  #: The provider says that the request is wrong.
@@ -30,28 +30,28 @@ class ErrorCode(StrEnum):
     SERVER_ERROR = "server_error"  #: The provider failed (5xx).
     PROVIDER_ERROR = "provider_error"  #: The provider reported a failure in the stream.
     TOOL_USE_FAILED = "tool_use_failed"  #: The model produced a tool call the provider could not read.
-    # -- the way to the provider, and the stream itself --
-    CONNECTION = "connection"  #: Refused, reset or cut before the answer was whole.
+    # -- the connection to the provider, and the stream --
+    CONNECTION = "connection"  #: Refused, reset or cut before the answer was complete.
     TIMEOUT = "timeout"  #: No connection, first token or further data within the limit.
     EMPTY_STREAM = "empty_stream"  #: The stream ended without any output.
-    TRUNCATED_STREAM = "truncated_stream"  #: The stream ended before the answer was whole.
-    INVALID_STREAM = "invalid_stream"  #: The stream is not readable as chat-completion events.
-    INVALID_RESPONSE = "invalid_response"  #: The answer is no event stream at all, an HTML page for instance.
-    OUTPUT_TOO_LARGE = "output_too_large"  #: The output passed a configured limit.
+    TRUNCATED_STREAM = "truncated_stream"  #: The stream ended before the answer was complete.
+    INVALID_STREAM = "invalid_stream"  #: The stream cannot be read as chat-completion events.
+    INVALID_RESPONSE = "invalid_response"  #: The answer is not an event stream, but an HTML page for instance.
+    OUTPUT_TOO_LARGE = "output_too_large"  #: The output exceeded a configured limit.
     # -- Keepstream itself --
     TOTAL_TIMEOUT = "total_timeout"  #: The job's total time is used up.
-    EXPIRED = "expired"  #: The job waited past its ``expires_at``.
+    EXPIRED = "expired"  #: The job had not started by its ``expires_at``.
     CANCELLED = "cancelled"  #: Someone cancelled the job.
-    INTERRUPTED = "interrupted"  #: The worker was shut down; another one goes on.
-    WORKER_LOST = "worker_lost"  #: The worker died; another one goes on, or the attempts are used up.
+    INTERRUPTED = "interrupted"  #: The worker was shut down; another one takes over.
+    WORKER_LOST = "worker_lost"  #: The worker died; another one takes over, unless the attempts are used up.
     SUPERSEDED = "superseded"  #: A newer attempt has taken the job over.
-    INVALID_JOB = "invalid_job"  #: The message or request is no valid job.
+    INVALID_JOB = "invalid_job"  #: The message does not hold a valid job.
     UNKNOWN_PROVIDER = "unknown_provider"  #: No provider of that name is configured.
-    INTERNAL = "internal"  #: A defect in Keepstream; the log has the details.
+    INTERNAL = "internal"  #: A defect in Keepstream; the worker's log has the details.
 
 
 class ErrorInfo(BaseModel):
-    """A failure as events and results carry it. ``message`` never holds a prompt, an output or a key."""
+    """A failure, in events and results. ``message`` never holds a prompt, an output or a key."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -60,15 +60,15 @@ class ErrorInfo(BaseModel):
 
 
 class KeepstreamError(Exception):
-    """Base of every exception the client raises on purpose."""
+    """Base of all exceptions of the client."""
 
 
 class InvalidJobError(KeepstreamError, ValueError):
-    """The job is not valid; the message names the field and says what to change."""
+    """The job is not valid; the message names the field and what to change."""
 
 
 class IdempotencyConflictError(KeepstreamError):
-    """The idempotency key or job id is already used for a different request. Use a new key."""
+    """The idempotency key or job id belongs to a different request. Use a new one."""
 
 
 class JobNotFoundError(KeepstreamError, LookupError):
@@ -76,11 +76,11 @@ class JobNotFoundError(KeepstreamError, LookupError):
 
 
 class InvalidCursorError(KeepstreamError, ValueError):
-    """``after`` is no event id of this job; event ids look like ``2-17``."""
+    """``after`` is not the id of an event of this job; event ids look like ``2-17``."""
 
 
 class BrokerUnavailableError(KeepstreamError, ConnectionError):
-    """Redis did not take the job, or its cancellation, in time, and the database does not keep it either."""
+    """Redis did not take the job, or its cancellation, in time, and no database keeps it instead."""
 
 
 class StoreUnavailableError(KeepstreamError, ConnectionError):
@@ -88,11 +88,11 @@ class StoreUnavailableError(KeepstreamError, ConnectionError):
 
 
 class NotConfiguredError(KeepstreamError):
-    """The call needs a service that this client was made without, the database for instance."""
+    """The call needs a service that this client was not given, the database for instance."""
 
 
 class FollowTimeoutError(KeepstreamError, TimeoutError):
-    """Nothing was heard of the job for the time the caller allowed."""
+    """No event of the job arrived for as long as the caller allowed."""
 
 
 class EventsLostError(KeepstreamError):

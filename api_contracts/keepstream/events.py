@@ -1,12 +1,11 @@
 """The events: what followers of a job receive, one JSON text per pub/sub message and log entry.
 
-In: JSON texts from Redis, or a stored result.  Out: typed, frozen events to readers (``parse_event``,
-``terminal_event``, ``snapshot_event``); the models are also the source of the published JSON Schema
-and AsyncAPI document.  Exists so that every reader, in any language, can rely on one description.
+In: JSON texts from Redis (``parse_event``), or a stored result (``terminal_event``, ``snapshot_event``).
+Out: typed, frozen events, to readers. The published JSON Schema and AsyncAPI document are generated from the models.
 
-The rules for a reader: apply an event only if its id is greater than the last one applied; on an
-event of a higher attempt, drop what the older attempt sent; if ``n`` skips within an attempt and the
-event is no ``snapshot``, read the log; ignore unknown types and unknown fields.
+The rules for a reader: apply an event only if its id is greater than the last one applied; on an event of a higher
+attempt, drop what the older attempt sent; if ``n`` skips within an attempt and the event is not a ``snapshot``, read
+the log; ignore unknown types and unknown fields.
 """
 
 from typing import Annotated, Final, Literal
@@ -47,7 +46,7 @@ class Delta(_Part):
 
 
 class ChoiceSnapshot(_Part):
-    """One choice, whole, as far as it has come."""
+    """One choice, with its whole output so far."""
 
     index: int
     content: str = ""
@@ -75,7 +74,7 @@ class _Event(BaseModel):
 
 
 class AttemptStarted(_Event):
-    """A provider stream begins. What older attempts sent is void."""
+    """A provider stream begins. Drop what older attempts sent."""
 
     type: Literal["attempt.started"] = "attempt.started"
     model: str
@@ -83,7 +82,7 @@ class AttemptStarted(_Event):
     reason: str = Field(description="first, retry, worker_lost, interrupted or recovered.")
     continues: bool = Field(
         default=False,
-        description="True if the output of the attempt before is carried over; a snapshot with it follows.",
+        description="True if the previous attempt's output is kept; a snapshot with it follows.",
     )
 
 
@@ -100,12 +99,12 @@ class Snapshot(_Event):
 
     type: Literal["snapshot"] = "snapshot"
     choices: list[ChoiceSnapshot]
-    finished: bool = Field(default=False, description="True if the provider's stream had ended well by then.")
+    finished: bool = Field(default=False, description="True if the provider's stream had completed by then.")
     usage: Usage | None = None
 
 
 class AttemptFailed(_Event):
-    """The attempt failed; what it sent is void."""
+    """The attempt failed. Drop what it sent."""
 
     type: Literal["attempt.failed"] = "attempt.failed"
     error: ErrorInfo
@@ -115,7 +114,7 @@ class AttemptFailed(_Event):
 
 
 class AttemptFinished(_Event):
-    """The provider's stream ended well; the result is about to be stored."""
+    """The provider's stream is complete; the result is about to be stored."""
 
     type: Literal["attempt.finished"] = "attempt.finished"
     finish_reasons: dict[int, str | None] = Field(description="Choice index to finish reason, as the provider sent it.")
@@ -153,7 +152,7 @@ class JobCancelled(_Terminal):
 
 
 class JobExpired(_Terminal):
-    """The job waited past its ``expires_at`` and was never started."""
+    """The job had not started by its ``expires_at``."""
 
     type: Literal["job.expired"] = "job.expired"
 
@@ -212,18 +211,18 @@ def parse_event(text: str | bytes) -> Event:
     """Return the typed event that ``text`` (JSON) holds.
 
     Raises:
-        ValueError: ``text`` is no event of version 1.
+        ValueError: ``text`` is not an event of version 1.
     """
     try:
         return KNOWN_EVENT_ADAPTER.validate_json(text)
     except ValueError:
-        pass  # no event, or one of a type that is not known here
+        pass  # not an event, or of a type that is not known here
     try:
         event = UnknownEvent.model_validate_json(text)
     except ValueError:
         event = None
     if event is None or event.type in KNOWN_EVENTS:
-        # Raised here, so that no cause repeats what could not be read.
+        # Raised outside of the handler, whose exception holds the text.
         raise ValueError("not a Keepstream event of version 1")
     return event
 
@@ -242,7 +241,7 @@ _TERMINAL_EVENTS: Final[dict[JobStatus, type[TerminalEvent]]] = {
 
 
 def terminal_event(result: CompletionResult) -> TerminalEvent:
-    """Return the terminal event of a stored job: whoever finds the row can publish or hand out the event.
+    """Return the terminal event of a stored job, which its row determines.
 
     Raises:
         ValueError: the job is not terminal.
@@ -267,7 +266,7 @@ def terminal_event(result: CompletionResult) -> TerminalEvent:
 
 
 def snapshot_event(result: CompletionResult, event_id: str) -> Snapshot:
-    """Return the stored output as the snapshot ``event_id``, for followers who missed what led to it."""
+    """Return the stored output as a snapshot with the id ``event_id``, for followers who missed the deltas."""
     return Snapshot(
         id=event_id,
         job_id=result.id,

@@ -1,69 +1,167 @@
-"""The job: what a producer puts on the queue.
+"""The job: one request for a completion, as a producer puts it on the queue.
 
-In: a producer's keyword arguments or JSON.  Out: a validated, frozen ``Job`` to the client and the
-worker.  Exists so that a request is checked once, in the producer's process, with an error that
-names the field.
+In: keyword arguments or decoded JSON, from a producer or from the queue.
+Out: a checked, frozen ``Job``, to the client and the worker.
+
+The envelope is ours and closed: a name that is not known there is a mistake. ``request`` is the caller's
+chat-completions body and reaches the provider as it is. Both are checked in the producer's process already, so that
+mistakes are reported where they are made.
 """
 
+import difflib
 import hashlib
 import json
 import re
 import uuid
+from collections.abc import Iterable
 from datetime import UTC, datetime
-from typing import Annotated, Any, Final, Self
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
-    AwareDatetime,
+    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StringConstraints,
     ValidationError,
-    field_validator,
+    WithJsonSchema,
     model_validator,
 )
+from pydantic_core import to_jsonable_python
 
 from keepstream import names
 from keepstream.errors import InvalidJobError
 
+VERSION: Final = 2  #: Of the job's format.
 MAX_JOB_BYTES: Final = 8 * 1024 * 1024  #: Bytes of a job as JSON; images travel inside messages.
-#: Names a caller may not use as chat-completions parameters: the worker sets them.
-RESERVED_PARAMETERS: Final = frozenset({"stream", "api_key", "base_url", "extra_headers", "extra_query"})
+MODEL_CHARACTERS: Final = 256
+
+_KEY_HINT: Final = "cannot be part of a job: it belongs in the worker's configuration; a job names a 'provider'"
+#: What may not be in a request, and what to do instead.
+NOT_IN_A_REQUEST: Final = {
+    "stream": "is set by the worker, which always streams; leave it out",
+    "api_key": _KEY_HINT,
+    "base_url": _KEY_HINT,
+    "extra_headers": "is no parameter of the API: headers belong in the provider's configuration",
+    "extra_query": "is no parameter of the API: a query belongs in the provider's configuration",
+    "extra_body": "is no parameter of the API: put its content in the request itself",
+}
+#: Names that a later version may give a meaning in the envelope.
+RESERVED_FIELDS: Final = frozenset({"fallbacks", "class", "callback_url", "headers"})
+
 _IDEMPOTENT_NAMESPACE: Final = uuid.UUID("5f0f1c3e-6a58-4f0c-9f0a-7d2f6d1f3f11")
+#: Well within what Python and the databases can express in any time zone.
+_EARLIEST: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_LATEST: Final = datetime(9999, 1, 1, tzinfo=UTC)
+_SIMILAR: Final = 0.75  #: Of difflib's ratio; "max_tokens" is none of "max_attempts".
+
+
+def _checked_request(request: dict[str, Any]) -> dict[str, Any]:
+    for name, hint in NOT_IN_A_REQUEST.items():
+        if name in request:
+            raise ValueError(f"'{name}' {hint}")
+    for name in ("model", "messages"):
+        if name not in request:
+            similar = _most_similar(name, request)
+            raise ValueError(f"'{name}' is missing" + (f"; is '{similar}' a typo?" if similar else ""))
+    model, messages = request["model"], request["messages"]
+    if not _names_a_model(model):
+        raise ValueError(f"'model' must be a text of 1 to {MODEL_CHARACTERS} characters without control characters")
+    if not isinstance(messages, list | tuple) or not messages:
+        raise ValueError("'messages' must be a list of at least one message")
+    if not all(isinstance(message, dict) for message in messages):
+        raise ValueError("'messages' must hold objects only, each with a 'role'")
+    return request | {"messages": [dict(message) for message in messages]}
+
+
+def _names_a_model(value: object) -> bool:
+    # PostgreSQL refuses a NUL in a text, and no text that is not UTF-8 can be stored or be part of a URL.
+    return (
+        isinstance(value, str)
+        and 1 <= len(value) <= MODEL_CHARACTERS
+        and re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", value) is None
+    )
+
+
+def _in_utc(value: object) -> datetime:
+    time = value
+    if isinstance(time, str):
+        try:
+            time = datetime.fromisoformat(time.upper())
+        except ValueError:
+            time = None
+    if not isinstance(time, datetime) or time.tzinfo is None:
+        raise ValueError("must be a time with its offset, 2030-01-01T00:00:00Z for instance")
+    try:
+        utc = time.astimezone(UTC)
+    except OverflowError:
+        utc = None
+    if utc is None or not _EARLIEST <= utc < _LATEST:
+        raise ValueError(f"must be a time from {_EARLIEST.year} to {_LATEST.year - 1}")
+    return utc
+
+
+_REQUEST_SCHEMA: Final[dict[str, Any]] = {
+    "title": "Request",
+    "description": (
+        "The body of a chat completion. It goes to the provider as it is, but for 'stream' and 'stream_options',"
+        " with which the worker asks for a stream and its usage; all further names are the provider's."
+    ),
+    "type": "object",
+    "required": ["model", "messages"],
+    "properties": {
+        "model": {
+            "type": "string",
+            "minLength": 1,
+            "maxLength": MODEL_CHARACTERS,
+            "pattern": r"^[^\x00-\x1f\x7f]+$",
+        },
+        "messages": {"type": "array", "minItems": 1, "items": {"type": "object"}},
+    },
+    "propertyNames": {"not": {"enum": sorted(NOT_IN_A_REQUEST)}},
+    "additionalProperties": True,
+}
 
 Identifier = Annotated[str, StringConstraints(pattern=names.ID_PATTERN)]
-Seconds = Annotated[float, Field(gt=0, le=86_400)]
+Seconds = Annotated[float, Field(strict=True, gt=0, le=86_400)]
+Request = Annotated[dict[str, Any], AfterValidator(_checked_request), WithJsonSchema(_REQUEST_SCHEMA)]
+Time = Annotated[datetime, BeforeValidator(_in_utc)]
 
 
-def _new_id() -> str:
-    return uuid.uuid4().hex
+def _new_id(validated: dict[str, Any]) -> str:
+    key = validated.get("idempotency_key")
+    if key is None:
+        return uuid.uuid4().hex
+    return uuid.uuid5(_IDEMPOTENT_NAMESPACE, f"{validated['tenant']}\n{key}").hex
 
 
 class Job(BaseModel):
-    """One request for a completion.
+    """One request for a completion, in its envelope."""
 
-    Fields that are not named here are chat-completions parameters (``temperature``, ``tools``,
-    ``response_format``, vendor extras …) and go to the provider untouched.
-    """
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        hide_input_in_errors=True,  # it is prompts
+        ser_json_inf_nan="constants",  # keeps a NaN visible, so that to_json can refuse it; the default is null
+        json_schema_extra={"required": ["v", "request"]},
+    )
 
-    # "constants" keeps a NaN visible, so that to_json can refuse it; the default would turn it into null.
-    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False, ser_json_inf_nan="constants")
-
-    id: Identifier = Field(default_factory=_new_id, description="Chosen by the caller or generated.")
+    v: Literal[2] = Field(default=VERSION, description="Version of this format.")
     tenant: Identifier = Field(default=names.DEFAULT_TENANT, description="Whose job it is.")
-    # No control characters: PostgreSQL refuses a NUL in a text, and none of them names a model.
-    model: Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]+$", max_length=256)]
-    messages: Annotated[
-        list[dict[str, Any]], Field(min_length=1, description="Chat-completions messages, passed through untouched.")
-    ]
+    idempotency_key: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = Field(
+        default=None, description="The same key gives the same job id; with another request it is an error."
+    )
+    id: Identifier = Field(
+        default_factory=_new_id, description="Chosen by the caller; else derived from the idempotency key, or random."
+    )
+    request: Request
     provider: Identifier = Field(default="default", description="Name of a configured provider; never a URL or a key.")
     metadata: dict[str, Any] = Field(
         default_factory=dict, description="Stored with the result, never sent to the provider."
     )
-    idempotency_key: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = Field(
-        default=None, description="The same key gives the same job id; with another body it is an error."
-    )
-    max_attempts: Annotated[int, Field(ge=1, le=100)] | None = Field(
+    max_attempts: Annotated[int, Field(strict=True, ge=1, le=100)] | None = Field(
         default=None, description="Provider streams made for this job at most; null: the worker's setting."
     )
     first_token_timeout: Seconds | None = Field(
@@ -73,51 +171,50 @@ class Job(BaseModel):
         default=None, description="Seconds between two data events; null: the worker's setting."
     )
     total_timeout: Seconds | None = Field(
-        default=None, description="Seconds from the first attempt's start to the end of the last one, waits included."
+        default=None,
+        description=(
+            "Seconds from the first attempt's start to the end of the last one, waits included;"
+            " null: the worker's setting."
+        ),
     )
-    expires_at: AwareDatetime | None = Field(
-        default=None, description="A job that has not started by then ends as expired."
-    )
+    expires_at: Time | None = Field(default=None, description="A job that has not started by then ends as expired.")
 
     @model_validator(mode="before")
     @classmethod
-    def _id_from_idempotency_key(cls, data: Any) -> Any:
-        if isinstance(data, dict) and isinstance(data.get("idempotency_key"), str) and not data.get("id"):
-            tenant = data.get("tenant", names.DEFAULT_TENANT)
-            derived = uuid.uuid5(_IDEMPOTENT_NAMESPACE, f"{tenant}\n{data['idempotency_key']}")
-            return {**data, "id": derived.hex}
+    def _names_are_known(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for name in data:
+                if name not in cls.model_fields:
+                    raise ValueError(_unknown_name(name, cls.model_fields))
         return data
 
-    @field_validator("expires_at")
-    @classmethod
-    def _in_utc(cls, value: datetime | None) -> datetime | None:
-        return None if value is None else value.astimezone(UTC)
-
-    @model_validator(mode="after")
-    def _parameters_are_the_callers(self) -> Self:
-        for name in sorted(RESERVED_PARAMETERS & (self.model_extra or {}).keys()):
-            raise ValueError(f"'{name}' is set by the worker and cannot be part of a job")
-        return self
+    @property
+    def model(self) -> str:
+        """The model, as the provider calls it."""
+        model: str = self.request["model"]
+        return model
 
     @property
-    def parameters(self) -> dict[str, Any]:
-        """The further chat-completions parameters, as the caller gave them."""
-        return dict(self.model_extra or {})
+    def messages(self) -> list[dict[str, Any]]:
+        """The request's messages."""
+        messages: list[dict[str, Any]] = self.request["messages"]
+        return messages
 
     def request_hash(self) -> str:
-        """Return the SHA-256 (hex) that tells whether two jobs with one id ask for the same thing.
+        """Return the SHA-256 (hex) by which two jobs of one id are told apart.
 
-        Limits, expiry and metadata may differ between a job and its repetition; what is generated
-        and by whom may not.
+        It covers what is generated and by whom. Limits, expiry and metadata may differ between a job and its
+        repetition.
         """
         # Dumped first, so that the producer's Python values and the worker's decoded JSON hash alike.
-        body = self.model_dump(mode="json", exclude=_NOT_HASHED)
+        body = self.model_dump(mode="json", include={"provider", "request"})
         text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_wire(self) -> dict[str, Any]:
         """Return the job as JSON-ready values, without what was left at its default."""
-        return self.model_dump(mode="json", exclude_defaults=True) | {"id": self.id, "tenant": self.tenant}
+        head = {"v": VERSION, "id": self.id, "tenant": self.tenant}
+        return head | self.model_dump(mode="json", exclude_defaults=True)
 
     def to_json(self) -> str:
         """Return the job as JSON text in ASCII.
@@ -128,39 +225,90 @@ class Job(BaseModel):
         try:
             text = json.dumps(self.to_wire(), ensure_ascii=True, allow_nan=False)
         except (ValueError, RecursionError):  # pydantic's serialization errors are ValueErrors
-            raise InvalidJobError("the job holds a value that JSON cannot express") from None
+            raise InvalidJobError(f"{self._field_that_is_no_json()}: a value in it cannot be written as JSON") from None
         if len(text) > MAX_JOB_BYTES:
             raise InvalidJobError(f"the job has {len(text)} bytes as JSON; at most {MAX_JOB_BYTES} are accepted")
         return text
 
-
-_NOT_HASHED: Final = set(Job.model_fields) - {"model", "messages", "provider"}
-_LOCATION_TAIL = re.compile(r"\.(function-.*|constrained-.*)$")
+    def _field_that_is_no_json(self) -> str:
+        parameters = ((f"request.{_shown(name)}", value) for name, value in self.request.items())
+        for name, value in (("metadata", self.metadata), *parameters):
+            try:
+                json.dumps(to_jsonable_python(value, inf_nan_mode="constants"), allow_nan=False)
+            except (ValueError, RecursionError):
+                return name
+        return "job"  # too deep as a whole
 
 
 def parse_job(data: object) -> Job:
-    """Return the job that ``data`` (keyword arguments or decoded JSON) describes.
+    """Return the job that ``data`` (decoded JSON, or a ``Job``) describes.
 
     Raises:
-        InvalidJobError: naming each wrong field; values are never repeated in the message.
+        InvalidJobError: naming what is wrong; no value is repeated in the message.
     """
     if isinstance(data, Job):
         return data
     if not isinstance(data, dict):
         raise InvalidJobError(f"a job is a JSON object, not {type(data).__name__}")
+    if "v" not in data:
+        hint = "" if "request" in data else ", and put 'model', 'messages' and all further parameters in 'request'"
+        raise InvalidJobError(f'v: a job says the version of its format: add "v": {VERSION}{hint}')
+    if type(data["v"]) is not int or data["v"] != VERSION:
+        raise InvalidJobError(f"v: this library knows version {VERSION} of a job only; it must be the number {VERSION}")
+    return make_job(data)
+
+
+def make_job(fields: dict[str, Any]) -> Job:
+    """Return the job of these fields of the envelope; without ``v`` it is of this library's version.
+
+    Raises:
+        InvalidJobError: naming what is wrong; no value is repeated in the message.
+    """
     try:
-        job = Job.model_validate(data)
+        return Job.model_validate(fields)
     except ValidationError as error:
         raise InvalidJobError(_explain(error)) from None
     except RecursionError:
         raise InvalidJobError("the job is nested too deeply") from None
-    return job
+
+
+def _unknown_name(name: object, known: Iterable[str]) -> str:
+    shown = _shown(name)
+    if name in NOT_IN_A_REQUEST:
+        return f"'{name}' {NOT_IN_A_REQUEST[str(name)]}"
+    if name in RESERVED_FIELDS:
+        return f"'{name}' is not supported by this version"
+    if name in ("model", "messages"):
+        return f"'{name}' belongs in 'request'"
+    similar = _most_similar(shown.lower(), known)
+    hint = f"did you mean '{similar}'?" if similar else "if it is a parameter of the model's API, put it in 'request'"
+    return f"'{shown}' is no field of a job; {hint}"
+
+
+def _most_similar(name: str, candidates: Iterable[object]) -> str | None:
+    texts = [_shown(candidate) for candidate in candidates]
+    return next(iter(difflib.get_close_matches(name, texts, n=1, cutoff=_SIMILAR)), None)
+
+
+def _shown(name: object) -> str:
+    """Return a caller's name as an error may show it: not if it could be a text that was put in the wrong place."""
+    return name if isinstance(name, str) and re.fullmatch(r"[\w.\-]{1,64}", name, re.ASCII) else "…"
 
 
 def _explain(error: ValidationError) -> str:
     problems = []
     for item in error.errors(include_url=False, include_input=False, include_context=False):
-        location = _LOCATION_TAIL.sub("", ".".join(str(part) for part in item["loc"]))
-        message = item["msg"].removeprefix("Value error, ")
-        problems.append(f"{location}: {message}" if location else message)
+        kind, location = item["type"], item["loc"]
+        if kind == "default_factory_not_called":  # the id's, because something else is wrong
+            continue
+        if kind == "missing":
+            message = "is missing"
+        elif kind == "dict_type":
+            message = "must be an object"
+        elif "[key]" in location:
+            message = "names must be texts"
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+        # The rest of a location is pydantic's names of its validators, or the caller's keys.
+        problems.append(f"{location[0]}: {message}" if location else message)
     return "; ".join(problems[:5])

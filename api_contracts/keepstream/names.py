@@ -1,7 +1,7 @@
 """Every name that crosses a process boundary: task, queue, channels, keys, environment variables.
 
-In: a prefix, a tenant and a job id.  Out: Redis key and channel names, to the worker, the client and
-the generated documents.  Exists so that no name is spelled twice.
+In: a prefix, a tenant and a job id.
+Out: names of Redis keys and channels, to the worker, the client and the generated documents.
 """
 
 import re
@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from typing import Final, NamedTuple
 
 DISTRIBUTION: Final = "keepstream"  #: What pip installs.
-TASK: Final = "completions.run"  #: Celery task name; its one argument is the job.
+TASK: Final = "completions.run"  #: Name of the Celery task; its one argument is the job.
 QUEUE: Final = "completions"  #: Celery queue, and the Redis list that carries it.
 PREFIX: Final = "keepstream"  #: Default prefix of every Redis key and channel of ours.
 DEFAULT_TENANT: Final = "default"
@@ -22,7 +22,7 @@ ENV_DATABASE_URL: Final = "KEEPSTREAM_DATABASE_URL"
 ENV_PREFIX: Final = "KEEPSTREAM_PREFIX"
 ENV_QUEUE: Final = "KEEPSTREAM_QUEUE"
 
-#: Tenant and job ids: they stand in key names, so braces, colons and spaces are out.
+#: Of tenant and job ids: they are parts of key names, so braces, colons and spaces are not allowed.
 ID_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._\-]{0,127}$"
 EVENT_ID_PATTERN: Final = r"^[1-9][0-9]{0,8}-[1-9][0-9]{0,9}$"
 
@@ -32,7 +32,7 @@ class JobKeys(NamedTuple):
 
     channel: str  #: Pub/sub channel of the live events.
     log: str  #: Redis stream of the replayable events; field ``event``.
-    cancel: str  #: Set by a client that asks for cancellation without a database.
+    cancel: str  #: Key that asks for cancellation, for the worker that takes the job later.
 
 
 def job_keys(tenant: str, job_id: str, prefix: str = PREFIX) -> JobKeys:
@@ -42,12 +42,12 @@ def job_keys(tenant: str, job_id: str, prefix: str = PREFIX) -> JobKeys:
 
 
 def control_channel(prefix: str = PREFIX) -> str:
-    """Return the channel on which workers are told to look at a job's cancellation at once."""
+    """Return the channel that tells workers to look at a job's cancellation at once."""
     return f"{prefix}:control"
 
 
 def rejected_list(prefix: str = PREFIX) -> str:
-    """Return the Redis list that keeps messages which are no readable Celery message."""
+    """Return the Redis list of queue items that could not be read as Celery messages."""
     return f"{prefix}:rejected"
 
 
@@ -62,7 +62,11 @@ class EventId(NamedTuple):
 
 
 def parse_event_id(text: str) -> EventId:
-    """Return the event id spelled by ``text``; raise ``ValueError`` if it spells none."""
+    """Return the event id that ``text`` spells.
+
+    Raises:
+        ValueError: it spells none.
+    """
     # fullmatch: "$" alone would let a trailing line feed pass.
     if re.fullmatch(EVENT_ID_PATTERN, text) is None:
         raise ValueError("not an event id; event ids look like 2-17")

@@ -1,7 +1,7 @@
-"""The results: what a query of the database answers.
+"""The results: stored jobs, as queries return them.
 
-In: rows, by way of ``keepstream.client.queries``.  Out: frozen, typed results to users of the client and
-to the command line.  Exists so that stored results read the same in every service.
+In: rows of the database, from ``keepstream.client.queries``.
+Out: frozen, typed results, to users of the client and to the command line.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from keepstream.errors import ErrorInfo
 
 
 class JobStatus(StrEnum):
-    """Where a job is. The last four are terminal: a job reaches exactly one of them."""
+    """The state of a job. The last four are terminal: a job reaches exactly one of them."""
 
     QUEUED = "queued"  #: Waiting for a worker.
     RUNNING = "running"  #: An attempt is under way.
@@ -29,7 +29,7 @@ class JobStatus(StrEnum):
 
     @property
     def terminal(self) -> bool:
-        """Whether nothing more will happen to a job in this state."""
+        """Whether this state is final."""
         return self in TERMINAL_STATUSES
 
 
@@ -37,10 +37,10 @@ TERMINAL_STATUSES = frozenset({JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.
 
 
 class UsageSource(StrEnum):
-    """Where a usage figure comes from."""
+    """The source of a usage figure."""
 
     PROVIDER = "provider"  #: Reported by the provider.
-    ESTIMATED = "estimated"  #: Estimated from the text that arrived; the provider did not say.
+    ESTIMATED = "estimated"  #: Estimated from the text that arrived; the provider reported nothing.
     UNKNOWN = "unknown"  #: Nothing is known; the figures are null.
 
 
@@ -49,7 +49,7 @@ class _Value(BaseModel):
 
 
 class Usage(_Value):
-    """Tokens paid for. Unknown is null, never 0; ``details`` is what the provider reported, whole."""
+    """Tokens paid for. An unknown figure is null, never 0; ``details`` is the provider's report, complete."""
 
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
@@ -59,13 +59,13 @@ class Usage(_Value):
 
 
 class ToolCall(_Value):
-    """A tool call, its streamed arguments joined."""
+    """A tool call, with its streamed arguments joined."""
 
     id: str
     type: str = "function"
     name: str
     arguments: str = Field(description="As the model wrote them; a function call without arguments has {}.")
-    arguments_valid: bool = Field(description="Whether the arguments are a JSON text.")
+    arguments_valid: bool = Field(description="Whether the arguments are valid JSON.")
     extra: dict[str, Any] | None = Field(default=None, description="Provider extras, a thought signature for instance.")
 
 
@@ -81,7 +81,12 @@ class Choice(_Value):
     extra: dict[str, Any] | None = Field(default=None, description="Logprobs, annotations and other extras.")
 
     def parsed_arguments(self, position: int = 0) -> Any:
-        """Return a tool call's arguments as Python values; raises ``ValueError`` if they do not parse."""
+        """Return the decoded arguments of the tool call at ``position``.
+
+        Raises:
+            IndexError: there is no such tool call.
+            ValueError: the arguments are not valid JSON.
+        """
         return json.loads(self.tool_calls[position].arguments)
 
 
@@ -105,7 +110,7 @@ class AttemptResult(_Value):
 
 
 class CompletionResult(_Value):
-    """A job and everything stored about it."""
+    """A job with everything that is stored about it."""
 
     id: str
     tenant: str
@@ -117,7 +122,7 @@ class CompletionResult(_Value):
     started_at: datetime | None = None
     finished_at: datetime | None = None
     attempt: int = Field(description="The newest attempt's number; 0 before the first.")
-    partial: bool = Field(default=False, description="True if the output belongs to an attempt that did not finish.")
+    partial: bool = Field(default=False, description="True if the output is of an attempt that did not finish.")
     choices: list[Choice] = Field(default_factory=list)
     usage: Usage | None = Field(default=None, description="Summed over all attempts.")
     error: ErrorInfo | None = None
@@ -157,7 +162,7 @@ class JobSummary(_Value):
 
 
 def output_sha256(contents: Iterable[str]) -> str:
-    """Return the SHA-256 (hex) of the choices' contents, given in index order, joined, as UTF-8."""
+    """Return the SHA-256 (hex) over the UTF-8 bytes of the choices' contents, given in index order."""
     digest = hashlib.sha256()
     for content in contents:
         digest.update(content.encode())

@@ -1,9 +1,10 @@
-"""The transcript: what a reader holds who applies a job's events.
+"""The transcript: the output of a job, built from its events.
 
-In: events, in the order in which they come, repeated or not.  Out: the output so far, to whoever
-shows it, and its SHA-256, to be compared with the terminal event's.  Exists so that the rules for
-readers stand in one place as code; the follower keeps the same rules, and a reader in another
-language can be written after this page.
+In: events, in the order of their arrival; repeated ones do no harm.
+Out: the output so far, to whoever shows it, and its SHA-256, to be compared with the terminal event's.
+
+These are the reader's rules as code. The follower keeps the same ones, and a reader in another language can be
+modelled on this module.
 """
 
 import json
@@ -29,36 +30,36 @@ from keepstream.results import ToolCall, output_sha256
 
 
 class Place(Enum):
-    """Where an event stands, seen from the last one applied."""
+    """The place of an event relative to the last one applied."""
 
-    SEEN = auto()  #: Not greater than the last one: it changes nothing.
-    NEXT = auto()  #: To be applied now.
+    SEEN = auto()  #: Applied before, or older: ignore it.
+    NEXT = auto()  #: Apply it.
     AHEAD = auto()  #: Events before it are missing: read the log first.
 
 
 def place_of(event: Event, last: EventId | None) -> Place:
-    """Tell whether ``event`` comes next for a reader whose last applied event is ``last``."""
+    """Return the place of ``event`` for a reader who has applied all events up to ``last``."""
     here = event.event_id
     if last is not None and here <= last:
         return Place.SEEN
-    if isinstance(event, Snapshot):  # stands for everything before it
+    if isinstance(event, Snapshot):  # it replaces everything before it
         return Place.NEXT
     expected = last.n + 1 if last is not None and last.attempt == here.attempt else 1
     return Place.NEXT if here.n == expected else Place.AHEAD
 
 
 class Transcript:
-    """The output of one job as its events tell it. Not thread-safe."""
+    """The output of one job, built from its events. Not thread-safe."""
 
     def __init__(self) -> None:
         self.last: EventId | None = None  #: The last event applied.
-        self.behind = False  #: Whether an event was not applied because others are missing before it.
-        self.finished = False  #: Whether the provider's stream has ended well.
+        self.behind = False  #: Whether the latest event was held back because others before it are missing.
+        self.finished = False  #: Whether the provider's stream is complete.
         self.terminal: TerminalEvent | None = None  #: The event that ended the job.
         self._choices: dict[int, _Choice] = {}
 
     def apply(self, event: Event) -> bool:
-        """Apply ``event`` if it comes next, and tell whether it did."""
+        """Apply ``event`` if it comes next, and return whether it did."""
         place = place_of(event, self.last)
         if place is not Place.NEXT:
             self.behind = self.behind or place is Place.AHEAD
@@ -102,7 +103,7 @@ class Transcript:
         return "".join(self._choices[min(self._choices)].content) if self._choices else ""
 
     def sha256(self) -> str:
-        """Return the SHA-256 (hex) of the content held; at the end it equals the event's ``output_sha256``."""
+        """Return the SHA-256 (hex) of the content so far; at the end it equals the event's ``output_sha256``."""
         return output_sha256("".join(self._choices[index].content) for index in sorted(self._choices))
 
     def _start_over(self) -> None:
@@ -115,7 +116,7 @@ class Transcript:
 
 
 class _Choice:
-    """One choice under construction; texts are kept as pieces, because joining each time would be quadratic."""
+    """One choice under construction. Texts are kept in pieces: joining them at each delta would take quadratic time."""
 
     def __init__(self) -> None:
         self.content: list[str] = []

@@ -1,7 +1,9 @@
 """Cancel one job, queued or running, without any code of Keepstream: one SET and one PUBLISH.
 
-In: the URL of Redis, a job's id.  Out: a key that whoever claims the job will find, and a message that tells the
-workers to look at once.  Exists to be read by whoever writes a client in another language::
+In: the URL of Redis, a job's id.
+Out: a key, for the worker that takes the job later, and a message that tells all workers to look at once.
+
+An example to be translated into other languages::
 
     python raw_cancel.py redis://127.0.0.1:6379/0 JOB_ID
 """
@@ -11,7 +13,9 @@ import sys
 
 import redis
 
-url, job_id = sys.argv[1:3]
+if len(sys.argv) != 3:
+    sys.exit("usage: python raw_cancel.py REDIS_URL JOB_ID")
+url, job_id = sys.argv[1:]
 
 with redis.Redis.from_url(url) as client:
     client.set(f"keepstream:default:{{{job_id}}}:cancel", 1, ex=86_400)

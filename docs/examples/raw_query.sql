@@ -1,8 +1,8 @@
--- What is stored of one job, in plain SQL that SQLite and PostgreSQL both read.  In: a job's id.  Out: four answers.
+-- What is stored of one job, in plain SQL for SQLite and PostgreSQL.  In: a job's id.  Out: four result sets.
 --   psql "$DATABASE" -v job_id="'0b5e…'" -f raw_query.sql
 --   Python's sqlite3: cursor.execute(statement, {"job_id": "0b5e…"}) for each of them
 
--- The job: how it stands, what it cost, and the SHA-256 of its output as its last event named it.
+-- The job: its status, what it cost, and the SHA-256 of its output, as in its last event.
 SELECT status, model, error_code, error_message, partial, output_sha256,
        prompt_tokens, completion_tokens, total_tokens, usage_source
 FROM jobs

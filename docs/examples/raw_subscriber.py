@@ -1,8 +1,10 @@
-"""Watch one job to its end, without any code of Keepstream: SUBSCRIBE for what is new, XRANGE for what was before.
+"""Watch one job to its end, without any code of Keepstream: SUBSCRIBE for new events, XRANGE for earlier ones.
 
-In: the URL of Redis, a job's id.  Out: its events on standard output, one JSON text a line; exit code 0 if the
-text held at the end has the SHA-256 that the last event names.  Exists to be read by whoever writes a follower in
-another language::
+In: the URL of Redis, a job's id.
+Out: its events on standard output, one JSON text a line; exit code 0 if the text at the end has the SHA-256 that the
+last event names.
+
+An example to be translated into other languages::
 
     python raw_subscriber.py redis://127.0.0.1:6379/0 JOB_ID
 """
@@ -15,7 +17,7 @@ from typing import Any
 
 import redis
 
-SILENCE = 15.0  #: Seconds without an event after which to look into the log: pub/sub may lose one.
+SILENCE = 15.0  #: Seconds without an event after which to read the log: pub/sub may lose events.
 
 
 def place(event: dict[str, Any]) -> tuple[int, int]:
@@ -25,7 +27,7 @@ def place(event: dict[str, Any]) -> tuple[int, int]:
 
 
 def follow(client: redis.Redis, job_id: str, tenant: str = "default") -> Iterator[dict[str, Any]]:
-    """Give every event of a job once and in order, whenever the reader comes."""
+    """Iterate over every event of a job, once and in order, however late the reader comes."""
     name = f"keepstream:{tenant}:{{{job_id}}}"
     last = (0, 0)
     with client.pubsub() as pubsub:
@@ -46,24 +48,26 @@ def follow(client: redis.Redis, job_id: str, tenant: str = "default") -> Iterato
 
 
 def comes_next(event: dict[str, Any], last: tuple[int, int]) -> bool:
-    """Tell whether no event is missing between ``last`` and this one; n counts without gaps within an attempt."""
+    """Return whether no event is missing between ``last`` and this one; n has no gaps within an attempt."""
     attempt, n = place(event)
     return event["type"] == "snapshot" or n == (last[1] + 1 if attempt == last[0] else 1)
 
 
 def main() -> bool:
-    """Print the events; return whether the text held at the end is the stored one."""
-    url, job_id = sys.argv[1:3]
+    """Print the events; return whether the text at the end is the stored one."""
+    if len(sys.argv) != 3:
+        sys.exit("usage: python raw_subscriber.py REDIS_URL JOB_ID")
+    url, job_id = sys.argv[1:]
     texts: dict[int, str] = {}  # choice index to content
     attempt = 0
     with redis.Redis.from_url(url, socket_timeout=SILENCE + 5) as client:
         for event in follow(client, job_id):
             print(json.dumps(event, ensure_ascii=False), flush=True)
-            if event["attempt"] > attempt or event["type"] == "attempt.failed":  # what was sent before is void
+            if event["attempt"] > attempt or event["type"] == "attempt.failed":  # drop what was sent before
                 texts, attempt = {}, event["attempt"]
             if event["type"] == "delta":
                 texts[event["choice"]] = texts.get(event["choice"], "") + (event["delta"].get("content") or "")
-            elif event["type"] == "snapshot":  # stands for everything before it
+            elif event["type"] == "snapshot":  # replaces everything before it
                 texts = {choice["index"]: choice["content"] for choice in event["choices"]}
             elif event["type"].startswith("job."):
                 held = "".join(texts[index] for index in sorted(texts))

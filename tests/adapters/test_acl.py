@@ -11,6 +11,7 @@ from redis.exceptions import NoPermissionError, ResponseError
 
 from keepstream import Client
 from keepstream.errors import BrokerUnavailableError, InvalidSettingError
+from keepstream.jobs import parse_job
 from keepstream.names import QUEUE, control_channel, job_keys
 from keepstream_worker.dev_stack.embedded import sqlite_url
 from tests.cluster import Cluster
@@ -55,7 +56,7 @@ def test_a_service_confined_to_its_tenant_cancels_its_jobs(
     cluster, url_of = guarded
     database_url = cluster.database_url if with_database else None
     with Client(url_of("shop"), broker_url=url_of("producer"), database_url=database_url, tenant="shop") as client:
-        job_id = client.enqueue(cluster.job(text="word " * 1000, rate=10))
+        job_id = client.enqueue(parse_job(cluster.job(limits={"tenant": "shop"}, text="word " * 1000, rate=10)))
         cluster.wait_for_deltas(job_id)
         client.cancel(job_id)
         *_, end = client.follow(job_id)

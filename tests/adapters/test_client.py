@@ -24,12 +24,14 @@ from keepstream.errors import (
     NotConfiguredError,
     StoreUnavailableError,
 )
-from keepstream.jobs import Job, parse_job
+from keepstream.jobs import Job
 from keepstream.results import JobStatus
 from keepstream.tables import jobs
 from keepstream_worker.dev_stack.embedded import EmbeddedValkey, sqlite_url
+from tests.jobs import make_job
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
+REQUEST: dict[str, Any] = {"model": "m", "messages": MESSAGES}
 #: Seconds that an enqueue may take at most. It is bounded at two; the rest is for a busy machine.
 BOUND = 4.0
 
@@ -85,7 +87,7 @@ def bare_client(redis_url: str) -> Iterator[Client]:
 
 
 def test_a_job_is_sent_in_celerys_protocol_2(bare_client: Client, redis_url: str) -> None:
-    job = parse_job({"model": "m", "messages": MESSAGES, "temperature": 0.5})
+    job = make_job(temperature=0.5)
     assert bare_client.enqueue(job) == job.id
     (message,) = messages(redis_url)
     assert sent_job(message) == job.to_wire()
@@ -103,7 +105,7 @@ def test_the_prompt_stands_in_no_header(bare_client: Client, redis_url: str) -> 
 
 def test_many_jobs_are_sent_together_and_in_order(redis_url: str) -> None:
     sender = Sender(redis_url, "elsewhere")
-    batch = [parse_job({"model": "m", "messages": MESSAGES}).to_wire() for _ in range(100)]
+    batch = [make_job().to_wire() for _ in range(100)]
     sender.send_many(batch)
     sender.close()
     assert [sent_job(message) for message in messages(redis_url, "elsewhere")] == batch
@@ -111,7 +113,7 @@ def test_many_jobs_are_sent_together_and_in_order(redis_url: str) -> None:
 
 def test_closing_one_sender_leaves_others_alone(redis_url: str) -> None:
     first, second = Sender(redis_url), Sender(redis_url)
-    job = parse_job({"model": "m", "messages": MESSAGES}).to_wire()
+    job = make_job().to_wire()
     first.send(job)
     first.close()
     second.send(job)
@@ -139,8 +141,8 @@ def test_the_same_key_is_sent_once(client: Client, redis_url: str) -> None:
     [
         {"model": "m"},
         {"model": "m", "messages": MESSAGES, "tenant": "other"},
-        {"model": "m", "messages": MESSAGES, "x": float("nan")},
-        {"model": "m", "messages": MESSAGES, "x": "x" * 9_000_000},
+        {"request": REQUEST | {"x": float("nan")}},
+        {"request": REQUEST | {"x": "x" * 9_000_000}},
     ],
 )
 def test_what_is_no_acceptable_job_leaves_nothing_behind(
@@ -153,21 +155,56 @@ def test_what_is_no_acceptable_job_leaves_nothing_behind(
 
 
 def test_a_job_made_for_another_tenant_is_refused(redis_url: str) -> None:
-    job = Job(model="m", messages=MESSAGES, tenant="b")
+    job = Job(request=REQUEST, tenant="b")
     with Client(redis_url, tenant="a") as client, pytest.raises(InvalidJobError, match="'b'"):
         client.enqueue(job)
 
 
 def test_fields_become_a_job_of_the_clients_tenant(redis_url: str) -> None:
     with Client(redis_url, tenant="a") as client:
-        client.enqueue({"model": "m", "messages": MESSAGES})
+        client.enqueue(REQUEST)
         client.enqueue(model="m", messages=MESSAGES)
     assert [sent_job(message)["tenant"] for message in messages(redis_url)] == ["a", "a"]
 
 
-def test_a_job_and_fields_together_are_refused(bare_client: Client) -> None:
-    with pytest.raises(InvalidJobError, match="not both"):
-        bare_client.enqueue({"model": "m"}, messages=MESSAGES)
+def test_a_request_and_the_fields_of_its_job_do_not_mix(bare_client: Client, redis_url: str) -> None:
+    """Names that mean one thing to us and another to a provider can be given for both."""
+    request = REQUEST | {"metadata": {"theirs": 1}, "provider": {"order": ["a"]}, "max_attempts": "odd", "user": "u"}
+    job_id = bare_client.enqueue(request, metadata={"ours": 2}, provider="groq", max_attempts=3)
+    (message,) = messages(redis_url)
+    fields = {"metadata": {"ours": 2}, "provider": "groq", "max_attempts": 3}
+    assert sent_job(message) == {"v": 2, "id": job_id, "tenant": "default", "request": request} | fields
+
+
+def test_model_and_messages_alone_make_a_request(bare_client: Client, redis_url: str) -> None:
+    bare_client.enqueue(model="m", messages=MESSAGES, metadata={"a": 1})
+    bare_client.enqueue({"model": "m", "messages": MESSAGES}, metadata={"a": 1})
+    first, second = (sent_job(message) for message in messages(redis_url))
+    assert first | {"id": ""} == second | {"id": ""}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fields", "said"),
+    [
+        ((), {}, "request: is missing"),
+        (({"model": "m"},), {"messages": MESSAGES}, "give the request once"),
+        ((), {"messages": MESSAGES, "request": REQUEST}, "give the request once"),
+        ((REQUEST,), {"request": REQUEST}, "give the request once"),
+        ((make_job(),), {"max_attempts": 3}, "a whole job takes no further arguments"),
+        ((make_job().to_wire(),), {}, "this looks like a whole job"),
+        (({"request": REQUEST},), {}, "this looks like a whole job"),
+        (("Hello",), {}, "request: must be an object"),
+        (({"model": "m", "mesages": MESSAGES},), {}, "'messages' is missing; is 'mesages' a typo?"),
+        ((REQUEST,), {"max_attempt": 3}, "did you mean 'max_attempts'?"),
+        ((), REQUEST | {"temperature": 1}, "put it in 'request'"),
+    ],
+)
+def test_arguments_that_make_no_job_say_what_is_wrong(
+    bare_client: Client, arguments: tuple[Any, ...], fields: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(InvalidJobError) as caught:
+        bare_client.enqueue(*arguments, **fields)
+    assert said in str(caught.value)
 
 
 # -- a broker in trouble --

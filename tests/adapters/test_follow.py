@@ -28,7 +28,6 @@ from keepstream.client.queries import queued_values
 from keepstream.client.redis import AsyncRedisConnections, RedisConnections
 from keepstream.errors import FollowTimeoutError, InvalidCursorError, InvalidSettingError, JobNotFoundError
 from keepstream.events import Event, parse_event
-from keepstream.jobs import Job
 from keepstream.names import job_keys
 from keepstream.results import JobStatus, output_sha256
 from keepstream.tables import attempts, choices, jobs
@@ -38,6 +37,7 @@ from keepstream_worker.events.publisher import Publisher
 from keepstream_worker.values import Delta
 from tests import live_join
 from tests.histories import JOB_ID, attempt_failed, attempt_finished, delta, ended, started
+from tests.jobs import make_job
 from tests.live_join import append
 
 KEYS = job_keys("default", JOB_ID)
@@ -89,7 +89,7 @@ async def client(redis_url: str) -> AsyncIterator[AsyncClient]:
 @pytest.fixture
 def stored(database_url: str) -> str:
     """The URL of a database with the finished job of ``HISTORY``."""
-    job = Job(id=JOB_ID, model="m", messages=[{"role": "user", "content": "x"}])
+    job = make_job(id=JOB_ID)
     key = {"tenant": job.tenant, "job_id": job.id}
     outcome = {
         "status": "completed",

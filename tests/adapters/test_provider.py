@@ -19,11 +19,15 @@ import pytest
 from keepstream.errors import ErrorCode
 from keepstream_worker.dev_stack.scripted_provider import ScriptedProvider
 from keepstream_worker.providers.config import parse_providers
-from keepstream_worker.providers.provider import ChatRequest, Provider, ProviderFailure, Providers, Timeouts
+from keepstream_worker.providers.provider import Provider, ProviderFailure, Providers, Timeouts
 from keepstream_worker.values import Failure
 
 PATIENT = Timeouts(connect=10.0, first_token=10.0, idle=10.0)
-REQUEST = ChatRequest("m-1", [{"role": "user", "content": "hi"}], {"script": {"text": "ok"}})
+REQUEST: dict[str, Any] = {
+    "model": "m-1",
+    "messages": [{"role": "user", "content": "hi"}],
+    "script": {"text": "ok"},
+}
 EVENT = b'data: {"choices":[]}\n\n'
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nx-request-id: req-7\r\n"
 CHUNKED = STREAM_HEAD + b"transfer-encoding: chunked\r\n\r\n"
@@ -116,7 +120,7 @@ async def provider_at(base_url: str, toml: str = "", env: dict[str, str] | None 
         await providers.aclose()
 
 
-async def read(provider: Provider, request: ChatRequest = REQUEST, timeouts: Timeouts = PATIENT) -> bytes:
+async def read(provider: Provider, request: dict[str, Any] = REQUEST, timeouts: Timeouts = PATIENT) -> bytes:
     data = b""
     async with provider.stream(request, timeouts) as stream:
         async for part in stream:
@@ -164,6 +168,7 @@ PARAMETERS: dict[str, Any] = {
     "top_k": 40,
     "chat_template_kwargs": {"enable_thinking": False},
     "provider": {"order": ["a", "b"]},
+    "metadata": {"topic": "mills"},
     "nested": [[[{"é": "日本"}]]],
 }
 MESSAGES: list[dict[str, Any]] = [
@@ -181,8 +186,8 @@ MESSAGES: list[dict[str, Any]] = [
 ]
 
 
-async def body_sent(request: ChatRequest, toml: str = "") -> Any:
-    request = ChatRequest(request.model, request.messages, {"script": {"text": "ok"}, **request.parameters})
+async def body_sent(request: dict[str, Any], toml: str = "") -> Any:
+    request = {"script": {"text": "ok"}, **request}
     async with ScriptedProvider() as server, provider_at(server.base_url, toml) as provider:
         await read(provider, request)
         body = json.loads(server.requests[-1].body)
@@ -191,15 +196,9 @@ async def body_sent(request: ChatRequest, toml: str = "") -> Any:
 
 
 async def test_the_request_reaches_the_provider_untouched() -> None:
-    sent = await body_sent(ChatRequest("m-1", MESSAGES, PARAMETERS))
-    stream_options = {"stream_options": {"include_usage": True}}
-    assert sent == {"model": "m-1", "messages": MESSAGES, **PARAMETERS, "stream": True, **stream_options}
-
-
-async def test_extra_body_is_merged_into_the_body() -> None:
-    sent = await body_sent(ChatRequest("m-1", MESSAGES, {"top_k": 1, "extra_body": {"top_k": 2, "min_p": 0.1}}))
-    assert (sent["top_k"], sent["min_p"]) == (2, 0.1)
-    assert "extra_body" not in sent
+    request = {"model": "m-1", "messages": MESSAGES, **PARAMETERS}
+    sent = await body_sent(request)
+    assert sent == request | {"stream": True, "stream_options": {"include_usage": True}}
 
 
 @pytest.mark.parametrize(
@@ -216,14 +215,13 @@ async def test_extra_body_is_merged_into_the_body() -> None:
 async def test_usage_is_asked_for_unless_the_caller_or_the_provider_says_otherwise(
     given: dict[str, Any], toml: str, sent: Any
 ) -> None:
-    assert (await body_sent(ChatRequest("m-1", MESSAGES, given), toml)).get("stream_options") == sent
+    assert (await body_sent(REQUEST | given, toml)).get("stream_options") == sent
 
 
-@pytest.mark.parametrize("parameters", [{"x": b"bytes"}, {"extra_body": [1]}])
-async def test_what_is_no_json_is_refused_before_anything_is_sent(parameters: dict[str, Any]) -> None:
+async def test_what_is_no_json_is_refused_before_anything_is_sent() -> None:
     async with ScriptedProvider() as server, provider_at(server.base_url) as provider:
         with pytest.raises(ProviderFailure) as caught:
-            await read(provider, ChatRequest("m-1", MESSAGES, parameters))
+            await read(provider, REQUEST | {"x": b"bytes"})
         assert caught.value.failure.code is ErrorCode.INVALID_JOB
         assert not server.requests
 
@@ -303,7 +301,7 @@ async def test_azure_has_the_deployment_in_its_path(deployment: str, path: str) 
         )
         toml += f'deployment = "{deployment}"' if deployment else ""
         async with provider_at("", toml) as provider:
-            await read(provider, ChatRequest("a/b", REQUEST.messages, REQUEST.parameters))
+            await read(provider, REQUEST | {"model": "a/b"})
         assert server.requests[-1].path == f"{path}?api-version=2024-10-21"
 
 
@@ -331,7 +329,7 @@ async def test_cookies_of_one_answer_are_not_sent_with_the_next_request() -> Non
 async def test_bytes_are_handed_out_as_they_arrive() -> None:
     async with ScriptedProvider() as server, provider_at(server.base_url) as provider:
         script = {"raw": {"status": 200, "chunks": ["data: {}\n\n", {"b64": "/w=="}, "data: [DONE]\n\n"]}}
-        request = ChatRequest("m-1", MESSAGES, {"script": script})
+        request = REQUEST | {"script": script}
         assert await read(provider, request) == b"data: {}\n\n\xffdata: [DONE]\n\n"
 
 
@@ -830,14 +828,14 @@ async def test_an_exception_of_the_reader_closes_the_connection_and_goes_on() ->
 
 async def test_a_burst_of_requests_times_none_of_them_out() -> None:
     async with ScriptedProvider() as server, provider_at(server.base_url) as provider:
-        request = ChatRequest("m-1", MESSAGES, {"script": {"text": "a b c", "first_token_delay": 0.2}})
+        request = REQUEST | {"script": {"text": "a b c", "first_token_delay": 0.2}}
         answers = await asyncio.gather(*(read(provider, request) for _ in range(300)))
     assert all(answer.endswith(b"data: [DONE]\n\n") for answer in answers)
 
 
 async def test_the_connection_limit_of_the_configuration_is_kept() -> None:
     async with ScriptedProvider() as server, provider_at(server.base_url, "max_connections = 3") as provider:
-        request = ChatRequest("m-1", MESSAGES, {"script": {"text": "a b c"}})
+        request = REQUEST | {"script": {"text": "a b c"}}
         reads = [asyncio.create_task(read(provider, request)) for _ in range(30)]
         most = 0
         while not all(task.done() for task in reads):

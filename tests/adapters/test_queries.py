@@ -23,10 +23,7 @@ from keepstream.jobs import Job, parse_job
 from keepstream.names import RESEND_AFTER
 from keepstream.results import JobStatus, Usage, UsageSource, output_sha256
 from keepstream.tables import attempts, choices, jobs, tool_calls
-
-
-def make_job(**fields: Any) -> Job:
-    return parse_job({"model": "m", "messages": [{"role": "user", "content": "Hello"}], **fields})
+from tests.jobs import make_job
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Engine, func, select, update
 
 from keepstream.client import queries
 from keepstream.errors import ErrorCode
-from keepstream.jobs import Job, parse_job
+from keepstream.jobs import Job
 from keepstream.results import Choice, CompletionResult, JobStatus, ToolCall, Usage, UsageSource
 from keepstream.tables import attempts, jobs, now, rejected_messages, seconds_from_now, workers
 from keepstream_worker import store
@@ -29,6 +29,7 @@ from keepstream_worker.store import (
     SweepResult,
 )
 from keepstream_worker.values import AttemptReason, Ended, Ending, Failure, JobKey, Outcome
+from tests import jobs as test_jobs
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -108,8 +109,8 @@ def db(engine: Engine) -> Store:
     return Store(engine)
 
 
-def make_job(job_id: str = "a", **fields: Any) -> Job:
-    return parse_job({"id": job_id, "model": "m", "messages": [{"role": "user", "content": "?"}], **fields})
+def make_job(job_id: str = "a", **given: Any) -> Job:
+    return test_jobs.make_job(id=job_id, **given)
 
 
 def request(job_id: str = "a", worker: str = "w1", **fields: Any) -> ClaimRequest:

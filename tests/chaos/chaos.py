@@ -273,7 +273,7 @@ def _met_faults(workload: list[ScriptedJob], provider: dict[str, list[ProviderAt
     met: Counter[str] = Counter()
     for scripted in workload:
         made = len(provider.get(scripted.id, []))
-        for fault in scripted.job["script"]["faults"][:made]:
+        for fault in scripted.job.request["script"]["faults"][:made]:
             met[f"{fault['kind']} {fault.get('status', '')}".strip() if fault else "none"] += 1
     return met
 

@@ -48,7 +48,18 @@ def message(arguments: object) -> Message:
 
 
 def _job(**changes: Any) -> dict[str, Any]:
-    return {"id": uuid.uuid4().hex, "model": "scripted-1", "messages": [{"role": "user", "content": "?"}]} | changes
+    request = {"model": "scripted-1", "messages": [{"role": "user", "content": "?"}]}
+    return {"v": 2, "id": uuid.uuid4().hex, "request": request} | changes
+
+
+def _job_with(**changes: Any) -> dict[str, Any]:
+    job = _job()
+    job["request"] |= changes
+    return job
+
+
+#: No year 10000 can be expressed in UTC.
+_OVERFLOW: Final = {"expires_at": "9999-12-31T23:59:59-01:00"}
 
 
 def _altered(part: str, name: str, value: object) -> Message:
@@ -111,16 +122,30 @@ KINDS: Final[dict[str, Callable[[random.Random], object]]] = {
     "two arguments": lambda _: message([[_job(), _job()], {}, None]),
     "keyword argument": lambda _: message([[_job()], {"job": _job()}, None]),
     "job is no object": lambda dice: message([[dice.choice((None, 5, "x", [], [1]))], {}, None]),
-    "job without model": lambda _: message([[{"id": uuid.uuid4().hex, "messages": [{}]}], {}, None]),
-    "job without messages": lambda _: message([[_job(messages=[])], {}, None]),
+    "job of another version": lambda dice: message([[_job(v=dice.choice((None, 1, 3, "2", True, 2.0)))], {}, None]),
+    "job without a version": lambda _: message([[_job()["request"]], {}, None]),
+    "job without request": lambda dice: message([[_job(request=dice.choice((None, [], "x", {})))], {}, None]),
+    "job without model": lambda _: message([[_job(request={"messages": [{}]})], {}, None]),
+    "job without messages": lambda _: message([[_job_with(messages=[])], {}, None]),
+    "job with an unknown field": lambda dice: message(
+        [[_job(**{dice.choice(("max_attempt", "n", "class")): 1})], {}, None]
+    ),
     "job of wrong types": lambda dice: message(
-        [[_job(**dice.choice(({"model": 5}, {"messages": "x"}, {"max_attempts": "x"}, {"metadata": []})))], {}, None]
+        [
+            [dice.choice((_job_with(model=5), _job_with(messages="x"), _job(max_attempts="x"), _job(metadata=[])))],
+            {},
+            None,
+        ]
     ),
     "job with a bad id": lambda dice: message([[_job(id=dice.choice(("", "a b", "{x}", "x" * 200, 5)))], {}, None]),
     "job with a bad tenant": lambda _: message([[_job(tenant="a:b")], {}, None]),
-    "job with a key": lambda dice: message([[_job(**{dice.choice(("api_key", "base_url")): "x"})], {}, None]),
+    "job with a key": lambda dice: message([[_job_with(**{dice.choice(("api_key", "base_url")): "x"})], {}, None]),
     "job with bad limits": lambda dice: message(
-        [[_job(**dice.choice(({"total_timeout": -1}, {"max_attempts": 0}, {"expires_at": "soon"})))], {}, None]
+        [
+            [_job(**dice.choice(({"total_timeout": -1}, {"max_attempts": 0}, {"expires_at": "soon"}, _OVERFLOW)))],
+            {},
+            None,
+        ]
     ),
 }
 

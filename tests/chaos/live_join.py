@@ -16,6 +16,7 @@ from typing import Final
 
 from keepstream import AsyncClient
 from keepstream.events import is_terminal
+from keepstream.jobs import parse_job
 from keepstream.names import job_keys
 from tests.chaos.place import Place
 from tests.chaos.report import Report
@@ -77,7 +78,7 @@ async def _play(cluster: Cluster, dice: random.Random, joins: int, deltas: int, 
         while tally.joins < joins:
             wave = []
             for _ in range(min(STREAMS, -(-(joins - tally.joins) // JOINS_PER_STREAM))):
-                job_id = await client.enqueue(cluster.job(deltas=deltas, rate=RATE))
+                job_id = await client.enqueue(parse_job(cluster.job(deltas=deltas, rate=RATE)))
                 wave.append(
                     _one_stream(client, _Stream(job_id), deltas / RATE, random.Random(dice.random()), places, tally)
                 )

@@ -9,6 +9,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Final
 
+from keepstream.jobs import Job
+
 _WORDS: Final = ("mill", "race ", "Zürich ", "🌊", "水車 ", "word ", "\n", "naïve ", '"quoted" ', "a\\b ", "{json} ")
 FAULTED: Final = 1 / 3  #: Share of attempts whose provider fails.
 _MOST_FAULTS: Final = 8  #: Attempts after this one have none, so that every job can end well.
@@ -18,14 +20,14 @@ _MOST_FAULTS: Final = 8  #: Attempts after this one have none, so that every job
 class ScriptedJob:
     """A job, and what its completed result must hold."""
 
-    job: dict[str, Any]
+    job: Job
     contents: list[str]
     arguments: list[str]
 
     @property
     def id(self) -> str:
         """The job's id, which is the key under which the provider counts it."""
-        return str(self.job["id"])
+        return self.job.id
 
 
 def make_job(job_id: str, dice: random.Random, dealt: Counter[str]) -> ScriptedJob:
@@ -45,16 +47,15 @@ def make_job(job_id: str, dice: random.Random, dealt: Counter[str]) -> ScriptedJ
     if dice.random() < 0.2:
         script["reasoning"] = "Let me think about it for a while. "
     dealt.update(f"{fault['kind']} {fault.get('status', '')}".strip() for fault in script["faults"] if fault)
-    job: dict[str, Any] = {
-        "id": job_id,
+    request: dict[str, Any] = {
         "model": "scripted-1",
         "messages": [{"role": "user", "content": "Tell me something."}],
         "script": script,
     }
     if choices > 1:
-        job["n"] = choices
+        request["n"] = choices
     arguments = [str(call["arguments"]) for call in script["tool_calls"]]
-    return ScriptedJob(job, [text] * choices, arguments * choices)
+    return ScriptedJob(Job(id=job_id, request=request), [text] * choices, arguments * choices)
 
 
 def _fault(dice: random.Random) -> dict[str, Any]:

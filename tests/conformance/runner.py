@@ -209,9 +209,11 @@ def _short(value: object) -> str:
 async def play(client: AsyncClient, case: Case) -> Seen:
     """Enqueue ``case`` as a job of one attempt, follow it to its end and return what came of it."""
     job_id = await client.enqueue(
-        model="conformance",
-        messages=[{"role": "user", "content": case.name}],
-        script={"raw": case.response},
+        {
+            "model": "conformance",
+            "messages": [{"role": "user", "content": case.name}],
+            "script": {"raw": case.response},
+        },
         max_attempts=1,
         first_token_timeout=_SILENCE_SECONDS,
         idle_timeout=_SILENCE_SECONDS,

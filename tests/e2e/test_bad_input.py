@@ -12,6 +12,7 @@ import pytest
 from sqlalchemy import select
 
 from keepstream.errors import ErrorCode
+from keepstream.jobs import parse_job
 from keepstream.names import QUEUE, TASK
 from keepstream.results import CompletionResult, JobStatus
 from keepstream.tables import rejected_messages
@@ -155,11 +156,23 @@ def test_job_that_names_an_unknown_provider_fails_at_once_and_is_told_the_known_
 
 
 def without_model(job: dict[str, Any]) -> None:
-    del job["model"]
+    del job["request"]["model"]
 
 
-def with_a_reserved_parameter(job: dict[str, Any]) -> None:
-    job["base_url"] = "http://169.254.169.254/"
+def without_a_version(job: dict[str, Any]) -> None:
+    del job["v"]
+
+
+def with_an_unknown_field(job: dict[str, Any]) -> None:
+    job["max_attempt"] = 3
+
+
+def with_a_url(job: dict[str, Any]) -> None:
+    job["request"]["base_url"] = "http://169.254.169.254/"
+
+
+def with_a_time_beyond_utc(job: dict[str, Any]) -> None:
+    job["expires_at"] = "9999-12-31T23:59:59-01:00"
 
 
 def with_a_limit_out_of_bounds(job: dict[str, Any]) -> None:
@@ -167,7 +180,7 @@ def with_a_limit_out_of_bounds(job: dict[str, Any]) -> None:
 
 
 def with_no_messages(job: dict[str, Any]) -> None:
-    job["messages"] = []
+    job["request"]["messages"] = []
 
 
 def too_deep(job: dict[str, Any]) -> None:
@@ -182,8 +195,11 @@ def too_large(job: dict[str, Any]) -> None:
 
 
 SPOILERS: dict[Callable[[dict[str, Any]], None], str] = {
-    without_model: "model",
-    with_a_reserved_parameter: "'base_url' is set by the worker",
+    without_model: "'model' is missing",
+    without_a_version: 'add "v": 2',
+    with_an_unknown_field: "did you mean 'max_attempts'?",
+    with_a_url: "'base_url' cannot be part of a job",
+    with_a_time_beyond_utc: "expires_at: must be a time",
     with_a_limit_out_of_bounds: "max_attempts",
     with_no_messages: "messages",
     too_deep: "JSON",
@@ -196,7 +212,8 @@ def test_invalid_jobs_from_the_queue_are_recorded_and_end_as_failed(any_cluster:
     worker = cluster.start_worker()
     jobs = {}
     for spoil, word in SPOILERS.items():
-        job = cluster.job() | {"messages": MESSAGES}
+        job = cluster.job()
+        job["request"]["messages"] = MESSAGES
         spoil(job)
         cluster.send(job)
         result = check_failed(cluster, job["id"], ErrorCode.INVALID_JOB, word)
@@ -214,10 +231,10 @@ def test_invalid_jobs_from_the_queue_are_recorded_and_end_as_failed(any_cluster:
 def test_invalid_job_does_not_touch_a_valid_one_of_the_same_id(cluster: Cluster) -> None:
     cluster.start_worker()
     job = cluster.job(deltas=40, rate=20)
-    cluster.client.enqueue(job)
+    cluster.client.enqueue(parse_job(job))
     following = cluster.follow(job["id"])
     following.wait_for("delta", count=3)
-    cluster.send(job | {"messages": "none"})
+    cluster.send(job | {"request": job["request"] | {"messages": "none"}})
 
     (record,) = wait_for_records(cluster, 1)
     assert record["job_id"] == job["id"]
@@ -248,7 +265,8 @@ def message(body: str) -> bytes:
 
 def job_with(value: str) -> str:
     """Return the body of a message whose job has this JSON text in it."""
-    return f'[[{{"model": "m", "messages": [{{"role": "user", "content": "Hello"}}], "extra": {value}}}], {{}}, {{}}]'
+    request = f'{{"model": "m", "messages": [{{"role": "user", "content": "Hello"}}], "extra": {value}}}'
+    return f'[[{{"v": 2, "request": {request}}}], {{}}, {{}}]'
 
 
 def test_invalid_jobs_whose_ids_name_none_are_recorded_with_their_payload(cluster: Cluster) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from keepstream.errors import ErrorCode
+from keepstream.jobs import parse_job
 from keepstream.names import QUEUE
 from keepstream.results import CompletionResult, JobStatus, UsageSource
 from tests.cluster import Cluster, Following, wait_until
@@ -128,7 +129,7 @@ def test_process_without_database_cancels_a_running_job(shared_cluster: Cluster)
 
 def test_job_that_no_worker_has_met_is_cancelled_when_one_does(cluster: Cluster) -> None:
     producer = cluster.make_client(database=False)
-    job_id = producer.enqueue(cluster.job(**ENDLESS))
+    job_id = producer.enqueue(parse_job(cluster.job(**ENDLESS)))
     assert producer.cancel(job_id) is None
     cluster.start_worker()
     following = cluster.follow(job_id)

@@ -248,6 +248,21 @@ def test_a_message_comes_from_standard_input(cluster: Cluster):
     assert body["messages"] == [{"role": "user", "content": "Grüße!\nTwo lines."}]
 
 
+def test_a_file_holds_a_request_or_a_whole_job_and_options_win_over_it(cluster: Cluster, tmp_path: Path):
+    request = {"model": "m-1", "messages": [{"role": "user", "content": "Hi"}], "metadata": {"theirs": 1}, "seed": 1}
+    files = {"request": request, "job": {"v": 2, "request": request, "metadata": {"ours": 1}, "provider": "nope"}}
+    options = ["--metadata", '{"ours": 2}', "--provider", "default", "--model", "m-2", "--param", "seed=2"]
+    for name, content in files.items():
+        file = tmp_path / name
+        file.write_text(json.dumps(content))
+        done = keepstream(cluster, "submit", "--file", str(file), *options, "--id", f"file-{name}")
+        assert done.stdout == f"file-{name}\n"
+        assert cluster.wait_for(f"file-{name}").metadata == {"ours": 2}
+        with urllib.request.urlopen(cluster.provider.base_url.removesuffix("/v1") + "/_requests") as answer:
+            body = json.load(answer)[-1]["body"]
+        assert {part: body[part] for part in request} == request | {"model": "m-2", "seed": 2}
+
+
 def test_a_retry_is_a_visible_line_and_the_text_starts_over(cluster: Cluster):
     job = scripted(cluster, faults=[{"kind": "cut", "after": 4}])
     done = keepstream(cluster, "submit", "--file", "-", "--follow", stdin=job)
@@ -361,6 +376,28 @@ def test_wrong_input_is_one_line_that_says_what_to_write(
 ):
     monkeypatch.setenv("KEEPSTREAM_DATABASE_URL", cluster.database_url)
     done = here(*arguments)
+    assert done.returncode == INVALID
+    assert message in one_line(done)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"model": "m", "mesages": [{}]}', "'messages' is missing; is 'mesages' a typo?"),
+        ('{"messages": [{}]}', "'model' is missing"),
+        ('{"v": 2, "request": {"model": "m", "messages": [{}]}, "max_attempt": 3}', "did you mean 'max_attempts'?"),
+        ('{"request": {"model": "m", "messages": [{}]}}', 'add "v": 2'),
+        ('{"v": 2, "model": "m", "messages": [{}]}', "'model' belongs in 'request'"),
+        ('{"v": 2, "request": []}', "request: must be an object"),
+        ("[]", "a job is a JSON object"),
+    ],
+)
+def test_a_wrong_job_file_is_one_line_that_names_the_mistake(
+    here: Callable[..., Done], tmp_path: Path, text: str, message: str
+):
+    file = tmp_path / "job.json"
+    file.write_text(text)
+    done = here("submit", "--file", str(file))
     assert done.returncode == INVALID
     assert message in one_line(done)
 

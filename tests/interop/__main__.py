@@ -32,7 +32,10 @@ def play(cluster: Cluster, server: IndependentServer, tap: Tap, case: Case) -> C
     job_id = f"{server.name}-{case.name}".replace(" ", "-")
     followers = [cluster.follow(job_id) for _ in range(FOLLOWERS)]
     cluster.client.enqueue(
-        id=job_id, model=case.model, messages=case.messages, provider=server.name, max_attempts=1, **case.parameters
+        {"model": case.model, "messages": case.messages, **case.parameters},
+        id=job_id,
+        provider=server.name,
+        max_attempts=1,
     )
     held = [follower.to_the_end() for follower in followers]
     return compare(case, read(tap.take_answer()), cluster.result(job_id), held)

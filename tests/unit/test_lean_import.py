@@ -37,7 +37,7 @@ LEAN_SERVICE = probe({"keepstream_worker", "migrations", *packages_distributions
 USE_OF_THE_BASE = f"""
 for name in set(keepstream.__all__) - {CLIENTS}:
     getattr(keepstream, name)
-job = keepstream.Job(model="m", messages=[{{"role": "user", "content": "hi"}}])
+job = keepstream.Job(request={{"model": "m", "messages": [{{"role": "user", "content": "hi"}}]}})
 assert keepstream.parse_job(job.model_dump(mode="json", exclude_none=True)) == job
 """
 

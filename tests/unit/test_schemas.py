@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import jsonschema  # type: ignore[import-untyped]
 import pytest
 from jsonschema.protocols import Validator  # type: ignore[import-untyped]
 
-from keepstream.events import KNOWN_EVENTS, parse_event, snapshot_event, terminal_event
+from keepstream.errors import InvalidJobError
+from keepstream.events import KNOWN_EVENTS, UnknownEvent, parse_event, snapshot_event, terminal_event
 from keepstream.jobs import parse_job
 from keepstream.schemas import generate as generate_schemas
 from tests.histories import attempt_failed, attempt_finished, delta, ended, snapshot, started
+from tests.jobs import make_job
 from tests.unit.test_events import result
 
 EVENTS = [
@@ -81,41 +84,91 @@ def test_an_event_with_new_fields_stays_valid() -> None:
     validator("event.schema.json").validate({**json.loads(delta("1-2", "x")), "new": 1})
 
 
+@pytest.mark.parametrize("type_", ["job.paused", "", "deltas"])
+def test_an_event_of_a_new_type_stays_valid(type_: str) -> None:
+    event = {**json.loads(delta("1-2", "x")), "type": type_}
+    validator("event.schema.json").validate(event)
+    assert isinstance(parse_event(json.dumps(event)), UnknownEvent)
+
+
 def test_jobs_are_valid_as_they_are_sent() -> None:
-    job = parse_job({"model": "m", "messages": [{"role": "user", "content": "x"}], "temperature": 1, "max_attempts": 2})
+    job = make_job(temperature=1, x_vendor={"a": None}, max_attempts=2, expires_at="2030-01-01T00:00:00Z")
     validator("job.schema.json").validate(job.to_wire())
 
 
+def test_the_schema_of_a_job_takes_any_request_and_no_unknown_field() -> None:
+    job = make_job().to_wire()
+    valid = validator("job.schema.json").is_valid
+    assert valid(job | {"request": job["request"] | {"metadata": 1, "provider": [], "max_attempt": "x"}})
+    assert not valid(job | {"max_attempt": 3})
+
+
+REFUSED_FIELDS: list[dict[str, Any]] = [
+    {"tenant": "a b"},
+    {"max_attempts": 0},
+    {"idle_timeout": -1},
+    {"v": 1},
+    {"v": "2"},
+]
+REFUSED_PARAMETERS: list[dict[str, Any]] = [{"model": ""}, {"messages": []}, {"stream": True}, {"base_url": "x"}]
+
+
 @pytest.mark.parametrize(
-    "fields", [{"model": ""}, {"messages": []}, {"tenant": "a b"}, {"max_attempts": 0}, {"idle_timeout": -1}]
+    "change", [*REFUSED_FIELDS, *({"request": make_job().request | parameters} for parameters in REFUSED_PARAMETERS)]
 )
-def test_jobs_that_would_be_refused_are_invalid(fields: dict[str, Any]) -> None:
-    job = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
-    assert not validator("job.schema.json").is_valid(job | fields)
+def test_jobs_that_are_refused_are_invalid(change: dict[str, Any]) -> None:
+    job = make_job().to_wire() | change
+    assert not validator("job.schema.json").is_valid(job)
+    with pytest.raises(InvalidJobError):
+        parse_job(job)
+
+
+@pytest.mark.parametrize("field", ["v", "request"])
+def test_a_job_without_its_head_is_invalid(field: str) -> None:
+    job = make_job().to_wire()
+    del job[field]
+    assert not validator("job.schema.json").is_valid(job)
+    with pytest.raises(InvalidJobError):
+        parse_job(job)
+
+
+def keywords(value: Any) -> Iterator[tuple[str, Any]]:
+    """Give every name of an object in a document, with its value."""
+    if isinstance(value, dict):
+        yield from value.items()
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from keywords(part)
+
+
+@pytest.mark.parametrize("name", ["job", "event", "result"])
+def test_only_types_have_titles(name: str) -> None:
+    """Of a title, generators of code make a type of its own."""
+    schema = read(f"{name}.schema.json")
+    titles = [title for keyword, title in keywords(schema) if keyword == "title"]
+    types = {"Job", "Request", "Event", "Result", *schema.get("$defs", ())}
+    assert set(titles) <= types
+    assert len(titles) == len(set(titles))
+
+
+@pytest.mark.parametrize("name", sorted(generate_schemas.documents()))
+def test_no_document_has_the_keyword_of_openapi_that_strict_validators_refuse(name: str) -> None:
+    assert "discriminator" not in [keyword for keyword, _ in keywords(read(name))]
 
 
 def test_results_are_valid() -> None:
     validator("result.schema.json").validate(json.loads(result().model_dump_json()))
 
 
-def test_the_asyncapi_document_refers_only_to_what_exists() -> None:
-    files = {name: read(name) for name in generate_schemas.documents()}
-
-    def resolve(reference: str) -> None:
-        name, _, pointer = reference.removeprefix("./").partition("#")
-        found = files[name or "asyncapi.json"]
-        for part in pointer.split("/")[1:]:
+def test_the_asyncapi_document_refers_only_to_what_is_in_it() -> None:
+    document = read("asyncapi.json")
+    references = [value for keyword, value in keywords(document) if keyword == "$ref"]
+    assert len(references) > len(KNOWN_EVENTS)
+    for reference in references:
+        root, *parts = reference.split("/")
+        assert root == "#"
+        found = document
+        for part in parts:
             found = found[part]
-
-    def walk(value: Any) -> int:
-        if isinstance(value, dict):
-            if isinstance(value.get("$ref"), str):
-                resolve(value["$ref"])
-                return 1
-            return sum(map(walk, value.values()))
-        return sum(map(walk, value)) if isinstance(value, list) else 0
-
-    assert walk(files["asyncapi.json"]) > len(KNOWN_EVENTS)
 
 
 def test_the_asyncapi_document_carries_every_type_of_event() -> None:

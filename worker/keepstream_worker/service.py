@@ -192,7 +192,7 @@ class Service:
 
 def _with_id(argument: object, task_id: str) -> object:
     """Give a job without an id the task id as its id, so that its message, if repeated, stays one job."""
-    if isinstance(argument, dict) and not argument.keys() & {"id", "idempotency_key"}:
+    if isinstance(argument, dict) and "id" not in argument and argument.get("idempotency_key") is None:
         return {**argument, "id": task_id}
     return argument
 
@@ -202,7 +202,8 @@ def _job_named_in(argument: object) -> Job | None:
     if not isinstance(argument, dict) or "id" not in argument:
         return None
     try:
-        return Job(id=argument["id"], tenant=argument.get("tenant", DEFAULT_TENANT), model="unknown", messages=[{}])
+        request = {"model": "unknown", "messages": [{}]}
+        return Job(id=argument["id"], tenant=argument.get("tenant", DEFAULT_TENANT), request=request)
     except ValueError:
         return None
 

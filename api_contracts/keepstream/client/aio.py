@@ -44,9 +44,9 @@ class AsyncClient(BaseClient):
         self._async_redis = AsyncRedisConnections(redis_url)
         self._threads = ThreadPoolExecutor(_MAX_THREADS, thread_name_prefix="keepstream-client")
 
-    async def enqueue(self, job: Job | Mapping[str, Any] | None = None, /, **fields: Any) -> str:
+    async def enqueue(self, request: Job | Mapping[str, Any] | None = None, /, **fields: Any) -> str:
         """Accept a job; see ``Client.enqueue``."""
-        return await self._in_thread(self._enqueue, job, fields)
+        return await self._in_thread(self._enqueue, request, fields)
 
     def follow(
         self,

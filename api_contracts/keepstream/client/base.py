@@ -26,7 +26,7 @@ from keepstream.errors import (
     NotConfiguredError,
     StoreUnavailableError,
 )
-from keepstream.jobs import Job, parse_job
+from keepstream.jobs import Job, make_job
 from keepstream.results import CompletionResult, JobStatus, JobSummary
 
 FOLLOW_TIMEOUT: Final = 600.0  #: Seconds; a reasoning model may be silent for minutes.
@@ -94,8 +94,8 @@ class BaseClient:
             queue=os.environ.get(names.ENV_QUEUE) or names.QUEUE,
         )
 
-    def _enqueue(self, job: Job | Mapping[str, Any] | None, fields: dict[str, Any]) -> str:
-        accepted = self._own_job(job, fields)
+    def _enqueue(self, request: Job | Mapping[str, Any] | None, fields: dict[str, Any]) -> str:
+        accepted = self._own_job(request, fields)
         accepted.to_json()  # refuses what is no JSON or too large, before anything is written
         if self._database is None:
             self._sender.send(accepted.to_wire())
@@ -111,13 +111,16 @@ class BaseClient:
                     queries.send_again(connection, accepted.tenant, accepted.id)
         return accepted.id
 
-    def _own_job(self, job: Job | Mapping[str, Any] | None, fields: dict[str, Any]) -> Job:
-        if job is not None and fields:
-            raise InvalidJobError("give a job or keyword arguments, not both")
-        own = job if isinstance(job, Job) else parse_job({"tenant": self.tenant, **(job or fields)})
-        if own.tenant != self.tenant:
-            raise InvalidJobError(f"tenant: the job is of '{own.tenant}', and this client is for '{self.tenant}'")
-        return own
+    def _own_job(self, request: Job | Mapping[str, Any] | None, fields: dict[str, Any]) -> Job:
+        if isinstance(request, Job):
+            if fields:
+                raise InvalidJobError("a whole job takes no further arguments; set its fields when you make it")
+            job = request
+        else:
+            job = make_job({"tenant": self.tenant, **_with_request(request, fields)})
+        if job.tenant != self.tenant:
+            raise InvalidJobError(f"tenant: the job is of '{job.tenant}', and this client is for '{self.tenant}'")
+        return job
 
     def _run_follower(self, job_id: str, after: str | None, timeout: float, not_found_after: float) -> FollowerRun:
         """Return the run of a new follower; its operations are performed by the client's Redis connections."""
@@ -186,6 +189,18 @@ class BaseClient:
                 f"{_misspelt(names.ENV_DATABASE_URL)}"
             )
         return self._database
+
+
+def _with_request(request: object, fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a job from the arguments of ``enqueue``."""
+    parts = {name: fields.pop(name) for name in ("model", "messages") if name in fields}
+    if request is None and not parts:
+        return fields
+    if "request" in fields or (parts and request is not None):
+        raise InvalidJobError("give the request once: as the first argument, or as model= and messages=")
+    if isinstance(request, Mapping) and request.keys() & {"v", "request"}:
+        raise InvalidJobError("this looks like a whole job, not like a request: give parse_job(...) of it")
+    return fields | {"request": parts if request is None else request}
 
 
 @contextlib.contextmanager

@@ -39,10 +39,16 @@ class Client(BaseClient):
         InvalidSettingError: a URL or name cannot be used.
     """
 
-    def enqueue(self, job: Job | Mapping[str, Any] | None = None, /, **fields: Any) -> str:
-        """Accept a job, given whole or as keyword arguments, and return its id.
+    def enqueue(self, request: Job | Mapping[str, Any] | None = None, /, **fields: Any) -> str:
+        """Accept a job and return its id.
 
         The same id or ``idempotency_key`` may be enqueued again: it stays one job.
+
+        Args:
+            request: The chat-completions body, which goes to the provider as it is, or a whole ``Job``. For a request
+                of nothing but a model and messages, ``model=`` and ``messages=`` will do instead. For one with a
+                parameter called ``v`` or ``request``, give ``Job(request=...)``.
+            fields: The job's other fields: ``metadata``, ``idempotency_key``, ``max_attempts`` and so on; see ``Job``.
 
         Raises:
             InvalidJobError: the job is not valid, or is another tenant's.
@@ -50,7 +56,7 @@ class Client(BaseClient):
             StoreUnavailableError: the database did not take it; it is not accepted.
             BrokerUnavailableError: there is no database, and the broker did not take it within seconds.
         """
-        return self._enqueue(job, fields)
+        return self._enqueue(request, fields)
 
     def follow(
         self,

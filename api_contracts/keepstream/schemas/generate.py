@@ -1,11 +1,13 @@
 """The schemas: the contract for services that are not written in Python.
 
-In: the models.  Out: ``schemas/*.json``, JSON Schema for jobs, events and results, and an AsyncAPI
-document for the channels, to anybody's generator or validator.  Exists so that they cannot drift from
-the models: they are written by this module only, and a test compares.
+In: the models.
+Out: ``schemas/*.json``, to anybody's generator or validator: JSON Schemas of jobs, events and results, and an AsyncAPI
+document of the channels, which refers to nothing outside itself.
+
+Only this module writes them, so that they agree with the models; a test compares.
 
     python -m keepstream.schemas.generate            writes them
-    python -m keepstream.schemas.generate --check    tells whether they are current
+    python -m keepstream.schemas.generate --check    exits with 1 if they are not current
 """
 
 import json
@@ -13,11 +15,12 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
-from pydantic.json_schema import models_json_schema
+from pydantic.json_schema import GenerateJsonSchema, models_json_schema
+from typing_extensions import override
 
 from keepstream import names
 from keepstream.errors import ErrorCode
-from keepstream.events import KNOWN_EVENT_ADAPTER, KNOWN_EVENTS, VERSION
+from keepstream.events import KNOWN_EVENT_ADAPTER, KNOWN_EVENTS, VERSION, UnknownEvent
 from keepstream.jobs import Job
 from keepstream.results import CompletionResult, JobSummary
 
@@ -25,12 +28,20 @@ DIRECTORY: Final = Path(__file__).parent
 _DIALECT: Final = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
 
 
+class _Generator(GenerateJsonSchema):
+    """pydantic's generator, but for the titles of fields, of each of which code generators make a type."""
+
+    @override
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+
 def documents() -> dict[str, str]:
-    """Return every document as JSON text, by file name."""
+    """Return the JSON text of each document by its file name."""
     return {
         name: json.dumps(document, indent=2, ensure_ascii=False) + "\n"
         for name, document in {
-            "job.schema.json": _DIALECT | Job.model_json_schema(),
+            "job.schema.json": _DIALECT | Job.model_json_schema(schema_generator=_Generator),
             "event.schema.json": _event_schema(),
             "result.schema.json": _result_schema(),
             "asyncapi.json": _asyncapi(),
@@ -55,21 +66,32 @@ def write() -> None:
 
 
 def _event_schema() -> dict[str, Any]:
-    schema = KNOWN_EVENT_ADAPTER.json_schema()
-    for model in KNOWN_EVENTS.values():
+    known = KNOWN_EVENT_ADAPTER.json_schema(schema_generator=_Generator)
+    unknown = UnknownEvent.model_json_schema(schema_generator=_Generator)
+    unknown["properties"]["type"] = {"type": "string", "not": {"enum": list(KNOWN_EVENTS)}}
+    definitions = known["$defs"] | {
+        "KnownEvent": {"description": "An event of a type that is listed here.", "oneOf": known["oneOf"]},
+        "UnknownEvent": unknown,
+    }
+    for name in (*(model.__name__ for model in KNOWN_EVENTS.values()), "UnknownEvent"):
         # The models fill these in, so pydantic takes them for optional; a sender always sends them.
-        definition = schema["$defs"][model.__name__]
-        definition["required"] = ["v", "type", *definition["required"]]
+        event = definitions[name]
+        event["required"] = list(dict.fromkeys(["v", "type", *event["required"]]))
+        for filled_in in ("v", "type"):
+            event["properties"][filled_in].pop("default", None)
     return {
         **_DIALECT,
         "title": "Event",
         "description": "What followers receive. Types and fields that are not listed may come; ignore them.",
-        **schema,
+        "anyOf": [{"$ref": "#/$defs/KnownEvent"}, {"$ref": "#/$defs/UnknownEvent"}],
+        "$defs": definitions,
     }
 
 
 def _result_schema() -> dict[str, Any]:
-    _, schema = models_json_schema([(CompletionResult, "serialization"), (JobSummary, "serialization")])
+    _, schema = models_json_schema(
+        [(CompletionResult, "serialization"), (JobSummary, "serialization")], schema_generator=_Generator
+    )
     return {
         **_DIALECT,
         "title": "Result",
@@ -126,8 +148,8 @@ def _asyncapi() -> dict[str, Any]:
                 "address": "{prefix}:{tenant}:{taggedJobId}:log",
                 "servers": [{"$ref": "#/servers/redis"}],
                 "description": (
-                    "Redis stream: the same events, to be read with XRANGE. The entry's id is the event's id, the field"
-                    " 'event' its JSON text. It is gone some minutes after the job's end."
+                    "Redis stream: the same events, to be read with XRANGE. The entry's id is the event's id; the field"
+                    " 'event' holds its JSON text. It is deleted some minutes after the end of the job."
                 ),
                 "parameters": of_one_job,
                 "messages": event_refs,
@@ -137,18 +159,18 @@ def _asyncapi() -> dict[str, Any]:
                 "servers": [{"$ref": "#/servers/redis"}],
                 "description": (
                     "Redis pub/sub: asks the workers to look at a job's cancellation at once. First SET"
-                    " '{prefix}:{tenant}:{taggedJobId}:cancel' to 1 with EX 86400, which waits for a job that no worker"
-                    " has met yet."
+                    " '{prefix}:{tenant}:{taggedJobId}:cancel' to 1 with EX 86400, for the case that no worker has"
+                    " taken the job yet."
                 ),
                 "parameters": {"prefix": of_one_job["prefix"]},
                 "messages": {"CancelNudge": {"$ref": "#/components/messages/CancelNudge"}},
             },
         },
         "operations": {
-            "enqueueJob": _operation("send", "queue", "Hand a job over."),
+            "enqueueJob": _operation("send", "queue", "Hand over a job."),
             "followJob": _operation("receive", "events", "Watch a job."),
-            "replayJob": _operation("receive", "log", "Read the events that one has missed."),
-            "cancelJob": _operation("send", "control", "Cancel a job in whatever state it is."),
+            "replayJob": _operation("receive", "log", "Read the events that were missed."),
+            "cancelJob": _operation("send", "control", "Cancel a job in any state."),
         },
         "components": {
             "messages": {
@@ -160,7 +182,8 @@ def _asyncapi() -> dict[str, Any]:
                 **events,
             },
             "schemas": {
-                "Job": {"$ref": "./job.schema.json"},
+                "Job": Job.model_json_schema(schema_generator=_Generator),
+                **_in_components(_event_schema()["$defs"]),
                 "JobMessage": _job_message_schema(),
                 "CancelNudge": {
                     "type": "object",
@@ -178,7 +201,15 @@ def _asyncapi() -> dict[str, Any]:
 
 
 def _event_message(kind: str, model: str) -> dict[str, Any]:
-    return {"name": kind, "payload": {"$ref": f"./event.schema.json#/$defs/{model}"}}
+    return {"name": kind, "payload": {"$ref": f"#/components/schemas/{model}"}}
+
+
+def _in_components(definitions: dict[str, Any]) -> dict[str, Any]:
+    """Return definitions of a JSON Schema as components of AsyncAPI, in which each event is a message of its own."""
+    unions = {"KnownEvent", "UnknownEvent"}
+    text = json.dumps({name: schema for name, schema in definitions.items() if name not in unions})
+    moved: dict[str, Any] = json.loads(text.replace('"#/$defs/', '"#/components/schemas/'))
+    return moved
 
 
 def _operation(action: str, channel: str, summary: str) -> dict[str, Any]:
@@ -186,7 +217,7 @@ def _operation(action: str, channel: str, summary: str) -> dict[str, Any]:
 
 
 def _job_message_schema() -> dict[str, Any]:
-    """What a producer without Celery must write; less is refused by Celery."""
+    """The least that a producer without Celery must write for Celery to accept it."""
     text = {"type": "string"}
     return {
         "type": "object",
@@ -195,7 +226,7 @@ def _job_message_schema() -> dict[str, Any]:
             "body": {
                 **text,
                 "contentEncoding": "base64",
-                "description": "Base64 of the JSON text [[job], {}, {}], where job is as in job.schema.json.",
+                "description": "Base64 of the JSON text [[job], {}, {}], where job is as in #/components/schemas/Job.",
             },
             "content-type": {"const": "application/json"},
             "content-encoding": {"const": "utf-8"},

@@ -25,11 +25,11 @@ _LONGEST: Final = 36_500 * 86_400  #: Seconds; dates and databases have an end.
 
 
 def read_job(file: str) -> dict[str, Any]:
-    """Return the job in a JSON file; ``-`` is standard input."""
+    """Return the job in a JSON file, which may hold its request alone; ``-`` is standard input."""
     job = parse_json(_read(file), _name(file))
     if not isinstance(job, dict):
         fail(f"{_name(file)}: a job is a JSON object; see: keepstream schema job", INVALID)
-    return job
+    return job if job.keys() & {"v", "request"} else {"v": 2, "request": job}
 
 
 def read_message(texts: Sequence[str] | None, job_file: str | None) -> str | None:

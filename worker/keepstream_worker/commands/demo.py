@@ -82,16 +82,16 @@ def run_demo(console: Console, *, cut: bool = False) -> bool:
 
 def _show(console: Console, stack: DevStack, worker: WorkerProcess, *, cut: bool) -> bool:
     _show_services(console, stack, worker)
-    job = _job(stack, cut=cut)
+    request = _request(stack, cut=cut)
     view = LiveView(console, wrap=True)
     with Client(stack.redis_url, database_url=stack.settings["KEEPSTREAM_DATABASE_URL"]) as client:
         enqueued_at = time.time()
-        job_id = client.enqueue(job)
+        job_id = client.enqueue(request)
         _title(console, "1  A job goes in", f"as a row of the database and a message on the Celery queue '{QUEUE}'")
         _show_facts(
             console,
             {
-                "model": job["model"],
+                "model": request["model"],
                 "messages": f"user: {_PROMPT}",
                 "tools": "get_weather(city, days)",
                 "job id": job_id,
@@ -119,9 +119,9 @@ def _show(console: Console, stack: DevStack, worker: WorkerProcess, *, cut: bool
     return same
 
 
-def _job(stack: DevStack, *, cut: bool) -> dict[str, Any]:
+def _request(stack: DevStack, *, cut: bool) -> dict[str, Any]:
     if stack.provider_url is not None and cut:
-        return {**_job(stack, cut=False), "script": _CUT}
+        return {**_request(stack, cut=False), "script": _CUT}
     model = "scripted-1" if stack.provider_url else os.environ.get(MODEL_VARIABLE) or DEFAULT_MODEL
     return {"model": model, "messages": [{"role": "user", "content": _PROMPT}], "tools": [_TOOL]}
 

@@ -53,7 +53,7 @@ def submit(
     provider: Annotated[str | None, typer.Option(help="Name of a configured provider.")] = None,
     tenant: Annotated[str | None, typer.Option(help="Whose job; otherwise as the file says, or default.")] = None,
     file: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Job as a JSON object; - reads standard input.")
+        str | None, typer.Option(metavar="FILE", help="Request or whole job as JSON; - reads standard input.")
     ] = None,
     param: Annotated[
         list[str] | None,
@@ -86,15 +86,20 @@ def submit(
 ) -> None:
     """Put a job on the queue and print its id.
 
-    The job comes from options, or from a file as the schema of `keepstream schema job` describes it; options win
-    over the file.
+    It comes from options, or from a file: a chat-completions body, or a whole job as `keepstream schema job`
+    describes it, which has a "v" and a "request". Options win over the file.
     """
+    from keepstream.jobs import parse_job
+
     text = read_message(message, file)
-    job = read_job(file) if file is not None else {}
+    job = read_job(file) if file is not None else {"v": 2, "request": {}}
     messages = [("system", system), ("user", text)]
-    given: dict[str, Any] = {
+    parameters: dict[str, Any] = {
         "model": model,
         "messages": [{"role": role, "content": content} for role, content in messages if content is not None] or None,
+        "tools": [definition for path in tool for definition in read_tools(path)] if tool else None,
+    }
+    fields: dict[str, Any] = {
         "provider": provider,
         "tenant": tenant,
         "metadata": None if metadata is None else parse_json(metadata, "--metadata"),
@@ -105,16 +110,18 @@ def submit(
         "idle_timeout": idle_timeout,
         "total_timeout": total_timeout,
         "expires_at": None if expires_in is None else datetime.now(UTC) + timedelta(seconds=parse_duration(expires_in)),
-        "tools": [definition for path in tool for definition in read_tools(path)] if tool else None,
     }
-    job |= {name: value for name, value in given.items() if value is not None}
-    job |= dict(parse_param(text) for text in param or ())
-    if not job.get("model"):
-        fail("the job needs a model: --model NAME", INVALID)
-    if not job.get("messages"):
-        fail("the job needs a message: --message TEXT, or --file FILE", INVALID)
-    with client_for(str(job.get("tenant", "default"))) as client:
-        job_id = client.enqueue(job)
+    job |= {name: value for name, value in fields.items() if value is not None}
+    if isinstance(request := job.setdefault("request", {}), dict):
+        request |= {name: value for name, value in parameters.items() if value is not None}
+        request |= dict(parse_param(pair) for pair in param or ())
+        if file is None and not request.get("model"):
+            fail("the job needs a model: --model NAME", INVALID)
+        if file is None and not request.get("messages"):
+            fail("the job needs a message: --message TEXT, or --file FILE", INVALID)
+    checked = parse_job(job)
+    with client_for(checked.tenant) as client:
+        job_id = client.enqueue(checked)
         if not follow_:
             typer.echo(json.dumps({"job_id": job_id}) if as_json else job_id)
             return

@@ -17,7 +17,7 @@ from keepstream_worker.jobs import usage
 from keepstream_worker.jobs.active_job import ActiveJob, Stop
 from keepstream_worker.jobs.verdict import AttemptReport
 from keepstream_worker.providers.config import ProviderConfig
-from keepstream_worker.providers.provider import ChatRequest, ProviderFailure, Providers, Timeouts
+from keepstream_worker.providers.provider import ProviderFailure, Providers, Timeouts
 from keepstream_worker.providers.stream import Limits, Output, StreamReader
 from keepstream_worker.settings import Settings
 from keepstream_worker.store import Claim
@@ -155,9 +155,8 @@ class AttemptStreams:
         try:
             provider = self._providers.get(job.provider)
             timeouts = self._timeouts(job, provider.config)
-            request = ChatRequest(job.model, job.messages, job.parameters)
             attempt.begin_request()
-            async with provider.stream(request, timeouts) as response:
+            async with provider.stream(job.request, timeouts) as response:
                 attempt.provider_request_id = response.provider_request_id
                 reader = attempt.reader = self._make_reader(job, provider.config, response.content_type)
                 data_events = 0
@@ -196,7 +195,7 @@ class AttemptStreams:
         )
 
     def _make_reader(self, job: Job, config: ProviderConfig, content_type: str | None) -> StreamReader:
-        expected = job.parameters.get("n")
+        expected = job.request.get("n")
         return StreamReader(
             Limits(
                 max_event_bytes=config.limits.max_event_bytes or self._settings.max_event_bytes,

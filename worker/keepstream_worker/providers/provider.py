@@ -1,6 +1,6 @@
 """Providers: one streaming chat completion against an OpenAI-compatible provider.
 
-In: a ``ChatRequest`` and its time-outs, from the engine.  Out: the answer's bytes as they arrive, or a
+In: a job's request and its time-outs, from the engine.  Out: the answer's bytes as they arrive, or a
 ``ProviderFailure``; nothing raw escapes.  Exists so that the openai SDK, which knows keys, base URLs,
 Azure's paths and headers, is met in one place. The SDK's part ends with the response's headers: its
 decoder loses events and its chunk objects cost ten times the rest of the work together.
@@ -25,7 +25,7 @@ from keepstream_worker.providers.config import ProviderConfig
 from keepstream_worker.providers.http import Body, Head, HttpTransport, ProviderFailure
 from keepstream_worker.values import Failure
 
-__all__ = ["ChatRequest", "Provider", "ProviderCheck", "ProviderFailure", "ProviderStream", "Providers", "Timeouts"]
+__all__ = ["Provider", "ProviderCheck", "ProviderFailure", "ProviderStream", "Providers", "Timeouts"]
 
 _DRAIN_SECONDS: Final = 0.1  #: The terminator follows the last event at once; waiting longer costs more than it saves.
 _LOOK_SECONDS: Final = 5.0  #: How long a connection that aiohttp gave up without a word may go unnoticed.
@@ -45,40 +45,6 @@ class Timeouts:
     connect: float  #: Until the connection stands, TLS included.
     first_token: float  #: From the request to the first data.
     idle: float  #: Between two data events; comments are none.
-
-
-@dataclass(frozen=True, slots=True)
-class ChatRequest:
-    """What is asked of the model; ``parameters`` go into the body untouched."""
-
-    model: str
-    messages: list[dict[str, Any]]
-    parameters: Mapping[str, Any]
-
-    def encode(self, *, ask_for_usage: bool) -> bytes:
-        """Return the request body.
-
-        ``extra_body`` is merged into the body, as the SDK does. With ``ask_for_usage`` the provider is
-        asked to report usage, unless the caller's ``stream_options`` say otherwise.
-
-        Raises:
-            ProviderFailure: the request cannot be written as JSON.
-        """
-        parameters = dict(self.parameters)
-        extra = parameters.pop("extra_body", None) or {}
-        if not isinstance(extra, dict):
-            raise ProviderFailure(Failure(code=ErrorCode.INVALID_JOB, message="'extra_body' must be a JSON object"))
-        body = {"model": self.model, "messages": self.messages, **parameters, **extra, "stream": True}
-        options = body.get("stream_options") or {}
-        if ask_for_usage and isinstance(options, dict):
-            body["stream_options"] = {"include_usage": True, **options}
-        try:
-            return orjson.dumps(body)
-        except orjson.JSONEncodeError:
-            # Lone surrogates, integers beyond 64 bits and deep nesting are JSON all the same.
-            with contextlib.suppress(TypeError, ValueError, RecursionError):
-                return json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
-        raise ProviderFailure(Failure(code=ErrorCode.INVALID_JOB, message="the request cannot be written as JSON"))
 
 
 class ProviderCheck(NamedTuple):
@@ -192,8 +158,8 @@ class Provider:
         self._draining: set[asyncio.Task[None]] = set()
 
     @contextlib.asynccontextmanager
-    async def stream(self, request: ChatRequest, timeouts: Timeouts) -> AsyncIterator[ProviderStream]:
-        """Send ``request`` and give its answer once the headers of a success are there.
+    async def stream(self, request: dict[str, Any], timeouts: Timeouts) -> AsyncIterator[ProviderStream]:
+        """Send ``request``, a chat-completions body, and give its answer once the headers of a success are there.
 
         The connection is let go on every road: it serves again if the answer was read to its end, and
         is reset at once if the block is left by an exception.
@@ -203,10 +169,10 @@ class Provider:
                 if the answer breaks off or stalls.
         """
         self._require_key()
-        content = request.encode(ask_for_usage=self.config.stream_options)
+        content = _encode(request, ask_for_usage=self.config.stream_options)
         watchdog = _Watchdog(timeouts)
         try:
-            watchdog.body = body = await watchdog.wait_for(self._post(request.model, content, timeouts.connect))
+            watchdog.body = body = await watchdog.wait_for(self._post(request["model"], content, timeouts.connect))
             try:
                 yield ProviderStream(body, watchdog)
             except BaseException:
@@ -313,6 +279,27 @@ class Providers:
         """Close every connection to every provider."""
         for provider in self._providers.values():
             await provider.aclose()
+
+
+def _encode(request: dict[str, Any], *, ask_for_usage: bool) -> bytes:
+    """Return the body to send: the request, as a stream.
+
+    With ``ask_for_usage`` the provider is asked to report usage, unless the request's ``stream_options`` say otherwise.
+
+    Raises:
+        ProviderFailure: the request cannot be written as JSON.
+    """
+    body = request | {"stream": True}
+    options = request.get("stream_options") or {}
+    if ask_for_usage and isinstance(options, dict):
+        body["stream_options"] = {"include_usage": True, **options}
+    try:
+        return orjson.dumps(body)
+    except orjson.JSONEncodeError:
+        # Lone surrogates, integers beyond 64 bits and deep nesting are JSON all the same.
+        with contextlib.suppress(TypeError, ValueError, RecursionError):
+            return json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
+    raise ProviderFailure(Failure(code=ErrorCode.INVALID_JOB, message="the request cannot be written as JSON"))
 
 
 def _sdk_client(config: ProviderConfig, transport: HttpTransport) -> openai.AsyncOpenAI:
