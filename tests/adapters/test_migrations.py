@@ -3,12 +3,10 @@
 from collections.abc import Iterator
 
 import pytest
-from alembic.autogenerate import compare_metadata
-from alembic.runtime.migration import MigrationContext
+from alembic import command
 from sqlalchemy import Engine
 
 from keepstream.client.database import make_engine
-from keepstream.tables import metadata
 from keepstream_worker.store import schema
 
 
@@ -23,9 +21,8 @@ def engine(database_url: str) -> Iterator[Engine]:
 def test_migrated_tables_are_the_published_ones(engine: Engine) -> None:
     """When it fails: write a migration, or the column that the tables lack."""
     schema.migrate(engine)
-    with engine.connect() as connection:
-        context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": True})
-        assert compare_metadata(context, metadata) == []
+    with engine.begin() as connection:
+        command.check(schema._config(connection))
 
 
 def test_a_database_without_tables_is_told_apart_from_a_migrated_one(engine: Engine) -> None:

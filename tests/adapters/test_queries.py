@@ -80,7 +80,7 @@ def test_a_new_job_is_queued_and_due_now(connection: Connection) -> None:
     stored = row(connection, job.id)
     assert (stored.status, stored.attempt, stored.tries, stored.max_attempts) == ("queued", 0, 0, 3)
     assert stored.metadata == {"user": 7}
-    assert parse_job(json.loads(stored.request)) == job
+    assert parse_job(json.loads(stored.job)) == job
     waits = connection.scalar(select(tables.seconds_until(jobs.c.resend_at)).where(jobs.c.id == job.id))
     assert waits == pytest.approx(RESEND_AFTER, abs=5)
     assert connection.scalar(select(tables.seconds_until(jobs.c.due_at))) == pytest.approx(0, abs=5)

@@ -63,7 +63,7 @@ def queued_values(job: Job, queue: str = names.QUEUE) -> dict[str, Any]:
         "status": JobStatus.QUEUED.value,
         "model": job.model,
         "provider": job.provider,
-        "request": job.to_json(),
+        "job": job.to_json(),
         "request_hash": job.request_hash(),
         "metadata": job.metadata,
         "created_at": tables.now(),

@@ -447,7 +447,7 @@ def rejected(
 ) -> None:
     """List messages that were no valid jobs, and why.
 
-    The newest come first. They are kept in the table rejected_messages, with their payload.
+    The newest come first. They are kept in the table keepstream_rejected_messages, with their payload.
     """
     from keepstream.client.database import ClientDatabase
     from keepstream_worker.store import inspection

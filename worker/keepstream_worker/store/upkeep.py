@@ -225,7 +225,7 @@ def _note_sent(connection: Connection, condition: Any, resend_after: float, limi
             update(jobs)
             .where(tuple_(jobs.c.tenant, jobs.c.id).in_(chosen), condition)
             .values(sends=jobs.c.sends + 1, resend_at=seconds_from_now(resend_after))
-            .returning(jobs.c.request)
+            .returning(jobs.c.job)
         )
     )
 
