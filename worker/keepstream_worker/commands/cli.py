@@ -477,15 +477,15 @@ def purge(
 
     There is no way back.
     """
-    from keepstream.client import queries
     from keepstream.client.database import ClientDatabase
+    from keepstream_worker.store.retention import purge as purge_jobs
 
     seconds, deleted = _duration(older_than), 0
     database = ClientDatabase(_settings().database_url)
     try:
         while True:  # in small transactions, so that workers need not wait
             with database.transaction() as connection:
-                batch = queries.purge(connection, seconds, tenant)
+                batch = purge_jobs(connection, seconds, tenant)
             deleted += batch
             if not batch:
                 break

@@ -1,7 +1,7 @@
 """Inspection: the operator's questions to the database.
 
-In: a connection inside a transaction.  Out: who works, how much waits, what was rejected; to the
-doctor and the command line.  Exists so that looking after Keepstream needs no SQL by heart.  Only reads.
+In: a connection inside a transaction.  Out: who works, how much waits, what was rejected; to the doctor and the
+command line.  Nothing is written.
 """
 
 from datetime import datetime
