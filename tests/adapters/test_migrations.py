@@ -48,7 +48,7 @@ def test_database_that_does_not_answer_is_one_line_without_the_password(action: 
 
 def test_sqlite_file_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
     engine = make_engine(f"sqlite:///{tmp_path}/nowhere/keepstream.db")
-    with pytest.raises(schema.SchemaError, match="does not answer .*unable to open"):
+    with pytest.raises(schema.SchemaError, match=r"does not answer .*unable to open"):
         schema.migrate(engine)
 
 
@@ -92,9 +92,9 @@ def test_database_that_cannot_hold_every_text_is_refused(
     postgres: PostgresServer, encoding: str, action: Callable[[Engine], Any]
 ) -> None:
     name = f"encoded_{encoding.lower()}"
+    locale = "LC_COLLATE 'C' LC_CTYPE 'C'"
     execute(
-        postgres.url(),
-        f"CREATE DATABASE {name} ENCODING '{encoding}' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0 STRATEGY file_copy",
+        postgres.url(), f"CREATE DATABASE {name} TEMPLATE template0 STRATEGY file_copy ENCODING '{encoding}' {locale}"
     )
     engine = make_engine(postgres.url(name))
     try:
