@@ -1,11 +1,13 @@
-"""The tables: how jobs and results are stored, and the database's clock.
+"""The tables in which jobs and results are stored, and the database's clock.
 
-In: nothing.  Out: SQLAlchemy tables to the worker's store, the client's queries and the migrations,
-and ``now`` / ``seconds_from_now``, SQL expressions of the database's own clock.  Exists because
-"query stored results" is one of the interfaces: the columns are public and change only additively.
+In: nothing.  Out: SQLAlchemy tables to the worker's store, the client's queries and the migrations; SQL
+expressions of the database's own clock (``now``, ``seconds_from_now``, ``seconds_until``).
 
-A job is identified by tenant and id together, so that tenants cannot meet in a row.  All times are
-UTC and are taken from the database's clock, so that machines whose clocks differ agree.
+The tables and their columns are public: services may query them, and they change only additively.  Every name
+begins with ``keepstream_`` or contains it, so that the tables can share a schema with a host application's.
+
+A job is identified by tenant and id together, so no row can belong to two tenants.  All times are UTC and are
+read from the database's clock, so that machines whose clocks differ agree.
 """
 
 from datetime import UTC, datetime
@@ -103,6 +105,9 @@ def _seconds_until_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
     return f"((julianday({compiler.process(element.clauses, **kw)}) - julianday('now')) * 86400.0)"
 
 
+#: Alembic's record of our revision. Its default, ``alembic_version``, belongs to a host application.
+VERSION_TABLE: Final = "keepstream_version"
+
 metadata: Final = MetaData(
     naming_convention={
         "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -114,15 +119,15 @@ metadata: Final = MetaData(
 _JSON: Final = JSON(none_as_null=True)  # nothing is NULL, not the JSON text null
 
 jobs: Final = Table(
-    "jobs",
+    "keepstream_jobs",
     metadata,
     Column("tenant", String(128), primary_key=True),
     Column("id", String(128), primary_key=True),
     Column("status", String(16), nullable=False, comment="queued, running, retrying, completed, failed, …"),
     Column("model", Text, nullable=False),
     Column("provider", String(128), nullable=False),
-    Column("request", Text, nullable=False, comment="the whole job as JSON, as it was enqueued"),
-    Column("request_hash", String(64), nullable=False, comment="tells whether a repeated id asks for the same"),
+    Column("job", Text, nullable=False, comment="the whole job as JSON, as it was enqueued"),
+    Column("request_hash", String(64), nullable=False, comment="whether a repeated id asks for the same"),
     Column("metadata", _JSON, nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
     Column("due_at", UtcDateTime, nullable=False, comment="not to be started before"),
@@ -150,47 +155,49 @@ jobs: Final = Table(
     Column("provider_details", _JSON),
     Column("terminal_event_id", String(32)),
     Column("announced", Boolean, nullable=False, comment="whether the terminal event is known to be in the log"),
-    # The sweeper's questions; partial, because nearly all rows are terminal and announced.
+    # For the sweeper; partial, because nearly all rows are terminal and announced.
     Index(
-        "ix_jobs_waiting",
+        "ix_keepstream_jobs_waiting",
         "resend_at",
         postgresql_where=text("status IN ('queued', 'retrying')"),
         sqlite_where=text("status IN ('queued', 'retrying')"),
     ),
     Index(
-        "ix_jobs_expiring",
+        "ix_keepstream_jobs_expiring",
         "expires_at",
         postgresql_where=text("status IN ('queued', 'retrying') AND expires_at IS NOT NULL"),
         sqlite_where=text("status IN ('queued', 'retrying') AND expires_at IS NOT NULL"),
     ),
     Index(
-        "ix_jobs_worker",
+        "ix_keepstream_jobs_worker",
         "worker_id",
         postgresql_where=text("worker_id IS NOT NULL"),
         sqlite_where=text("worker_id IS NOT NULL"),
     ),
     Index(
-        "ix_jobs_unannounced",
+        "ix_keepstream_jobs_unannounced",
         "finished_at",
         postgresql_where=text("NOT announced AND finished_at IS NOT NULL"),
         sqlite_where=text("NOT announced AND finished_at IS NOT NULL"),
     ),
-    Index("ix_jobs_tenant_created", "tenant", "created_at"),
+    Index("ix_keepstream_jobs_tenant_created", "tenant", "created_at"),
 )
 
 
 def _of_job(*columns: Column[Any]) -> tuple[Any, ...]:
-    """The columns and the foreign key that tie a row to its job."""
+    """Return ``columns`` after those that name the job, and the foreign key to it."""
     return (
         Column("tenant", String(128), primary_key=True),
         Column("job_id", String(128), primary_key=True),
         *columns,
-        ForeignKeyConstraint(["tenant", "job_id"], ["jobs.tenant", "jobs.id"], ondelete="CASCADE"),
+        ForeignKeyConstraint(
+            ["tenant", "job_id"], ["keepstream_jobs.tenant", "keepstream_jobs.id"], ondelete="CASCADE"
+        ),
     )
 
 
 choices: Final = Table(
-    "choices",
+    "keepstream_choices",
     metadata,
     *_of_job(
         Column("index", Integer, primary_key=True, autoincrement=False),
@@ -203,7 +210,7 @@ choices: Final = Table(
 )
 
 tool_calls: Final = Table(
-    "tool_calls",
+    "keepstream_tool_calls",
     metadata,
     *_of_job(
         Column("choice_index", Integer, primary_key=True, autoincrement=False),
@@ -218,7 +225,7 @@ tool_calls: Final = Table(
 )
 
 attempts: Final = Table(
-    "attempts",
+    "keepstream_attempts",
     metadata,
     *_of_job(
         Column("number", Integer, primary_key=True, autoincrement=False),
@@ -248,16 +255,16 @@ attempts: Final = Table(
 )
 
 workers: Final = Table(
-    "workers",
+    "keepstream_workers",
     metadata,
     Column("id", String(128), primary_key=True),
     Column("started_at", UtcDateTime, nullable=False),
     Column("heartbeat_at", UtcDateTime, nullable=False),
-    Index("ix_workers_heartbeat", "heartbeat_at"),
+    Index("ix_keepstream_workers_heartbeat", "heartbeat_at"),
 )
 
 rejected_messages: Final = Table(
-    "rejected_messages",
+    "keepstream_rejected_messages",
     metadata,
     Column("id", String(64), primary_key=True),
     Column("rejected_at", UtcDateTime, nullable=False),
@@ -266,5 +273,5 @@ rejected_messages: Final = Table(
     Column("job_id", String(128), comment="if the message named one"),
     Column("size", Integer, nullable=False, comment="bytes of the message"),
     Column("payload", Text, comment="the message, base64, cut to a limit"),
-    Index("ix_rejected_messages_rejected_at", "rejected_at"),
+    Index("ix_keepstream_rejected_messages_rejected_at", "rejected_at"),
 )

@@ -5,23 +5,23 @@
 -- The job: its status, what it cost, and the SHA-256 of its output, as in its last event.
 SELECT status, model, error_code, error_message, partial, output_sha256,
        prompt_tokens, completion_tokens, total_tokens, usage_source
-FROM jobs
+FROM keepstream_jobs
 WHERE tenant = 'default' AND id = :job_id;
 
 -- What the model said, one row a choice.
 SELECT "index", content, reasoning, refusal, finish_reason
-FROM choices
+FROM keepstream_choices
 WHERE tenant = 'default' AND job_id = :job_id
 ORDER BY "index";
 
 -- The tools it called.
 SELECT choice_index, position, call_id, name, arguments, arguments_valid
-FROM tool_calls
+FROM keepstream_tool_calls
 WHERE tenant = 'default' AND job_id = :job_id
 ORDER BY choice_index, position;
 
 -- The streams it took.
 SELECT number, reason, outcome, first_token_ms, error_code, http_status, total_tokens, usage_source
-FROM attempts
+FROM keepstream_attempts
 WHERE tenant = 'default' AND job_id = :job_id
 ORDER BY number;

@@ -15,7 +15,7 @@ depends_on = None
 def upgrade() -> None:
     """Apply."""
     op.create_table(
-        "jobs",
+        "keepstream_jobs",
         sa.Column("tenant", sa.String(length=128), nullable=False),
         sa.Column("id", sa.String(length=128), nullable=False),
         sa.Column(
@@ -23,12 +23,12 @@ def upgrade() -> None:
         ),
         sa.Column("model", sa.Text(), nullable=False),
         sa.Column("provider", sa.String(length=128), nullable=False),
-        sa.Column("request", sa.Text(), nullable=False, comment="the whole job as JSON, as it was enqueued"),
+        sa.Column("job", sa.Text(), nullable=False, comment="the whole job as JSON, as it was enqueued"),
         sa.Column(
             "request_hash",
             sa.String(length=64),
             nullable=False,
-            comment="tells whether a repeated id asks for the same",
+            comment="whether a repeated id asks for the same",
         ),
         sa.Column("metadata", sa.JSON(none_as_null=True), nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
@@ -71,36 +71,36 @@ def upgrade() -> None:
         sa.Column(
             "announced", sa.Boolean(), nullable=False, comment="whether the terminal event is known to be in the log"
         ),
-        sa.PrimaryKeyConstraint("tenant", "id", name=op.f("pk_jobs")),
+        sa.PrimaryKeyConstraint("tenant", "id", name=op.f("pk_keepstream_jobs")),
     )
     op.create_index(
-        "ix_jobs_expiring",
-        "jobs",
+        "ix_keepstream_jobs_expiring",
+        "keepstream_jobs",
         ["expires_at"],
         unique=False,
         postgresql_where=sa.text("status IN ('queued', 'retrying') AND expires_at IS NOT NULL"),
         sqlite_where=sa.text("status IN ('queued', 'retrying') AND expires_at IS NOT NULL"),
     )
-    op.create_index("ix_jobs_tenant_created", "jobs", ["tenant", "created_at"], unique=False)
+    op.create_index("ix_keepstream_jobs_tenant_created", "keepstream_jobs", ["tenant", "created_at"], unique=False)
     op.create_index(
-        "ix_jobs_unannounced",
-        "jobs",
+        "ix_keepstream_jobs_unannounced",
+        "keepstream_jobs",
         ["finished_at"],
         unique=False,
         postgresql_where=sa.text("NOT announced AND finished_at IS NOT NULL"),
         sqlite_where=sa.text("NOT announced AND finished_at IS NOT NULL"),
     )
     op.create_index(
-        "ix_jobs_waiting",
-        "jobs",
+        "ix_keepstream_jobs_waiting",
+        "keepstream_jobs",
         ["resend_at"],
         unique=False,
         postgresql_where=sa.text("status IN ('queued', 'retrying')"),
         sqlite_where=sa.text("status IN ('queued', 'retrying')"),
     )
     op.create_index(
-        "ix_jobs_worker",
-        "jobs",
+        "ix_keepstream_jobs_worker",
+        "keepstream_jobs",
         ["worker_id"],
         unique=False,
         postgresql_where=sa.text("worker_id IS NOT NULL"),
@@ -108,7 +108,7 @@ def upgrade() -> None:
     )
 
     op.create_table(
-        "rejected_messages",
+        "keepstream_rejected_messages",
         sa.Column("id", sa.String(length=64), nullable=False),
         sa.Column("rejected_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("reason", sa.Text(), nullable=False),
@@ -116,21 +116,23 @@ def upgrade() -> None:
         sa.Column("job_id", sa.String(length=128), nullable=True, comment="if the message named one"),
         sa.Column("size", sa.Integer(), nullable=False, comment="bytes of the message"),
         sa.Column("payload", sa.Text(), nullable=True, comment="the message, base64, cut to a limit"),
-        sa.PrimaryKeyConstraint("id", name=op.f("pk_rejected_messages")),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_keepstream_rejected_messages")),
     )
-    op.create_index("ix_rejected_messages_rejected_at", "rejected_messages", ["rejected_at"], unique=False)
+    op.create_index(
+        "ix_keepstream_rejected_messages_rejected_at", "keepstream_rejected_messages", ["rejected_at"], unique=False
+    )
 
     op.create_table(
-        "workers",
+        "keepstream_workers",
         sa.Column("id", sa.String(length=128), nullable=False),
         sa.Column("started_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("heartbeat_at", sa.DateTime(timezone=True), nullable=False),
-        sa.PrimaryKeyConstraint("id", name=op.f("pk_workers")),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_keepstream_workers")),
     )
-    op.create_index("ix_workers_heartbeat", "workers", ["heartbeat_at"], unique=False)
+    op.create_index("ix_keepstream_workers_heartbeat", "keepstream_workers", ["heartbeat_at"], unique=False)
 
     op.create_table(
-        "attempts",
+        "keepstream_attempts",
         sa.Column("tenant", sa.String(length=128), nullable=False),
         sa.Column("job_id", sa.String(length=128), nullable=False),
         sa.Column("number", sa.Integer(), autoincrement=False, nullable=False),
@@ -160,12 +162,15 @@ def upgrade() -> None:
         sa.Column("usage_source", sa.String(length=16), nullable=True, comment="provider, estimated or unknown"),
         sa.Column("usage", sa.JSON(none_as_null=True), nullable=True, comment="what the provider reported, whole"),
         sa.ForeignKeyConstraint(
-            ["tenant", "job_id"], ["jobs.tenant", "jobs.id"], name=op.f("fk_attempts_jobs"), ondelete="CASCADE"
+            ["tenant", "job_id"],
+            ["keepstream_jobs.tenant", "keepstream_jobs.id"],
+            name=op.f("fk_keepstream_attempts_keepstream_jobs"),
+            ondelete="CASCADE",
         ),
-        sa.PrimaryKeyConstraint("tenant", "job_id", "number", name=op.f("pk_attempts")),
+        sa.PrimaryKeyConstraint("tenant", "job_id", "number", name=op.f("pk_keepstream_attempts")),
     )
     op.create_table(
-        "choices",
+        "keepstream_choices",
         sa.Column("tenant", sa.String(length=128), nullable=False),
         sa.Column("job_id", sa.String(length=128), nullable=False),
         sa.Column("index", sa.Integer(), autoincrement=False, nullable=False),
@@ -175,12 +180,15 @@ def upgrade() -> None:
         sa.Column("finish_reason", sa.Text(), nullable=True, comment="as the provider sent it"),
         sa.Column("extra", sa.JSON(none_as_null=True), nullable=True, comment="logprobs, annotations and other extras"),
         sa.ForeignKeyConstraint(
-            ["tenant", "job_id"], ["jobs.tenant", "jobs.id"], name=op.f("fk_choices_jobs"), ondelete="CASCADE"
+            ["tenant", "job_id"],
+            ["keepstream_jobs.tenant", "keepstream_jobs.id"],
+            name=op.f("fk_keepstream_choices_keepstream_jobs"),
+            ondelete="CASCADE",
         ),
-        sa.PrimaryKeyConstraint("tenant", "job_id", "index", name=op.f("pk_choices")),
+        sa.PrimaryKeyConstraint("tenant", "job_id", "index", name=op.f("pk_keepstream_choices")),
     )
     op.create_table(
-        "tool_calls",
+        "keepstream_tool_calls",
         sa.Column("tenant", sa.String(length=128), nullable=False),
         sa.Column("job_id", sa.String(length=128), nullable=False),
         sa.Column("choice_index", sa.Integer(), autoincrement=False, nullable=False),
@@ -192,13 +200,20 @@ def upgrade() -> None:
         sa.Column("arguments_valid", sa.Boolean(), nullable=False, comment="whether the arguments are a JSON text"),
         sa.Column("extra", sa.JSON(none_as_null=True), nullable=True),
         sa.ForeignKeyConstraint(
-            ["tenant", "job_id"], ["jobs.tenant", "jobs.id"], name=op.f("fk_tool_calls_jobs"), ondelete="CASCADE"
+            ["tenant", "job_id"],
+            ["keepstream_jobs.tenant", "keepstream_jobs.id"],
+            name=op.f("fk_keepstream_tool_calls_keepstream_jobs"),
+            ondelete="CASCADE",
         ),
-        sa.PrimaryKeyConstraint("tenant", "job_id", "choice_index", "position", name=op.f("pk_tool_calls")),
+        sa.PrimaryKeyConstraint("tenant", "job_id", "choice_index", "position", name=op.f("pk_keepstream_tool_calls")),
     )
 
 
 def downgrade() -> None:
     """Take back."""
-    for table in ("tool_calls", "choices", "attempts", "workers", "rejected_messages", "jobs"):
-        op.drop_table(table)
+    op.drop_table("keepstream_tool_calls")
+    op.drop_table("keepstream_choices")
+    op.drop_table("keepstream_attempts")
+    op.drop_table("keepstream_workers")
+    op.drop_table("keepstream_rejected_messages")
+    op.drop_table("keepstream_jobs")

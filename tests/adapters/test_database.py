@@ -72,6 +72,47 @@ async def test_one_bad_member_of_a_group_fails_alone(engine: Engine) -> None:
         assert set(connection.scalars(select(workers.c.id))) == {"a", "b", "c"}
 
 
+# -- options of the URL --
+
+
+def settings(url: str) -> dict[str, str]:
+    """What PostgreSQL says about a connection of ours."""
+    names = ("search_path", "lock_timeout", "statement_timeout", "work_mem", "application_name", "client_encoding")
+    engine = make_engine(url)
+    try:
+        with engine.begin() as connection:
+            return {name: str(connection.scalar(text(f"SHOW {name}"))) for name in names}
+    finally:
+        engine.dispose()
+
+
+OURS = {"lock_timeout": "10s", "statement_timeout": "30s", "application_name": "keepstream", "client_encoding": "UTF8"}
+
+
+@pytest.mark.parametrize(
+    ("query", "changed"),
+    [
+        ("", {}),
+        ("?options=-csearch_path%3Dtenant_a", {"search_path": "tenant_a"}),
+        ("?options=-c%20search_path%3Da%20-c%20work_mem%3D1MB", {"search_path": "a", "work_mem": "1MB"}),
+        ("?options=-csearch_path%3Da&options=-cwork_mem%3D1MB", {"search_path": "a", "work_mem": "1MB"}),
+        ("?options=-cstatement_timeout%3D5000", {"statement_timeout": "5s"}),
+        ("?options=--lock-timeout%3D2000", {"lock_timeout": "2s"}),
+        ("?application_name=shop&connect_timeout=2", {"application_name": "shop"}),
+    ],
+)
+def test_what_the_url_sets_is_kept_beside_our_time_outs(postgres_url: str, query: str, changed: dict[str, str]) -> None:
+    assert settings(postgres_url) == settings(postgres_url) | OURS
+    assert settings(postgres_url + query) == settings(postgres_url) | OURS | changed
+
+
+def test_options_of_the_environment_are_kept_as_libpq_keeps_them(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PGOPTIONS", "-csearch_path=tenant_a")
+    assert settings(postgres_url) == settings(postgres_url) | OURS | {"search_path": "tenant_a"}
+
+
 # -- outages and refusals --
 
 

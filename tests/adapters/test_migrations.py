@@ -1,15 +1,16 @@
 """The migrations lead to exactly the tables that the contract publishes, on each database."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
-from alembic.autogenerate import compare_metadata
-from alembic.runtime.migration import MigrationContext
-from sqlalchemy import Engine
+from alembic import command
+from sqlalchemy import Engine, create_engine, text
 
 from keepstream.client.database import make_engine
-from keepstream.tables import metadata
 from keepstream_worker.store import schema
+from tests.services import PostgresServer
 
 
 @pytest.fixture
@@ -23,9 +24,8 @@ def engine(database_url: str) -> Iterator[Engine]:
 def test_migrated_tables_are_the_published_ones(engine: Engine) -> None:
     """When it fails: write a migration, or the column that the tables lack."""
     schema.migrate(engine)
-    with engine.connect() as connection:
-        context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": True})
-        assert compare_metadata(context, metadata) == []
+    with engine.begin() as connection:
+        command.check(schema._config(connection))
 
 
 def test_a_database_without_tables_is_told_apart_from_a_migrated_one(engine: Engine) -> None:
@@ -33,6 +33,76 @@ def test_a_database_without_tables_is_told_apart_from_a_migrated_one(engine: Eng
         schema.check(engine)
     schema.migrate(engine)
     schema.check(engine)
+
+
+@pytest.mark.parametrize("action", [schema.current, schema.check, schema.migrate])
+def test_database_that_does_not_answer_is_one_line_without_the_password(action: Callable[[Engine], Any]) -> None:
+    engine = make_engine("postgresql://someone:hunter2@127.0.0.1:1/keepstream")
+    with pytest.raises(
+        schema.SchemaError, match=r"does not answer \(.*refused.*\); start it, or set KEEPSTREAM_"
+    ) as caught:
+        action(engine)
+    assert "hunter2" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_sqlite_file_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
+    engine = make_engine(f"sqlite:///{tmp_path}/nowhere/keepstream.db")
+    with pytest.raises(schema.SchemaError, match=r"does not answer .*unable to open"):
+        schema.migrate(engine)
+
+
+@pytest.fixture
+def powerless(postgres_url: str) -> Iterator[Engine]:
+    """An engine whose user may connect and look, and nothing else."""
+    role = f"powerless_{postgres_url.rpartition('/')[2]}"
+    execute(postgres_url, f"CREATE ROLE {role} LOGIN")
+    engine = make_engine(postgres_url.replace("postgres@", f"{role}@"))
+    yield engine
+    engine.dispose()
+
+
+def execute(url: str, *statements: str) -> None:
+    with create_engine(url, isolation_level="AUTOCOMMIT").connect() as connection:
+        for statement in statements:
+            connection.execute(text(statement))
+    connection.engine.dispose()
+
+
+def test_user_that_may_not_create_tables_is_told_which_right_is_missing(powerless: Engine) -> None:
+    with pytest.raises(
+        schema.SchemaError, match=r"lacks a right \(.*permission denied for schema public.*\); grant it"
+    ):
+        schema.migrate(powerless)
+
+
+def test_user_that_may_not_read_the_version_is_told_which_right_is_missing(
+    postgres_url: str, powerless: Engine
+) -> None:
+    engine = make_engine(postgres_url)
+    schema.migrate(engine)
+    engine.dispose()
+    with pytest.raises(schema.SchemaError, match=r"lacks a right \(.*permission denied for table keepstream_version"):
+        schema.check(powerless)
+
+
+@pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])
+@pytest.mark.parametrize("action", [schema.current, schema.check, schema.migrate])
+def test_database_that_cannot_hold_every_text_is_refused(
+    postgres: PostgresServer, encoding: str, action: Callable[[Engine], Any]
+) -> None:
+    name = f"encoded_{encoding.lower()}"
+    locale = "LC_COLLATE 'C' LC_CTYPE 'C'"
+    execute(
+        postgres.url(), f"CREATE DATABASE {name} TEMPLATE template0 STRATEGY file_copy ENCODING '{encoding}' {locale}"
+    )
+    engine = make_engine(postgres.url(name))
+    try:
+        with pytest.raises(schema.SchemaError, match=f"encoding is {encoding}, .*; create it with ENCODING 'UTF8'"):
+            action(engine)
+    finally:
+        engine.dispose()
+        postgres.drop_database(name)
 
 
 def test_migrating_again_changes_nothing(engine: Engine) -> None:

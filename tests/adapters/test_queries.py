@@ -77,7 +77,7 @@ def test_a_new_job_is_queued_and_due_now(connection: Connection) -> None:
     stored = row(connection, job.id)
     assert (stored.status, stored.attempt, stored.tries, stored.max_attempts) == ("queued", 0, 0, 3)
     assert stored.metadata == {"user": 7}
-    assert parse_job(json.loads(stored.request)) == job
+    assert parse_job(json.loads(stored.job)) == job
     waits = connection.scalar(select(tables.seconds_until(jobs.c.resend_at)).where(jobs.c.id == job.id))
     assert waits == pytest.approx(RESEND_AFTER, abs=5)
     assert connection.scalar(select(tables.seconds_until(jobs.c.due_at))) == pytest.approx(0, abs=5)
@@ -306,38 +306,6 @@ def test_a_listing_is_filtered(connection: Connection) -> None:
 def test_a_listing_cannot_go_on_after_an_unknown_job(connection: Connection) -> None:
     with pytest.raises(JobNotFoundError):
         queries.list_jobs(connection, "default", before="nothing")
-
-
-# -- purging --
-
-
-def test_old_ended_jobs_are_purged_with_all_that_is_theirs(connection: Connection) -> None:
-    old, fresh, unannounced, other, open_ = (running(connection, tenant=tenant) for tenant in "aaaba")
-    ended = {"status": "completed", "announced": True, "finished_at": tables.seconds_from_now(-100)}
-    for job in (old, unannounced, other):
-        change(connection, job, **ended)
-    change(connection, fresh, **ended | {"finished_at": tables.now()})
-    change(connection, unannounced, announced=False)
-    add_choice(connection, old, 0, "x")
-    assert queries.purge(connection, 50, tenant="a") == 1
-    left = set(connection.scalars(select(jobs.c.id)))
-    assert left == {fresh.id, unannounced.id, other.id, open_.id}
-    assert set(connection.scalars(select(attempts.c.job_id))) == left
-    assert connection.execute(select(choices)).all() == []
-    assert queries.purge(connection, 50) == 1
-    assert queries.purge(connection, 50) == 0
-
-
-def test_a_purge_takes_no_more_than_its_limit(connection: Connection) -> None:
-    for _ in range(5):
-        change(
-            connection,
-            running(connection),
-            status="failed",
-            announced=True,
-            finished_at=tables.seconds_from_now(-100),
-        )
-    assert [queries.purge(connection, 50, limit=2) for _ in range(4)] == [2, 2, 1, 0]
 
 
 # -- the connection --

@@ -11,10 +11,20 @@ import pytest
 from sqlalchemy import Connection, Engine, func, select, update
 
 from keepstream.client import queries
+from keepstream.client.endings import JobEnd, end_jobs, end_unclaimed
 from keepstream.errors import ErrorCode
 from keepstream.jobs import Job
-from keepstream.results import Choice, CompletionResult, JobStatus, ToolCall, Usage, UsageSource
-from keepstream.tables import attempts, jobs, now, rejected_messages, seconds_from_now, workers
+from keepstream.results import (
+    TERMINAL_STATUSES,
+    Choice,
+    CompletionResult,
+    JobStatus,
+    ToolCall,
+    Usage,
+    UsageSource,
+    output_sha256,
+)
+from keepstream.tables import attempts, choices, jobs, now, rejected_messages, seconds_from_now, workers
 from keepstream_worker import store
 from keepstream_worker.store import (
     Claim,
@@ -24,10 +34,12 @@ from keepstream_worker.store import (
     NotEnded,
     OwnedJob,
     Refusal,
+    Refused,
     Rejection,
     Sweep,
     SweepResult,
 )
+from keepstream_worker.store.retention import purge
 from keepstream_worker.values import AttemptReason, Ended, Ending, Failure, JobKey, Outcome
 from tests import jobs as test_jobs
 
@@ -91,6 +103,10 @@ class Store:
         with self.engine.begin() as connection:
             connection.execute(update(jobs).where(jobs.c.id == job_id).values(**values))
 
+    def purge(self, older_than: float, **kw: Any) -> int:
+        with self.engine.begin() as connection:
+            return purge(connection, older_than, **kw)
+
     def alive(self, worker: str = "w1", lease: float = 6.0) -> store.HeartbeatResult:
         (result,) = self(store.record_heartbeat, Heartbeat(worker, lease))
         return result
@@ -149,7 +165,7 @@ def test_claim_of_an_unknown_job_creates_it(db: Store) -> None:
     assert 55 < claim.remaining_seconds < 60.1  # SQLite's clock counts days, in steps of 40 µs
     result = db.get()
     assert (result.status, result.attempt) == (JobStatus.RUNNING, 1)
-    assert [(one.number, one.worker, one.outcome) for one in result.attempts] == [(1, "w1", None)]
+    assert [(attempt.number, attempt.worker, attempt.outcome) for attempt in result.attempts] == [(1, "w1", None)]
 
 
 def test_queued_job_is_claimed_once(db: Store) -> None:
@@ -200,7 +216,7 @@ def test_claims_in_one_group_are_answered_in_their_order(db: Store) -> None:
     assert kinds == ["granted", Refusal.ENDED, "granted", Refusal.TAKEN, "granted", Refusal.OTHER_REQUEST]
 
 
-def test_second_request_in_a_group_is_given_what_its_worker_holds_by_then(db: Store) -> None:
+def test_second_request_in_a_group_is_given_what_its_worker_owns_by_then(db: Store) -> None:
     first, second = db(store.claim, request(), request())
     assert isinstance(first, Claim)
     assert isinstance(second, Claim)
@@ -358,7 +374,7 @@ def test_late_usage_of_a_lost_attempt_is_written_once_and_summed(db: Store) -> N
         db(store.record_usage, LateUsage(JobKey("default", "a"), 1, estimate))
     db(store.record_usage, LateUsage(JobKey("default", "a"), 2, Usage(total_tokens=99)))
     result = db.get()
-    assert [one.usage and one.usage.total_tokens for one in result.attempts] == [7, 7]
+    assert [attempt.usage and attempt.usage.total_tokens for attempt in result.attempts] == [7, 7]
     assert result.usage is not None
     assert (result.usage.total_tokens, result.usage.source) == (14, UsageSource.ESTIMATED)
 
@@ -366,7 +382,7 @@ def test_late_usage_of_a_lost_attempt_is_written_once_and_summed(db: Store) -> N
 # -- signs of life, and sweeps --
 
 
-def test_worker_learns_what_it_holds_and_what_is_to_be_cancelled(db: Store) -> None:
+def test_worker_learns_what_it_owns_and_what_is_to_be_cancelled(db: Store) -> None:
     assert db.alive().lapsed, "its first sign of life"
     db.claimed("a")
     db.claimed("b")
@@ -398,13 +414,13 @@ def test_dead_workers_jobs_are_released_once(db: Store) -> None:
     assert db.get("b").status is JobStatus.RUNNING
 
 
-def test_nobody_is_buried_by_a_sweeper_that_may_not_judge(db: Store) -> None:
+def test_nobody_is_reaped_by_a_sweeper_that_may_not_judge(db: Store) -> None:
     db.dead()
     db.claimed()
     assert db.sweep(reap=False).lost == []
 
 
-def test_nobody_is_buried_by_a_question_that_the_database_kept_waiting(db: Store) -> None:
+def test_nobody_is_reaped_by_a_question_that_the_database_kept_waiting(db: Store) -> None:
     db.dead()
     db.claimed()
     assert db.sweep(asked_at=time.monotonic() - 4.0).lost == []
@@ -539,3 +555,139 @@ def test_rejection_recorded_twice_is_one_row(db: Store) -> None:
     db(store.reject, rejection)
     with db.engine.begin() as connection:
         assert connection.scalar(select(func.count()).select_from(rejected_messages)) == 1
+
+
+def test_refused_job_is_a_failed_one_and_changes_no_job_that_is_there(db: Store) -> None:
+    refused = Refused(make_job(), ErrorCode.INVALID_JOB, "model: missing")
+    db(store.refuse, refused, refused)
+    result = db.get()
+    assert (result.status, result.attempt, result.terminal_event_id) == (JobStatus.FAILED, 1, "1-1")
+    assert result.error is not None
+    assert (result.error.code, result.error.message) == ("invalid_job", "model: missing")
+    assert (result.partial, result.usage, result.output_sha256) == (False, None, output_sha256([]))
+    assert result.finished_at is not None
+    db.change(finished_at=seconds_from_now(-5.0))
+    assert db.sweep().unannounced == [JobKey("default", "a")]
+    db.claimed("b")
+    before = db.get("b")
+    db(store.refuse, Refused(make_job("b"), ErrorCode.INVALID_JOB, "model: missing"))
+    assert db.get("b") == before
+
+
+# -- one function ends a job --
+
+
+def completed(db: Store) -> None:
+    db.end(finished(db.claimed()))
+
+
+def failed_for_good(db: Store) -> None:
+    db.end(failed(db.claimed(), status=JobStatus.FAILED, terminal_event_id="1-9"))
+
+
+def cancelled(db: Store) -> None:
+    db.enqueue()
+    db.cancel()
+
+
+def expired(db: Store) -> None:
+    db.enqueue(expires_at="2020-01-01T00:00:00Z")
+    db.sweep()
+
+
+def without_a_worker_left(db: Store) -> None:
+    db.dead()
+    db.claimed()
+    db.change(tries=99)
+    db.sweep()
+
+
+def refused(db: Store) -> None:
+    db(store.refuse, Refused(make_job(), ErrorCode.INVALID_JOB, "model: missing"))
+
+
+@pytest.mark.parametrize("end", [completed, failed_for_good, cancelled, expired, without_a_worker_left, refused])
+def test_whoever_ends_a_job_leaves_the_same_kind_of_row(db: Store, end: Callable[[Store], None]) -> None:
+    end(db)
+    with db.engine.begin() as connection:
+        row = connection.execute(select(jobs)).one()
+    assert row.status in TERMINAL_STATUSES
+    assert row.finished_at is not None
+    assert (row.worker_id, row.announced) == (None, False)
+    assert row.terminal_event_id.startswith(f"{row.attempt}-")
+    result = db.get()
+    assert row.output_sha256 == output_sha256(choice.content for choice in result.choices)
+    assert row.partial == (bool(result.choices) and row.status != JobStatus.COMPLETED)
+    assert (row.error_code is None) == (row.status == JobStatus.COMPLETED)
+
+
+def test_end_of_a_job_that_has_gone_on_writes_nothing(db: Store) -> None:
+    db.claimed()
+    before = db.get()
+    stale = JobEnd(
+        "default",
+        "a",
+        held_attempt=0,
+        attempt=1,
+        status=JobStatus.FAILED,
+        contents=[],
+        usage=None,
+        terminal_event_id="1-1",
+    )
+    with db.engine.begin() as connection:
+        end_jobs(connection, [stale])
+    assert db.get() == before
+
+
+def test_job_that_has_ended_does_not_end_again(db: Store) -> None:
+    db.end(finished(db.claimed()))
+    before = db.get()
+    with db.engine.begin() as connection:
+        end_unclaimed(connection, "default", "a", 1, JobStatus.FAILED, ErrorCode.INTERNAL, "again")
+    assert db.get() == before
+
+
+# -- retention --
+
+
+def test_old_ended_jobs_are_purged_with_all_that_is_theirs(db: Store) -> None:
+    for job_id in ("old", "fresh", "unannounced", "open"):
+        db.claimed(job_id, tenant="a")
+    db.claimed("other", tenant="b")
+    ended = {"status": "completed", "announced": True, "finished_at": seconds_from_now(-100)}
+    for job_id in ("old", "other"):
+        db.change(job_id, **ended)
+    db.change("unannounced", **ended | {"announced": False})
+    db.change("fresh", **ended | {"finished_at": now()})
+    with db.engine.begin() as connection:
+        output = {"content": "x", "reasoning": "", "refusal": ""}
+        connection.execute(choices.insert().values(tenant="a", job_id="old", index=0, **output))
+    assert db.purge(50, tenant="a") == 1
+    with db.engine.begin() as connection:
+        left = set(connection.scalars(select(jobs.c.id)))
+        assert left == {"fresh", "unannounced", "other", "open"}
+        assert set(connection.scalars(select(attempts.c.job_id))) == left
+        assert connection.execute(select(choices)).all() == []
+    assert db.purge(50) == 1
+    assert db.purge(50) == 0
+
+
+def test_purge_takes_no_more_than_its_limit(db: Store) -> None:
+    for number in range(5):
+        db.claimed(f"job-{number}")
+        db.change(f"job-{number}", status="failed", announced=True, finished_at=seconds_from_now(-100))
+    assert [db.purge(50, limit=2) for _ in range(4)] == [2, 2, 1, 0]
+
+
+def test_purge_deletes_rejected_messages_of_that_age(db: Store) -> None:
+    db(store.reject, Rejection(id="r1", reason="not JSON", size=3))
+    db(store.reject, Rejection(id="r2", reason="no job", size=3, tenant="a"))
+    with db.engine.begin() as connection:
+        connection.execute(update(rejected_messages).values(rejected_at=seconds_from_now(-100)))
+    db(store.reject, Rejection(id="r3", reason="not JSON", size=3))
+    left = []
+    for tenant in ("a", None):
+        db.purge(50, tenant=tenant)
+        with db.engine.begin() as connection:
+            left.append(set(connection.scalars(select(rejected_messages.c.id))))
+    assert left == [{"r1", "r3"}, {"r3"}]

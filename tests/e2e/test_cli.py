@@ -658,7 +658,7 @@ def test_the_demo_shows_a_job_from_queue_to_row_on_one_screen(options: list[str]
         "Grüße, ¡saludos!, 你好",
         'calls get_weather {"city":"Zürich"',
         "✓ completed",
-        "FROM jobs",
+        "FROM keepstream_jobs",
         "✓ The stored text",
     ]
     assert all(part in shown for part in parts)

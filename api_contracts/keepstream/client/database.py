@@ -1,15 +1,17 @@
 """The client's way to the database: an engine with time-outs, and transactions with clear errors.
 
-In: a database URL.  Out: connections inside a transaction, to ``keepstream.client.client``.  Exists so
-that a database that is down, slow or not migrated is met as one error that says so and holds no
-password, no statement and no values.
+In: a database URL.  Out: connections inside a transaction, to ``keepstream.client.client``; engines to the worker.
+
+A database that is down, slow or not migrated becomes one error that says so and holds no password, no statement
+and no values.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, make_url
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, ResourceClosedError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
@@ -33,8 +35,10 @@ class ClientDatabase:
             with self._engine.begin() as connection:
                 yield connection
         except DBAPIError as error:
-            cause = _first_line(error.orig)
-            raise StoreUnavailableError(f"the database did not do its work: {cause}") from None
+            cause = describe_error(error.orig)
+            missing = "no such table" in cause or 'relation "' in cause
+            hint = " (has 'keepstream migrate' been run?)" if missing else ""
+            raise StoreUnavailableError(f"the database did not do its work: {cause}{hint}") from None
         except (PoolTimeoutError, ResourceClosedError):
             raise StoreUnavailableError("no database connection was free in time") from None
 
@@ -47,7 +51,8 @@ def make_engine(url: str, application: str = "keepstream", *, pool_size: int = 5
     """Return an engine for ``url`` with the time-outs and pragmas that Keepstream relies on.
 
     Args:
-        url: SQLAlchemy URL of a SQLite or PostgreSQL database.
+        url: SQLAlchemy URL of a SQLite or PostgreSQL database. What it sets itself, in its query or by ``options``,
+            wins over our time-outs and is otherwise kept: a search path, for instance.
         application: Name under which PostgreSQL lists the connections.
         pool_size: Connections that are kept.
         writer: Whether each transaction is to take SQLite's write lock at its beginning: one that reads
@@ -59,11 +64,12 @@ def make_engine(url: str, application: str = "keepstream", *, pool_size: int = 5
     if url.startswith("postgres://"):  # as many hosts of databases write it
         url = url.replace("postgres", "postgresql", 1)
     try:
-        backend = make_url(url).get_backend_name()
+        parsed = make_url(url)
+        backend = parsed.get_backend_name()
         if backend == "sqlite":
-            return _sqlite(url, writer=writer)
+            return _sqlite(parsed, writer=writer)
         if backend == "postgresql":
-            return _postgresql(url, application, pool_size)
+            return _postgresql(parsed, application, pool_size)
     except ModuleNotFoundError as error:
         if error.name != "psycopg":
             raise
@@ -78,7 +84,7 @@ def make_engine(url: str, application: str = "keepstream", *, pool_size: int = 5
     )
 
 
-def _sqlite(url: str, *, writer: bool) -> Engine:
+def _sqlite(url: URL, *, writer: bool) -> Engine:
     engine = create_engine(
         url,
         hide_parameters=True,  # they are prompts and outputs
@@ -101,30 +107,38 @@ def _sqlite(url: str, *, writer: bool) -> Engine:
     return engine
 
 
-def _postgresql(url: str, application: str, pool_size: int) -> Engine:
+def _postgresql(url: URL, application: str, pool_size: int) -> Engine:
+    defaults: dict[str, Any] = {
+        "connect_timeout": 5,
+        "application_name": application,
+        # Without it psycopg would return bytes from a database in SQL_ASCII.
+        "client_encoding": "utf8",
+        # A connection that died silently is noticed within seconds.
+        "keepalives_idle": 10,
+        "keepalives_interval": 5,
+        "keepalives_count": 3,
+        "tcp_user_timeout": 20_000,
+    }
     return create_engine(
         url,
         hide_parameters=True,  # they are prompts and outputs
         pool_pre_ping=True,
         pool_timeout=5,
         pool_size=pool_size,
-        connect_args={
-            "connect_timeout": 5,
-            "application_name": application,
-            # A connection that died silently is noticed within seconds.
-            "keepalives_idle": 10,
-            "keepalives_interval": 5,
-            "keepalives_count": 3,
-            "tcp_user_timeout": 20_000,
-            # A lock or statement that hangs is an outage too.
-            "options": "-c lock_timeout=10000 -c statement_timeout=30000",
-        },
+        connect_args={name: value for name, value in defaults.items() if name not in url.query}
+        | {"options": _options(url)},
     )
 
 
-def _first_line(error: BaseException | None) -> str:
-    """Return what the driver says, without the details, which may hold values."""
+def _options(url: URL) -> str:
+    """Return PostgreSQL's start-up options: ours first, because the last one wins, and it is to be the user's."""
+    # A lock or statement that hangs is an outage too.
+    ours = "-c lock_timeout=10000 -c statement_timeout=30000"
+    theirs = url.query.get("options", os.environ.get("PGOPTIONS", ""))  # as libpq reads it
+    return " ".join([ours, *([theirs] if isinstance(theirs, str) else theirs)]).strip()
+
+
+def describe_error(error: BaseException | None) -> str:
+    """Return the error's type and what the driver says, without the details, which may hold values."""
     lines = str(error).splitlines() or [""]
-    text = f"{type(error).__name__}: {lines[0][:200]}"
-    missing = "no such table" in text or 'relation "' in text
-    return f"{text} (has 'keepstream migrate' been run?)" if missing else text
+    return f"{type(error).__name__}: {lines[0][:200]}"

@@ -121,7 +121,7 @@ def rejected(
 ) -> None:
     """List messages that were not valid jobs, and why.
 
-    The newest come first. The database keeps them with their payload.
+    The newest come first. The table keepstream_rejected_messages keeps them with their payload.
     """
     from keepstream.client.database import ClientDatabase
     from keepstream_worker.store import inspection
@@ -158,9 +158,8 @@ def purge(
 
     What is deleted cannot be restored. If standard input is interactive, the command asks first.
     """
-    from keepstream.client import queries
     from keepstream.client.database import ClientDatabase
-    from keepstream_worker.store import inspection
+    from keepstream_worker.store import retention
 
     seconds, deleted = parse_duration(older_than), 0
     if (tenant is None) is not all_tenants:
@@ -170,7 +169,7 @@ def purge(
     try:
         if dry_run or ask:
             with database.transaction() as connection:
-                found = inspection.purgeable(connection, seconds, tenant)
+                found = retention.purgeable(connection, seconds, tenant)
             counts = f"{found.jobs} jobs and {found.rejected_messages} rejected messages"
             if dry_run:
                 typer.echo(json.dumps(found._asdict()) if as_json else f"would delete {counts}")
@@ -179,7 +178,7 @@ def purge(
                 fail("nothing was deleted", UNSUCCESSFUL)
         while True:  # in small transactions, so that workers need not wait
             with database.transaction() as connection:
-                batch = queries.purge(connection, seconds, tenant)
+                batch = retention.purge(connection, seconds, tenant)
             deleted += batch
             if not batch:
                 break

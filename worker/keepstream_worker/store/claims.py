@@ -1,7 +1,9 @@
 """Claims: who runs a job.
 
-In: jobs that a worker was told of, from the engine.  Out: the job with a new attempt number, or the
-reason why not.  Exists so that two workers never run one job: a claim is one conditional statement.
+In: jobs that a worker has got a message for, from the engine.  Out: the job with a new attempt number, or the reason
+why not.
+
+A claim is one conditional statement, so two workers never run one job.
 """
 
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from keepstream.client.queries import queued_values
 from keepstream.jobs import Job
 from keepstream.results import TERMINAL_STATUSES, JobStatus
 from keepstream.tables import attempts, jobs, now, seconds_from_now, seconds_until
-from keepstream_worker.store.values import WAITING, is_job
+from keepstream_worker.store.conditions import WAITING, is_job
 from keepstream_worker.values import AttemptReason, JobKey
 
 _DATABASE_CLOCK: Final = {"created_at", "due_at", "resend_at"}
@@ -29,7 +31,7 @@ class ClaimRequest:
     job: Job
     worker_id: str
     queue: str  #: Where its message came from.
-    total_timeout: float  #: Seconds; counts from the first claim.
+    total_timeout: float  #: Seconds, from the first claim.
 
     @property
     def key(self) -> JobKey:
@@ -73,7 +75,7 @@ _OPEN_ATTEMPT: Final = attempts.insert().values(started_at=now())
 
 
 def claim(connection: Connection, requests: list[ClaimRequest]) -> list[Claim | Refusal]:
-    """Take each job that is due and that nobody holds; create its row if it is missing."""
+    """Take each job that is due and that nobody owns; create its row if it is missing."""
     wanted: dict[JobKey, ClaimRequest] = {}
     for request in requests:
         wanted.setdefault(request.key, request)

@@ -1,9 +1,10 @@
-"""The database connection: one thread that groups writes into transactions.
+"""The worker's way to the database: threads that group operations into transactions.
 
-In: plural store functions with one argument each, from coroutines on the event loop.  Out: each
-argument's result, or an error.  Exists so that the loop never blocks on the database and that
-writes which arrive together share one transaction: on SQLite there is one writer at a time, and on
-any database a commit costs more than the statements in it.
+In: functions of the store with one argument each, from coroutines on the event loop.  Out: each argument's result, or
+an error.
+
+The event loop never blocks on the database.  Operations that arrive together share one transaction, because SQLite has
+one writer at a time, and on any database a commit costs more than the statements in it.
 """
 
 import asyncio
@@ -28,15 +29,15 @@ Operation = Callable[[Connection, list[Argument]], list[Result]]
 MAX_GROUP = 200
 
 
-#: SQLSTATE classes of what passes, by itself or by an operator's hand: connections, transactions that met
-#: others, resources such as the disk, shutdowns, input and output.
+#: SQLSTATE classes of what passes, by itself or when an operator acts: connections, conflicts between
+#: transactions, resources such as the disk, shutdowns, input and output.
 _PASSING_CLASSES: Final = frozenset({"08", "40", "53", "57", "58"})
-#: Likewise: a server that may only be read (being failed over), an idle transaction cut off, a lock not given.
+#: Likewise: a server that is read-only (during a fail-over), an idle transaction cut off, a lock not granted.
 _PASSING_STATES: Final = frozenset({"25006", "25P03", "55P03"})
 
 
 class StoreRefusedError(KeepstreamError):
-    """The database is there and refuses a statement or a value; repeating it would change nothing."""
+    """The database answers and refuses a statement or a value; repeating it would change nothing."""
 
 
 class _Request(NamedTuple):
@@ -46,7 +47,7 @@ class _Request(NamedTuple):
 
 
 class WorkerDatabase:
-    """Runs store functions for the event loop; made on the loop it serves."""
+    """Runs the store's functions for the event loop; created on the loop that it serves."""
 
     def __init__(self, engine: Engine, threads: int = 1) -> None:
         self.engine = engine
@@ -65,7 +66,7 @@ class WorkerDatabase:
 
         Raises:
             StoreUnavailableError: the database did not answer; nothing was changed, or, if the
-                commit itself was cut, everything: operations must bear being repeated.
+                commit itself was cut, everything: operations must allow being repeated.
             StoreRefusedError: the database refused it.
         """
         future: asyncio.Future[Result] = self._loop.create_future()
@@ -115,7 +116,7 @@ class WorkerDatabase:
             error = _translate(cause)
             if len(group) == 1 or isinstance(error, StoreUnavailableError):
                 return [(request, None, error) for request in group]
-        # One member spoiled the transaction for all: each on its own, so that only it fails.
+        # One member broke the transaction for all: run each on its own, so that only that one fails.
         outcomes = [outcome for request in group for outcome in self._execute([request])]
         if not any(failure for _, _, failure in outcomes):
             log.error("group_refused", size=len(group), reason=type(error.__cause__ or error).__name__)
@@ -144,7 +145,7 @@ def _settle(outcomes: list[tuple[_Request, Any, Exception | None]]) -> None:
 
 
 def _translate(error: Exception) -> Exception:
-    """An outage is told from a defect; the text of the former holds no statement and no values."""
+    """Tell an outage from a defect; the text of an outage holds no statement and no values."""
     if isinstance(error, DBAPIError) and (error.connection_invalidated or _is_outage(error.orig)):
         return StoreUnavailableError(f"the database is not available ({type(error.orig).__name__})")
     if isinstance(error, SQLAlchemyError) and not isinstance(error, DBAPIError) and "QueuePool" in str(error):

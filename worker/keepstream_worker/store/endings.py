@@ -1,49 +1,58 @@
 """Endings: what an attempt brought, and what becomes of its job.
 
-In: endings, from the engine.  Out: the job's row, its output, its usage and its attempt, written together
-or not at all.  Exists so that a superseded worker changes nothing, and a cancel that came first wins.
+In: endings, from the engine.  Out: the job's row, its output, its usage and its attempt, written together or not at
+all.
+
+A superseded worker changes nothing, and a cancel that was accepted before wins.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum, StrEnum, auto
 from types import SimpleNamespace
 from typing import Any, Final
 
-from sqlalchemy import Connection, Float, Integer, and_, bindparam, delete, select, tuple_, update
+from sqlalchemy import Connection, Float, Integer, bindparam, delete, select, tuple_, update
 
-from keepstream.client.queries import sum_usage
-from keepstream.results import TERMINAL_STATUSES, JobStatus, Usage, output_sha256
+from keepstream.client.endings import JobEnd, end_jobs, sum_usage, usage_columns
+from keepstream.results import TERMINAL_STATUSES, JobStatus, Usage
 from keepstream.tables import attempts, choices, jobs, now, seconds_from_now, tool_calls
-from keepstream_worker.store.values import is_job, of_job
+from keepstream_worker.store.conditions import is_job, of_job
 from keepstream_worker.values import Ended, Ending, JobKey, Outcome
 
 
 class NotEnded(StrEnum):
     """Why an ending was not written."""
 
-    SUPERSEDED = "superseded"  #: Somebody else holds the job now.
+    SUPERSEDED = "superseded"  #: Somebody else owns the job now.
     CANCEL_REQUESTED = "cancel_requested"  #: A cancel came first: end it as cancelled.
 
 
+class _Verdict(Enum):
+    """What is to be done with an ending that is answered with ``Ended``."""
+
+    WRITE = auto()  #: The attempt still owns its job.
+    WRITTEN = auto()  #: By this very worker, whose commit was cut before it heard of it.
+
+
 def end(connection: Connection, endings: list[Ending]) -> list[Ended | NotEnded]:
-    """Write each ending whose attempt still holds its job: status, output, usage and attempt, or nothing."""
+    """Write each ending whose attempt still owns its job: status, output, usage and attempt, or nothing."""
     rows = _lock(connection, [ending.key for ending in endings])
-    verdicts = [_verdict(rows.get(ending.key), ending) for ending in endings]
-    held = [ending for ending, verdict in zip(endings, verdicts, strict=True) if verdict is _HELD]
-    if held:
-        _write_attempts(connection, held)
-        _write_outputs(connection, held)
-    books = {ending.key: _total_usage(connection, ending) for ending in endings}
-    _write_jobs(connection, held, books)
+    verdicts = [_judge(rows.get(ending.key), ending) for ending in endings]
+    owned = [ending for ending, verdict in zip(endings, verdicts, strict=True) if verdict is _Verdict.WRITE]
+    if owned:
+        _write_attempts(connection, owned)
+        _write_outputs(connection, owned)
+    totals = {ending.key: _total(connection, ending) for ending in endings}
+    end_jobs(
+        connection,
+        [_job_end(ending, totals[ending.key]) for ending in owned if ending.status is not JobStatus.RETRYING],
+    )
+    _write_pauses(connection, [ending for ending in owned if ending.status is JobStatus.RETRYING])
     return [
-        verdict if isinstance(verdict, NotEnded) else books[ending.key]
+        verdict if isinstance(verdict, NotEnded) else totals[ending.key]
         for ending, verdict in zip(endings, verdicts, strict=True)
     ]
-
-
-_HELD: Final = "held"
-_WRITTEN: Final = "written"  #: Our own write, whose commit was cut before we heard of it.
 
 
 _LOCK: Final = (
@@ -68,17 +77,17 @@ def _lock(connection: Connection, keys: list[JobKey]) -> dict[JobKey, Any]:
     return {JobKey(row.tenant, row.id): row for row in connection.execute(_LOCK, {"keys": keys})}
 
 
-def _verdict(row: Any, ending: Ending) -> NotEnded | str:
+def _judge(row: Any, ending: Ending) -> NotEnded | _Verdict:
     if row is None or row.attempt != ending.attempt:
         return NotEnded.SUPERSEDED
     if row.status != JobStatus.RUNNING or row.worker_id != ending.worker_id:
         ours = row.status == ending.status and row.terminal_event_id == ending.terminal_event_id
         if ending.status is JobStatus.RETRYING:
             ours = ours and row.next_reason == ending.next_reason  # else a sweeper took it from us
-        return _WRITTEN if ours and row.worker_id is None else NotEnded.SUPERSEDED
+        return _Verdict.WRITTEN if ours and row.worker_id is None else NotEnded.SUPERSEDED
     if row.cancel_requested_at is not None and ending.status in (JobStatus.COMPLETED, JobStatus.RETRYING):
         return NotEnded.CANCEL_REQUESTED  # a cancel that was accepted wins over everything that comes after it
-    return _HELD
+    return _Verdict.WRITE
 
 
 _WRITE_ATTEMPT: Final = (
@@ -131,7 +140,8 @@ def _write_attempts(connection: Connection, endings: list[Ending]) -> None:
                 "http_status": ending.failure and ending.failure.http_status,
                 "retryable": ending.retryable,
                 "provider_request_id": ending.provider_request_id,
-                **_usage_values(ending.usage),
+                "usage": ending.usage.details,
+                **usage_columns(ending.usage),
             }
             for ending in endings
         ],
@@ -140,11 +150,11 @@ def _write_attempts(connection: Connection, endings: list[Ending]) -> None:
 
 def _write_outputs(connection: Connection, endings: list[Ending]) -> None:
     # The output of a job is that of its last attempt.
-    again = [ending.key for ending in endings if ending.attempt > 1]
-    if again:
+    keys_with_output = [ending.key for ending in endings if ending.attempt > 1]
+    if keys_with_output:
         for table in (tool_calls, choices):
-            connection.execute(delete(table).where(tuple_(table.c.tenant, table.c.job_id).in_(again)))
-    rows = [
+            connection.execute(delete(table).where(tuple_(table.c.tenant, table.c.job_id).in_(keys_with_output)))
+    choice_rows = [
         {
             "tenant": ending.key.tenant,
             "job_id": ending.key.id,
@@ -158,7 +168,7 @@ def _write_outputs(connection: Connection, endings: list[Ending]) -> None:
         for ending in endings
         for choice in ending.choices
     ]
-    calls = [
+    call_rows = [
         {
             "tenant": ending.key.tenant,
             "job_id": ending.key.id,
@@ -175,20 +185,20 @@ def _write_outputs(connection: Connection, endings: list[Ending]) -> None:
         for choice in ending.choices
         for position, call in enumerate(choice.tool_calls)
     ]
-    if rows:
-        connection.execute(choices.insert(), rows)
-    if calls:
-        connection.execute(tool_calls.insert(), calls)
+    if choice_rows:
+        connection.execute(choices.insert(), choice_rows)
+    if call_rows:
+        connection.execute(tool_calls.insert(), call_rows)
 
 
-def _total_usage(connection: Connection, ending: Ending) -> Ended:
-    """Sum the job's attempts, the one that ends now included; a first attempt needs no look at the table."""
+def _total(connection: Connection, ending: Ending) -> Ended:
+    """Sum the job's attempts, including the one that ends now; a first attempt needs no look at the table."""
     if ending.outcome is Outcome.UNSTARTED and ending.attempt == 1:
         rows: Sequence[Any] = []
     elif ending.attempt == 1:
         rows = [
             SimpleNamespace(
-                **_usage_values(ending.usage),
+                **usage_columns(ending.usage),
                 outcome=ending.outcome,
                 http_status=ending.failure and ending.failure.http_status,
             )
@@ -198,28 +208,25 @@ def _total_usage(connection: Connection, ending: Ending) -> Ended:
     return Ended(sum_usage(rows), len(rows))
 
 
-_TERMINAL_COLUMNS: Final = (
-    "status",
-    "error_code",
-    "error_message",
-    "partial",
-    "output_sha256",
-    "terminal_event_id",
-    "provider_details",
-    "prompt_tokens",
-    "completion_tokens",
-    "total_tokens",
-    "usage_source",
-)
-_THIS_JOB: Final = and_(jobs.c.tenant == bindparam("of_tenant"), jobs.c.id == bindparam("of_job"))
-_WRITE_END: Final = (
-    update(jobs)
-    .where(_THIS_JOB)
-    .values({column: bindparam(column) for column in _TERMINAL_COLUMNS} | {"finished_at": now(), "worker_id": None})
-)
+def _job_end(ending: Ending, total: Ended) -> JobEnd:
+    return JobEnd(
+        tenant=ending.key.tenant,
+        job_id=ending.key.id,
+        held_attempt=ending.attempt,
+        attempt=ending.attempt,
+        status=ending.status,
+        contents=[choice.content for choice in ending.choices],
+        usage=total.usage,
+        terminal_event_id=ending.terminal_event_id,
+        error_code=ending.failure.code if ending.failure else None,
+        error_message=ending.failure.message if ending.failure else None,
+        provider_details=ending.provider_details,
+    )
+
+
 _WRITE_PAUSE: Final = (
     update(jobs)
-    .where(_THIS_JOB)
+    .where(jobs.c.tenant == bindparam("of_tenant"), jobs.c.id == bindparam("of_job"))
     .values(
         {column: bindparam(column) for column in ("status", "error_code", "error_message", "partial", "next_reason")}
         | {
@@ -233,52 +240,29 @@ _WRITE_PAUSE: Final = (
 )
 
 
-def _write_jobs(connection: Connection, endings: list[Ending], books: dict[JobKey, Ended]) -> None:
-    """Write the jobs' rows, which ``_lock`` holds."""
-    ends, pauses = [], []
-    for ending in endings:
-        values: dict[str, Any] = {
-            "of_tenant": ending.key.tenant,
-            "of_job": ending.key.id,
-            "status": ending.status,
-            "error_code": ending.failure and ending.failure.code,
-            "error_message": ending.failure and ending.failure.message,
-            "partial": bool(ending.choices) and ending.status is not JobStatus.COMPLETED,
-        }
-        if ending.status is JobStatus.RETRYING:
-            values |= {
+def _write_pauses(connection: Connection, endings: list[Ending]) -> None:
+    """Let jobs, whose rows ``_lock`` holds, wait for their next attempt."""
+    if not endings:
+        return
+    connection.execute(
+        _WRITE_PAUSE,
+        [
+            {
+                "of_tenant": ending.key.tenant,
+                "of_job": ending.key.id,
+                "status": ending.status,
+                "error_code": ending.failure and ending.failure.code,
+                "error_message": ending.failure and ending.failure.message,
+                "partial": bool(ending.choices),
                 "next_reason": ending.next_reason,
                 "retry_in": ending.retry_in,
                 "resend_in": ending.resend_in,
                 # A shutdown is not the job's fault.
                 "uncounted": int(ending.outcome is Outcome.INTERRUPTED),
             }
-            pauses.append(values)
-            continue
-        total = _usage_values(books[ending.key].usage or Usage())
-        if books[ending.key].usage is None:
-            total["usage_source"] = None
-        del total["usage"]
-        values |= total | {
-            "output_sha256": output_sha256(choice.content for choice in ending.choices),
-            "terminal_event_id": ending.terminal_event_id,
-            "provider_details": ending.provider_details,
-        }
-        ends.append(values)
-    if ends:
-        connection.execute(_WRITE_END, ends)
-    if pauses:
-        connection.execute(_WRITE_PAUSE, pauses)
-
-
-def _usage_values(usage: Usage) -> dict[str, Any]:
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.total_tokens,
-        "usage_source": usage.source,
-        "usage": usage.details,
-    }
+            for ending in endings
+        ],
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,19 +275,19 @@ class LateUsage:
 
 
 def record_usage(connection: Connection, usages: list[LateUsage]) -> list[None]:
-    """Write usage of lost attempts that nobody has reported yet; a job that has ended meanwhile is summed up again."""
+    """Write the usage of lost attempts that nobody has reported yet; if their job has ended, sum it up again."""
     _lock(connection, [late.key for late in usages])  # so that no ending sums up between the two writes
     for late in usages:
         written = connection.execute(
             update(attempts)
             .where(of_job(attempts, late.key), attempts.c.number == late.attempt, attempts.c.total_tokens.is_(None))
-            .values(_usage_values(late.usage))
+            .values(usage_columns(late.usage) | {"usage": late.usage.details})
         ).rowcount
         if not written:
             continue
         total = sum_usage(connection.execute(select(attempts).where(of_job(attempts, late.key))).all())
         if total is not None:
-            sums = _usage_values(total)
-            del sums["usage"]
-            connection.execute(update(jobs).where(is_job(late.key), jobs.c.status.in_(TERMINAL_STATUSES)).values(sums))
+            connection.execute(
+                update(jobs).where(is_job(late.key), jobs.c.status.in_(TERMINAL_STATUSES)).values(usage_columns(total))
+            )
     return [None] * len(usages)

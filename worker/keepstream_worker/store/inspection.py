@@ -1,7 +1,7 @@
 """Inspection: the operator's questions to the database.
 
-In: a connection inside a transaction.  Out: who works, how much waits, what was rejected; to the
-doctor and the command line.  Exists so that looking after Keepstream needs no SQL by heart.  Only reads.
+In: a connection inside a transaction.  Out: who works, how much waits, what was rejected; to the doctor and the
+command line.  Nothing is written.
 """
 
 from datetime import datetime
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, func, select
 
-from keepstream.results import TERMINAL_STATUSES, JobStatus
+from keepstream.results import JobStatus
 from keepstream.tables import jobs, rejected_messages, seconds_from_now, seconds_until, workers
 
 
@@ -28,13 +28,6 @@ class Overview(NamedTuple):
     workers: list[str]  #: Ids of the workers that are alive; an id begins with the name of the worker's host.
     backlog: Backlog
     rejected: int  #: Messages of the last 24 hours that were no valid jobs.
-
-
-class Purgeable(NamedTuple):
-    """How much a purge would delete."""
-
-    jobs: int
-    rejected_messages: int
 
 
 class RejectedMessage(NamedTuple):
@@ -84,16 +77,3 @@ def rejected(connection: Connection, limit: int) -> list[RejectedMessage]:
         RejectedMessage(row.id, row.rejected_at, row.reason, row.tenant, row.job_id, row.size)
         for row in connection.execute(newest)
     ]
-
-
-def purgeable(connection: Connection, older_than_seconds: float, tenant: str | None) -> Purgeable:
-    """Return how much a purge with the same arguments would delete; ``tenant`` None: of all tenants."""
-    oldest_kept = seconds_from_now(-older_than_seconds)
-    ended = select(func.count()).where(
-        jobs.c.status.in_(TERMINAL_STATUSES), jobs.c.announced, jobs.c.finished_at < oldest_kept
-    )
-    rejected = select(func.count()).where(rejected_messages.c.rejected_at < oldest_kept)
-    if tenant is not None:
-        ended = ended.where(jobs.c.tenant == tenant)
-        rejected = rejected.where(rejected_messages.c.tenant == tenant)
-    return Purgeable(connection.execute(ended).scalar_one(), connection.execute(rejected).scalar_one())

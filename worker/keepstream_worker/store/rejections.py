@@ -1,7 +1,7 @@
 """Rejections: messages that are no jobs.
 
-In: what the message filter, the task and the engine could not take.  Out: rows for people, and a failed job
-where the message named one.  Exists so that nothing vanishes.
+In: what the message filter, the task and the engine could not take.  Out: rows for people, and a failed job where the
+message named one.
 """
 
 from dataclasses import dataclass
@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from sqlalchemy import Connection
 from sqlalchemy.dialects import postgresql, sqlite
 
+from keepstream.client.endings import end_unclaimed
 from keepstream.client.queries import queued_values
 from keepstream.errors import ErrorCode
 from keepstream.jobs import Job
-from keepstream.results import JobStatus, output_sha256
+from keepstream.results import JobStatus
 from keepstream.tables import jobs, now, rejected_messages
 
 
@@ -22,10 +23,10 @@ class Rejection:
 
     id: str
     reason: str
-    size: int
-    payload: str | None = None
-    tenant: str | None = None
-    job_id: str | None = None
+    size: int  #: Bytes; 0 if it was not measured.
+    payload: str | None = None  #: The message, base64, cut to a limit.
+    tenant: str | None = None  #: If the message named one.
+    job_id: str | None = None  #: If the message named one.
 
 
 def reject(connection: Connection, rejections: list[Rejection]) -> list[None]:
@@ -35,14 +36,14 @@ def reject(connection: Connection, rejections: list[Rejection]) -> list[None]:
         insert.values(rejected_at=now()).on_conflict_do_nothing(),
         [
             {
-                "id": one.id,
-                "reason": one.reason,
-                "size": one.size,
-                "payload": one.payload,
-                "tenant": one.tenant,
-                "job_id": one.job_id,
+                "id": rejection.id,
+                "reason": rejection.reason,
+                "size": rejection.size,
+                "payload": rejection.payload,
+                "tenant": rejection.tenant,
+                "job_id": rejection.job_id,
             }
-            for one in rejections
+            for rejection in rejections
         ],
     )
     return [None] * len(rejections)
@@ -58,17 +59,14 @@ class Refused:
 
 
 def refuse(connection: Connection, refusals: list[Refused]) -> list[None]:
-    """Record jobs that are none as failed, so that whoever waits for them hears of it."""
+    """Store invalid jobs as failed, so that whoever waits for them learns of it; a job that has a row is left alone."""
     insert = (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(jobs)
-    for one in refusals:
-        values = queued_values(one.job) | {
-            "status": JobStatus.FAILED,
-            "attempt": 1,
-            "finished_at": now(),
-            "error_code": one.code,
-            "error_message": one.message,
-            "output_sha256": output_sha256(()),
-            "terminal_event_id": "1-1",
-        }
-        connection.execute(insert.values(values).on_conflict_do_nothing())
+    for refused in refusals:
+        values = queued_values(refused.job)
+        created = connection.execute(insert.values(values).on_conflict_do_nothing().returning(jobs.c.id)).one_or_none()
+        if created is not None:
+            job = refused.job
+            end_unclaimed(
+                connection, job.tenant, job.id, values["attempt"], JobStatus.FAILED, refused.code, refused.message
+            )
     return [None] * len(refusals)

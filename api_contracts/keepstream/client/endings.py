@@ -1,0 +1,159 @@
+"""The end of a job: the one place that writes what its row says once nothing more will happen to it.
+
+In: jobs that end, from ``queries`` (a cancel) and from the worker's store (an attempt ended, nobody may make another
+one, the job expired or is refused).  Out: their rows.
+
+It is part of the client because a client that cancels a waiting job ends it itself.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sqlalchemy import Connection, and_, bindparam, select, update
+
+from keepstream import tables
+from keepstream.errors import ErrorCode
+from keepstream.results import TERMINAL_STATUSES, JobStatus, Usage, UsageSource, output_sha256
+from keepstream.tables import attempts, choices, jobs
+
+
+@dataclass(frozen=True, slots=True)
+class JobEnd:
+    """How a job ends."""
+
+    tenant: str
+    job_id: str
+    held_attempt: int  #: The row's attempt number as the caller knows it; if it is another one, nothing is written.
+    attempt: int  #: The number under which the job ends.
+    status: JobStatus  #: A terminal one.
+    contents: Sequence[str]  #: Of the stored choices, in the order of their index.
+    usage: Usage | None  #: Summed over the attempts; None: none of them cost anything.
+    terminal_event_id: str | None
+    error_code: ErrorCode | None = None
+    error_message: str | None = None
+    provider_details: dict[str, Any] | None = None
+
+
+_END: Final = (
+    update(jobs)
+    .where(
+        jobs.c.tenant == bindparam("of_tenant"),
+        jobs.c.id == bindparam("of_job"),
+        jobs.c.attempt == bindparam("held_attempt"),
+        # Not "not in": SQLAlchemy expands that anew for each execution, which it cannot do for many rows at once.
+        and_(*(jobs.c.status != status for status in sorted(TERMINAL_STATUSES))),
+    )
+    .values(
+        {
+            column: bindparam(column)
+            for column in (
+                "status",
+                "attempt",
+                "error_code",
+                "error_message",
+                "partial",
+                "output_sha256",
+                "terminal_event_id",
+                "provider_details",
+                "prompt_tokens",
+                "completion_tokens",
+                "total_tokens",
+                "usage_source",
+            )
+        }
+        | {"finished_at": tables.now(), "worker_id": None, "announced": False}
+    )
+)
+
+
+def end_jobs(connection: Connection, ends: Sequence[JobEnd]) -> None:
+    """Write the ends of jobs whose rows the caller's transaction has locked."""
+    if not ends:
+        return
+    connection.execute(
+        _END,
+        [
+            {
+                "of_tenant": end.tenant,
+                "of_job": end.job_id,
+                "held_attempt": end.held_attempt,
+                "status": end.status,
+                "attempt": end.attempt,
+                "error_code": end.error_code,
+                "error_message": end.error_message,
+                "partial": bool(end.contents) and end.status is not JobStatus.COMPLETED,
+                "output_sha256": output_sha256(end.contents),
+                "terminal_event_id": end.terminal_event_id,
+                "provider_details": end.provider_details,
+                **usage_columns(end.usage),
+            }
+            for end in ends
+        ],
+    )
+
+
+def end_unclaimed(
+    connection: Connection, tenant: str, job_id: str, attempt: int, status: JobStatus, code: ErrorCode, message: str
+) -> None:
+    """End a job that no worker runs, and whose row the caller's transaction has locked.
+
+    It ends under the number after ``attempt``, the row's, so that its last event is fenced like any other.  The
+    output that an earlier attempt stored stays.
+    """
+    contents = connection.scalars(
+        select(choices.c.content)
+        .where(choices.c.tenant == tenant, choices.c.job_id == job_id)
+        .order_by(choices.c.index)
+    ).all()
+    tries = connection.execute(select(attempts).where(attempts.c.tenant == tenant, attempts.c.job_id == job_id)).all()
+    end = JobEnd(
+        tenant,
+        job_id,
+        held_attempt=attempt,
+        attempt=attempt + 1,
+        status=status,
+        contents=contents,
+        usage=sum_usage(tries),
+        # A snapshot of the stored output goes first, so that followers hold what the row holds.
+        terminal_event_id=f"{attempt + 1}-{2 if contents else 1}",
+        error_code=code,
+        error_message=message,
+    )
+    end_jobs(connection, [end])
+
+
+def sum_usage(tries: Sequence[Any]) -> Usage | None:
+    """Return the sum over a job's attempts (rows), with the weakest of their sources; None if none cost anything.
+
+    A figure that no attempt reported is null.
+    """
+    # Attempts that were refused before the model saw them, or carried over another's output, cost nothing.
+    paid = [attempt for attempt in tries if (attempt.http_status or 200) < 400 and attempt.outcome != "recovered"]
+    if not paid:
+        return None
+
+    def total(column: str) -> int | None:
+        known = [getattr(attempt, column) for attempt in paid if getattr(attempt, column) is not None]
+        return sum(known) if known else None
+
+    sources = {attempt.usage_source or UsageSource.UNKNOWN for attempt in paid}
+    weakest = next(
+        source for source in (UsageSource.UNKNOWN, UsageSource.ESTIMATED, UsageSource.PROVIDER) if source in sources
+    )
+    return Usage(
+        prompt_tokens=total("prompt_tokens"),
+        completion_tokens=total("completion_tokens"),
+        total_tokens=total("total_tokens"),
+        source=weakest,
+    )
+
+
+def usage_columns(usage: Usage | None) -> dict[str, Any]:
+    """Return the columns of a job or an attempt that hold its usage; all null for None."""
+    return {
+        "prompt_tokens": usage and usage.prompt_tokens,
+        "completion_tokens": usage and usage.completion_tokens,
+        "total_tokens": usage and usage.total_tokens,
+        "usage_source": usage and usage.source,
+    }
