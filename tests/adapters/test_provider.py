@@ -483,7 +483,7 @@ async def test_a_broken_connection_before_the_answer_is_a_connection_failure(beh
 async def test_a_broken_connection_within_the_answer_is_a_connection_failure(
     behaviour: Behaviour, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("keepstream_worker.providers.provider._LOOK_SECONDS", 0.1)
+    monkeypatch.setattr("keepstream_worker.providers.provider._CHECK_INTERVAL", 0.1)
     failure = await failure_of(behaviour)
     assert (failure.code, failure.http_status) == (ErrorCode.CONNECTION, 200)
     assert failure.provider_request_id == "req-7"
