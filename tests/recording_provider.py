@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from keepstream_worker.dev_stack.embedded import EmbeddedProvider
 from keepstream_worker.dev_stack.scripted_provider import ScriptedProvider
-from keepstream_worker.dev_stack.scripted_provider.connection import Attempt, Connection, Performance, Request
+from keepstream_worker.dev_stack.scripted_provider.connection import Attempt, Connection, Playback, Request
 
 
 class ProviderAttempt(NamedTuple):
@@ -48,12 +48,12 @@ class RecordingProvider(ScriptedProvider):
         return super().stats | {"history": history}
 
     @override
-    def _perform(self, connection: Connection, request: Request) -> Performance:
-        performance = super()._perform(connection, request)
+    def _playback_for(self, connection: Connection, request: Request) -> Playback:
+        playback = super()._playback_for(connection, request)
         key = request.json().get("script", {}).get("key")
         if key is not None:
             self._history[key].append(self._attempts[key])  # it is kept up to date until the response ends
-        return performance
+        return playback
 
 
 class RecordingProviderProcess(EmbeddedProvider):
