@@ -1,6 +1,6 @@
 """The follower and the direct reader: record when each delta arrives, as cheaply as Python can.
 
-In: one JSON line on standard input, ``{"channels": […], "ended": …, "failed": …}`` or ``{"streams": n, "script": {…}}``.
+In: one JSON line on standard input, ``{"channels": […], "ended": …, "failed": …}`` or ``{"streams": n, "script": …}``.
 Out: the JSON lines ``ready``, ``started`` (every stream has delivered a delta) and ``ended`` on standard output; with
 ``--stamps FILE`` the pairs (received, sent), as native 64-bit nanoseconds of CLOCK_MONOTONIC, which all processes of a
 machine share.
