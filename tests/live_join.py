@@ -1,8 +1,9 @@
-"""The seam between replay and live: followers join a job at random moments while it is being published.
+"""The live join: followers join a job at random moments while it is being published.
 
-In: how many joins.  Out: how many of them lost, doubled or swapped an event, to a test and to the
-command line.  Exists because this is where such systems lose events: what is published after the
-log was read and before the subscription counts is easily seen by nobody.
+In: a number of joins.
+Out: how many of them lost, repeated or reordered an event, to a test and to the command line.
+
+An event that is published after the log was read and before the subscription takes effect is easily lost.
 
     python -m tests.live_join --joins 10000
 """
@@ -20,7 +21,7 @@ import redis.asyncio
 from keepstream.client.client import AsyncClient
 from keepstream.names import JobKeys, job_keys, parse_event_id
 from keepstream_worker.dev_stack.embedded import EmbeddedValkey
-from tests.histories import delta, ended, started
+from tests.event_texts import delta, ended, started
 
 JOINS_PER_JOB = 200
 EVENTS = 120

@@ -1,8 +1,8 @@
-"""The scripted provider with a memory: it keeps every attempt at a key, not only the last.
+"""The scripted provider with a memory: it keeps every attempt for a key, not only the latest.
 
-In: a port.  Out: the same server, whose ``/_stats`` has a
-``history`` of all attempts by key.  Exists so that the tests can tell what was asked of the provider,
-when, and for how long, whatever the database says.
+In: a port.
+Out: the same server, whose ``/_stats`` has a ``history`` of all attempts by key, so that tests can see what was asked
+of the provider, when and for how long, whatever the database says.
 """
 
 import argparse
@@ -42,7 +42,9 @@ class RecordingProvider(ScriptedProvider):
     @override
     def stats(self) -> dict[str, Any]:
         history = {
-            key: [[one.started_ns, one.ended_ns, one.client_closed_ns, one.deltas] for one in attempts]
+            key: [
+                [attempt.started_ns, attempt.ended_ns, attempt.client_closed_ns, attempt.deltas] for attempt in attempts
+            ]
             for key, attempts in self._history.items()
         }
         return super().stats | {"history": history}

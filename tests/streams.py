@@ -1,7 +1,7 @@
 """Streams for tests: the conformance cases as bytes, and a stream played to the reader.
 
-In: ``conformance/sse_cases.jsonl``.  Out: cases, and what the reader made of a stream.  Exists so that
-the tests of single parts, of all cases and the fuzzer hold the reader to the same promises.
+In: ``conformance/sse_cases.jsonl``.
+Out: cases, and what the reader made of a stream, to unit tests and the fuzzer.
 """
 
 import base64

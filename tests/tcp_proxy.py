@@ -1,7 +1,7 @@
-"""A TCP proxy that can be cut: one client loses a server that all others still reach.
+"""A TCP proxy that can be cut, so that one client loses a server that all others still reach.
 
-In: a server's port.  Out: a port that leads to it as long as the proxy is whole.  Exists so that a test
-can part one worker from its database without harming the database.
+In: a server's port.
+Out: a port that leads to it until the proxy is cut.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""The provider against real sockets: a scripted provider for what is sent, small raw servers for what goes wrong."""
+"""The provider on real sockets: a scripted provider for what is sent, small raw servers for what goes wrong."""
 
 import asyncio
 import gzip

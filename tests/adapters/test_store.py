@@ -1,4 +1,4 @@
-"""The store against real databases: who owns a job, what an ending writes, and what a sweep finds."""
+"""The store on real databases: who owns a job, what an ending writes, and what a sweep finds."""
 
 import threading
 import time
@@ -148,7 +148,7 @@ def test_claim_of_an_unknown_job_creates_it(db: Store) -> None:
     assert 55 < claim.remaining_seconds < 60.1  # SQLite's clock counts days, in steps of 40 µs
     result = db.get()
     assert (result.status, result.attempt) == (JobStatus.RUNNING, 1)
-    assert [(one.number, one.worker, one.outcome) for one in result.attempts] == [(1, "w1", None)]
+    assert [(attempt.number, attempt.worker, attempt.outcome) for attempt in result.attempts] == [(1, "w1", None)]
 
 
 def test_queued_job_is_claimed_once(db: Store) -> None:
@@ -357,7 +357,7 @@ def test_late_usage_of_a_lost_attempt_is_written_once_and_summed(db: Store) -> N
         db(store.record_usage, LateUsage(JobKey("default", "a"), 1, estimate))
     db(store.record_usage, LateUsage(JobKey("default", "a"), 2, Usage(total_tokens=99)))
     result = db.get()
-    assert [one.usage and one.usage.total_tokens for one in result.attempts] == [7, 7]
+    assert [attempt.usage and attempt.usage.total_tokens for attempt in result.attempts] == [7, 7]
     assert result.usage is not None
     assert (result.usage.total_tokens, result.usage.source) == (14, UsageSource.ESTIMATED)
 

@@ -1,8 +1,10 @@
-"""The faults: what is done to workers and servers, and when.
+"""Faults: what is done to workers and servers, and when.
 
-In: a random generator and a cluster.  Out: a plan of faults, and the faults themselves, one after the
-other.  Exists so that a run can be repeated by its seed as far as real processes allow: what happens
-and when is planned beforehand; what it meets there is not.
+In: a random generator and a cluster.
+Out: a plan of faults, and the faults themselves, one after the other.
+
+A run can be repeated by its seed as far as real processes allow: what happens and when is planned in advance; what it
+hits is not.
 """
 
 import random

@@ -1,11 +1,11 @@
-"""The seam between replay and live: followers join running streams of real workers at random moments.
+"""The live join: followers join running streams of real workers at random moments.
 
-In: a place, a seed and a number of joins.  Out: a report.  Exists because this is where such systems
-lose events: what is published after the log was read and before the subscription counts is easily
-seen by nobody.  Each follower must get every event after its cursor once and in order.
+In: a sandbox, a seed and a number of joins.
+Out: a report.
 
-Most followers stay only until they have got some live events after the place where they joined, so
-that many joins are cheap; some stay to the end.
+An event that is published after the log was read and before the subscription takes effect is easily lost. Each follower
+must get every event after its cursor once and in order. Most followers leave after a few live events beyond the point
+where they joined, so that many joins are cheap; some stay to the end.
 """
 
 import asyncio
@@ -17,8 +17,8 @@ from typing import Final
 from keepstream.client.client import AsyncClient
 from keepstream.events import is_terminal
 from keepstream.names import job_keys
-from tests.chaos.place import Place
 from tests.chaos.report import Report
+from tests.chaos.sandbox import Sandbox
 from tests.cluster import Cluster
 
 JOINS: Final = 10_000
@@ -51,12 +51,12 @@ class _Tally:
     offences: list[str] = field(default_factory=list)
 
 
-def run(place: Place, seed: int, _jobs: int = 0, joins: int = JOINS, deltas: int = DELTAS) -> Report:
+def run(sandbox: Sandbox, seed: int, _jobs: int = 0, joins: int = JOINS, deltas: int = DELTAS) -> Report:
     """Play the item and judge it."""
-    report = Report(f"live joins (seed {seed}, {joins} joins, {_WORKERS} workers, {place.database})")
+    report = Report(f"live joins (seed {seed}, {joins} joins, {_WORKERS} workers, {sandbox.database})")
     tally = _Tally()
     began = time.monotonic()
-    with place.cluster("live-join", idle_timeout=60, lease=15) as cluster:
+    with sandbox.cluster("live-join", idle_timeout=60, lease=15) as cluster:
         cluster.start_workers(_WORKERS)
         asyncio.run(_play(cluster, random.Random(seed), joins, deltas, tally))
     report.count("joins of running streams", tally.joins)
@@ -138,7 +138,7 @@ async def _join(
     tally.to_the_end += ended
     tally.events += len(got)
     whole = got == list(range(after + 1, after + 1 + len(got)))
-    reached = after + len(got)  # beyond the end there is nothing, and nothing is told
+    reached = after + len(got)  # beyond the end there is nothing
     if not whole or not (ended or reached >= enough or (stream.ended and reached == stream.n)):
         tally.offences.append(f"{stream.job_id} after 1-{after}: {got[:5]} … {got[-5:]}, ended {ended}")
 

@@ -1,7 +1,7 @@
 """Reports: what an item of the suite counted, and which of its checks failed.
 
-In: counts and offences, from the items.  Out: lines of text and a verdict, to the command line and the
-tests.  Exists so that every item is judged in the same way: a check without offences holds.
+In: counts and violations, from the items.
+Out: lines of text and a verdict, to the command line and the tests. A check without violations holds.
 """
 
 from collections import Counter

@@ -1,8 +1,8 @@
-"""Times: how long a fault is felt, with the default settings.
+"""Times: how long a fault is felt with the default settings.
 
-In: a place.  Out: a report.  Exists so that what the documents say about recovery is measured: from a
-worker's death to the next attempt's first event, from a cancel to the provider's closed connection,
-and from SIGTERM to the jobs running elsewhere.
+In: a sandbox.
+Out: a report of three times: from a worker's death to the next attempt's first event, from a cancel to the provider's
+closed connection, and from SIGTERM to the jobs running elsewhere. The documents quote them.
 """
 
 import threading
@@ -13,8 +13,8 @@ import redis
 from redis.exceptions import RedisError
 
 from keepstream.events import parse_event
-from tests.chaos.place import Place
 from tests.chaos.report import Report, spread
+from tests.chaos.sandbox import Sandbox
 from tests.cluster import Cluster, WorkerProcess, wait_until
 
 WORKERS: Final = 3
@@ -47,11 +47,11 @@ class _Watch(threading.Thread):
 
 
 def run(
-    place: Place, _seed: int = 0, _jobs: int = 0, kills: int = KILLS, cancels: int = CANCELS, jobs: int = JOBS
+    sandbox: Sandbox, _seed: int = 0, _jobs: int = 0, kills: int = KILLS, cancels: int = CANCELS, jobs: int = JOBS
 ) -> Report:
     """Measure, and judge only what would be a defect."""
-    report = Report(f"times (default settings, {WORKERS} workers, {place.database})")
-    with place.cluster("times", base={}) as cluster:
+    report = Report(f"times (default settings, {WORKERS} workers, {sandbox.database})")
+    with sandbox.cluster("times", base={}) as cluster:
         workers = cluster.start_workers(WORKERS)
         watch = _Watch(cluster)
         job_ids = [cluster.enqueue(**_ENDLESS) for _ in range(jobs)]

@@ -1,15 +1,16 @@
-"""Play provider streams to a real worker and compare what it stored and published with what is expected.
+"""Play provider streams to a real worker, and compare what it stored and published with what is expected.
 
-In: a file of cases, one JSON object a line (default: ``sse_cases.jsonl`` beside this file).  Out: each
-failing case with expected and got, then ``N passed, N failed``; exit code 0 if all passed, 1 if not, 2 if
-the cases cannot be played.  Exists so that "any OpenAI-compatible provider works" is checked on the whole
-way: HTTP, decoder, accumulator, events, database, retry decision.
+In: a file of cases, one JSON object per line (default: ``sse_cases.jsonl`` beside this file).
+Out: each failing case with expected and actual values, then ``N passed, N failed``; exit code 0 if all passed, 1 if
+not, 2 if the cases cannot be played.
 
-A case holds ``http_status`` (0: the connection drops before the headers), ``headers``, ``chunks`` (the
-writes of the body; ``{"b64": …}`` holds bytes that are no UTF-8), ``close`` (``clean``, ``reset`` or
-``stall``) and ``expect``: the ``outcome`` of the one attempt (``completed``, ``retry``, ``fail``) and, as
-far as given, ``error_code``, ``content``, ``reasoning``, ``refusal``, ``finish_reason``, ``tool_calls`` of
-the lowest choice (a call without ``id`` accepts any), and ``usage`` as a subset.
+This covers the whole path: HTTP, decoder, accumulator, events, database, retry decision.
+
+A case has ``http_status`` (0: the connection drops before the headers), ``headers``, ``chunks`` (the writes of the
+body; ``{"b64": …}`` holds bytes that are not UTF-8), ``close`` (``clean``, ``reset`` or ``stall``) and ``expect``: the
+``outcome`` of the only attempt (``completed``, ``retry``, ``fail``) and, if given, ``error_code``, ``content``,
+``reasoning``, ``refusal``, ``finish_reason``, ``tool_calls`` of the lowest choice (a call without ``id`` accepts any),
+and ``usage`` as a subset.
 """
 
 import argparse
@@ -71,7 +72,7 @@ class Seen:
 
     result: CompletionResult
     transcript: Transcript  #: As it stands at the end.
-    streamed: list[ChoiceSnapshot]  #: The attempt's output as its events told it, before a failure made it void.
+    streamed: list[ChoiceSnapshot]  #: The attempt's output according to its events, before a failure made it void.
 
 
 def load_cases(file: Path) -> list[Case]:

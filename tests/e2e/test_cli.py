@@ -1,4 +1,4 @@
-"""The command line as a user meets it: real processes, their output, their exit codes."""
+"""The command line as users see it: real processes, their output, their exit codes."""
 
 import ast
 import contextlib

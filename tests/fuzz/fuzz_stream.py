@@ -1,10 +1,10 @@
-"""Fuzz the stream reader: broken, mixed and made-up streams, cut anywhere.
+"""Fuzz the stream reader with broken, mixed and invented streams, cut anywhere.
 
-In: the conformance cases and a seed.  Out: progress and a final count; exit code 1 and the input that
-failed, as a Python literal, if a promise did not hold.  Exists so that no provider, however odd, makes
-the reader raise, hang, grow without bound or publish something else than it stores.
+In: the conformance cases and a seed.
+Out: progress and a final count; exit code 1 and the failing input, as a Python literal, if a promise does not hold.
 
-Run it as ``python -m tests.fuzz.fuzz_stream --inputs 1000000``. The same seed gives the same inputs.
+However odd a provider is, the reader must not raise, hang, grow without bound, or publish something other than it
+stores. Run it as ``python -m tests.fuzz.fuzz_stream --inputs 1000000``. The same seed gives the same inputs.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """``python -m tests.interop EXECUTABLES``: stream from other people's servers through a real worker, and compare.
 
-In: the directory that holds the servers' executables.  Out: a table of what was compared; each difference in
-words; exit code 0 if there is none.  Exists so that the main job is seen to work with servers that are not ours.
+In: the directory that holds the servers' executables.
+Out: a table of what was compared, and each difference in words; exit code 0 if there is none.
 """
 
 import argparse
@@ -103,7 +103,7 @@ def main() -> int:
                 compared.append((server, case, play(cluster, server, tap, case)))
                 add_row(table, *compared[-1])
     console.print(table)
-    failed = [one for one in compared if one[2].problems]
+    failed = [(server, case, comparison) for server, case, comparison in compared if comparison.problems]
     for server, case, comparison in failed:
         console.print("\n  ".join([f"{server.name}, {case.name}:", *comparison.problems]), markup=False)
     console.print(f"{len(compared) - len(failed)} the same, {len(failed)} different")

@@ -1,8 +1,10 @@
 """The comparison: what a server sent, what two followers held, and what the row holds.
 
-In: the body of an answer, two followers at their end, the stored result.  Out: one ``Comparison`` a case, with each
-difference in words.  Exists so that the verdict does not rest on our own decoder: the body is read here by the
-plainest of readers, which suffices for these servers and would not for most.
+In: the body of an answer, two followers at their end, and the stored result.
+Out: one ``Comparison`` per case, with each difference in words.
+
+The body is read by the simplest possible reader rather than our own decoder. It suffices for these servers, but
+would not for most.
 """
 
 import hashlib

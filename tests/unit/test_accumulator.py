@@ -1,4 +1,4 @@
-"""The accumulator: what providers send comes out as one output, and the deltas that led to it give the same."""
+"""The accumulator: whatever providers send becomes one output, and its deltas add up to the same."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""docs/architecture.md says what is so: each file, function and room it names exists."""
+"""docs/architecture.md agrees with the code: every file, function and room it names exists."""
 
 import ast
 import re

@@ -13,7 +13,7 @@ from jsonschema.protocols import Validator  # type: ignore[import-untyped]
 from keepstream.events import KNOWN_EVENTS, parse_event, snapshot_event, terminal_event
 from keepstream.jobs import parse_job
 from keepstream.schemas import generate as generate_schemas
-from tests.histories import attempt_failed, attempt_finished, delta, ended, snapshot, started
+from tests.event_texts import attempt_failed, attempt_finished, delta, ended, snapshot, started
 from tests.unit.test_events import result
 
 EVENTS = [

@@ -1,4 +1,4 @@
-"""The event decoder: bytes in, events out, however they were cut."""
+"""The event decoder: bytes in, events out, however the bytes were split."""
 
 import random
 import time
