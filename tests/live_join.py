@@ -34,7 +34,7 @@ redis.call('PUBLISH', KEYS[2], ARGV[2])
 
 @dataclass
 class Counts:
-    """What became of the joins."""
+    """The results of the joins."""
 
     joins: int = 0
     events: int = 0  #: Received by all followers together.
@@ -61,7 +61,7 @@ async def append(connection: redis.asyncio.Redis, keys: JobKeys, event: str) -> 
 
 
 async def join(client: AsyncClient, job_id: str, delay: float, counts: Counts) -> None:
-    """Follow a job after a moment, and count what is wrong."""
+    """Follow a job after a moment, and count what goes wrong."""
     await asyncio.sleep(delay)
     got = [parse_event_id(event.id).n async for event in client.follow(job_id, timeout=60)]
     counts.joins += 1
@@ -72,7 +72,7 @@ async def join(client: AsyncClient, job_id: str, delay: float, counts: Counts) -
 
 
 async def run(url: str, joins: int, seed: int = 1) -> Counts:
-    """Let ``joins`` followers join jobs, each at another place of the job and at a random moment."""
+    """Let ``joins`` followers join jobs, each at a different event and at a random moment."""
     dice = random.Random(seed)
     counts = Counts()
     async with AsyncClient(url) as client, redis.asyncio.Redis.from_url(url, max_connections=10) as connection:

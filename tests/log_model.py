@@ -24,7 +24,7 @@ class Call(NamedTuple):
 
 
 def parse_call(command: bytes) -> Call:
-    """Return what an ``EVALSHA`` command asks for."""
+    """Parse an ``EVALSHA`` command."""
     reader = hiredis.Reader()
     reader.feed(command)
     words: Any = reader.gets()

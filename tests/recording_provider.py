@@ -32,7 +32,7 @@ class ProviderAttempt(NamedTuple):
 
 
 class RecordingProvider(ScriptedProvider):
-    """Remembers all attempts."""
+    """A scripted provider that remembers all attempts."""
 
     def __init__(self, host: str = "127.0.0.1", port: int = 0, api_key: str | None = None) -> None:
         super().__init__(host, port, api_key)
@@ -54,7 +54,7 @@ class RecordingProvider(ScriptedProvider):
         playback = super()._playback_for(connection, request)
         key = request.json().get("script", {}).get("key")
         if key is not None:
-            self._history[key].append(self._attempts[key])  # it is kept up to date until the response ends
+            self._history[key].append(self._attempts[key])  # updated until the response ends
         return playback
 
 
@@ -86,7 +86,7 @@ class RecordingProviderProcess(EmbeddedProvider):
         }
 
     def attempts(self, key: str) -> list[ProviderAttempt]:
-        """All attempts at one key."""
+        """All attempts for one key."""
         return self.history().get(key, [])
 
 

@@ -19,8 +19,8 @@ class TcpProxy:
     def __init__(self, target: int) -> None:
         self._target = target
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self._whole = threading.Event()
-        self._whole.set()
+        self._open = threading.Event()
+        self._open.set()
         self._sockets: list[socket.socket] = []
         self.port: int = self._listener.getsockname()[1]
 
@@ -36,20 +36,20 @@ class TcpProxy:
 
     def cut(self) -> None:
         """Break all connections, and refuse new ones."""
-        self._whole.clear()
+        self._open.clear()
         while self._sockets:
             with contextlib.suppress(OSError):
                 self._sockets.pop().shutdown(socket.SHUT_RDWR)
 
     def mend(self) -> None:
         """Let new connections through again."""
-        self._whole.set()
+        self._open.set()
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):  # closed
             while True:
                 client, _ = self._listener.accept()
-                if not self._whole.is_set():
+                if not self._open.is_set():
                     client.close()
                     continue
                 try:

@@ -101,7 +101,7 @@ def stored(database_url: str) -> str:
     return database_url
 
 
-# -- the seam --
+# -- the live join --
 
 
 async def test_followers_that_join_at_random_moments_miss_nothing(redis_url: str) -> None:

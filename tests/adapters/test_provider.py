@@ -751,7 +751,7 @@ async def test_a_connection_that_is_never_accepted_is_a_timeout() -> None:
     assert caught.value.failure.code is ErrorCode.TIMEOUT
 
 
-# -- the connection is let go on every road -----------------------------------------------------------
+# -- the connection is always released -----------------------------------------------------------------
 
 
 async def test_a_connection_whose_answer_was_read_serves_again() -> None:

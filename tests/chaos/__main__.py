@@ -28,7 +28,7 @@ ITEMS: Final[dict[str, Callable[[Sandbox, int, int], Report]]] = {
 
 
 def main() -> int:
-    """Run the items that are asked for."""
+    """Run the requested items."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     parser.add_argument("--seed", type=int, default=1, help="what happens when (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=300, help="jobs of the item chaos (default: %(default)s)")
@@ -36,7 +36,7 @@ def main() -> int:
     parser.add_argument("--database", choices=("postgresql", "sqlite"), default="postgresql")
     parser.add_argument("--keep", type=Path, help="directory for the workers' logs (default: a temporary one)")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: with nothing left behind
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end like Ctrl-C, leaving nothing behind
     failed: list[str] = []
     with tempfile.TemporaryDirectory(prefix="keepstream-chaos-") as temporary:
         directory = options.keep or Path(temporary)

@@ -71,7 +71,7 @@ class Witness:
 
 @dataclass
 class Testimony:
-    """Everything that was seen while the chaos lasted."""
+    """Everything that was observed during the chaos."""
 
     witnesses: list[Witness] = field(default_factory=list)
     overheard: dict[str, list[Event]] = field(default_factory=lambda: defaultdict(list))  #: By the raw subscriber.
@@ -82,7 +82,7 @@ class Testimony:
 
 
 def run(sandbox: Sandbox, seed: int, jobs: int) -> Report:
-    """Play the item and judge it."""
+    """Run the item and check the results."""
     report = Report(f"chaos (seed {seed}, {jobs} jobs, {WORKERS} workers, {sandbox.database})")
     dice = random.Random(seed)
     dealt: Counter[str] = Counter()
@@ -128,8 +128,8 @@ async def _play(
             task.cancel()
         await asyncio.gather(*pending, return_exceptions=True)
         for task in done:
-            task.result()  # what went wrong here is a defect of the suite
-        await asyncio.sleep(3)  # whoever would tell an end a second time may do so now
+            task.result()  # an exception here is a defect of the suite
+        await asyncio.sleep(3)  # time for a second end, which would be a defect
         subscriber.cancel()
         await asyncio.gather(subscriber, return_exceptions=True)
     return testimony
@@ -160,7 +160,7 @@ async def _produce(
 async def _follow(
     client: AsyncClient, witness: Witness, joins: float, dice: random.Random, testimony: Testimony
 ) -> None:
-    """Follow a job to its end, leaving now and then and coming back with the last event id."""
+    """Follow a job to its end, leaving now and then and resuming after the last event id."""
     await asyncio.sleep(joins)
     try:
         while True:
@@ -185,7 +185,7 @@ async def _follow(
     except asyncio.CancelledError:
         witness.error = "never received the end"
         raise
-    except Exception as error:  # noqa: BLE001  # no follower may ever meet one
+    except Exception as error:  # noqa: BLE001  # no follower may ever see one
         witness.error = repr(error)
 
 
@@ -198,18 +198,18 @@ async def _look_at_the_row(client: AsyncClient, event: Event, testimony: Testimo
 
 
 async def _row_of(client: AsyncClient, job_id: str) -> tuple[CompletionResult | None, int]:
-    """Return a job as it is stored, and how many looks that took."""
+    """Return a job as stored, and how many reads that took."""
     looks = 1
     while True:
         try:
             return await client.get(job_id), looks
-        except StoreUnavailableError:  # it is away just now; what it holds cannot have come after the event
+        except StoreUnavailableError:  # unavailable; once it is back, the row is no newer than the event
             looks += 1
             await asyncio.sleep(0.2)
 
 
 async def _overhear(cluster: Cluster, client: AsyncClient, testimony: Testimony) -> None:
-    """Listen to all channels, with no care for what is missed while the connection is down."""
+    """Listen to all channels, ignoring what is missed while the connection is down."""
     looks: set[asyncio.Task[None]] = set()
     while True:
         try:
@@ -252,7 +252,7 @@ def _judge(report: Report, cluster: Cluster, workload: list[ScriptedJob], testim
     report.count("cancels accepted", sum(status is not JobStatus.COMPLETED for status in testimony.cancels.values()))
     report.count_each("trouble", testimony.trouble)
 
-    report.check("every job is stored and terminal", _not_terminal(results))
+    report.check("every job is stored and has ended", _not_terminal(results))
     report.check("a completed job holds what the provider sent", _wrong_results(workload, stored))
     report.check("no terminal event before its row", testimony.early)
     report.check("a cancelled job is never completed", _uncancelled(testimony, stored))
@@ -398,7 +398,7 @@ def _wrong_logs(cluster: Cluster, workload: list[ScriptedJob]) -> Iterator[str]:
     with cluster.redis() as client:
         for scripted in workload:
             entries: Any = client.xrange(job_keys("default", scripted.id).log)
-            if not entries:  # Redis has lost it; the row answers
+            if not entries:  # Redis has lost it; the row has the result
                 continue
             events = [parse_event(fields[b"event"]) for _, fields in entries]
             ends = [event.id for event in events if is_terminal(event)]
@@ -412,7 +412,7 @@ def _judge_workers(report: Report, cluster: Cluster, saboteur: Saboteur) -> None
     defects = []
     for worker in cluster.workers:
         if not worker.at_work:
-            continue  # it could not start, because a server was away
+            continue  # it could not start, because a server was unavailable
         for line in worker.log_lines():
             if '"exception"' in line or "Traceback" in line:
                 try:
@@ -422,4 +422,4 @@ def _judge_workers(report: Report, cluster: Cluster, saboteur: Saboteur) -> None
                     defects.append(line[:300])
     report.check("no worker met a defect", defects)
     unasked = [ended for ended in saboteur.exits if ended.startswith("by itself") and not ended.endswith("code 1")]
-    report.check("no worker ended unasked", unasked)  # code 1: it could not start, because a server was away
+    report.check("no worker ended unasked", unasked)  # code 1: it could not start, because a server was unavailable

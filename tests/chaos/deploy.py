@@ -32,12 +32,12 @@ def run(
     workers: int = WORKERS,
     grace: float = GRACE,
 ) -> Report:
-    """Play the item and judge it."""
+    """Run the item and check the results."""
     report = Report(f"rolling deploy ({generations} generations of {workers} workers, {sandbox.database})")
     with sandbox.cluster("deploy", shutdown_grace=grace) as cluster:
         current = cluster.start_workers(workers)
         load = _Load(cluster, random.Random(seed), grace)
-        stop_requested: dict[str, float] = {}  # worker id → when it was stop_requested to end
+        stop_requested: dict[str, float] = {}  # worker id → when it was asked to stop
         took: list[float] = []
         codes: Counter[str] = Counter()
         for _ in range(generations - 1):
@@ -114,5 +114,5 @@ def _judge(
 
 
 def _seconds(result: CompletionResult) -> float:
-    """How long the job's whole stream takes."""
+    """The duration of the job's whole stream, in seconds."""
     return len(result.text.split()) / RATE

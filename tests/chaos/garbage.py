@@ -35,7 +35,7 @@ Message = dict[str, Any]
 
 
 def message(arguments: object) -> Message:
-    """Return the message that a careful producer in another language would send."""
+    """Return a message as a careful producer in another language would send it."""
     return {
         "body": base64.b64encode(json.dumps(arguments).encode()).decode(),
         "content-type": "application/json",
@@ -128,7 +128,7 @@ KINDS: Final[dict[str, Callable[[random.Random], object]]] = {
 
 
 def items(number: int, dice: random.Random) -> Iterator[tuple[str, bytes]]:
-    """Give ``number`` items that are no jobs, with the kind of each; every kind occurs if there is room."""
+    """Return ``number`` items that are not jobs, with the kind of each; every kind occurs if ``number`` allows."""
     kinds = list(KINDS)
     for position in range(number):
         if (position + 1) % _HUGE_EVERY == 0:
@@ -140,7 +140,7 @@ def items(number: int, dice: random.Random) -> Iterator[tuple[str, bytes]]:
 
 
 def run(sandbox: Sandbox, seed: int, _jobs: int = 0, number: int = ITEMS) -> Report:
-    """Play the item and judge it."""
+    """Run the item and check the results."""
     report = Report(f"garbage in the queue (seed {seed}, {number} items, {sandbox.database})")
     dice = random.Random(seed)
     pushed: Counter[str] = Counter()

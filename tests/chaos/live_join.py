@@ -33,7 +33,7 @@ _AT_ONCE: Final = 300  #: Followers at the same time; more would only wait for e
 
 @dataclass
 class _Stream:
-    """A running stream as far as its first follower has seen it."""
+    """A running stream, as far as its first follower has seen it."""
 
     job_id: str
     n: int = 0  #: of the newest event
@@ -52,7 +52,7 @@ class _Tally:
 
 
 def run(sandbox: Sandbox, seed: int, _jobs: int = 0, joins: int = JOINS, deltas: int = DELTAS) -> Report:
-    """Play the item and judge it."""
+    """Run the item and check the results."""
     report = Report(f"live joins (seed {seed}, {joins} joins, {_WORKERS} workers, {sandbox.database})")
     tally = _Tally()
     began = time.monotonic()
@@ -83,7 +83,7 @@ async def _play(cluster: Cluster, dice: random.Random, joins: int, deltas: int, 
                 )
             await asyncio.gather(*wave)
         await _every_cursor(client, job_id, tally)
-        # The same once more, with the log expired, so that the row has to answer.
+        # Once more with the log expired, so that the row has to answer.
         with cluster.redis() as connection:
             connection.delete(job_keys("default", job_id).log)
         await _every_cursor(client, job_id, tally, from_row=True)
@@ -151,7 +151,7 @@ async def _every_cursor(client: AsyncClient, job_id: str, tally: _Tally, *, from
     last = int(result.terminal_event_id.partition("-")[2])
     for after in range(last + 1):
         got = [event.id async for event in client.follow(job_id, f"1-{after}" if after else None, timeout=60)]
-        # The row tells the output in one snapshot, which has the id of the last event it stands for.
+        # From the row the output comes as one snapshot, with the id of the last event that it replaces.
         first = max(after, last - 2) if from_row else after
         if got != [f"1-{n}" for n in range(first + 1, last + 1)]:
             tally.offences.append(f"{job_id} after 1-{after}{' from the row' if from_row else ''}: {got[:5]} …")

@@ -17,14 +17,14 @@ from tests.services import PostgresServer
 
 @dataclass(frozen=True, slots=True)
 class Sandbox:
-    """Where logs go, and on which database: ``postgresql`` or ``sqlite``."""
+    """Where logs go, and which database is used: ``postgresql`` or ``sqlite``."""
 
     directory: Path
     database: str = "postgresql"
 
     @contextmanager
     def cluster(self, item: str, *, persistent: bool = False, **settings: Any) -> Iterator[Cluster]:
-        """Give a cluster with servers of its own and no worker."""
+        """Yield a cluster with servers of its own and no worker."""
         directory = self.directory / item
         directory.mkdir(parents=True)
         if self.database == "sqlite":

@@ -27,7 +27,7 @@ _LONGEST_RECOVERY: Final = 30.0  #: Seconds; the lease is 6, and the machine may
 
 
 class _Watch(threading.Thread):
-    """Notes when each attempt was first heard of."""
+    """Records when the first event of each attempt arrived."""
 
     def __init__(self, cluster: Cluster) -> None:
         super().__init__(daemon=True)
@@ -49,7 +49,7 @@ class _Watch(threading.Thread):
 def run(
     sandbox: Sandbox, _seed: int = 0, _jobs: int = 0, kills: int = KILLS, cancels: int = CANCELS, jobs: int = JOBS
 ) -> Report:
-    """Measure, and judge only what would be a defect."""
+    """Measure, and fail only on defects."""
     report = Report(f"times (default settings, {WORKERS} workers, {sandbox.database})")
     with sandbox.cluster("times", base={}) as cluster:
         workers = cluster.start_workers(WORKERS)
@@ -98,7 +98,7 @@ def run(
 
 
 def _held_by(cluster: Cluster, worker: WorkerProcess, job_ids: list[str]) -> dict[str, int]:
-    """Return the jobs a worker runs, with their attempt."""
+    """Return the jobs that a worker runs, with their attempt."""
     held = {}
     for job_id in job_ids:
         last = cluster.result(job_id).attempts[-1]
@@ -122,7 +122,7 @@ def _cancel_all(cluster: Cluster, job_ids: list[str]) -> list[float]:
     for job_id in job_ids:
         called[job_id] = time.monotonic()
         cluster.client.cancel(job_id)
-        time.sleep(0.01)  # one at a time, as people do it
+        time.sleep(0.01)  # one at a time, as people would
     for job_id in job_ids:
         cluster.wait_for(job_id)
     history = cluster.provider.history()

@@ -17,7 +17,7 @@ _MOST_FAULTS: Final = 8  #: Attempts after this one have none, so that every job
 
 @dataclass(frozen=True, slots=True)
 class ScriptedJob:
-    """A job, and what its completed result must hold."""
+    """A job, and the output it must have when completed."""
 
     job: dict[str, Any]
     contents: list[str]
@@ -25,7 +25,7 @@ class ScriptedJob:
 
     @property
     def id(self) -> str:
-        """The job's id, which is the key under which the provider counts it."""
+        """The job's id, which is also its key at the provider."""
         return str(self.job["id"])
 
 

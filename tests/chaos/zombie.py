@@ -19,7 +19,7 @@ JOBS: Final = 12
 
 
 def run(sandbox: Sandbox, _seed: int = 0, _jobs: int = 0, rounds: int = ROUNDS) -> Report:
-    """Play the item and judge it."""
+    """Run the item and check the results."""
     report = Report(f"zombies (SIGSTOP beyond the lease, SIGCONT; {sandbox.database})")
     report.counts |= {"zombies": 0, "jobs taken over": 0, "times a zombie said so": 0}
     with sandbox.cluster("zombie") as cluster:

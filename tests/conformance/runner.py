@@ -50,16 +50,16 @@ _TOKENS: Final = ("prompt_tokens", "completion_tokens", "total_tokens")
 
 
 class CasesError(Exception):
-    """The file of cases is not usable; the message names file and line."""
+    """The file of cases is invalid; the message names file and line."""
 
 
 class WorkerError(Exception):
-    """The worker did not start or did not last."""
+    """The worker did not start, or died."""
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One stream and what is to come of it."""
+    """One stream and its expected result."""
 
     name: str
     response: dict[str, Any]
@@ -71,7 +71,7 @@ class Seen:
     """What the worker made of a case."""
 
     result: CompletionResult
-    transcript: Transcript  #: As it stands at the end.
+    transcript: Transcript  #: Its state at the end.
     streamed: list[ChoiceSnapshot]  #: The attempt's output according to its events, before a failure made it void.
 
 
@@ -171,7 +171,7 @@ def _is_subset(expected: object, got: object) -> bool:
 
 
 def _compare_events(seen: Seen) -> list[str]:
-    """The events must tell the same as the row, and end with the row's state."""
+    """The events must agree with the row, and end with its status."""
     result, terminal = seen.result, seen.transcript.terminal
     if terminal is None:
         return ["events: there is no terminal event"]
@@ -208,7 +208,7 @@ def _short(value: object) -> str:
 
 
 async def play(client: AsyncClient, case: Case) -> Seen:
-    """Enqueue ``case`` as a job of one attempt, follow it to its end and return what came of it."""
+    """Enqueue ``case`` as a job with one attempt, follow it to its end and return the result."""
     job_id = await client.enqueue(
         model="conformance",
         messages=[{"role": "user", "content": case.name}],
@@ -252,7 +252,7 @@ async def run(cases: Sequence[Case], client: AsyncClient) -> int:
 
 @contextlib.contextmanager
 def worker_process(environment: Mapping[str, str], log: Path) -> Iterator[None]:
-    """Run a real worker process meanwhile; raise ``WorkerError`` with its last words if it did not last."""
+    """Run a real worker process meanwhile; raise ``WorkerError`` with the end of its log if it dies."""
     inherited = {
         name: value
         for name, value in os.environ.items()
@@ -281,7 +281,7 @@ def worker_process(environment: Mapping[str, str], log: Path) -> Iterator[None]:
 
 @contextlib.asynccontextmanager
 async def everything_running() -> AsyncIterator[AsyncClient]:
-    """Start Valkey, a SQLite database, the scripted provider and a worker; give a client of it all."""
+    """Start Valkey, a SQLite database, the scripted provider and a worker; yield a client."""
     with tempfile.TemporaryDirectory(prefix="keepstream-") as directory, EmbeddedValkey() as valkey:
         database_url = sqlite_url(Path(directory, "keepstream.db"))
         engine = make_engine(database_url)

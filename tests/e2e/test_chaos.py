@@ -9,7 +9,7 @@ from tests.chaos.sandbox import Sandbox
 
 
 @pytest.mark.parametrize("database", ["sqlite", "postgresql"])
-def test_books_balance_after_everything_has_failed_at_random(tmp_path: Path, database: str) -> None:
+def test_every_job_is_accounted_for_after_everything_has_failed_at_random(tmp_path: Path, database: str) -> None:
     report = chaos.run(Sandbox(tmp_path, database), seed=3, jobs=15)
     assert report.failures == {}
 

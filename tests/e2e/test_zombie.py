@@ -63,7 +63,7 @@ def test_worker_frozen_while_its_job_is_ended_by_others_says_nothing_after_the_e
     zombie.thaw()
     zombie.wait_to_say("attempt_superseded", job_id=job_id)
     assert cluster.log(job_id) == log
-    # All it may add to the books is what its own attempt cost.
+    # It may only add what its own attempt cost.
     after = cluster.result(job_id)
     unchanged = {"attempts": before.attempts, "usage": before.usage}
     assert after.model_copy(update=unchanged) == before

@@ -81,7 +81,7 @@ def _tell(line: str) -> None:
 
 
 def _try(body: bytes, cause: Any, rng: random.Random) -> str:
-    """Play one input whole and cut; the promises are checked by ``play`` itself."""
+    """Play one input whole and in pieces; ``play`` itself checks the promises."""
     limits = rng.choice([None, None, _LIMITS])
     start = time.process_time()
     played = play(pieces(body, rng), cause, limits=limits)
@@ -127,13 +127,13 @@ def _mutated(rng: random.Random, seeds: list[bytes]) -> bytes:
 
 
 def _spliced(rng: random.Random, seeds: list[bytes]) -> bytes:
-    """Whole events of several streams, shuffled, repeated and left out."""
+    """Whole events of several streams, shuffled, repeated and dropped."""
     events = [event for _ in range(3) for event in rng.choice(seeds).split(b"\n\n")]
     return b"\n\n".join(rng.choices(events, k=rng.randint(1, 12))) + b"\n\n"
 
 
 def _made_up(rng: random.Random, seeds: list[bytes]) -> bytes:
-    """Chunks in which each field is missing, usual or of any type."""
+    """Chunks whose fields are missing, usual or of any type."""
     lines = [json.dumps(_chunk(rng), ensure_ascii=rng.random() < 0.7) for _ in range(rng.randint(1, 12))]
     end = rng.choice(["\n\n", "\n\n", "\r\n\r\n", "\r\r"])
     text = "".join(f"data: {line}{end}" for line in lines) + rng.choice(["", "data: [DONE]" + end])

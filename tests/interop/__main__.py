@@ -28,7 +28,7 @@ FOLLOWERS: Final = 2
 
 
 def play(cluster: Cluster, server: IndependentServer, tap: Tap, case: Case) -> Comparison:
-    """Send one job to one server, with two followers who were there before it."""
+    """Send one job to one server, with two followers that were there before it."""
     job_id = f"{server.name}-{case.name}".replace(" ", "-")
     followers = [cluster.follow(job_id) for _ in range(FOLLOWERS)]
     cluster.client.enqueue(
@@ -81,7 +81,7 @@ def add_row(table: Table, server: IndependentServer, case: Case, compared: Compa
 
 
 def main() -> int:
-    """Start everything, play every case, show what came of it."""
+    """Start everything, play every case and show the results."""
     parser = argparse.ArgumentParser(prog="python -m tests.interop", description=__doc__.split("\n", 1)[0])
     parser.add_argument("executables", type=Path, help="directory that holds litellm, fakellm and stubllm")
     options = parser.parse_args()

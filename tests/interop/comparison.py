@@ -32,7 +32,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """How one case came out."""
+    """The result of one case."""
 
     answer: Answer
     result: CompletionResult
@@ -40,7 +40,7 @@ class Comparison:
 
 
 def read(body: bytes) -> Answer:
-    """Read an event stream of the simplest kind: one line an event, each with data only."""
+    """Read an event stream of the simplest kind: one line per event, with data only."""
     answer = Answer()
     for line in body.decode().split("\n"):
         data = line.removeprefix("data: ")
@@ -68,7 +68,7 @@ def _add(calls: Calls, fragment: dict[str, Any]) -> None:
 
 
 def compare(case: Case, answer: Answer, result: CompletionResult, followers: list[Transcript]) -> Comparison:
-    """Compare all four: what was asked for, what was sent, what was followed, what is stored."""
+    """Compare what was asked for, sent, followed and stored."""
     problems = []
 
     def expect(what: str, expected: object, got: object) -> None:

@@ -60,7 +60,7 @@ class IndependentServer(EmbeddedProcess):
 
     @property
     def base_url(self) -> str:
-        """The URL to give to an OpenAI client."""
+        """The base URL for an OpenAI client."""
         return f"http://127.0.0.1:{self.port}/v1"
 
     @override
@@ -105,7 +105,7 @@ class FakeLLM(IndependentServer):
 
 
 class StubLLM(IndependentServer):
-    """stubllm: gives parallel tool calls one and the same index, and no finish reason with them."""
+    """stubllm: gives parallel tool calls the same index, and no finish reason."""
 
     program = "stubllm"
     health = "/health"

@@ -45,7 +45,7 @@ class Tap(socketserver.ThreadingTCPServer):
         self.server_close()
 
     def take_answer(self) -> bytes:
-        """Return the body of the answer that has come since the last call."""
+        """Return the body of the answer that has arrived since the last call."""
         wait_until(lambda: self.kept.endswith(_LAST_CHUNK), "the end of the server's answer")
         raw = bytes(self.kept)
         self.kept.clear()
