@@ -1,9 +1,7 @@
-"""Cancel one job, queued or running, without any Keepstream code: one SET and one PUBLISH.
+"""Cancel one job, queued or running, without any code of Keepstream: one SET and one PUBLISH.
 
-In: the URL of Redis and a job's id.
-Out: a key that the job's worker finds, and a message that makes the workers look at once.
-
-A model for clients in other languages::
+In: the URL of Redis, a job's id.  Out: a key that whoever claims the job will find, and a message that tells the
+workers to look at once.  Exists to be read by whoever writes a client in another language::
 
     python raw_cancel.py redis://127.0.0.1:6379/0 JOB_ID
 """

@@ -1,9 +1,7 @@
-"""Put one job on the queue, without any Keepstream code: JSON, base64 and a Redis client are enough.
+"""Put one job on the queue, without any code of Keepstream: JSON, base64 and a Redis client are enough.
 
-In: the broker's URL, a prompt and a model.
-Out: a Celery message (protocol 2) on the list ``completions``; the job's id on standard output.
-
-A model for producers in other languages::
+In: the broker's URL, a prompt, a model.  Out: a Celery message (protocol 2) on the list ``completions``; the job's
+id on standard output.  Exists to be read by whoever writes a producer in another language::
 
     python raw_producer.py redis://127.0.0.1:6379/0 "Write a haiku about Zürich" scripted-1
 """
@@ -18,7 +16,7 @@ import redis
 broker_url, prompt, model = sys.argv[1:4]
 
 job = {
-    "id": uuid.uuid4().hex,  # your choice; the same id sent again is still one job
+    "id": uuid.uuid4().hex,  # yours to choose: send it again, and it stays one job
     "tenant": "default",
     "model": model,
     "messages": [{"role": "user", "content": prompt}],
