@@ -1,5 +1,5 @@
-"""The benchmark suite: Keepstream, the usual tutorial's worker and the physical floor, side by side in one run.
+"""The benchmark suite: Keepstream, the usual tutorial's worker and a bare floor, side by side in one run.
 
-In: a machine with two cores or more.  Out: a table of ratios, ``results.json`` and plots.  Exists so
-that "it is fast" is a figure anyone can reproduce with one command: ``python -m benchmarks``.
+In: a machine with at least two cores.
+Out: a table of ratios, ``results.json`` and plots.
 """

@@ -1,8 +1,10 @@
-"""One run: the services, the contenders started on demand, and the rounds that measures are made of.
+"""One run: starts contenders on demand and runs the rounds that measures are made of.
 
-In: the command line's choices.  Out: ``Outcome`` values of rounds to the measures, and the ``Sample``
-values they record to the report.  Exists so that every figure is taken the same way: followers ready,
-read the counters, hand over all jobs, wait for the last end mark, read the counters.
+In: the command line's choices.
+Out: ``Outcome`` values of rounds, to the measures; ``Sample`` values, to the report.
+
+Every round goes the same way: followers ready, read the counters, submit all jobs, wait for the last end mark, read the
+counters again.
 """
 
 import importlib.util
@@ -25,17 +27,17 @@ from benchmarks.services import Services
 
 _START_SECONDS: Final = 60.0
 _ROUND_SECONDS: Final = 180.0
-_TEXT: Final = " token"  #: One delta: about what a tokenizer makes of English.
+_TEXT: Final = " token"  #: One delta, about the length of a token of English.
 _STAMP_CHARACTERS: Final = 21
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """The jobs of a round: all handed over at once, all alike."""
+    """The jobs of a round: identical, and submitted all at once."""
 
     streams: int
     deltas: int  #: Per stream.
-    rate: float = 0.0  #: Deltas a second and stream; 0: as fast as they are read.
+    rate: float = 0.0  #: Deltas per second and stream; 0: as fast as they are read.
     stamped: bool = False  #: Whether each delta carries the time at which it was sent.
 
     @property
@@ -49,7 +51,7 @@ class Load:
         return self.total * (_STAMP_CHARACTERS if self.stamped else len(_TEXT))
 
     def script(self) -> dict[str, Any]:
-        """Return what the provider is told."""
+        """Return the script for the provider."""
         usage = {"prompt_tokens": 8, "completion_tokens": self.deltas, "total_tokens": self.deltas + 8}
         return {
             "deltas": self.deltas,
@@ -62,17 +64,17 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Counters at one moment, or their growth between two."""
+    """Counters at one moment, or their increase between two."""
 
     wall: float  #: Seconds.
     cpu: float  #: Seconds of the worker's process tree.
     redis_cpu: float
     provider_cpu: float
     redis_commands: dict[str, int]
-    stolen: float  #: Seconds of all cores in which the host served other machines.
+    stolen: float  #: Seconds, over all cores, that the host gave to other machines (steal).
 
     def since(self, earlier: "Reading") -> "Reading":
-        """Return the growth."""
+        """Return the increase."""
         commands = {name: n - earlier.redis_commands.get(name, 0) for name, n in self.redis_commands.items()}
         return Reading(
             self.wall - earlier.wall,
@@ -103,18 +105,18 @@ class Arrivals:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a round showed."""
+    """The result of a round."""
 
     load: Load
-    used: Reading  #: From just before the jobs were handed over to the last end mark.
+    used: Reading  #: From just before the jobs were submitted to the last end mark.
     failed: int
     messages: int  #: Received by the follower; merged deltas are one message.
-    arrivals: Arrivals  #: Empty, unless the load is stamped.
+    arrivals: Arrivals  #: Empty unless the load is stamped.
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One measured point, flat, as ``results.json`` keeps it."""
+    """One measured point, as stored in ``results.json``."""
 
     measure: str
     contender: str
@@ -124,7 +126,7 @@ class Sample:
 
 
 class Bench:
-    """What a measure works with."""
+    """Runs contenders and rounds for the measures."""
 
     def __init__(self, services: Services, cores: Cores, directory: Path, *, quick: bool, repeat: int) -> None:
         """Keep the run's choices; nothing is started yet."""
@@ -144,7 +146,7 @@ class Bench:
 
     @property
     def stolen_share(self) -> float:
-        """The share of a core that the host has taken for other machines since the run began."""
+        """The share of a core that the host has given to other machines since the run began."""
         return (stolen_seconds() - self._stolen_before) / (time.monotonic() - self._began)
 
     def say(self, text: str) -> None:
@@ -167,7 +169,7 @@ class Bench:
         merging: bool = True,
         warm: bool = True,
     ) -> Iterator[Contender]:
-        """Run this project's worker; without ``merging`` it never makes one event of several deltas."""
+        """Run this project's worker; without ``merging`` every delta is an event of its own."""
         number, log = self._number_and_log(KEEPSTREAM)
         url = self.services.new_database(database, f"keepstream-{number}")
         worker = Keepstream(KEEPSTREAM if merging else UNMERGED, self.services, url, self.cores.worker, log, events_url)
@@ -183,7 +185,7 @@ class Bench:
         events_url: str | None = None,
         warm: bool = True,
     ) -> Iterator[Contender]:
-        """Run the tutorial's worker; without ``concurrency``, at the pool's best."""
+        """Run the tutorial's worker, by default at the pool's best concurrency."""
         number, log = self._number_and_log(pool)
         url = self.services.new_database(database, f"tutorial-{number}")
         slots = concurrency or self.concurrency[pool]
@@ -198,7 +200,7 @@ class Bench:
 
     def _running(self, contender: Contender, *, warm: bool) -> Iterator[Contender]:
         try:
-            if warm:  # Imports, connections and first allocations are not what is measured.
+            if warm:  # imports, connections and first allocations are not measured
                 self.round(contender, Load(streams=20, deltas=20), timeout=_START_SECONDS)
             yield contender
         finally:
@@ -208,8 +210,8 @@ class Bench:
         """Run a load to its end.
 
         Raises:
-            BenchmarkError: the worker or the follower ended, or it took too long, or the database does not
-                hold every character that the provider sent.
+            BenchmarkError: the worker or the follower ended, the round took too long, or the database does not hold
+                every character that the provider sent.
         """
         with self.started_round(contender, load, timeout=timeout, wait_for_start=False) as running:
             pass
@@ -219,7 +221,7 @@ class Bench:
     def started_round(
         self, contender: Contender, load: Load, *, timeout: float = _ROUND_SECONDS, wait_for_start: bool = True
     ) -> Iterator["Round"]:
-        """Hand over a stamped load, enter when each of its streams has brought a delta, wait for the end on leaving."""
+        """Submit a stamped load; enter once every stream has delivered a delta; on leaving, wait for the end."""
         jobs = [f"{contender.name}-{next(self._numbers)}" for _ in range(load.streams)]
         stored = contender.stored_characters()
         order = {
@@ -246,7 +248,7 @@ class Bench:
                 raise BenchmarkError(f"{contender.name} stored {missing} characters less than it was sent")
 
     def read_directly(self, load: Load) -> Arrivals:
-        """Read a stamped load from the provider, with no worker between; on the worker's core."""
+        """Read a stamped load directly from the provider, on the worker's core."""
         order = {"streams": load.streams, "script": load.script()}
         with self._follower(order, load, "--base-url", self.services.base_url) as (reader, file):
             return _arrivals(reader.expect("ended", _ROUND_SECONDS), file)
@@ -257,7 +259,7 @@ class Bench:
         return Reading(time.monotonic(), contender.process.cpu_seconds(), *services, stolen_seconds())
 
     def start(self, name: str, command: list[str], cores: frozenset[int] | None = None) -> Process:
-        """Start a process of the harness's side; the caller stops it."""
+        """Start a process of the harness; the caller stops it."""
         return Process(name, command, cores or self.cores.rest, self._directory / f"{name}.log", speaks=True)
 
     @contextmanager
@@ -282,16 +284,16 @@ class Bench:
 
 
 class Round:
-    """A load that runs."""
+    """A load in progress."""
 
     def __init__(self, bench: Bench, contender: Contender, load: Load, follower: Process) -> None:
-        """Read the counters; the jobs are handed over next."""
+        """Read the counters; the jobs are submitted next."""
         self._bench = bench
         self._contender = contender
         self._load = load
         self._follower = follower
         self._outcome: Outcome | None = None
-        self.started_ns = 0  #: When each stream had brought a delta.
+        self.started_ns = 0  #: When every stream had delivered a delta.
         self.before = bench.read(contender)
 
     def read(self) -> Reading:
@@ -299,14 +301,14 @@ class Round:
         return self._bench.read(self._contender)
 
     def finish(self, result: dict[str, Any], file: Path) -> None:
-        """Take the follower's last line."""
+        """Take in the follower's last line."""
         used = self.read().since(self.before)
         self._outcome = Outcome(
             self._load, used, int(result["failed"]), int(result["messages"]), _arrivals(result, file)
         )
 
     def outcome(self) -> Outcome:
-        """Return what the round showed, once it is over."""
+        """Return the result of the round, once it is over."""
         assert self._outcome is not None
         return self._outcome
 
@@ -319,7 +321,7 @@ def _arrivals(result: dict[str, Any], file: Path) -> Arrivals:
 
 
 def stolen_seconds() -> float:
-    """Return the seconds, of all cores, in which this machine wanted to run and its host let others run."""
+    """Return the seconds, over all cores, in which this machine was ready to run but its host ran others."""
     return float(psutil.cpu_times().steal)
 
 

@@ -1,7 +1,9 @@
-"""One follower as services have it: the client's ``follow()``, or redis-py and ``json.loads`` by hand.
+"""One follower, as a service would have it: the client's ``follow()``, or redis-py and ``json.loads`` by hand.
 
-In: ``--kind``, ``--redis-url`` and a job of ours, ``--job``.  Out: the JSON lines ``ready`` and ``ended``, the
-latter with the number of deltas.  Exists so that the harness can read the CPU that following costs.
+In: ``--kind``, ``--redis-url`` and ``--job``, a Keepstream job.
+Out: the JSON lines ``ready`` and ``ended``, the latter with the number of deltas.
+
+It runs in a process of its own, so that the harness can measure the CPU it takes.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""The contenders: how each is started, given work and checked.
+"""The contenders: how each is started, given jobs and checked.
 
-In: the services and a number of jobs.  Out: running workers that all take the same jobs and publish
-per job until an end mark, to ``bench``.  Exists so that a measure is written once for all of them.
+In: the services and a number of jobs.
+Out: running workers with one interface, which publish each job's output and an end mark, to ``bench``.
 """
 
 import os
@@ -19,27 +19,27 @@ from benchmarks.wire import celery_message, completion_body
 from keepstream import names, tables
 
 KEEPSTREAM: Final = "keepstream"
-UNMERGED: Final = "keepstream-unmerged"  #: The same worker, told to publish every delta on its own.
+UNMERGED: Final = "keepstream-unmerged"  #: The same worker, set to publish every delta on its own.
 FLOOR: Final = "floor"
-DIRECT: Final = "direct"  #: Reading the provider without any worker; the reference of latencies.
+DIRECT: Final = "direct"  #: Reading the provider without a worker, the reference for latencies.
 TUTORIALS: Final = ("prefork", "threads", "gevent", "asyncio")
 
 
-_CONCURRENCY: Final = 10_000  #: Jobs our worker takes at once: more than any load has.
+_CONCURRENCY: Final = 10_000  #: Jobs our worker runs at once: more than any load has.
 _SETTINGS: Final = {UNMERGED: {"KEEPSTREAM_MERGE_ABOVE": str(2**31)}}
 
 
 def tutorial_name(pool: str) -> str:
-    """Return the name under which a tutorial's samples are kept."""
+    """Return the contender's name in a tutorial's samples."""
     return f"tutorial-{pool}"
 
 
 class Contender(ABC):
-    """A worker that runs; stop it through its ``process``."""
+    """A running worker; stop it through its ``process``."""
 
     process: Process
-    ended: str  #: What each job's last message holds.
-    failed: str  #: What the last message of a failed job holds besides.
+    ended: str  #: A text that only a job's last message contains.
+    failed: str  #: A text that the last message of a failed job contains as well.
 
     def __init__(self, name: str) -> None:
         """Name it as in the results."""
@@ -51,15 +51,15 @@ class Contender(ABC):
 
     @abstractmethod
     def submit(self, jobs: list[str], script: dict[str, Any]) -> None:
-        """Hand over the jobs, all at once."""
+        """Submit the jobs, all at once."""
 
     def stored_characters(self) -> int | None:
-        """Return how many characters of output the database holds; None: the contender stores nothing."""
+        """Return how many characters of output the database holds; None if the contender stores nothing."""
         return None
 
     def explain_failures(self) -> str:
-        """Return what is known of the jobs that failed."""
-        return "no reason is kept"
+        """Return what is known about failed jobs."""
+        return "no reason is recorded"
 
 
 class Floor(Contender):
@@ -79,7 +79,7 @@ class Floor(Contender):
         return f"floor:{job}"
 
     def submit(self, jobs: list[str], script: dict[str, Any]) -> None:
-        """Hand over the jobs."""
+        """Submit the jobs."""
         self.process.send({"channels": [self.channel(job) for job in jobs], "script": script})
 
 
@@ -90,7 +90,7 @@ class _CeleryContender(Contender):
         super().__init__(name)
         self._redis = services.redis
         self._queue = queue
-        self._redis.delete(queue)  # A worker of the same name may have left jobs behind when it failed.
+        self._redis.delete(queue)  # a failed worker of the same name may have left jobs behind
         self._engine = sa.create_engine(database_url)
 
     @abstractmethod
@@ -124,7 +124,7 @@ class Tutorial(_CeleryContender):
         log: Path,
         events_url: str | None = None,
     ) -> None:
-        """Start it; ``asyncio`` is the thread pool in front of one event loop."""
+        """Start it; ``asyncio`` is a thread pool in front of one event loop."""
         name = tutorial_name(pool)
         super().__init__(name, services, name, database_url)
         tutorial.completions.create(self._engine)
@@ -172,7 +172,7 @@ class Keepstream(_CeleryContender):
         log: Path,
         events_url: str | None = None,
     ) -> None:
-        """Start it; ``events_url`` is the Redis of the events if it is not the broker's."""
+        """Start it; ``events_url`` is the Redis for events, if it is not the broker's."""
         super().__init__(name, services, name, database_url)
         environment = {names.ENV_DATABASE_URL: database_url}
         migrate = python("keepstream_worker.commands", "migrate")

@@ -1,8 +1,9 @@
 """The floor: the least that reading streams, joining their text and publishing each delta can cost in Python.
 
-In: on standard input, per batch, one JSON line ``{"channels": […], "script": {…}}``.  Out: one PUBLISH
-per delta and ``[DONE]`` at a stream's end, to Redis.  Exists as the measure of everything else: one
-asyncio protocol a stream, orjson, hand-written RESP; no retry, no time-out, no log, no store.
+In: per batch, one JSON line ``{"channels": […], "script": {…}}`` on standard input.
+Out: one PUBLISH per delta, and ``[DONE]`` at the end of a stream, to Redis.
+
+One asyncio protocol per stream, orjson and hand-written RESP; no retry, no time-out, no log, no store.
 """
 
 import argparse
@@ -20,7 +21,7 @@ _CONNECTS_AT_ONCE: Final = 100
 
 
 class Redis(asyncio.Protocol):
-    """A connection that is only written to; replies are dropped unread."""
+    """A write-only connection; replies are discarded unread."""
 
     transport: asyncio.WriteTransport
 
@@ -33,7 +34,7 @@ class Stream(asyncio.Protocol):
     """One provider stream."""
 
     def __init__(self, request: bytes, channel: bytes, redis: asyncio.WriteTransport) -> None:
-        """Publish on ``channel`` what the answer to ``request`` brings."""
+        """Publish the answer to ``request`` on ``channel``."""
         self._request = request
         self._redis = redis
         self._publish = b"*3\r\n$7\r\nPUBLISH\r\n$%d\r\n%b\r\n" % (len(channel), channel)
@@ -43,7 +44,7 @@ class Stream(asyncio.Protocol):
         self._text: list[str] = []
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Ask."""
+        """Send the request."""
         self._transport = cast("asyncio.WriteTransport", transport)
         self._transport.write(self._request)
 
@@ -58,7 +59,7 @@ class Stream(asyncio.Protocol):
             self._head_is_read = True
         commands = []
         position = 0
-        while (line_end := data.find(b"\r\n", position)) >= 0:  # One HTTP chunk a turn.
+        while (line_end := data.find(b"\r\n", position)) >= 0:  # one HTTP chunk at a time
             size = int(data[position:line_end], 16)
             start = line_end + 2
             if len(data) < start + size + 2:
@@ -99,7 +100,7 @@ async def _main(base_url: str, redis_port: int) -> None:
 
 
 async def _read_line(reader: asyncio.StreamReader) -> bytes:
-    # An order with thousands of channels is longer than StreamReader.readline() allows.
+    # a line with thousands of channels is longer than StreamReader.readline() allows
     line = b""
     while not line.endswith(b"\n") and (data := await reader.read(65_536)):
         line += data

@@ -1,10 +1,9 @@
-"""The follower and the direct reader: who notes when each delta arrives, as cheaply as Python can.
+"""The follower and the direct reader: record when each delta arrives, as cheaply as Python can.
 
-In: on standard input one JSON line, ``{"channels": […], "ended": …, "failed": …}`` or ``{"streams": n,
-"script": {…}}``.  Out: on standard output the JSON lines ``ready``, ``started`` (each stream has
-brought a delta) and ``ended``; with ``--stamps FILE`` the pairs (received, sent) as native 64-bit
-nanoseconds of CLOCK_MONOTONIC, which all processes of a machine share.  Exists so that one process
-can watch every stream of a run without being what the run measures.
+In: one JSON line on standard input, ``{"channels": […], "ended": …, "failed": …}`` or ``{"streams": n, "script": …}``.
+Out: the JSON lines ``ready``, ``started`` (every stream has delivered a delta) and ``ended`` on standard output; with
+``--stamps FILE`` the pairs (received, sent), as native 64-bit nanoseconds of CLOCK_MONOTONIC, which all processes of a
+machine share.
 """
 
 import argparse
@@ -23,15 +22,15 @@ import uvloop
 from benchmarks.wire import address, completion_request, resp_command
 
 _STAMP: Final = re.compile(rb"(\d{20}) ")
-_TAIL: Final = 64  #: Bytes kept from one read to the next: longer than any mark or stamp.
+_TAIL: Final = 64  #: Bytes kept from one read to the next, more than any mark or stamp takes.
 _CONNECTS_AT_ONCE: Final = 100
 
 
 class Tally:
-    """What has been seen so far; says so on standard output as it happens."""
+    """What has been seen so far, reported on standard output as it happens."""
 
     def __init__(self, streams: int) -> None:
-        """Begin with nothing seen of ``streams`` streams."""
+        """Expect ``streams`` streams."""
         self.done = asyncio.Event()
         self.stamps = array("q")  # received, sent, received, sent, …
         self.messages = 0
@@ -41,14 +40,14 @@ class Tally:
         self._first_end_ns = 0
 
     def started(self, stream: int) -> None:
-        """Note that a stream has brought a delta."""
+        """Note that a stream has delivered a delta."""
         if self._waiting:
             self._waiting.discard(stream)
             if not self._waiting:
                 say("started")
 
     def ended(self, streams: int, failed: int = 0) -> None:
-        """Note that streams have come to their end."""
+        """Note that streams have ended."""
         if streams == 0:
             return
         self._first_end_ns = self._first_end_ns or time.monotonic_ns()
@@ -68,10 +67,10 @@ def say(event: str, **fields: object) -> None:
 
 
 class Counter(asyncio.Protocol):
-    """Subscribes and counts the end marks in the raw bytes; parses nothing."""
+    """Subscribes, and counts end marks in the raw bytes without parsing them."""
 
     def __init__(self, tally: Tally, channels: list[str], ended: bytes, failed: bytes) -> None:
-        """Count ``ended`` and, among them, ``failed``."""
+        """Count ``ended`` marks and, among these, ``failed`` ones."""
         self._tally = tally
         self._channels = channels
         self._ended = ended
@@ -98,15 +97,15 @@ class Counter(asyncio.Protocol):
 
 
 def _new(data: bytes, before: bytes, mark: bytes) -> int:
-    # What lies wholly in the bytes of the read before was counted then.
+    # whatever lies entirely within the bytes of the previous read was counted then
     return data.count(mark) - before.count(mark)
 
 
 class Recorder(asyncio.Protocol):
-    """Subscribes and records the time of every stamped delta."""
+    """Subscribes, and records the time of every stamped delta."""
 
     def __init__(self, tally: Tally, channels: list[str], ended: bytes, failed: bytes) -> None:
-        """Record until each channel brought ``ended``."""
+        """Record until every channel has delivered ``ended``."""
         self._tally = tally
         self._index = {channel.encode(): i for i, channel in enumerate(channels)}
         self._ended = ended
@@ -138,7 +137,7 @@ class Recorder(asyncio.Protocol):
 
 
 class DirectReader(asyncio.Protocol):
-    """Reads one stream from the provider itself and records its stamps: what no worker can be faster than."""
+    """Reads one stream directly from the provider and records its stamps; no worker can be faster."""
 
     def __init__(self, tally: Tally, index: int, request: bytes) -> None:
         """Send ``request`` once connected."""
@@ -149,7 +148,7 @@ class DirectReader(asyncio.Protocol):
         self._tail = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Ask."""
+        """Send the request."""
         self._transport = cast("asyncio.WriteTransport", transport)
         self._transport.write(self._request)
 

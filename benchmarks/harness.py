@@ -1,7 +1,7 @@
-"""Processes: start them pinned, talk to them in JSON lines, read their CPU and memory, stop them all.
+"""Processes: start them on chosen cores, exchange JSON lines, measure CPU and memory, stop the whole tree.
 
-In: command lines.  Out: ``Process`` values, to the services and the contenders.  Exists so that each
-figure rests on the kernel's own accounting of a whole process tree, and nothing outlives the run.
+In: command lines.
+Out: ``Process`` values, to the services and the contenders.
 """
 
 import json
@@ -24,11 +24,11 @@ _LOG_TAIL_BYTES: Final = 2000
 
 
 class BenchmarkError(Exception):
-    """A part of the run did not do what the measurement needs; the message says which and shows its log's end."""
+    """A part of the run failed; the message says which, and shows the end of its log."""
 
 
 class Cores(NamedTuple):
-    """Which core the measured worker has to itself, and which the rest share."""
+    """The core that the measured worker has to itself, and those that everything else shares."""
 
     worker: frozenset[int]
     rest: frozenset[int]
@@ -42,13 +42,13 @@ class Memory(NamedTuple):
 
 
 def choose_cores() -> Cores:
-    """Give the worker the last core this process may use and the rest all others; with one core they share it."""
+    """Give the worker the last core available and everything else the others; with a single core they share it."""
     cores = sorted(os.sched_getaffinity(0))
     return Cores(frozenset(cores[-1:]), frozenset(cores[:-1] or cores))
 
 
 class Process:
-    """A child in a session of its own, so that a Ctrl-C at the terminal reaches the harness alone."""
+    """A child in a session of its own, so that Ctrl-C reaches only the harness."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Process:
         *,
         speaks: bool = False,
     ) -> None:
-        """Start ``command``; what it prints goes to ``log``, unless it ``speaks`` JSON lines on standard output."""
+        """Start ``command``; its output goes to ``log``, except standard output if it ``speaks`` JSON lines there."""
         self.name = name
         self._log = log
         self._unread = b""
@@ -79,7 +79,7 @@ class Process:
 
     @property
     def pid(self) -> int:
-        """The process id of the tree's root."""
+        """The process id of the root."""
         return self._child.pid
 
     def send(self, value: object) -> None:
@@ -109,7 +109,7 @@ class Process:
         return message
 
     def expect(self, event: str, timeout: float, needed: "Process | None" = None) -> dict[str, Any]:
-        """Return the next line whose ``event`` is the given one, dropping others.
+        """Return the next line with this ``event``, discarding others.
 
         Raises:
             TimeoutError: it did not come within ``timeout`` seconds.
@@ -129,29 +129,29 @@ class Process:
                     return message
 
     def failure(self, what: str) -> BenchmarkError:
-        """Return an error that shows the end of the child's log."""
+        """Return an error that includes the end of the child's log."""
         log = self._log.read_bytes()[-_LOG_TAIL_BYTES:].decode(errors="replace")
         return BenchmarkError(f"{self.name} {what}; the end of its log:\n{log}")
 
     def cpu_seconds(self) -> float:
-        """Return user and system time used so far by the tree's living processes, all threads, in seconds."""
+        """Return the user and system time of the tree's living processes so far, all threads, in seconds."""
         return sum(map(cpu_seconds, self._tree()))
 
     def memory(self) -> Memory:
-        """Return what the tree holds now."""
+        """Return the tree's current memory."""
         infos = [psutil.Process(pid).memory_full_info() for pid in self._tree()]
         return Memory(sum(info.rss for info in infos), sum(info.uss for info in infos))
 
     def is_running(self) -> bool:
-        """Tell whether the root has not ended."""
+        """Return whether the root is still running."""
         return self._child.poll() is None
 
     def wait(self, timeout: float) -> None:
-        """Wait for the root to end by itself; raises ``subprocess.TimeoutExpired``."""
+        """Wait for the root to end by itself; raise ``subprocess.TimeoutExpired``."""
         self._child.wait(timeout)
 
     def close(self) -> None:
-        """End the whole tree: SIGTERM, a few seconds, SIGKILL."""
+        """Stop the whole tree: SIGTERM, and SIGKILL after a few seconds."""
         self._child.terminate()
         with suppress(subprocess.TimeoutExpired):
             self._child.wait(_STOP_SECONDS)
@@ -177,7 +177,7 @@ def python(module: str, *arguments: str) -> list[str]:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Return user and system time used so far by one process, all its threads, in seconds; 0 if it has ended."""
+    """Return the user and system time of one process so far, all threads, in seconds; 0 if it has ended."""
     # The clock that clock_getcpuclockid(3) names: nanoseconds, where /proc/<pid>/stat counts ticks of 10 ms.
     with suppress(OSError):
         return time.clock_gettime((~pid << 3) | 2)

@@ -1,7 +1,9 @@
-"""The plots: the same results, for the eye.
+"""The plots: the same results, drawn for the README.
 
-In: ``Results``.  Out: SVG files beside ``results.json``.  Exists for the README: one colour per contender
-throughout, no background, and greys that can be read on white and on black.
+In: ``Results``.
+Out: SVG files beside ``results.json``.
+
+One colour per contender throughout, no background, and greys that are readable on white and on black.
 """
 
 import importlib.util
@@ -33,7 +35,7 @@ _STYLE: Final[Any] = {
     "axes.facecolor": "none",
     "savefig.transparent": True,
     "svg.fonttype": "none",
-    "svg.hashsalt": "keepstream",  # The same results give the same file.
+    "svg.hashsalt": "keepstream",  # the same results give the same file
     "font.family": "sans-serif",
     "font.sans-serif": ["Inter", "Helvetica", "Arial", "DejaVu Sans"],
     "font.size": 11,
@@ -58,7 +60,7 @@ _STYLE: Final[Any] = {
 
 
 def draw(results: Results, directory: Path) -> None:
-    """Draw what the results allow; without matplotlib, say so."""
+    """Draw whatever the results allow; without matplotlib, say so."""
     if importlib.util.find_spec("matplotlib") is None:
         print("no plots: the package matplotlib is not installed", file=sys.stderr)
         return
@@ -81,7 +83,7 @@ def draw(results: Results, directory: Path) -> None:
                 for ax, has_data in zip(axes, drawn, strict=True):
                     ax.set_visible(has_data)
                 handles, labels = axes[drawn.index(True)].get_legend_handles_labels()
-                if labels:  # of lines; bars have their names beside them
+                if labels:  # lines only; bars are labelled themselves
                     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
                 figure.savefig(directory / f"{name}.svg", metadata={"Date": None})
             plt.close(figure)
@@ -109,7 +111,7 @@ def _memory(samples: list[Sample], ax: "Axes") -> bool:
 
 
 def _bars(samples: list[Sample], ax: "Axes", measure: str, metric: str, *, log: bool) -> bool:
-    """Draw each contender's median, and its spread, as a bar; of several loads the one it is best at."""
+    """Draw each contender's median and spread as a bar; of several loads, at its best."""
     loads: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for sample in samples:
         if sample.measure == measure:

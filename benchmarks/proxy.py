@@ -1,8 +1,9 @@
-"""A slow network: a TCP proxy that holds back what the server answers.
+"""A slow network: a TCP proxy that delays what the server sends.
 
-In: connections, and ``--to PORT``, ``--delay SECONDS``.  Out: the same bytes, the answers later; one
-JSON line with the ``port`` it listens on.  Exists so that a worker can be shown a Redis that is slow,
-or, once the proxy is stopped, one that is away.
+In: connections, and ``--to PORT``, ``--delay SECONDS``.
+Out: the same bytes, delayed; one JSON line with the ``port`` it listens on.
+
+It gives a worker a slow Redis, or, once the proxy is stopped, one that is gone.
 """
 
 import argparse
@@ -17,7 +18,7 @@ _READ_BYTES = 65_536
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, delay: float) -> None:
     loop = asyncio.get_running_loop()
     while data := await reader.read(_READ_BYTES):
-        loop.call_later(delay, writer.write, data)  # Delayed, not throttled: later bytes do not wait twice.
+        loop.call_later(delay, writer.write, data)  # delayed, not throttled: later bytes do not wait twice
     loop.call_later(delay, writer.close)
 
 

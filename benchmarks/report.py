@@ -1,11 +1,10 @@
-"""The report: figures made of samples, and how they are shown.
+"""The report: computes figures from samples and shows them.
 
-In: a ``Bench`` whose measures have run.  Out: ``Results``, written as ``results.json`` and as a table for
-the terminal.  Exists so that the promises stand beside what was measured, with their spread, and a
-figure is computed at one place.
+In: a ``Bench`` whose measures have run.
+Out: ``Results``, written as ``results.json`` and as a table for the console, with each promise beside its figure.
 
-A ratio is taken within each repetition, so that a machine that was busy for a moment was busy for both;
-what is shown is the median of the repetitions, and the least and the most of them.
+A ratio is taken within each repetition, so that a moment in which the machine was busy affects both sides. What is
+shown is the median of the repetitions, with the lowest and the highest.
 """
 
 import importlib.metadata
@@ -45,7 +44,7 @@ class Figure:
 
     @property
     def median(self) -> float:
-        """The figure itself."""
+        """The median, which is the figure shown."""
         return statistics.median(self.values)
 
     @property
@@ -65,7 +64,7 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """All that a run has to say."""
+    """Everything a run has found."""
 
     run: dict[str, Any]
     machine: dict[str, Any]
@@ -75,7 +74,7 @@ class Results:
 
 
 class _Samples:
-    """Questions to the samples."""
+    """Queries over the samples."""
 
     def __init__(self, samples: Iterable[Sample]) -> None:
         self._samples = list(samples)
@@ -93,7 +92,7 @@ class _Samples:
     def best_tutorial(
         self, measure: str, metric: str, *, most: bool = False, **parameters: float | str
     ) -> tuple[str, list[float]] | None:
-        """Return the tutorial whose median is least, or most, and its values; of several loads, at its best one."""
+        """Return the tutorial with the lowest (or highest) median, and its values; of several loads, at its best."""
         groups: dict[tuple[str, str], list[float]] = defaultdict(list)
         for sample in self._samples:
             chosen = sample.measure == measure and parameters.items() <= sample.parameters.items()
@@ -121,15 +120,15 @@ def results(bench: Bench, incomplete: list[str]) -> Results:
 
 def figures(samples: Iterable[Sample]) -> list[Figure]:
     """Return every figure that the samples allow."""
-    ask = _Samples(samples)
+    query = _Samples(samples)
     made = [
-        *_cpu_figures(ask),
-        *_latency_figures(ask),
-        *_memory_figures(ask),
-        *_flatness_figures(ask),
-        *_job_figures(ask),
-        *_publishing_figures(ask),
-        *_other_figures(ask),
+        *_cpu_figures(query),
+        *_latency_figures(query),
+        *_memory_figures(query),
+        *_flatness_figures(query),
+        *_job_figures(query),
+        *_publishing_figures(query),
+        *_other_figures(query),
     ]
     return [figure for figure in made if figure.values]
 
@@ -142,59 +141,59 @@ def _differences(above: list[float], below: list[float]) -> list[float]:
     return [a - b for a, b in zip(above, below, strict=False)]
 
 
-def _cpu_figures(ask: _Samples) -> Iterable[Figure]:
+def _cpu_figures(query: _Samples) -> Iterable[Figure]:
     metric = "cpu_us_per_delta"
     for measure, least_gain, most_floors in (("saturated", 12.0, 5.0), ("paced", 5.0, None)):
-        ours = ask.values(measure, KEEPSTREAM, metric)
-        floor = ask.values(measure, FLOOR, metric)
+        ours = query.values(measure, KEEPSTREAM, metric)
+        floor = query.values(measure, FLOOR, metric)
         yield Figure(f"{measure}_us", f"{measure}: CPU per delta, µs", ours)
         yield Figure(f"{measure}_floor_us", f"{measure}: CPU per delta of the floor, µs", floor)
-        if best := ask.best_tutorial(measure, metric):
+        if best := query.best_tutorial(measure, metric):
             name, theirs = best
             yield Figure(
                 f"{measure}_tutorial_us", f"{measure}: CPU per delta of the best tutorial, µs", theirs, note=name
             )
             title = f"{measure}: tutorial's CPU per delta ÷ ours"
             yield Figure(f"{measure}_gain", title, _ratios(theirs, ours), at_least=least_gain, note=name)
-        unmerged = ask.values(measure, UNMERGED, metric)
+        unmerged = query.values(measure, UNMERGED, metric)
         yield Figure(f"{measure}_unmerged_us", f"{measure}: CPU per delta, each delta its own event, µs", unmerged)
         title = f"{measure}: our CPU per delta ÷ the floor's"
         yield Figure(f"{measure}_floors", title, _ratios(ours, floor), at_most=most_floors)
 
 
-def _latency_figures(ask: _Samples) -> Iterable[Figure]:
+def _latency_figures(query: _Samples) -> Iterable[Figure]:
     for share, limit in (("p50", 5.0), ("p99", 50.0)):
-        values = ask.values("hold", KEEPSTREAM, f"added_{share}_ms")
+        values = query.values("hold", KEEPSTREAM, f"added_{share}_ms")
         title = f"1,000 streams at 10/s: added latency {share}, ms"
-        disturbed = len(ask.values("hold_disturbed", KEEPSTREAM, f"added_{share}_ms"))
-        note = f"{disturbed} rounds left out: the host was busy" if disturbed else ""
+        disturbed = len(query.values("hold_disturbed", KEEPSTREAM, f"added_{share}_ms"))
+        note = f"{disturbed} rounds left out because the host was busy" if disturbed else ""
         yield Figure(f"hold_{share}_ms", title, values, at_most=limit, note=note)
     for rate in (10.0, 50.0):
-        ours = ask.values("capacity", KEEPSTREAM, "streams", rate=rate)
+        ours = query.values("capacity", KEEPSTREAM, "streams", rate=rate)
         yield Figure(f"capacity_{rate:.0f}", f"streams held at {rate:.0f}/s, p99 added < 50 ms", ours)
-        if best := ask.best_tutorial("capacity", "streams", most=True, rate=rate):
+        if best := query.best_tutorial("capacity", "streams", most=True, rate=rate):
             name, theirs = best
             yield Figure(
                 f"capacity_{rate:.0f}_tutorial", f"streams held at {rate:.0f}/s by the best tutorial", theirs, note=name
             )
-    ours, direct = ask.values("first_delta", KEEPSTREAM, "p50_ms"), ask.values("first_delta", DIRECT, "p50_ms")
+    ours, direct = query.values("first_delta", KEEPSTREAM, "p50_ms"), query.values("first_delta", DIRECT, "p50_ms")
     title = "enqueue → first delta at p50, beyond the provider's own time, ms"
     yield Figure("first_delta_ms", title, _differences(ours, direct), at_most=15.0)
-    if best := ask.best_tutorial("first_delta", "p50_ms"):
+    if best := query.best_tutorial("first_delta", "p50_ms"):
         name, theirs = best
         title = "the same of the best tutorial, ms"
         yield Figure("first_delta_tutorial_ms", title, _differences(theirs, direct), note=name)
 
 
-def _memory_figures(ask: _Samples) -> Iterable[Figure]:
-    ours = ask.values("memory", KEEPSTREAM, "uss_kb_per_stream")
+def _memory_figures(query: _Samples) -> Iterable[Figure]:
+    ours = query.values("memory", KEEPSTREAM, "uss_kb_per_stream")
     yield Figure("memory_kb", "memory per stream in flight, KB", ours, at_most=100.0)
-    if best := ask.best_tutorial("memory", "uss_kb_per_stream"):
+    if best := query.best_tutorial("memory", "uss_kb_per_stream"):
         name, theirs = best
         yield Figure("memory_tutorial_kb", "the same of the best tutorial, KB", theirs, note=name)
 
 
-def _flatness_figures(ask: _Samples) -> Iterable[Figure]:
+def _flatness_figures(query: _Samples) -> Iterable[Figure]:
     for measure, metric, few, many, what in (
         ("flat_streams", "cpu_us_per_delta", {"streams": 100}, {"streams": 2000}, "2,000 streams ÷ at 100"),
         (
@@ -206,50 +205,50 @@ def _flatness_figures(ask: _Samples) -> Iterable[Figure]:
         ),
     ):
         ratios = _ratios(
-            ask.values(measure, KEEPSTREAM, metric, **many), ask.values(measure, KEEPSTREAM, metric, **few)
+            query.values(measure, KEEPSTREAM, metric, **many), query.values(measure, KEEPSTREAM, metric, **few)
         )
         yield Figure(measure, f"CPU per delta at {what}", ratios, at_most=1.2)
 
 
-def _job_figures(ask: _Samples) -> Iterable[Figure]:
+def _job_figures(query: _Samples) -> Iterable[Figure]:
     metric = "jobs_per_core_second"
     for database, least in (("postgresql", 5.0), ("sqlite", None)):
-        ours = ask.values("short_jobs", KEEPSTREAM, metric, database=database)
+        ours = query.values("short_jobs", KEEPSTREAM, metric, database=database)
         yield Figure(f"jobs_{database}", f"jobs of 20 deltas per second of a core, {database}", ours)
-        if best := ask.best_tutorial("short_jobs", metric, most=True, database=database):
+        if best := query.best_tutorial("short_jobs", metric, most=True, database=database):
             name, theirs = best
             title = f"the same ÷ the best tutorial's, {database}"
             yield Figure(f"jobs_{database}_gain", title, _ratios(ours, theirs), at_least=least, note=name)
 
 
-def _publishing_figures(ask: _Samples) -> Iterable[Figure]:
-    direct = ask.values("publishing", DIRECT, "seconds")
+def _publishing_figures(query: _Samples) -> Iterable[Figure]:
+    direct = query.values("publishing", DIRECT, "seconds")
     for redis in ("near", "slow", "away"):
-        ratios = _ratios(ask.values("publishing", KEEPSTREAM, "seconds", redis=redis), direct)
+        ratios = _ratios(query.values("publishing", KEEPSTREAM, "seconds", redis=redis), direct)
         title = f"wall time of a paced stream ÷ the provider's own, Redis {redis}"
         yield Figure(f"publishing_{redis}", title, ratios, at_most=1.02)
-    theirs = _ratios(ask.values("publishing", "tutorial-threads", "seconds", redis="slow"), direct)
+    theirs = _ratios(query.values("publishing", "tutorial-threads", "seconds", redis="slow"), direct)
     yield Figure("publishing_slow_tutorial", "the same of the tutorial, Redis slow", theirs, note="tutorial-threads")
 
 
-def _other_figures(ask: _Samples) -> Iterable[Figure]:
+def _other_figures(query: _Samples) -> Iterable[Figure]:
     for measure in ("saturated", "paced"):
-        values = ask.values(measure, KEEPSTREAM, "redis_cpu_us_per_delta")
+        values = query.values(measure, KEEPSTREAM, "redis_cpu_us_per_delta")
         yield Figure(f"redis_{measure}_ms", f"{measure}: Redis CPU per 1,000 deltas, ms", values)
-        values = ask.values(measure, KEEPSTREAM, "redis_commands_per_1000")
+        values = query.values(measure, KEEPSTREAM, "redis_commands_per_1000")
         yield Figure(
             f"redis_{measure}_commands", f"{measure}: Redis commands per 1,000 deltas, scripts' own too", values
         )
     for kind in ("sync", "async"):
-        values = ask.values("follower", f"client-{kind}", "cpu_us_per_delta")
+        values = query.values("follower", f"client-{kind}", "cpu_us_per_delta")
         yield Figure(f"follower_{kind}_us", f"CPU per delta of the client's follow(), {kind}, µs", values)
     yield Figure(
-        "startup_s", "start of the worker → end of a waiting job, s", ask.values("startup", KEEPSTREAM, "seconds")
+        "startup_s", "start of the worker → end of a waiting job, s", query.values("startup", KEEPSTREAM, "seconds")
     )
-    imports = ask.values("import", "python", "ms", statement="import keepstream")
-    bare = ask.values("import", "python", "ms", statement="pass")
+    imports = query.values("import", "python", "ms", statement="import keepstream")
+    bare = query.values("import", "python", "ms", statement="pass")
     yield Figure("import_ms", "import keepstream, ms", _differences(imports, bare))
-    pydantic = ask.values("import", "python", "ms", statement="import pydantic")
+    pydantic = query.values("import", "python", "ms", statement="import pydantic")
     yield Figure("import_pydantic_ms", "of which pydantic, ms", _differences(pydantic, bare))
 
 
@@ -261,8 +260,8 @@ def write_json(found: Results, directory: Path) -> None:
 
 
 def table(found: Results) -> str:
-    """Return the figures as a table for the terminal."""
-    rows = [("figure", "median", "least … most", "promise", "")]
+    """Return the figures as a table for the console."""
+    rows = [("figure", "median", "lowest … highest", "promise", "")]
     for figure in found.figures:
         spread = f"{_number(min(figure.values))}…{_number(max(figure.values))}" if len(figure.values) > 1 else ""
         rows.append((figure.title, _number(figure.median), spread, _promise(figure), _verdict(figure)))
@@ -274,7 +273,7 @@ def table(found: Results) -> str:
     how = f"{run['repetitions']} repetitions{' (quick)' if run['quick'] else ''}"
     head = [
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB; {machine['system']}",
-        f"{machine['stolen_share']:.1%} of a core were taken by the host for other machines",
+        f"{machine['stolen_share']:.1%} of a core was taken by the host for other machines",
         f"worker on core {run['cores']['worker']}, everything else on {run['cores']['rest']}; {how}",
         ", ".join(f"{name} {version}" for name, version in found.versions.items()),
         "",

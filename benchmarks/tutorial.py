@@ -1,8 +1,9 @@
-"""The tutorial's worker: what one finds when one looks up "Celery OpenAI streaming Redis pub/sub".
+"""The tutorial's worker: what a search for "Celery OpenAI streaming Redis pub/sub" turns up.
 
-In: a job id, a channel and the provider's script, from the harness over Celery.  Out: one PUBLISH per
-delta, one INSERT of the text, then ``[DONE]``.  Exists as the thing people use today, at its best: no
-result backend, pooled connections made once per process, hiredis.
+In: a job id, a channel and the provider's script, from the harness over Celery.
+Out: one PUBLISH per delta, one INSERT of the text, then ``[DONE]``.
+
+It is tuned as well as it can be: no result backend, pooled connections made once per process, hiredis.
 """
 
 import asyncio
@@ -38,7 +39,7 @@ app.conf.update(
     task_ignore_result=True,
     task_default_queue=os.environ.get("TUTORIAL_QUEUE", "tutorial"),
     broker_connection_retry_on_startup=True,
-    broker_transport_options={"max_connections": _MAX_CONNECTIONS},  # The default of 10 loses acknowledgements.
+    broker_transport_options={"max_connections": _MAX_CONNECTIONS},  # the default of 10 loses acknowledgements
     worker_prefetch_multiplier=1,
 )
 
@@ -60,14 +61,14 @@ def database() -> sa.Engine:
     """Return the process's engine."""
     url = sa.make_url(os.environ["TUTORIAL_DATABASE_URL"])
     if url.get_backend_name() == "sqlite":
-        # When a thousand streams end at once, SQLite's usual 5 s of patience would lose some of their texts.
+        # with SQLite's default of 5 s, some texts would be lost when a thousand streams end at once
         url = url.update_query_dict({"timeout": "60"})
     return sa.create_engine(url, pool_size=20)
 
 
 @worker_process_init.connect
 def _connect(**_: object) -> None:
-    # Once per prefork child, before its first task.
+    # once per prefork child, before its first task
     openai_client(), redis_client(), database()
 
 

@@ -1,7 +1,7 @@
 """Wire formats written by hand: a Celery message, an HTTP request, a RESP command.
 
-In: values.  Out: bytes, to the contenders, the floor and the followers.  Exists so that the harness
-and the floor spend no more than the bytes themselves cost.
+In: values.
+Out: bytes, to the contenders, the floor and the followers, at no more cost than the bytes themselves.
 """
 
 import base64
@@ -34,7 +34,7 @@ def celery_message(task: str, task_id: str, queue: str, *args: object) -> bytes:
 
 
 def completion_body(script: dict[str, Any]) -> dict[str, Any]:
-    """Return the chat-completions parameters of every benchmark request; ``script`` tells the provider what to send."""
+    """Return the chat-completions parameters of every benchmark request; ``script`` says what the provider sends."""
     return {"model": "scripted", "messages": [{"role": "user", "content": "go"}], "script": script}
 
 

@@ -1,8 +1,9 @@
-"""The seam between replay and live: followers join a job at random moments while it is being published.
+"""The live join: followers join a job at random moments while it is being published.
 
-In: how many joins.  Out: how many of them lost, doubled or swapped an event, to a test and to the
-command line.  Exists because this is where such systems lose events: what is published after the
-log was read and before the subscription counts is easily seen by nobody.
+In: a number of joins.
+Out: how many of them lost, repeated or reordered an event, to a test and to the command line.
+
+An event that is published after the log was read and before the subscription takes effect is easily lost.
 
     python -m tests.live_join --joins 10000
 """
@@ -20,7 +21,7 @@ import redis.asyncio
 from keepstream import AsyncClient
 from keepstream.names import JobKeys, job_keys, parse_event_id
 from keepstream_worker.dev_stack.embedded import EmbeddedValkey
-from tests.histories import delta, ended, started
+from tests.event_texts import delta, ended, started
 
 JOINS_PER_JOB = 200
 EVENTS = 120
@@ -33,7 +34,7 @@ redis.call('PUBLISH', KEYS[2], ARGV[2])
 
 @dataclass
 class Counts:
-    """What became of the joins."""
+    """The results of the joins."""
 
     joins: int = 0
     events: int = 0  #: Received by all followers together.
@@ -60,7 +61,7 @@ async def append(connection: redis.asyncio.Redis, keys: JobKeys, event: str) -> 
 
 
 async def join(client: AsyncClient, job_id: str, delay: float, counts: Counts) -> None:
-    """Follow a job after a moment, and count what is wrong."""
+    """Follow a job after a moment, and count what goes wrong."""
     await asyncio.sleep(delay)
     got = [parse_event_id(event.id).n async for event in client.follow(job_id, timeout=60)]
     counts.joins += 1
@@ -71,7 +72,7 @@ async def join(client: AsyncClient, job_id: str, delay: float, counts: Counts) -
 
 
 async def run(url: str, joins: int, seed: int = 1) -> Counts:
-    """Let ``joins`` followers join jobs, each at another place of the job and at a random moment."""
+    """Let ``joins`` followers join jobs, each at a different event and at a random moment."""
     dice = random.Random(seed)
     counts = Counts()
     async with AsyncClient(url) as client, redis.asyncio.Redis.from_url(url, max_connections=10) as connection:

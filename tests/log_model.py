@@ -1,8 +1,10 @@
 """A model of one job's log and channel in Redis, with the publisher's script as plain code.
 
-In: the publisher's commands, as bytes.  Out: the script's answers; the log; the events as a subscriber
-hears them.  Exists so that properties can be tried on thousands of schedules without a server; that the
-script itself behaves like this model is tested against a real one.
+In: the publisher's commands, as bytes.
+Out: the script's answers, the log, and the events as a subscriber receives them.
+
+Properties can be tried on thousands of schedules without a server. Other tests check that the real script behaves like
+this model.
 """
 
 from typing import Any, NamedTuple
@@ -22,7 +24,7 @@ class Call(NamedTuple):
 
 
 def parse_call(command: bytes) -> Call:
-    """Return what an ``EVALSHA`` command asks for."""
+    """Parse an ``EVALSHA`` command."""
     reader = hiredis.Reader()
     reader.feed(command)
     words: Any = reader.gets()

@@ -1,8 +1,8 @@
-"""The scripted provider with a memory: it keeps every attempt at a key, not only the last.
+"""The scripted provider with a memory: it keeps every attempt for a key, not only the latest.
 
-In: a port.  Out: the same server, whose ``/_stats`` has a
-``history`` of all attempts by key.  Exists so that the tests can tell what was asked of the provider,
-when, and for how long, whatever the database says.
+In: a port.
+Out: the same server, whose ``/_stats`` has a ``history`` of all attempts by key, so that tests can see what was asked
+of the provider, when and for how long, whatever the database says.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from keepstream_worker.dev_stack.embedded import EmbeddedProvider
 from keepstream_worker.dev_stack.scripted_provider import ScriptedProvider
-from keepstream_worker.dev_stack.scripted_provider.connection import Attempt, Connection, Performance, Request
+from keepstream_worker.dev_stack.scripted_provider.connection import Attempt, Connection, Playback, Request
 
 
 class ProviderAttempt(NamedTuple):
@@ -32,7 +32,7 @@ class ProviderAttempt(NamedTuple):
 
 
 class RecordingProvider(ScriptedProvider):
-    """Remembers all attempts."""
+    """A scripted provider that remembers all attempts."""
 
     def __init__(self, host: str = "127.0.0.1", port: int = 0, api_key: str | None = None) -> None:
         super().__init__(host, port, api_key)
@@ -42,18 +42,20 @@ class RecordingProvider(ScriptedProvider):
     @override
     def stats(self) -> dict[str, Any]:
         history = {
-            key: [[one.started_ns, one.ended_ns, one.client_closed_ns, one.deltas] for one in attempts]
+            key: [
+                [attempt.started_ns, attempt.ended_ns, attempt.client_closed_ns, attempt.deltas] for attempt in attempts
+            ]
             for key, attempts in self._history.items()
         }
         return super().stats | {"history": history}
 
     @override
-    def _perform(self, connection: Connection, request: Request) -> Performance:
-        performance = super()._perform(connection, request)
+    def _playback_for(self, connection: Connection, request: Request) -> Playback:
+        playback = super()._playback_for(connection, request)
         key = request.json().get("script", {}).get("key")
         if key is not None:
-            self._history[key].append(self._attempts[key])  # it is kept up to date until the response ends
-        return performance
+            self._history[key].append(self._attempts[key])  # updated until the response ends
+        return playback
 
 
 class RecordingProviderProcess(EmbeddedProvider):
@@ -84,7 +86,7 @@ class RecordingProviderProcess(EmbeddedProvider):
         }
 
     def attempts(self, key: str) -> list[ProviderAttempt]:
-        """All attempts at one key."""
+        """All attempts for one key."""
         return self.history().get(key, [])
 
 

@@ -1,7 +1,7 @@
 """Streams for tests: the conformance cases as bytes, and a stream played to the reader.
 
-In: ``conformance/sse_cases.jsonl``.  Out: cases, and what the reader made of a stream.  Exists so that
-the tests of single parts, of all cases and the fuzzer hold the reader to the same promises.
+In: ``conformance/sse_cases.jsonl``.
+Out: cases, and what the reader made of a stream, to unit tests and the fuzzer.
 """
 
 import base64
@@ -64,7 +64,7 @@ class Played:
     deltas: list[Delta]
 
     def seen(self) -> tuple[Failure | None, Output, dict[int, dict[str, Any]]]:
-        """What must not depend on how the bytes were cut."""
+        """What must not depend on how the bytes were split."""
         return self.failure, self.output, joined(self.deltas)
 
 
@@ -75,7 +75,7 @@ def play(
     limits: Limits | None = None,
     done_completes: bool = True,
 ) -> Played:
-    """Feed ``pieces`` to a reader until it has enough, and end it; check its promises on the way."""
+    """Feed ``pieces`` to a reader until it is done, then finish it, checking its promises on the way."""
     reader = StreamReader(limits, done_completes=done_completes, call_seed="job-1")
     deltas: list[Delta] = []
     for piece in pieces:
@@ -90,7 +90,7 @@ def play(
 
 
 def check(deltas: Sequence[Delta], output: Output) -> None:
-    """Check what holds for every stream: the deltas give the output, and all of it can be stored."""
+    """Check what holds for every stream: the deltas add up to the output, and all of it can be stored."""
     for _, fields in deltas:
         check_fields(fields)
     held = joined(deltas)
@@ -102,12 +102,12 @@ def check(deltas: Sequence[Delta], output: Output) -> None:
     assert held.keys() <= {choice.index for choice in output.choices}
     for part in (*(choice.model_dump() for choice in output.choices), output.usage, output.provider_details):
         text = json.dumps(part, allow_nan=False, ensure_ascii=False)
-        text.encode()  # no half of a surrogate pair
+        text.encode()  # no lone surrogate
         assert "\\u0000" not in text.replace("\\\\", "")
 
 
 def check_fields(fields: dict[str, Any]) -> None:
-    """Check that a delta has the shape of the contract and says something."""
+    """Check that a delta conforms to the contract and is not empty."""
     assert fields
     assert fields.keys() <= {"content", "reasoning", "refusal", "tool_calls"}
     for name, value in fields.items():
@@ -121,7 +121,7 @@ def check_fields(fields: dict[str, Any]) -> None:
 
 
 def joined(deltas: Iterable[Delta]) -> dict[int, dict[str, Any]]:
-    """Return what a follower holds who applied ``deltas``."""
+    """Return what a follower holds after applying ``deltas``."""
     held: dict[int, dict[str, Any]] = {}
     for index, fields in deltas:
         choice = held.setdefault(index, {"content": [], "reasoning": [], "refusal": [], "tool_calls": []})

@@ -1,7 +1,7 @@
-"""A TCP proxy that can be cut: one client loses a server that all others still reach.
+"""A TCP proxy that can be cut, so that one client loses a server that all others still reach.
 
-In: a server's port.  Out: a port that leads to it as long as the proxy is whole.  Exists so that a test
-can part one worker from its database without harming the database.
+In: a server's port.
+Out: a port that leads to it until the proxy is cut.
 """
 
 import contextlib
@@ -19,8 +19,8 @@ class TcpProxy:
     def __init__(self, target: int) -> None:
         self._target = target
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self._whole = threading.Event()
-        self._whole.set()
+        self._open = threading.Event()
+        self._open.set()
         self._sockets: list[socket.socket] = []
         self.port: int = self._listener.getsockname()[1]
 
@@ -36,20 +36,20 @@ class TcpProxy:
 
     def cut(self) -> None:
         """Break all connections, and refuse new ones."""
-        self._whole.clear()
+        self._open.clear()
         while self._sockets:
             with contextlib.suppress(OSError):
                 self._sockets.pop().shutdown(socket.SHUT_RDWR)
 
     def mend(self) -> None:
         """Let new connections through again."""
-        self._whole.set()
+        self._open.set()
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):  # closed
             while True:
                 client, _ = self._listener.accept()
-                if not self._whole.is_set():
+                if not self._open.is_set():
                     client.close()
                     continue
                 try:

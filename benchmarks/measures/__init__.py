@@ -1,6 +1,7 @@
-"""The measures, one module per question; this list is the order of a run.
+"""The measures, one module per question; this table is the order of a run.
 
-In: a ``Bench``.  Out: samples, recorded with it.  Exists so that ``--only`` has names to choose from.
+In: a ``Bench``.
+Out: samples, recorded with it.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,9 @@
-"""CPU per delta, saturated and paced, and the concurrency at which each tutorial is at its best.
+"""CPU per delta, saturated and paced, and the concurrency at which each tutorial does best.
 
-In: a ``Bench``.  Out: samples ``tune``, ``saturated`` and ``paced``.  Exists because CPU per delta, and
-nothing else, decides how many streams a core carries.
+In: a ``Bench``.
+Out: samples ``tune``, ``saturated`` and ``paced``.
+
+CPU per delta decides how many streams a core can carry.
 """
 
 from contextlib import ExitStack
@@ -15,14 +17,14 @@ _CANDIDATES: Final = {
     "gevent": (4, 16, 64),
     "asyncio": (4, 16, 64),
 }
-_PACE: Final = 30.0  #: Deltas a second and stream: a fast hosted model.
-_HELD_BY_TUTORIALS: Final = 30  #: Streams at that pace that do not overload any of them.
+_PACE: Final = 30.0  #: Deltas per second and stream, like a fast hosted model.
+_HELD_BY_TUTORIALS: Final = 30  #: Streams at that pace that overload none of them.
 
 
 def tune(bench: Bench) -> None:
     """Find each tutorial's best concurrency: the one with the least CPU per delta."""
     if bench.quick:
-        bench.say("tune: left out, the usual best settings are used")
+        bench.say("tune: skipped, the usual best settings are used")
         return
     for pool in bench.all_pools:
         costs: dict[int, float] = {}
@@ -36,23 +38,23 @@ def tune(bench: Bench) -> None:
 
 
 def saturated(bench: Bench) -> None:
-    """Measure CPU per delta when the provider is never the one to wait for."""
+    """Measure CPU per delta when nobody ever waits for the provider."""
     load = Load(200, 500)
-    # CPU per delta does not depend on how often it is repeated, and the tutorials take 1 s for 3,000 deltas.
+    # CPU per delta does not depend on the number of streams, and the tutorials take 1 s for 3,000 deltas.
     tutorials_load = Load(12 if bench.quick else 40, 500)
     with ExitStack() as stack:
         runs = [(stack.enter_context(bench.floor()), load), (stack.enter_context(bench.keepstream()), load)]
         runs.append((stack.enter_context(bench.keepstream(merging=False)), load))
         runs += [(stack.enter_context(bench.tutorial(pool)), tutorials_load) for pool in bench.all_pools]
         for repetition in range(bench.repeat):
-            for worker, its_load in runs:
-                outcome = bench.round(worker, its_load)
-                parameters = {"streams": its_load.streams, "deltas": its_load.deltas}
+            for worker, own_load in runs:
+                outcome = bench.round(worker, own_load)
+                parameters = {"streams": own_load.streams, "deltas": own_load.deltas}
                 bench.record(Sample("saturated", worker.name, cpu_metrics(outcome), parameters, repetition))
 
 
 def paced(bench: Bench) -> None:
-    """Measure CPU per delta when each stream brings 30 deltas a second, so that little arrives together."""
+    """Measure CPU per delta when each stream sends 30 deltas a second, so that little arrives together."""
     deltas = 60 if bench.quick else 150
     many, few = Load(200, deltas, _PACE), Load(_HELD_BY_TUTORIALS, deltas, _PACE)
     with ExitStack() as stack:

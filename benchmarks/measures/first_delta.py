@@ -1,6 +1,7 @@
-"""From the queue to the eye: the time from handing over a job to the follower's first delta.
+"""The time from submitting a job to the follower's first delta.
 
-In: a ``Bench``.  Out: samples ``first_delta``.  Exists because people wait for the first word.
+In: a ``Bench``.
+Out: samples ``first_delta``.
 """
 
 import re
@@ -18,7 +19,7 @@ _WAIT_SECONDS: Final = 20.0
 
 
 def first_delta(bench: Bench) -> None:
-    """Measure one job after the other on an otherwise idle machine."""
+    """Measure one job at a time on an otherwise idle machine."""
     jobs = 15 if bench.quick else 50
     _record(bench, DIRECT, [_read_directly(bench) for _ in range(jobs)])
     with bench.keepstream() as worker:
@@ -54,7 +55,7 @@ def _run(bench: Bench, worker: Contender, number: int) -> float:
                 break
     if elapsed is None:
         raise worker.process.failure("brought no delta")
-    time.sleep(0.05)  # Back to idle.
+    time.sleep(0.05)  # let everything become idle again
     return elapsed * 1e3
 
 

@@ -1,7 +1,9 @@
-"""Flat growth: whether a delta costs the same in company and late in a long stream.
+"""Flat growth: whether a delta costs the same among many streams and late in a long stream.
 
-In: a ``Bench``.  Out: samples ``flat_streams`` and ``flat_length``.  Exists because anything that grows
-with what is in flight, or with what a stream has brought so far, ends a machine before its CPU does.
+In: a ``Bench``.
+Out: samples ``flat_streams`` and ``flat_length``.
+
+A cost that grows with the number of streams, or with the length of one, exhausts a machine before its CPU does.
 """
 
 import time
@@ -10,12 +12,12 @@ from typing import Final
 
 from benchmarks.bench import Bench, Load, Sample
 
-_DELTAS_A_SECOND: Final = 8000  #: Over all streams, so that only their number differs.
+_DELTAS_A_SECOND: Final = 8000  #: Over all streams, so that only their number varies.
 _AT_ONCE: Final = 10  #: Streams in flight while their length is varied.
 
 
 def flat_streams(bench: Bench) -> None:
-    """Measure the steady cost of the same number of deltas a second, spread over more and more streams."""
+    """Measure the steady cost of the same number of deltas a second, spread over an increasing number of streams."""
     window = 2.0 if bench.quick else 4.0
     counts = (100, 500) if bench.quick else (100, 500, 1000, 2000)
     with ExitStack() as stack:
@@ -41,7 +43,7 @@ def flat_streams(bench: Bench) -> None:
 
 
 def flat_length(bench: Bench) -> None:
-    """Measure what a delta costs in streams of growing length, beyond the cost of the job itself."""
+    """Measure what a delta costs in streams of increasing length, beyond the cost of the job itself."""
     lengths = (1, 100, 2000) if bench.quick else (1, 100, 1000, 5000, 20_000)
     with ExitStack() as stack:
         workers = [stack.enter_context(bench.floor()), stack.enter_context(bench.keepstream())]

@@ -1,7 +1,9 @@
 """What following costs the service that follows.
 
-In: a ``Bench``.  Out: samples ``follower``.  Exists because each stream has a worker once and followers many
-times.
+In: a ``Bench``.
+Out: samples ``follower``.
+
+A stream has one worker but may have many followers.
 """
 
 import time
@@ -25,12 +27,12 @@ def follower(bench: Bench) -> None:
                 options = ("--kind", kind, "--redis-url", bench.services.redis_url, "--job", job)
                 with closing(bench.start("client-follower", python("benchmarks.client_follower", *options))) as process:
                     process.expect("ready", _WAIT_SECONDS)
-                    time.sleep(0.3)  # It subscribes.
+                    time.sleep(0.3)  # it subscribes meanwhile
                     before = process.cpu_seconds()
                     worker.submit([job], load.script())
                     deltas = process.expect("ended", _WAIT_SECONDS)["deltas"]
                     used = process.cpu_seconds() - before
                 if deltas != load.deltas:
-                    raise BenchmarkError(f"a follower ({kind}) got {deltas} deltas of {load.deltas}")
+                    raise BenchmarkError(f"a follower ({kind}) got {deltas} of {load.deltas} deltas")
                 metrics = {"cpu_us_per_delta": used / load.deltas * 1e6}
                 bench.record(Sample("follower", f"client-{kind}", metrics, {"rate": _RATE}, repetition))

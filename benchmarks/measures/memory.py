@@ -1,7 +1,7 @@
-"""Memory per stream in flight.
+"""Memory per stream in flight, the second limit, after CPU, on the number of streams.
 
-In: a ``Bench``.  Out: samples ``memory``.  Exists because the second limit, after CPU, of how many streams
-a machine carries is how much each of them holds.
+In: a ``Bench``.
+Out: samples ``memory``.
 """
 
 from benchmarks.bench import Bench, Load, Sample
@@ -11,7 +11,7 @@ from benchmarks.contenders import Contender
 def memory(bench: Bench) -> None:
     """Measure the growth from an idle, warm worker to one with all streams in flight."""
     streams = 200 if bench.quick else 1000
-    # One delta a second: slow enough for the slowest worker to have all of them in flight at once.
+    # One delta a second: slow enough even for the slowest worker to have all streams in flight at once.
     load = Load(streams, deltas=5 if bench.quick else 16, rate=1.0, stamped=True)
     with bench.floor() as worker:
         _measure(bench, worker, load)
@@ -22,7 +22,7 @@ def memory(bench: Bench) -> None:
             _measure(bench, worker, load)
     slots = 4 if bench.quick else 20
     with bench.tutorial("prefork", concurrency=slots) as worker:
-        held = worker.process.memory()  # A stream in flight is a process here.
+        held = worker.process.memory()  # here, a stream in flight is a process
         metrics = {
             "rss_kb_per_stream": held.rss / slots / 1e3,
             "uss_kb_per_stream": held.uss / slots / 1e3,

@@ -1,7 +1,9 @@
-"""Whether watching is in the way: the time a paced stream takes with publishing and without.
+"""Whether publishing slows a stream down: the time a paced stream takes with publishing and without.
 
-In: a ``Bench``.  Out: samples ``publishing``.  Exists because a model that is read slowly is paid for
-longer: publishing must not hold up reading, not even if Redis is slow or away.
+In: a ``Bench``.
+Out: samples ``publishing``.
+
+Redis may be near, slow or away; reading must not wait for it.
 """
 
 import time
@@ -16,18 +18,18 @@ from benchmarks.harness import Process, python
 _DELAY_SECONDS: Final = 0.05
 _RATE: Final = 30.0
 _STREAMS: Final = 10
-_MOST_REPETITIONS: Final = 2
+_MAX_REPETITIONS: Final = 2
 _POLL_SECONDS: Final = 0.01
 _WAIT_SECONDS: Final = 120.0
 
 
 def publishing(bench: Bench) -> None:
-    """Measure the wall time with Redis near, 50 ms slow and away, and that of reading the provider with no worker.
+    """Measure the wall time with Redis near, 50 ms away and unreachable, and of reading the provider directly.
 
-    Jobs arrive over the near Redis in every case; only the events take the other way.
+    Jobs always arrive over the near Redis; only the events take the other route.
     """
     load = Load(_STREAMS, 150 if bench.quick else 300, _RATE, stamped=True)
-    for repetition in range(min(bench.repeat, _MOST_REPETITIONS)):
+    for repetition in range(min(bench.repeat, _MAX_REPETITIONS)):
         pairs = bench.read_directly(load).pairs
         _record(bench, DIRECT, "none", (max(pairs[::2]) - min(pairs[1::2])) / 1e9, repetition)
         with bench.keepstream() as worker:
@@ -59,9 +61,9 @@ def _slow_redis(bench: Bench, delay: float) -> Iterator[tuple[Process, str]]:
 
 
 def _seconds_until_stored(worker: Contender, load: Load, leaving: Process | None = None) -> float:
-    """Return the time from handing over the jobs until the database holds all their output.
+    """Return the seconds from submitting the jobs until the database holds all their output.
 
-    ``leaving`` is stopped while the streams run: Redis is away from then on.
+    ``leaving`` is the proxy to stop while the streams run, after which Redis is unreachable.
     """
     before = worker.stored_characters() or 0
     begin = time.monotonic()

@@ -1,7 +1,9 @@
 """Short jobs per second, on SQLite and on PostgreSQL.
 
-In: a ``Bench``.  Out: samples ``short_jobs``.  Exists because a job of 20 deltas costs more in claims,
-commits and acknowledgements than in deltas.
+In: a ``Bench``.
+Out: samples ``short_jobs``.
+
+A job of 20 deltas costs more in claims, commits and acknowledgements than in deltas.
 """
 
 from contextlib import ExitStack
@@ -13,7 +15,7 @@ _DELTAS: Final = 20
 
 
 def short_jobs(bench: Bench) -> None:
-    """Hand over many short jobs at once; results and events included."""
+    """Submit many short jobs at once, results and events included."""
     load = Load(300 if bench.quick else 1000, _DELTAS)
     tutorials_load = Load(60 if bench.quick else 200, _DELTAS)
     for database in ("sqlite", "postgresql"):
@@ -24,14 +26,14 @@ def short_jobs(bench: Bench) -> None:
             tutorials = (stack.enter_context(bench.tutorial(pool, database=database)) for pool in bench.pools)
             runs += [(worker, tutorials_load) for worker in tutorials]
             for repetition in range(bench.repeat):
-                for worker, its_load in runs:
-                    outcome = bench.round(worker, its_load)
+                for worker, own_load in runs:
+                    outcome = bench.round(worker, own_load)
                     metrics = {
-                        "jobs_per_second": its_load.streams / outcome.used.wall,
-                        "jobs_per_core_second": its_load.streams / outcome.used.cpu,
-                        "cpu_ms_per_job": outcome.used.cpu / its_load.streams * 1e3,
+                        "jobs_per_second": own_load.streams / outcome.used.wall,
+                        "jobs_per_core_second": own_load.streams / outcome.used.cpu,
+                        "cpu_ms_per_job": outcome.used.cpu / own_load.streams * 1e3,
                         "core_share": outcome.used.cpu / outcome.used.wall,
                         "failed": outcome.failed,
                     }
-                    parameters = {"database": database, "jobs": its_load.streams}
+                    parameters = {"database": database, "jobs": own_load.streams}
                     bench.record(Sample("short_jobs", worker.name, metrics, parameters, repetition))

@@ -1,7 +1,9 @@
-"""Start-up: a worker's, to the first delta of a job that was waiting, and the import of the contract.
+"""Start-up: from starting a worker to the first delta of a waiting job, and the import of the contract.
 
-In: a ``Bench``.  Out: samples ``startup`` and ``import``.  Exists because deploys and crashes are paid for
-in start-ups, and every service that enqueues jobs pays for the import.
+In: a ``Bench``.
+Out: samples ``startup`` and ``import``.
+
+Deploys and crashes cost a start-up; every service that enqueues jobs pays for the import.
 """
 
 import subprocess

@@ -1,4 +1,4 @@
-"""The Redis users that the operations guide gives: each can do its work, and nothing beyond it."""
+"""The Redis users in the operations guide: each can do its work, and nothing else."""
 
 import json
 import re

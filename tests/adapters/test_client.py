@@ -1,4 +1,4 @@
-"""The client hands jobs over within bounds, whatever state Redis and the database are in."""
+"""The client hands jobs over within bounded time, whatever state Redis and the database are in."""
 
 import base64
 import json
@@ -318,8 +318,8 @@ def test_a_queued_job_is_cancelled_and_the_workers_are_told(client: Client, redi
         assert pubsub.get_message(timeout=5)["type"] == "subscribe"
         job_id = client.enqueue(model="m", messages=MESSAGES)
         assert client.cancel(job_id) is JobStatus.CANCELLED
-        told = pubsub.get_message(timeout=5)
-        assert json.loads(told["data"]) == {"tenant": "default", "job_id": job_id}
+        message = pubsub.get_message(timeout=5)
+        assert json.loads(message["data"]) == {"tenant": "default", "job_id": job_id}
         key = names.job_keys("default", job_id).cancel
         assert connection.exists(key)
         assert 0 < connection.ttl(key) <= 86_400

@@ -1,4 +1,4 @@
-"""The database thread against real databases: groups share a transaction, and outages are told from refusals."""
+"""The database thread on real databases: groups share a transaction, and outages are distinguished from refusals."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""Followers of a real Valkey: they join, are cut off, lose their log and their server, and miss nothing."""
+"""Followers on a real Valkey: they join, are cut off, lose their log and their server, and miss nothing."""
 
 import asyncio
 import contextlib
@@ -36,7 +36,7 @@ from keepstream_worker.dev_stack.embedded import EmbeddedValkey
 from keepstream_worker.events.publisher import Publisher
 from keepstream_worker.values import Delta
 from tests import live_join
-from tests.histories import JOB_ID, attempt_failed, attempt_finished, delta, ended, started
+from tests.event_texts import JOB_ID, attempt_failed, attempt_finished, delta, ended, started
 from tests.jobs import make_job
 from tests.live_join import append
 
@@ -112,7 +112,7 @@ def stored(database_url: str) -> str:
     return database_url
 
 
-# -- the seam --
+# -- the live join --
 
 
 async def test_followers_that_join_at_random_moments_miss_nothing(redis_url: str) -> None:
@@ -127,8 +127,8 @@ async def test_a_follower_joins_at_every_place_of_a_job(log: redis.asyncio.Redis
     for event in HISTORY:
         followers.append(asyncio.create_task(collect(client)))
         await append(log, KEYS, event)
-    for told in await asyncio.gather(*followers):
-        assert ids(told) == IDS
+    for events in await asyncio.gather(*followers):
+        assert ids(events) == IDS
 
 
 async def test_every_cursor_of_a_finished_log_gives_the_rest(log: redis.asyncio.Redis, client: AsyncClient) -> None:
@@ -141,11 +141,11 @@ async def test_every_cursor_of_a_finished_log_gives_the_rest(log: redis.asyncio.
 async def test_what_a_follower_holds_at_the_end_is_proved_by_the_hash(
     log: redis.asyncio.Redis, client: AsyncClient
 ) -> None:
-    for event in HISTORY:
-        await append(log, KEYS, event)
+    for text in HISTORY:
+        await append(log, KEYS, text)
     held = Transcript()
-    async for told in client.follow(JOB_ID):
-        assert held.apply(told)
+    async for event in client.follow(JOB_ID):
+        assert held.apply(event)
     assert held.text == TEXT
     assert held.terminal is not None
     assert held.sha256() == held.terminal.output_sha256
@@ -220,8 +220,8 @@ async def test_followers_whose_connection_is_cut_go_on(
         await append(log, KEYS, event)
         if event in (HISTORY[3], HISTORY[10], HISTORY[15]):
             await log.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
-    for told in await asyncio.gather(*followers):
-        assert ids(told) == IDS
+    for events in await asyncio.gather(*followers):
+        assert ids(events) == IDS
 
 
 async def test_a_restart_of_redis_that_loses_the_log_is_healed_by_the_worker() -> None:
@@ -305,11 +305,11 @@ async def test_a_slow_reader_is_cut_off_by_redis_and_still_misses_nothing() -> N
 async def test_large_events_arrive_whole(log: redis.asyncio.Redis, client: AsyncClient) -> None:
     big = "ü" * 3_000_000
     follower = asyncio.create_task(collect(client))
-    for event in (started("1-1"), delta("1-2", big), delta("1-3", big), ended("1-4", "completed", big + big)):
-        await append(log, KEYS, event)
+    for text in (started("1-1"), delta("1-2", big), delta("1-3", big), ended("1-4", "completed", big + big)):
+        await append(log, KEYS, text)
     held = Transcript()
-    for told in await follower:
-        held.apply(told)
+    for event in await follower:
+        held.apply(event)
     assert held.text == big + big
 
 
@@ -322,11 +322,11 @@ async def test_an_expired_log_is_answered_from_the_database_at_once(
 ) -> None:
     async with AsyncClient(redis_url, database_url=stored) as client:
         began = time.monotonic()
-        told = await collect(client, after)
+        events = await collect(client, after)
         assert time.monotonic() - began < 2
-    assert [(event.id, event.type) for event in told] == [("2-12", "snapshot"), ("2-13", "job.completed")]
+    assert [(event.id, event.type) for event in events] == [("2-12", "snapshot"), ("2-13", "job.completed")]
     held = Transcript()
-    for event in told:
+    for event in events:
         assert held.apply(event)
     assert held.text == TEXT
     assert held.terminal is not None

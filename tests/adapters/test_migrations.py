@@ -1,4 +1,4 @@
-"""The migrations lead to exactly the tables that the contract publishes, on each database."""
+"""The migrations lead to exactly the tables of the contract, on each database."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The provider against real sockets: a scripted provider for what is sent, small raw servers for what goes wrong."""
+"""The provider on real sockets: a scripted provider for what is sent, small raw servers for what goes wrong."""
 
 import asyncio
 import gzip
@@ -481,7 +481,7 @@ async def test_a_broken_connection_before_the_answer_is_a_connection_failure(beh
 async def test_a_broken_connection_within_the_answer_is_a_connection_failure(
     behaviour: Behaviour, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("keepstream_worker.providers.provider._LOOK_SECONDS", 0.1)
+    monkeypatch.setattr("keepstream_worker.providers.provider._CHECK_INTERVAL", 0.1)
     failure = await failure_of(behaviour)
     assert (failure.code, failure.http_status) == (ErrorCode.CONNECTION, 200)
     assert failure.provider_request_id == "req-7"
@@ -749,7 +749,7 @@ async def test_a_connection_that_is_never_accepted_is_a_timeout() -> None:
     assert caught.value.failure.code is ErrorCode.TIMEOUT
 
 
-# -- the connection is let go on every road -----------------------------------------------------------
+# -- the connection is always released -----------------------------------------------------------------
 
 
 async def test_a_connection_whose_answer_was_read_serves_again() -> None:

@@ -1,4 +1,4 @@
-"""The publisher against a real Redis: every event once and in order, whatever happens to the connection."""
+"""The publisher on a real Redis: every event once and in order, whatever happens to the connection."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -225,7 +225,7 @@ async def test_older_attempt_is_fenced_by_the_newer_ones_first_event(
     for _ in range(3):
         old.say("too late ")
         assert await old.publication.wait_flushed(PATIENCE) is FlushResult.FENCED
-    assert old.fenced == 1, "told once"
+    assert old.fenced == 1, "called once"
     new.say("new")
     assert await new.is_sent()
     assert [event.id for event in log(client)] == ["1-1", "1-2", "2-1", "2-2"]

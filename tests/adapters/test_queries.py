@@ -1,4 +1,4 @@
-"""The client's statements do on SQLite and on PostgreSQL what they say, also when others write at the same time."""
+"""The client's statements on SQLite and PostgreSQL, also while others write."""
 
 import json
 import threading

@@ -1,4 +1,4 @@
-"""The store against real databases: who owns a job, what an ending writes, and what a sweep finds."""
+"""The store on real databases: who owns a job, what an ending writes, and what a sweep finds."""
 
 import threading
 import time

@@ -1,7 +1,7 @@
 """The command line of the chaos suite: ``python -m tests.chaos``.
 
-In: options.  Out: a table of counts for each item on standard output; exit code 1 if a check failed.
-Exists so that the promises can be tried with other seeds and more jobs than the tests have time for.
+In: options: items, seed, number of jobs.
+Out: a table of counts for each item on standard output; exit code 1 if a check failed.
 """
 
 import argparse
@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Final
 
 from tests.chaos import chaos, deploy, garbage, live_join, times, zombie
-from tests.chaos.place import Place
 from tests.chaos.report import Report
+from tests.chaos.sandbox import Sandbox
 
-ITEMS: Final[dict[str, Callable[[Place, int, int], Report]]] = {
+ITEMS: Final[dict[str, Callable[[Sandbox, int, int], Report]]] = {
     "chaos": chaos.run,
     "live-join": live_join.run,
     "times": times.run,
@@ -28,7 +28,7 @@ ITEMS: Final[dict[str, Callable[[Place, int, int], Report]]] = {
 
 
 def main() -> int:
-    """Run the items that are asked for."""
+    """Run the requested items."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     parser.add_argument("--seed", type=int, default=1, help="what happens when (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=300, help="jobs of the item chaos (default: %(default)s)")
@@ -36,17 +36,17 @@ def main() -> int:
     parser.add_argument("--database", choices=("postgresql", "sqlite"), default="postgresql")
     parser.add_argument("--keep", type=Path, help="directory for the workers' logs (default: a temporary one)")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: with nothing left behind
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end like Ctrl-C, leaving nothing behind
     failed: list[str] = []
     with tempfile.TemporaryDirectory(prefix="keepstream-chaos-") as temporary:
         directory = options.keep or Path(temporary)
         for name in options.only or ITEMS:
             began = time.monotonic()
-            report = ITEMS[name](Place(directory, options.database), options.seed, options.jobs)
+            report = ITEMS[name](Sandbox(directory, options.database), options.seed, options.jobs)
             print("\n".join(report.lines()), flush=True)
             print(f"  ({time.monotonic() - began:.0f} s)", flush=True)
             failed += [f"{name}: {check}" for check in report.failures]
-    print("\nAll checks hold." if not failed else "\nFAILED\n" + "\n".join(f"  {one}" for one in failed))
+    print("\nAll checks hold." if not failed else "\nFAILED\n" + "\n".join(f"  {name}" for name in failed))
     return 1 if failed else 0
 
 

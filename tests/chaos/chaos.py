@@ -1,11 +1,11 @@
-"""Chaos: everything fails at random, and afterwards the books must balance.
+"""Chaos: everything fails at random, and afterwards every job is accounted for.
 
-In: a place, a seed and a number of jobs.  Out: a report.  Exists because the promises are about what
-happens when several things go wrong together, in orders that nobody would write a test for.
+In: a sandbox, a seed and a number of jobs.
+Out: a report.
 
-While workers, Redis, the database and the provider fail, each job is followed by readers that come and
-go with their last event id, and all channels are watched by a raw subscriber.  Whoever is told the end
-of a job looks at once whether its row says the same.
+The promises are about several failures at once, in orders for which nobody would write a test. While workers, Redis,
+the database and the provider fail, each job is followed by readers that come and go with their last event id, and a raw
+subscriber watches all channels. Whoever receives the end of a job checks at once that its row says the same.
 """
 
 import asyncio
@@ -28,8 +28,8 @@ from keepstream.names import EventId, job_keys, parse_event_id
 from keepstream.results import AttemptResult, CompletionResult, JobStatus
 from keepstream.transcript import Transcript
 from tests.chaos.faults import Saboteur, plan
-from tests.chaos.place import Place
 from tests.chaos.report import Report
+from tests.chaos.sandbox import Sandbox
 from tests.chaos.workload import ScriptedJob, make_job
 from tests.cluster import Cluster
 from tests.recording_provider import ProviderAttempt
@@ -60,7 +60,7 @@ _OVERLAP: Final = SETTINGS["lease"] + 2.0  #: Seconds that a superseded stream m
 
 @dataclass
 class Witness:
-    """What one follower of a job was told."""
+    """What one follower of a job received."""
 
     job_id: str
     events: list[Event] = field(default_factory=list)
@@ -71,7 +71,7 @@ class Witness:
 
 @dataclass
 class Testimony:
-    """Everything that was seen while the chaos lasted."""
+    """Everything that was observed during the chaos."""
 
     witnesses: list[Witness] = field(default_factory=list)
     overheard: dict[str, list[Event]] = field(default_factory=lambda: defaultdict(list))  #: By the raw subscriber.
@@ -81,15 +81,15 @@ class Testimony:
     trouble: Counter[str] = field(default_factory=Counter)  #: What the producers and the subscriber met.
 
 
-def run(place: Place, seed: int, jobs: int) -> Report:
-    """Play the item and judge it."""
-    report = Report(f"chaos (seed {seed}, {jobs} jobs, {WORKERS} workers, {place.database})")
+def run(sandbox: Sandbox, seed: int, jobs: int) -> Report:
+    """Run the item and check the results."""
+    report = Report(f"chaos (seed {seed}, {jobs} jobs, {WORKERS} workers, {sandbox.database})")
     dice = random.Random(seed)
     dealt: Counter[str] = Counter()
     workload = [make_job(f"chaos-{number}", random.Random(f"{seed} {number}"), dealt) for number in range(jobs)]
     seconds = jobs * SECONDS_PER_JOB
-    faults = plan(dice, seconds, MEAN_PAUSE, place.database)
-    with place.cluster("chaos", persistent=True, **SETTINGS) as cluster:
+    faults = plan(dice, seconds, MEAN_PAUSE, sandbox.database)
+    with sandbox.cluster("chaos", persistent=True, **SETTINGS) as cluster:
         began = time.monotonic()
         saboteur = Saboteur(cluster, WORKERS)
         testimony = asyncio.run(_play(cluster, workload, saboteur, faults, seconds, seed))
@@ -128,8 +128,8 @@ async def _play(
             task.cancel()
         await asyncio.gather(*pending, return_exceptions=True)
         for task in done:
-            task.result()  # what went wrong here is a defect of the suite
-        await asyncio.sleep(3)  # whoever would tell an end a second time may do so now
+            task.result()  # an exception here is a defect of the suite
+        await asyncio.sleep(3)  # time for a second end, which would be a defect
         subscriber.cancel()
         await asyncio.gather(subscriber, return_exceptions=True)
     return testimony
@@ -160,7 +160,7 @@ async def _produce(
 async def _follow(
     client: AsyncClient, witness: Witness, joins: float, dice: random.Random, testimony: Testimony
 ) -> None:
-    """Follow a job to its end, leaving now and then and coming back with the last event id."""
+    """Follow a job to its end, leaving now and then and resuming after the last event id."""
     await asyncio.sleep(joins)
     try:
         while True:
@@ -183,9 +183,9 @@ async def _follow(
                 await stream.aclose()
             await asyncio.sleep(dice.uniform(0, 1))
     except asyncio.CancelledError:
-        witness.error = "was never told the end"
+        witness.error = "never received the end"
         raise
-    except Exception as error:  # noqa: BLE001  # no follower may ever meet one
+    except Exception as error:  # noqa: BLE001  # no follower may ever see one
         witness.error = repr(error)
 
 
@@ -198,18 +198,18 @@ async def _look_at_the_row(client: AsyncClient, event: Event, testimony: Testimo
 
 
 async def _row_of(client: AsyncClient, job_id: str) -> tuple[CompletionResult | None, int]:
-    """Return a job as it is stored, and how many looks that took."""
+    """Return a job as stored, and how many reads that took."""
     looks = 1
     while True:
         try:
             return await client.get(job_id), looks
-        except StoreUnavailableError:  # it is away just now; what it holds cannot have come after the event
+        except StoreUnavailableError:  # unavailable; once it is back, the row is no newer than the event
             looks += 1
             await asyncio.sleep(0.2)
 
 
 async def _overhear(cluster: Cluster, client: AsyncClient, testimony: Testimony) -> None:
-    """Listen to all channels, with no care for what is missed while the connection is down."""
+    """Listen to all channels, ignoring what is missed while the connection is down."""
     looks: set[asyncio.Task[None]] = set()
     while True:
         try:
@@ -237,7 +237,9 @@ def _judge(report: Report, cluster: Cluster, workload: list[ScriptedJob], testim
 
     report.count_each("provider fault met", _met_faults(workload, provider))
     report.count_each("job", Counter(result.status.value for result in stored.values()))
-    report.count_each("failed because", Counter(_reason(one) for one in stored.values() if one.status == "failed"))
+    report.count_each(
+        "failed because", Counter(_reason(result) for result in stored.values() if result.status == "failed")
+    )
     report.count_each(
         "attempt", Counter(str(attempt.outcome) for result in stored.values() for attempt in result.attempts)
     )
@@ -250,7 +252,7 @@ def _judge(report: Report, cluster: Cluster, workload: list[ScriptedJob], testim
     report.count("cancels accepted", sum(status is not JobStatus.COMPLETED for status in testimony.cancels.values()))
     report.count_each("trouble", testimony.trouble)
 
-    report.check("every job is stored and terminal", _not_terminal(results))
+    report.check("every job is stored and has ended", _not_terminal(results))
     report.check("a completed job holds what the provider sent", _wrong_results(workload, stored))
     report.check("no terminal event before its row", testimony.early)
     report.check("a cancelled job is never completed", _uncancelled(testimony, stored))
@@ -258,7 +260,7 @@ def _judge(report: Report, cluster: Cluster, workload: list[ScriptedJob], testim
     report.check("every provider request has its attempt", _unbooked(stored, provider))
     report.check("no two attempts stream beyond the lease", _overlapping(provider))
     report.check("no follower meets an error or waits in vain", _forsaken(testimony))
-    report.check("a follower is told one end", _wrong_ends(testimony))
+    report.check("a follower receives one end", _wrong_ends(testimony))
     report.check("a follower gets each event once, in order, without gaps", _gaps(testimony))
     report.check("a follower's output is the row's", _wrong_texts(testimony, stored))
     report.check("no event of an older attempt after a newer one's", _out_of_order(testimony))
@@ -308,9 +310,13 @@ def _uncancelled(testimony: Testimony, stored: dict[str, CompletionResult]) -> I
 
 def _wrong_sums(stored: dict[str, CompletionResult]) -> Iterator[str]:
     for result in stored.values():
-        paid = [one for one in result.attempts if (one.http_status or 200) < 400 and one.outcome != "recovered"]
+        paid = [
+            attempt
+            for attempt in result.attempts
+            if (attempt.http_status or 200) < 400 and attempt.outcome != "recovered"
+        ]
         for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
-            known = [value for one in paid if (value := _tokens(one, name)) is not None]
+            known = [value for attempt in paid if (value := _tokens(attempt, name)) is not None]
             total = getattr(result.usage, name) if result.usage else None
             if total != (sum(known) if known else None):
                 yield f"{result.id}: {name} {total}, attempts {known}"
@@ -367,8 +373,10 @@ def _wrong_texts(testimony: Testimony, stored: dict[str, CompletionResult]) -> I
         result = stored.get(witness.job_id)
         if result is None or witness.transcript.terminal is None:
             continue
-        held = [(one.index, one.content, one.reasoning, _calls(one)) for one in witness.transcript.choices]
-        row = [(one.index, one.content, one.reasoning, _calls(one)) for one in result.choices]
+        held = [
+            (choice.index, choice.content, choice.reasoning, _calls(choice)) for choice in witness.transcript.choices
+        ]
+        row = [(choice.index, choice.content, choice.reasoning, _calls(choice)) for choice in result.choices]
         if held != row or witness.transcript.sha256() != result.output_sha256:
             yield f"{witness.job_id} ({result.status}): {held} instead of {row}"
 
@@ -390,7 +398,7 @@ def _wrong_logs(cluster: Cluster, workload: list[ScriptedJob]) -> Iterator[str]:
     with cluster.redis() as client:
         for scripted in workload:
             entries: Any = client.xrange(job_keys("default", scripted.id).log)
-            if not entries:  # Redis has lost it; the row answers
+            if not entries:  # Redis has lost it; the row has the result
                 continue
             events = [parse_event(fields[b"event"]) for _, fields in entries]
             ends = [event.id for event in events if is_terminal(event)]
@@ -400,11 +408,11 @@ def _wrong_logs(cluster: Cluster, workload: list[ScriptedJob]) -> Iterator[str]:
 
 
 def _judge_workers(report: Report, cluster: Cluster, saboteur: Saboteur) -> None:
-    """Whatever happens, a worker may not meet a defect of its own, nor end without being told to."""
+    """Whatever happens, a worker must not hit a defect of its own, or exit unless it was asked to."""
     defects = []
     for worker in cluster.workers:
         if not worker.at_work:
-            continue  # it could not start, because a server was away
+            continue  # it could not start, because a server was unavailable
         for line in worker.log_lines():
             if '"exception"' in line or "Traceback" in line:
                 try:
@@ -414,4 +422,4 @@ def _judge_workers(report: Report, cluster: Cluster, saboteur: Saboteur) -> None
                     defects.append(line[:300])
     report.check("no worker met a defect", defects)
     unasked = [ended for ended in saboteur.exits if ended.startswith("by itself") and not ended.endswith("code 1")]
-    report.check("no worker ended unasked", unasked)  # code 1: it could not start, because a server was away
+    report.check("no worker ended unasked", unasked)  # code 1: it could not start, because a server was unavailable

@@ -1,7 +1,9 @@
 """Rolling deploy: generation after generation of workers is replaced under load.
 
-In: a place and a seed.  Out: a report.  Exists because deploys are the most frequent of all faults,
-and nobody should notice one.
+In: a sandbox and a seed.
+Out: a report.
+
+Deploys are the most frequent of all faults, and nobody should notice one.
 """
 
 import random
@@ -11,8 +13,8 @@ from collections import Counter
 from typing import Final
 
 from keepstream.results import CompletionResult, JobStatus
-from tests.chaos.place import Place
 from tests.chaos.report import Report, spread
+from tests.chaos.sandbox import Sandbox
 from tests.cluster import Cluster
 
 GENERATIONS: Final = 3
@@ -23,35 +25,35 @@ _SLACK: Final = 1.0  #: Seconds by which a stream that just fits into the grace 
 
 
 def run(
-    place: Place,
+    sandbox: Sandbox,
     seed: int,
     _jobs: int = 0,
     generations: int = GENERATIONS,
     workers: int = WORKERS,
     grace: float = GRACE,
 ) -> Report:
-    """Play the item and judge it."""
-    report = Report(f"rolling deploy ({generations} generations of {workers} workers, {place.database})")
-    with place.cluster("deploy", shutdown_grace=grace) as cluster:
+    """Run the item and check the results."""
+    report = Report(f"rolling deploy ({generations} generations of {workers} workers, {sandbox.database})")
+    with sandbox.cluster("deploy", shutdown_grace=grace) as cluster:
         current = cluster.start_workers(workers)
         load = _Load(cluster, random.Random(seed), grace)
-        told: dict[str, float] = {}  # worker id → when it was told to end
+        stop_requested: dict[str, float] = {}  # worker id → when it was asked to stop
         took: list[float] = []
         codes: Counter[str] = Counter()
         for _ in range(generations - 1):
             for worker in list(current):
                 current.append(cluster.start_worker())
-                told[worker.id] = time.monotonic()
+                stop_requested[worker.id] = time.monotonic()
                 worker.terminate()
                 codes[f"exit code {worker.wait()}"] += 1
-                took.append(time.monotonic() - told[worker.id])
+                took.append(time.monotonic() - stop_requested[worker.id])
                 current.remove(worker)
         load.stop()
         results = [cluster.wait_for(job_id) for job_id in load.job_ids]
-        report.count("workers replaced", len(told))
+        report.count("workers replaced", len(stop_requested))
         report.count("time a worker took to end", spread(took))
         report.count_each("worker", codes)
-        _judge(report, cluster, results, told, grace)
+        _judge(report, cluster, results, stop_requested, grace)
     return report
 
 
@@ -79,35 +81,38 @@ class _Load(threading.Thread):
 
 
 def _judge(
-    report: Report, cluster: Cluster, results: list[CompletionResult], told: dict[str, float], grace: float
+    report: Report, cluster: Cluster, results: list[CompletionResult], stop_requested: dict[str, float], grace: float
 ) -> None:
     streams = cluster.provider.history()
     restarted = [result for result in results if len(result.attempts) > 1]
     report.count_each("job", Counter(result.status.value for result in results))
-    report.count_each("attempt", Counter(str(one.outcome) for result in results for one in result.attempts))
+    report.count_each("attempt", Counter(str(attempt.outcome) for result in results for attempt in result.attempts))
     report.count("jobs that ran on two workers or more", len(restarted))
-    report.check("no job fails", [f"{one.id}: {one.error}" for one in results if one.status is not JobStatus.COMPLETED])
+    report.check(
+        "no job fails",
+        [f"{result.id}: {result.error}" for result in results if result.status is not JobStatus.COMPLETED],
+    )
     report.check(
         "attempts end only by finishing or at the end of the grace period",
         [
-            f"{result.id}: {one.outcome}, {one.error}"
+            f"{result.id}: {attempt.outcome}, {attempt.error}"
             for result in results
-            for one in result.attempts
-            if one.outcome not in ("finished", "interrupted")
+            for attempt in result.attempts
+            if attempt.outcome not in ("finished", "interrupted")
         ],
     )
     report.check(
         "no attempt is restarted that could have finished",
         [
-            f"{result.id}: attempt {one.number}"
+            f"{result.id}: attempt {attempt.number}"
             for result in restarted
-            for one, stream in zip(result.attempts, streams[result.id], strict=True)
-            if one.outcome == "interrupted"
-            and stream.started + _seconds(result) < told[str(one.worker)] + grace - _SLACK
+            for attempt, stream in zip(result.attempts, streams[result.id], strict=True)
+            if attempt.outcome == "interrupted"
+            and stream.started + _seconds(result) < stop_requested[str(attempt.worker)] + grace - _SLACK
         ],
     )
 
 
 def _seconds(result: CompletionResult) -> float:
-    """How long the job's whole stream takes."""
+    """The duration of the job's whole stream, in seconds."""
     return len(result.text.split()) / RATE

@@ -1,8 +1,10 @@
-"""The faults: what is done to workers and servers, and when.
+"""Faults: what is done to workers and servers, and when.
 
-In: a random generator and a cluster.  Out: a plan of faults, and the faults themselves, one after the
-other.  Exists so that a run can be repeated by its seed as far as real processes allow: what happens
-and when is planned beforehand; what it meets there is not.
+In: a random generator and a cluster.
+Out: a plan of faults, and the faults themselves, one after the other.
+
+A run can be repeated by its seed as far as real processes allow: what happens and when is planned in advance; what it
+hits is not.
 """
 
 import random
@@ -36,7 +38,7 @@ _SERVER_FAULTS: Final = frozenset(
 
 
 class Fault(NamedTuple):
-    """One thing to do."""
+    """One fault."""
 
     at: float  #: Seconds after the beginning.
     kind: str
@@ -57,7 +59,7 @@ def plan(dice: random.Random, seconds: float, mean_pause: float, database: str) 
 
 
 class Saboteur:
-    """Plays a plan on a cluster, and keeps the number of workers up like a supervisor.
+    """Plays a plan on a cluster, and replaces dead workers like a supervisor.
 
     Args:
         cluster: The cluster.
@@ -86,12 +88,12 @@ class Saboteur:
         }
 
     def play(self, faults: list[Fault]) -> None:
-        """Do everything that is planned, then see to it that all workers are there."""
+        """Carry out the plan, then make sure that all workers are running."""
         self._supervise()
         wait_until(lambda: all(worker.at_work for worker in self._working), "the first workers")
         began = time.monotonic()
         for fault in faults:
-            self._supervise()  # the fault before may have taken longer than until this one
+            self._supervise()  # the previous fault may have lasted until now
             while time.monotonic() < began + fault.at:
                 time.sleep(_SUPERVISED_EVERY)
                 self._supervise()
@@ -112,11 +114,11 @@ class Saboteur:
             (self._ending if asked else self._working).remove(ended)
         while len(self._working) < self._target:
             worker = self._cluster.new_worker()
-            worker.launch()  # not waited for: it needs Redis and the database, which may be away; then it is replaced
+            worker.launch()  # not awaited: Redis or the database may be down; then it is replaced
             self._working.append(worker)
 
     def _take(self, fault: Fault) -> WorkerProcess:
-        """Take away one of the workers, one that is at work if there is any."""
+        """Take one worker out of the list, preferably one that has started."""
         candidates = [worker for worker in self._working if worker.at_work] or self._working
         worker = candidates[fault.which % len(candidates)]
         self._working.remove(worker)

@@ -1,7 +1,9 @@
-"""Garbage: thousands of items on the queue that are no jobs, with good jobs between them.
+"""Garbage: thousands of queue items that are not jobs, with valid jobs between them.
 
-In: a place, a seed and a number of items.  Out: a report.  Exists because one unreadable item ends a
-stock Celery worker and, put back, the next one.
+In: a sandbox, a seed and a number of items.
+Out: a report.
+
+A single unreadable item ends a stock Celery worker and, when it is put back, the next one.
 """
 
 import base64
@@ -19,8 +21,8 @@ from sqlalchemy import func, select
 from keepstream.names import QUEUE, TASK
 from keepstream.results import JobStatus
 from keepstream.tables import rejected_messages
-from tests.chaos.place import Place
 from tests.chaos.report import Report
+from tests.chaos.sandbox import Sandbox
 from tests.cluster import Cluster, WorkerProcess, wait_until
 
 ITEMS: Final = 10_000
@@ -33,7 +35,7 @@ Message = dict[str, Any]
 
 
 def message(arguments: object) -> Message:
-    """Return the message that a careful producer in another language would send."""
+    """Return a message as a careful producer in another language would send it."""
     return {
         "body": base64.b64encode(json.dumps(arguments).encode()).decode(),
         "content-type": "application/json",
@@ -151,7 +153,7 @@ KINDS: Final[dict[str, Callable[[random.Random], object]]] = {
 
 
 def items(number: int, dice: random.Random) -> Iterator[tuple[str, bytes]]:
-    """Give ``number`` items that are no jobs, with the kind of each; every kind occurs if there is room."""
+    """Return ``number`` items that are not jobs, with the kind of each; every kind occurs if ``number`` allows."""
     kinds = list(KINDS)
     for position in range(number):
         if (position + 1) % _HUGE_EVERY == 0:
@@ -162,13 +164,13 @@ def items(number: int, dice: random.Random) -> Iterator[tuple[str, bytes]]:
         yield kind, item if isinstance(item, bytes) else json.dumps(item).encode()
 
 
-def run(place: Place, seed: int, _jobs: int = 0, number: int = ITEMS) -> Report:
-    """Play the item and judge it."""
-    report = Report(f"garbage in the queue (seed {seed}, {number} items, {place.database})")
+def run(sandbox: Sandbox, seed: int, _jobs: int = 0, number: int = ITEMS) -> Report:
+    """Run the item and check the results."""
+    report = Report(f"garbage in the queue (seed {seed}, {number} items, {sandbox.database})")
     dice = random.Random(seed)
     pushed: Counter[str] = Counter()
     good: list[str] = []
-    with place.cluster("garbage", sweep_interval=0.2) as cluster:
+    with sandbox.cluster("garbage", sweep_interval=0.2) as cluster:
         worker = cluster.start_worker()
         streaming = cluster.enqueue(deltas=20_000, rate=100)
         batch: list[bytes] = []

@@ -1,11 +1,11 @@
-"""The seam between replay and live: followers join running streams of real workers at random moments.
+"""The live join: followers join running streams of real workers at random moments.
 
-In: a place, a seed and a number of joins.  Out: a report.  Exists because this is where such systems
-lose events: what is published after the log was read and before the subscription counts is easily
-seen by nobody.  Each follower must get every event after its cursor once and in order.
+In: a sandbox, a seed and a number of joins.
+Out: a report.
 
-Most followers stay only until they have got some live events after the place where they joined, so
-that many joins are cheap; some stay to the end.
+An event that is published after the log was read and before the subscription takes effect is easily lost. Each follower
+must get every event after its cursor once and in order. Most followers leave after a few live events beyond the point
+where they joined, so that many joins are cheap; some stay to the end.
 """
 
 import asyncio
@@ -18,8 +18,8 @@ from keepstream import AsyncClient
 from keepstream.events import is_terminal
 from keepstream.jobs import parse_job
 from keepstream.names import job_keys
-from tests.chaos.place import Place
 from tests.chaos.report import Report
+from tests.chaos.sandbox import Sandbox
 from tests.cluster import Cluster
 
 JOINS: Final = 10_000
@@ -34,7 +34,7 @@ _AT_ONCE: Final = 300  #: Followers at the same time; more would only wait for e
 
 @dataclass
 class _Stream:
-    """A running stream as far as its first follower has seen it."""
+    """A running stream, as far as its first follower has seen it."""
 
     job_id: str
     n: int = 0  #: of the newest event
@@ -52,12 +52,12 @@ class _Tally:
     offences: list[str] = field(default_factory=list)
 
 
-def run(place: Place, seed: int, _jobs: int = 0, joins: int = JOINS, deltas: int = DELTAS) -> Report:
-    """Play the item and judge it."""
-    report = Report(f"live joins (seed {seed}, {joins} joins, {_WORKERS} workers, {place.database})")
+def run(sandbox: Sandbox, seed: int, _jobs: int = 0, joins: int = JOINS, deltas: int = DELTAS) -> Report:
+    """Run the item and check the results."""
+    report = Report(f"live joins (seed {seed}, {joins} joins, {_WORKERS} workers, {sandbox.database})")
     tally = _Tally()
     began = time.monotonic()
-    with place.cluster("live-join", idle_timeout=60, lease=15) as cluster:
+    with sandbox.cluster("live-join", idle_timeout=60, lease=15) as cluster:
         cluster.start_workers(_WORKERS)
         asyncio.run(_play(cluster, random.Random(seed), joins, deltas, tally))
     report.count("joins of running streams", tally.joins)
@@ -84,7 +84,7 @@ async def _play(cluster: Cluster, dice: random.Random, joins: int, deltas: int, 
                 )
             await asyncio.gather(*wave)
         await _every_cursor(client, job_id, tally)
-        # The same once more, with the log expired, so that the row has to answer.
+        # Once more with the log expired, so that the row has to answer.
         with cluster.redis() as connection:
             connection.delete(job_keys("default", job_id).log)
         await _every_cursor(client, job_id, tally, from_row=True)
@@ -139,7 +139,7 @@ async def _join(
     tally.to_the_end += ended
     tally.events += len(got)
     whole = got == list(range(after + 1, after + 1 + len(got)))
-    reached = after + len(got)  # beyond the end there is nothing, and nothing is told
+    reached = after + len(got)  # beyond the end there is nothing
     if not whole or not (ended or reached >= enough or (stream.ended and reached == stream.n)):
         tally.offences.append(f"{stream.job_id} after 1-{after}: {got[:5]} … {got[-5:]}, ended {ended}")
 
@@ -152,7 +152,7 @@ async def _every_cursor(client: AsyncClient, job_id: str, tally: _Tally, *, from
     last = int(result.terminal_event_id.partition("-")[2])
     for after in range(last + 1):
         got = [event.id async for event in client.follow(job_id, f"1-{after}" if after else None, timeout=60)]
-        # The row tells the output in one snapshot, which has the id of the last event it stands for.
+        # From the row the output comes as one snapshot, with the id of the last event that it replaces.
         first = max(after, last - 2) if from_row else after
         if got != [f"1-{n}" for n in range(first + 1, last + 1)]:
             tally.offences.append(f"{job_id} after 1-{after}{' from the row' if from_row else ''}: {got[:5]} …")

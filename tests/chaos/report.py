@@ -1,7 +1,7 @@
 """Reports: what an item of the suite counted, and which of its checks failed.
 
-In: counts and offences, from the items.  Out: lines of text and a verdict, to the command line and the
-tests.  Exists so that every item is judged in the same way: a check without offences holds.
+In: counts and violations, from the items.
+Out: lines of text and a verdict, to the command line and the tests. A check without violations holds.
 """
 
 from collections import Counter
@@ -20,21 +20,21 @@ class Report:
         self.checks: dict[str, list[str]] = {}
 
     def count(self, name: str, value: object) -> None:
-        """Note a number worth showing."""
+        """Record a number to show."""
         self.counts[name] = value
 
     def count_each(self, prefix: str, counter: Counter[str]) -> None:
-        """Note a number for each kind of thing."""
+        """Record a number for each kind."""
         for kind, number in sorted(counter.items()):
             self.counts[f"{prefix}: {kind}"] = number
 
     def check(self, name: str, offences: Iterable[str] = ()) -> None:
-        """Note a check, which holds if there are no offences; it may be made in several places."""
+        """Record a check, which holds if there are no violations; it may be recorded more than once."""
         self.checks.setdefault(name, []).extend(offences)
 
     @property
     def failures(self) -> dict[str, list[str]]:
-        """The checks that do not hold, with what speaks against them."""
+        """The checks that do not hold, with their violations."""
         return {name: offences for name, offences in self.checks.items() if offences}
 
     def lines(self) -> list[str]:
@@ -49,7 +49,7 @@ class Report:
 
 
 def percentile(values: Sequence[float], fraction: float) -> float:
-    """Return the value below which that fraction of the values lie."""
+    """Return the value below which this fraction of the values lies."""
     return sorted(values)[min(int(len(values) * fraction), len(values) - 1)]
 
 

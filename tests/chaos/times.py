@@ -1,8 +1,8 @@
-"""Times: how long a fault is felt, with the default settings.
+"""Times: how long a fault is felt with the default settings.
 
-In: a place.  Out: a report.  Exists so that what the documents say about recovery is measured: from a
-worker's death to the next attempt's first event, from a cancel to the provider's closed connection,
-and from SIGTERM to the jobs running elsewhere.
+In: a sandbox.
+Out: a report of three times: from a worker's death to the next attempt's first event, from a cancel to the provider's
+closed connection, and from SIGTERM to the jobs running elsewhere. The documents quote them.
 """
 
 import threading
@@ -13,8 +13,8 @@ import redis
 from redis.exceptions import RedisError
 
 from keepstream.events import parse_event
-from tests.chaos.place import Place
 from tests.chaos.report import Report, spread
+from tests.chaos.sandbox import Sandbox
 from tests.cluster import Cluster, WorkerProcess, wait_until
 
 WORKERS: Final = 3
@@ -27,7 +27,7 @@ _LONGEST_RECOVERY: Final = 30.0  #: Seconds; the lease is 6, and the machine may
 
 
 class _Watch(threading.Thread):
-    """Notes when each attempt was first heard of."""
+    """Records when the first event of each attempt arrived."""
 
     def __init__(self, cluster: Cluster) -> None:
         super().__init__(daemon=True)
@@ -47,11 +47,11 @@ class _Watch(threading.Thread):
 
 
 def run(
-    place: Place, _seed: int = 0, _jobs: int = 0, kills: int = KILLS, cancels: int = CANCELS, jobs: int = JOBS
+    sandbox: Sandbox, _seed: int = 0, _jobs: int = 0, kills: int = KILLS, cancels: int = CANCELS, jobs: int = JOBS
 ) -> Report:
-    """Measure, and judge only what would be a defect."""
-    report = Report(f"times (default settings, {WORKERS} workers, {place.database})")
-    with place.cluster("times", base={}) as cluster:
+    """Measure, and fail only on defects."""
+    report = Report(f"times (default settings, {WORKERS} workers, {sandbox.database})")
+    with sandbox.cluster("times", base={}) as cluster:
         workers = cluster.start_workers(WORKERS)
         watch = _Watch(cluster)
         job_ids = [cluster.enqueue(**_ENDLESS) for _ in range(jobs)]
@@ -98,7 +98,7 @@ def run(
 
 
 def _held_by(cluster: Cluster, worker: WorkerProcess, job_ids: list[str]) -> dict[str, int]:
-    """Return the jobs a worker runs, with their attempt."""
+    """Return the jobs that a worker runs, with their attempt."""
     held = {}
     for job_id in job_ids:
         last = cluster.result(job_id).attempts[-1]
@@ -122,7 +122,7 @@ def _cancel_all(cluster: Cluster, job_ids: list[str]) -> list[float]:
     for job_id in job_ids:
         called[job_id] = time.monotonic()
         cluster.client.cancel(job_id)
-        time.sleep(0.01)  # one at a time, as people do it
+        time.sleep(0.01)  # one at a time, as people would
     for job_id in job_ids:
         cluster.wait_for(job_id)
     history = cluster.provider.history()

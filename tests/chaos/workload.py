@@ -1,7 +1,8 @@
-"""The workload: scripted jobs of every kind, and what each must bring if it is completed.
+"""The workload: scripted jobs of every kind, and the result that each must have if it is completed.
 
-In: a random generator.  Out: jobs with their provider faults and their expected output.  Exists so that
-the result of a job can be compared with what its provider said, and not only with what was published.
+In: a random generator.
+Out: jobs with their provider faults and their expected output, which comes from the script and not from what was
+published.
 """
 
 import random
@@ -18,7 +19,7 @@ _MOST_FAULTS: Final = 8  #: Attempts after this one have none, so that every job
 
 @dataclass(frozen=True, slots=True)
 class ScriptedJob:
-    """A job, and what its completed result must hold."""
+    """A job, and the output it must have when completed."""
 
     job: Job
     contents: list[str]

@@ -1,26 +1,28 @@
 """Zombies: workers that are frozen beyond their lease, and wake up when others have their jobs.
 
-In: a place.  Out: a report.  Exists because a process that was paused does not know it, and would go
-on where it stopped: only the database and the log can tell it.
+In: a sandbox.
+Out: a report.
+
+A process that was paused does not know it, and would continue where it stopped; only the database and the log can tell.
 """
 
 from itertools import pairwise
 from typing import Final
 
 from keepstream.results import JobStatus
-from tests.chaos.place import Place
 from tests.chaos.report import Report
+from tests.chaos.sandbox import Sandbox
 from tests.cluster import Cluster
 
 ROUNDS: Final = 3
 JOBS: Final = 12
 
 
-def run(place: Place, _seed: int = 0, _jobs: int = 0, rounds: int = ROUNDS) -> Report:
-    """Play the item and judge it."""
-    report = Report(f"zombies (SIGSTOP beyond the lease, SIGCONT; {place.database})")
+def run(sandbox: Sandbox, _seed: int = 0, _jobs: int = 0, rounds: int = ROUNDS) -> Report:
+    """Run the item and check the results."""
+    report = Report(f"zombies (SIGSTOP beyond the lease, SIGCONT; {sandbox.database})")
     report.counts |= {"zombies": 0, "jobs taken over": 0, "times a zombie said so": 0}
-    with place.cluster("zombie") as cluster:
+    with sandbox.cluster("zombie") as cluster:
         for _ in range(rounds):
             _round(report, cluster)
     return report
@@ -50,7 +52,7 @@ def _round(report: Report, cluster: Cluster) -> None:
         report.check(
             "the row is the successor's",
             [f"{job_id}: {result.status} {result.attempts}"]
-            if result.status is not JobStatus.COMPLETED or [one.outcome for one in result.attempts] != outcomes
+            if result.status is not JobStatus.COMPLETED or [attempt.outcome for attempt in result.attempts] != outcomes
             else [],
         )
         report.check(
@@ -61,8 +63,8 @@ def _round(report: Report, cluster: Cluster) -> None:
             "nothing the zombie said is in the log after its successor's first word",
             [
                 f"{job_id}: {after.id} after {before.id}"
-                for told in (cluster.log(job_id), following.events)
-                for before, after in pairwise(told)
+                for events in (cluster.log(job_id), following.events)
+                for before, after in pairwise(events)
                 if after.attempt < before.attempt
             ],
         )

@@ -1,15 +1,16 @@
-"""Play provider streams to a real worker and compare what it stored and published with what is expected.
+"""Play provider streams to a real worker, and compare what it stored and published with what is expected.
 
-In: a file of cases, one JSON object a line (default: ``sse_cases.jsonl`` beside this file).  Out: each
-failing case with expected and got, then ``N passed, N failed``; exit code 0 if all passed, 1 if not, 2 if
-the cases cannot be played.  Exists so that "any OpenAI-compatible provider works" is checked on the whole
-way: HTTP, decoder, accumulator, events, database, retry decision.
+In: a file of cases, one JSON object per line (default: ``sse_cases.jsonl`` beside this file).
+Out: each failing case with expected and actual values, then ``N passed, N failed``; exit code 0 if all passed, 1 if
+not, 2 if the cases cannot be played.
 
-A case holds ``http_status`` (0: the connection drops before the headers), ``headers``, ``chunks`` (the
-writes of the body; ``{"b64": …}`` holds bytes that are no UTF-8), ``close`` (``clean``, ``reset`` or
-``stall``) and ``expect``: the ``outcome`` of the one attempt (``completed``, ``retry``, ``fail``) and, as
-far as given, ``error_code``, ``content``, ``reasoning``, ``refusal``, ``finish_reason``, ``tool_calls`` of
-the lowest choice (a call without ``id`` accepts any), and ``usage`` as a subset.
+This covers the whole path: HTTP, decoder, accumulator, events, database, retry decision.
+
+A case has ``http_status`` (0: the connection drops before the headers), ``headers``, ``chunks`` (the writes of the
+body; ``{"b64": …}`` holds bytes that are not UTF-8), ``close`` (``clean``, ``reset`` or ``stall``) and ``expect``: the
+``outcome`` of the only attempt (``completed``, ``retry``, ``fail``) and, if given, ``error_code``, ``content``,
+``reasoning``, ``refusal``, ``finish_reason``, ``tool_calls`` of the lowest choice (a call without ``id`` accepts any),
+and ``usage`` as a subset.
 """
 
 import argparse
@@ -49,16 +50,16 @@ _TOKENS: Final = ("prompt_tokens", "completion_tokens", "total_tokens")
 
 
 class CasesError(Exception):
-    """The file of cases is not usable; the message names file and line."""
+    """The file of cases is invalid; the message names file and line."""
 
 
 class WorkerError(Exception):
-    """The worker did not start or did not last."""
+    """The worker did not start, or died."""
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One stream and what is to come of it."""
+    """One stream and its expected result."""
 
     name: str
     response: dict[str, Any]
@@ -70,8 +71,8 @@ class Seen:
     """What the worker made of a case."""
 
     result: CompletionResult
-    transcript: Transcript  #: As it stands at the end.
-    streamed: list[ChoiceSnapshot]  #: The attempt's output as its events told it, before a failure made it void.
+    transcript: Transcript  #: Its state at the end.
+    streamed: list[ChoiceSnapshot]  #: The attempt's output according to its events, before a failure made it void.
 
 
 def load_cases(file: Path) -> list[Case]:
@@ -170,7 +171,7 @@ def _is_subset(expected: object, got: object) -> bool:
 
 
 def _compare_events(seen: Seen) -> list[str]:
-    """The events must tell the same as the row, and end with the row's state."""
+    """The events must agree with the row, and end with its status."""
     result, terminal = seen.result, seen.transcript.terminal
     if terminal is None:
         return ["events: there is no terminal event"]
@@ -207,7 +208,7 @@ def _short(value: object) -> str:
 
 
 async def play(client: AsyncClient, case: Case) -> Seen:
-    """Enqueue ``case`` as a job of one attempt, follow it to its end and return what came of it."""
+    """Enqueue ``case`` as a job with one attempt, follow it to its end and return the result."""
     job_id = await client.enqueue(
         {
             "model": "conformance",
@@ -253,7 +254,7 @@ async def run(cases: Sequence[Case], client: AsyncClient) -> int:
 
 @contextlib.contextmanager
 def worker_process(environment: Mapping[str, str], log: Path) -> Iterator[None]:
-    """Run a real worker process meanwhile; raise ``WorkerError`` with its last words if it did not last."""
+    """Run a real worker process meanwhile; raise ``WorkerError`` with the end of its log if it dies."""
     inherited = {
         name: value
         for name, value in os.environ.items()
@@ -282,7 +283,7 @@ def worker_process(environment: Mapping[str, str], log: Path) -> Iterator[None]:
 
 @contextlib.asynccontextmanager
 async def everything_running() -> AsyncIterator[AsyncClient]:
-    """Start Valkey, a SQLite database, the scripted provider and a worker; give a client of it all."""
+    """Start Valkey, a SQLite database, the scripted provider and a worker; yield a client."""
     with tempfile.TemporaryDirectory(prefix="keepstream-") as directory, EmbeddedValkey() as valkey:
         database_url = sqlite_url(Path(directory, "keepstream.db"))
         engine = make_engine(database_url)

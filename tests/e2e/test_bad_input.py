@@ -1,4 +1,4 @@
-"""Bad input: wrong jobs, messages, keys and provider names are told in one clear line, and spoil nothing else."""
+"""Bad input: wrong jobs, messages, keys and provider names give one clear line each, and affect nothing else."""
 
 import base64
 import json
@@ -74,12 +74,12 @@ def check_failed(cluster: Cluster, job_id: str, code: ErrorCode, *words: str) ->
     """Check that a job failed for this reason, for good, and that a follower heard the same."""
     following = cluster.follow(job_id)
     following.to_the_end()
-    told = following.transcript.terminal
+    end = following.transcript.terminal
     result = cluster.result(job_id)
-    assert told is not None
-    assert (told.type, result.status) == ("job.failed", JobStatus.FAILED)
+    assert end is not None
+    assert (end.type, result.status) == ("job.failed", JobStatus.FAILED)
     assert result.error is not None
-    assert told.error == result.error
+    assert end.error == result.error
     assert result.error.code == code
     assert [word for word in words if word not in result.error.message] == []
     assert "\n" not in result.error.message

@@ -1,4 +1,4 @@
-"""Cancel works in every state, from any process, more than once, and for good."""
+"""Cancel works in every state, from any process, repeatedly, and for good."""
 
 import time
 from typing import Any
@@ -37,7 +37,7 @@ def test_queued_job_is_cancelled_at_once_and_never_started(any_cluster: Cluster)
     with cluster.redis() as client:
         wait_until(lambda: client.llen(QUEUE) == 0, "the worker to take the message")
     wait_until(lambda: cluster.log(job_id), "the event to be announced")
-    assert [one.type for one in cluster.log(job_id)] == ["job.cancelled"]
+    assert [event.type for event in cluster.log(job_id)] == ["job.cancelled"]
     assert cluster.provider.attempts(job_id) == []
 
 
@@ -107,7 +107,7 @@ def test_cancel_is_idempotent(shared_cluster: Cluster) -> None:
     for _ in range(5):
         assert cluster.client.cancel(job_id) is JobStatus.CANCELLED
     assert cluster.result(job_id) == before
-    assert [one.type for one in cluster.log(job_id) if one.type.startswith("job.")] == ["job.cancelled"]
+    assert [event.type for event in cluster.log(job_id) if event.type.startswith("job.")] == ["job.cancelled"]
 
 
 def test_cancel_of_a_completed_job_changes_nothing(shared_cluster: Cluster) -> None:
@@ -159,7 +159,7 @@ def test_job_of_a_dead_worker_is_cancelled_by_another_one(cluster: Cluster) -> N
     assert cluster.client.cancel(job_id) is JobStatus.RUNNING
     cluster.start_worker()
     result = cluster.wait_for(job_id)
-    assert [one.outcome for one in result.attempts] == ["lost"]
+    assert [attempt.outcome for attempt in result.attempts] == ["lost"]
     assert len(cluster.provider.attempts(job_id)) == 1
     following.to_the_end()
     assert result.status is JobStatus.CANCELLED

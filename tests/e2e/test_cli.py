@@ -1,4 +1,4 @@
-"""The command line as a user meets it: real processes, their output, their exit codes."""
+"""The command line as users see it: real processes, their output, their exit codes."""
 
 import ast
 import contextlib
@@ -34,7 +34,7 @@ COMMANDS = (
     *("worker", "migrate", "doctor", "rejected", "purge", "schema"),
 )
 TEXT = "Grüße, ¡saludos!, 你好 🌊 - a text for the tests of the command line."
-SECRET = "hunter2-secret"  # stands in URLs and must not be repeated
+SECRET = "hunter2-secret"  # part of URLs; must never be printed
 COMMAND = python_module("keepstream_worker.commands")
 
 
@@ -272,7 +272,7 @@ def test_a_retry_is_a_visible_line_and_the_text_starts_over(cluster: Cluster):
     assert "sha256 matches" in done.stdout
 
 
-def test_what_a_model_writes_cannot_steer_the_terminal(cluster: Cluster):
+def test_what_a_model_writes_cannot_steer_the_console(cluster: Cluster):
     job = scripted(
         cluster, text="harmless \x1b[31m\x07red\x9b", tool_calls=[{"name": "f", "arguments": "\x1b]0;title"}]
     )
@@ -689,7 +689,7 @@ def test_a_demo_that_is_told_to_end_leaves_no_process():
 
 
 def _read(descriptor: int) -> bytes:
-    """Read from a terminal, whose end is an error."""
+    """Read from a pseudo-terminal, whose end is an error."""
     try:
         return os.read(descriptor, 65_536)
     except OSError:

@@ -1,4 +1,4 @@
-"""Workers go on taking jobs, whatever happens to the broker, and take them as soon as there is room."""
+"""Workers keep taking jobs, whatever happens to the broker, and do so as soon as there is a free slot."""
 
 import time
 

@@ -38,12 +38,12 @@ def test_message_delivered_after_the_end_changes_nothing(shared_cluster: Cluster
     job = cluster.job(deltas=3)
     cluster.send(job)
     before = cluster.wait_for(job["id"])
-    told = wait_until(lambda: [e for e in cluster.log(job["id"]) if e.type == "job.completed"], "the end")
+    end = wait_until(lambda: [event for event in cluster.log(job["id"]) if event.type == "job.completed"], "the end")
     for _ in range(5):
         cluster.send(job)
     wait_for_empty_queue(cluster)
     assert cluster.result(job["id"]) == before
-    assert [one for one in cluster.log(job["id"]) if one.type.startswith("job.")] == told
+    assert [event for event in cluster.log(job["id"]) if event.type.startswith("job.")] == end
     assert len(cluster.provider.attempts(job["id"])) == 1
 
 

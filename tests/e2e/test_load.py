@@ -1,4 +1,4 @@
-"""Two hundred streams at once on one worker process: everything is stored, and everybody who watches sees all of it."""
+"""Two hundred streams at once on one worker process: everything is stored, and every follower sees all of it."""
 
 import asyncio
 from typing import Any, Final

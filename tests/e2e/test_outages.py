@@ -1,4 +1,4 @@
-"""Redis or the database is away: streams go on, results arrive, followers heal."""
+"""Redis or the database is unavailable: streams continue, results arrive, followers recover."""
 
 import time
 
@@ -81,7 +81,9 @@ def test_redis_away_at_the_end_delays_the_news_and_not_the_result(cluster_losing
     assert cluster.wait_for(job_id).status is JobStatus.COMPLETED
     cluster.valkey.start()
     check_completed(cluster, following, "word " * 40)
-    wait_until(lambda: [one for one in cluster.log(job_id) if one.type == "job.completed"], "the end to be in the log")
+    wait_until(
+        lambda: [event for event in cluster.log(job_id) if event.type == "job.completed"], "the end to be in the log"
+    )
     check_completed(cluster, cluster.follow(job_id), "word " * 40)
 
 
@@ -93,7 +95,7 @@ def test_redis_emptied_twice_in_one_stream(cluster: Cluster) -> None:
         cluster.wait_for_deltas(job_id, deltas)
         cluster.valkey.restart()
     check_completed(cluster, following, "word " * 100)
-    assert "snapshot" in [one.type for one in cluster.log(job_id)]
+    assert "snapshot" in [event.type for event in cluster.log(job_id)]
     assert following.transcript.choices[0].reasoning == "Why not?"
 
 
@@ -201,7 +203,7 @@ def test_database_away_at_the_end_delays_the_end(postgres_cluster: Cluster) -> N
     following.wait_for("delta", count=5)
     cluster.postgres.kill()
     following.wait_for("attempt.finished")
-    assert following.types[-1] == "attempt.finished", "the end is told after the commit"
+    assert following.types[-1] == "attempt.finished", "the end is published after the commit"
     cluster.postgres.start()
     check_completed(cluster, following, "word " * 20)
 
@@ -255,7 +257,7 @@ def test_database_that_stalls_beyond_the_lease_makes_nobody_dead(postgres_cluste
         time.sleep(1.5 * cluster.settings["lease"])
         cluster.postgres.thaw()
     for job_id in job_ids:
-        assert [one.outcome for one in cluster.wait_for(job_id).attempts] == ["finished"]
+        assert [attempt.outcome for attempt in cluster.wait_for(job_id).attempts] == ["finished"]
     assert not any(worker.said("worker_lost") for worker in workers)
 
 
@@ -277,5 +279,5 @@ def test_worker_that_is_cut_off_from_the_database_loses_its_jobs_and_writes_noth
         proxy.mend()
         lonely.wait_to_say("attempt_superseded", job_id=job_id)
         check_completed(cluster, following, "word " * 150, requests=2)
-    assert [one.worker for one in cluster.result(job_id).attempts] == [lonely.id, heir.id]
-    assert [one.attempt for one in following.events] == sorted(one.attempt for one in following.events)
+    assert [attempt.worker for attempt in cluster.result(job_id).attempts] == [lonely.id, heir.id]
+    assert [event.attempt for event in following.events] == sorted(event.attempt for event in following.events)

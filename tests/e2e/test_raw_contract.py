@@ -1,4 +1,4 @@
-"""A service that uses none of our code: it sends, watches, cancels and queries by the documents alone."""
+"""A service without any Keepstream code: it sends, watches, cancels and queries by the documents alone."""
 
 import ast
 import base64
@@ -208,5 +208,5 @@ def test_job_that_names_no_id_has_the_id_of_its_task_however_often_it_is_sent(cl
     finish(start("raw_subscriber.py", cluster.valkey.url, "chosen-by-the-producer"))
     with cluster.redis() as client:
         wait_until(lambda: client.llen("completions") == 0, "all messages to be taken")
-    assert [one.id for one in cluster.client.list()] == ["chosen-by-the-producer"]
+    assert [summary.id for summary in cluster.client.list()] == ["chosen-by-the-producer"]
     assert len(cluster.provider.attempts(job["request"]["script"]["key"])) == 1

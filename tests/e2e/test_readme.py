@@ -1,15 +1,21 @@
-"""The README's examples, run as they cluster there against a real Keepstream."""
+"""The README's examples, run unchanged against a real deployment."""
 
+import asyncio
 import json
+import logging
 import os
 import re
 import runpy
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import pytest
+from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
+from aiohttp.typedefs import Handler
 
 from keepstream.events import is_terminal, parse_event
 from tests.cluster import Cluster
@@ -17,7 +23,10 @@ from tests.cluster import Cluster
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
-#: For machines without one; it does what the README asks of it.
+Browser: TypeAlias = TestClient[web.Request, web.Application]
+ENDED: web.AppKey[list[Exception | None]] = web.AppKey("ended", list)
+
+#: A stand-in for machines without ``redis-cli``: it does what the README asks of it.
 REDIS_CLI = f"""\
 #!{sys.executable}
 import sys, redis
@@ -32,7 +41,7 @@ def blocks(language: str) -> list[str]:
 
 
 def environment(cluster: Cluster) -> dict[str, str]:
-    """What `. .keepstream/env` gives, with our modules in reach."""
+    """What `. .keepstream/env` sets, with the repository on the path."""
     return cluster.environment() | {"PYTHONPATH": str(ROOT)}
 
 
@@ -50,25 +59,88 @@ def test_the_example_of_the_client_streams_queries_and_cancels(cluster: Cluster,
     assert result.metadata == {"conversation": "4711"}
 
 
-async def test_the_example_of_server_sent_events_resumes_after_the_last_event_id(
-    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cluster.start_worker()
+class Server(TestServer):
+    """Leaves the handler of a client that has left running, as ``web.run_app`` does."""
+
+    async def _make_runner(self, **kwargs: Any) -> web.BaseRunner:
+        return await super()._make_runner(**(kwargs | {"handler_cancellation": False}))
+
+
+@web.middleware
+async def _note_failures(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Keep how each request ended: None, or the exception that would be a traceback in the server's log."""
+    try:
+        answer = await handler(request)
+    except Exception as error:
+        request.app[ENDED].append(None if isinstance(error, web.HTTPException) else error)
+        raise
+    request.app[ENDED].append(None)
+    return answer
+
+
+@pytest.fixture
+async def browser(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Browser]:
+    """A browser at the example of server-sent events, which sends a comment after a second of silence."""
     for name, value in environment(cluster).items():
         monkeypatch.setenv(name, value)
     example = tmp_path / "gateway.py"
     example.write_text(blocks("python")[1])
-    async with TestClient(TestServer(runpy.run_path(str(example))["make_app"]())) as browser:
-        answer = await browser.post("/jobs", json={"prompt": "Hello!"})
-        job_id = (await answer.json())["job_id"]
-        whole = _events(await (await browser.get(f"/jobs/{job_id}/events")).text())
-        cursor = {"Last-Event-ID": whole[9][0]}
-        rest = _events(await (await browser.get(f"/jobs/{job_id}/events", headers=cursor)).text())
-        refused = await browser.get(f"/jobs/{job_id}/events", headers={"Last-Event-ID": "nonsense"})
+    make_app = runpy.run_path(str(example))["make_app"]
+    monkeypatch.setitem(make_app.__globals__, "SILENCE", 1)
+    app = make_app()
+    app[ENDED] = []
+    app.middlewares.append(_note_failures)
+    async with TestClient(Server(app)) as client:
+        yield client
+
+
+async def _enqueue(browser: Browser) -> str:
+    answer = await browser.post("/jobs", json={"prompt": "Hello!"})
+    return f"/jobs/{(await answer.json())['job_id']}/events"
+
+
+async def test_the_example_of_server_sent_events_resumes_after_the_last_event_id(
+    cluster: Cluster, browser: Browser
+) -> None:
+    cluster.start_worker()
+    events = await _enqueue(browser)
+    whole = _events(await (await browser.get(events)).text())
+    rest = _events(await (await browser.get(events, headers={"Last-Event-ID": whole[9][0]})).text())
     assert rest == whole[10:]
     assert [id_ for id_, _ in whole] == [parse_event(data).id for _, data in whole]
     assert is_terminal(parse_event(whole[-1][1]))
-    assert refused.status == 400
+
+
+async def test_the_example_of_server_sent_events_stops_a_browser_that_has_the_last_event(
+    cluster: Cluster, browser: Browser
+) -> None:
+    cluster.start_worker()
+    events = await _enqueue(browser)
+    last, _ = _events(await (await browser.get(events)).text())[-1]
+    again = await browser.get(events, headers={"Last-Event-ID": last})
+    assert (again.status, await again.text()) == (204, "")
+
+
+async def test_the_example_of_server_sent_events_answers_errors_with_a_status(browser: Browser) -> None:
+    assert (await browser.get("/jobs/nope/events")).status == 404
+    events = await _enqueue(browser)
+    assert (await browser.get(events, headers={"Last-Event-ID": "nonsense"})).status == 400
+    assert (await browser.get(events, headers={"Last-Event-ID": "7-1"})).status == 400
+
+
+async def test_the_example_of_server_sent_events_sends_comments_until_the_browser_leaves(
+    browser: Browser, caplog: pytest.LogCaptureFixture
+) -> None:
+    answer = await browser.get(await _enqueue(browser))  # no worker: the job stays silent
+    assert await answer.content.readuntil(b"\n\n") == b": waiting\n\n"
+    ended = browser.app[ENDED]
+    ended.clear()
+    answer.close()
+    async with asyncio.timeout(30):
+        while not ended:  # noqa: ASYNC110  # the handler notices with its next comment
+            await asyncio.sleep(0.05)
+    assert ended == [None]
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 def _events(body: str) -> list[tuple[str, str]]:

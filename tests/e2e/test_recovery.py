@@ -1,4 +1,4 @@
-"""A worker dies or a message is lost: the job goes on elsewhere, and nobody is told anything wrong."""
+"""A worker dies or a message is lost: the job continues elsewhere, and no follower is misled."""
 
 import time
 from typing import Any
@@ -30,7 +30,10 @@ def test_killed_workers_job_is_run_again_by_another_one(any_cluster: Cluster) ->
     transcript = following.to_the_end()
     result = cluster.result(job_id)
     assert result.status is JobStatus.COMPLETED
-    assert [(one.reason, one.outcome) for one in result.attempts] == [("first", "lost"), ("worker_lost", "finished")]
+    assert [(attempt.reason, attempt.outcome) for attempt in result.attempts] == [
+        ("first", "lost"),
+        ("worker_lost", "finished"),
+    ]
     assert transcript.text == result.text == "word " * 60
     assert transcript.sha256() == result.output_sha256
 
@@ -101,7 +104,7 @@ def test_finished_stream_whose_worker_died_before_the_commit_is_rebuilt_from_the
     assert result.status is JobStatus.COMPLETED
     assert result.text == transcript.text == "The whole answer, paid for once."
     assert result.choices[0].reasoning == "Let me think."
-    assert [one.outcome for one in result.attempts] == ["lost", "recovered"]
+    assert [attempt.outcome for attempt in result.attempts] == ["lost", "recovered"]
     assert len(cluster.provider.attempts(job_id)) == 1
     assert result.usage is not None
     assert result.usage.source is UsageSource.PROVIDER
@@ -123,7 +126,7 @@ def test_worker_that_must_end_before_the_database_is_back_leaves_its_result_in_t
     cluster.start_worker()
 
     assert following.to_the_end().text == "word " * 20
-    assert [one.outcome for one in cluster.result(job_id).attempts] == ["lost", "recovered"]
+    assert [attempt.outcome for attempt in cluster.result(job_id).attempts] == ["lost", "recovered"]
     assert len(cluster.provider.attempts(job_id)) == 1
 
 
@@ -231,4 +234,4 @@ def test_output_of_a_failed_attempt_is_void(shared_cluster: Cluster, fault: str)
     transcript = following.to_the_end()
     assert transcript.text == cluster.result(job_id).text == "one two three four five six"
     assert "attempt.failed" in following.types
-    assert [one.outcome for one in cluster.result(job_id).attempts] == ["failed", "finished"]
+    assert [attempt.outcome for attempt in cluster.result(job_id).attempts] == ["failed", "finished"]

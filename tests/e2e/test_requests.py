@@ -1,4 +1,4 @@
-"""Requests as users make them: the provider gets what was given, followers and rows tell what came back."""
+"""Realistic requests: the provider gets what was given; followers and rows get what came back."""
 
 import http.client
 import json
@@ -133,11 +133,11 @@ def bodies(cluster: Cluster) -> dict[str, Any]:
         recorded = json.loads(connection.getresponse().read())
     finally:
         connection.close()
-    return {one["body"]["script"]["key"]: one["body"] for one in recorded}
+    return {request["body"]["script"]["key"]: request["body"] for request in recorded}
 
 
 def fragments(following: Following, choice: int = 0) -> list[ToolCallDelta]:
-    """The pieces of tool calls that a follower was told of, in order."""
+    """The pieces of tool calls that a follower received, in order."""
     return [
         fragment
         for event in following.events
@@ -211,9 +211,9 @@ def test_followers_get_the_tool_calls_fragment_by_fragment_as_they_are_stored(an
     ]
     assert all(call.arguments_valid for call in result.tool_calls)
     assert result.choices[0].finish_reason == "tool_calls"
-    told = fragments(following)
+    received = fragments(following)
     for index, call in enumerate(result.tool_calls):
-        own = [fragment for fragment in told if fragment.index == index]
+        own = [fragment for fragment in received if fragment.index == index]
         assert [fragment.id for fragment in own if fragment.id] == [call.id]
         assert [fragment.name for fragment in own if fragment.name] == [call.name]
         assert "".join(fragment.arguments or "" for fragment in own) == call.arguments
@@ -260,8 +260,12 @@ def test_logprobs_are_stored_beside_the_choice(any_cluster: Cluster) -> None:
     cluster.start_worker()
     tokens = [{"token": piece, "logprob": -0.25, "bytes": list(piece.encode()), "top_logprobs": []} for piece in "Zü"]
     chunks = [
-        {"choices": [{"index": 0, "delta": {"content": one["token"]}, "logprobs": {"content": [one], "refusal": None}}]}
-        for one in tokens
+        {
+            "choices": [
+                {"index": 0, "delta": {"content": token["token"]}, "logprobs": {"content": [token], "refusal": None}}
+            ]
+        }
+        for token in tokens
     ]
     chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
     writes = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks]

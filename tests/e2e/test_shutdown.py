@@ -1,4 +1,4 @@
-"""A worker is told to end: what can finish finishes, the rest runs elsewhere at once, and nothing fails."""
+"""A worker is asked to stop: what can finish does, the rest continues elsewhere at once, and nothing fails."""
 
 import time
 
@@ -19,7 +19,7 @@ def test_streams_finish_within_the_grace_period(any_cluster: Cluster) -> None:
         result = cluster.result(job_id)
         assert result.status is JobStatus.COMPLETED
         assert len(result.attempts) == 1
-        assert [one.type for one in cluster.log(job_id)][-1] == "job.completed"
+        assert [event.type for event in cluster.log(job_id)][-1] == "job.completed"
     assert worker.said("worker_stopped", interrupted=0, left=0)
 
 
@@ -32,9 +32,9 @@ def test_ending_worker_takes_no_new_job(cluster: Cluster) -> None:
     late = [cluster.enqueue(deltas=3) for _ in range(10)]
     fresh = cluster.start_worker()
     for job_id in late:
-        assert [one.worker for one in cluster.wait_for(job_id).attempts] == [fresh.id]
+        assert [attempt.worker for attempt in cluster.wait_for(job_id).attempts] == [fresh.id]
     assert ending.wait() == 0
-    assert [one.worker for one in cluster.result(long).attempts] == [ending.id]
+    assert [attempt.worker for attempt in cluster.result(long).attempts] == [ending.id]
 
 
 def test_what_outlasts_the_grace_period_runs_elsewhere_at_once(any_cluster: Cluster) -> None:
@@ -58,7 +58,7 @@ def test_what_outlasts_the_grace_period_runs_elsewhere_at_once(any_cluster: Clus
         result = cluster.result(job_id)
         # An interruption counts against no limit, or a rolling deploy would fail jobs.
         outcomes = ["interrupted", "finished"] if job_id in interrupted else ["finished"]
-        assert [one.outcome for one in result.attempts] == outcomes
+        assert [attempt.outcome for attempt in result.attempts] == outcomes
         assert result.status is JobStatus.COMPLETED
         assert transcript.text == result.text == "word " * 100
 
@@ -77,7 +77,7 @@ def test_second_sigterm_hands_everything_back_at_once(cluster: Cluster) -> None:
     result = cluster.result(job_id)
     assert result.status is JobStatus.COMPLETED
     assert transcript.sha256() == result.output_sha256
-    assert [one.outcome for one in result.attempts] == ["interrupted", "finished"]
+    assert [attempt.outcome for attempt in result.attempts] == ["interrupted", "finished"]
 
 
 def test_waiting_messages_stay_for_others(cluster: Cluster) -> None:

@@ -1,4 +1,4 @@
-"""A worker that was frozen beyond its lease wakes up: it changes nothing, and says so."""
+"""A worker that was frozen beyond its lease wakes up: it changes nothing, and logs it."""
 
 from keepstream.results import JobStatus
 from tests.cluster import Cluster, wait_until
@@ -28,8 +28,8 @@ def test_worker_frozen_beyond_its_lease_changes_nothing_when_it_wakes(any_cluste
         assert (lost.worker, lost.outcome, finished.outcome) == (zombie.id, "lost", "finished")
         assert finished.worker != zombie.id
         assert transcript.text == result.text == "word " * 75
-        for told in (followers[job_id].events, cluster.log(job_id)):
-            assert [one.attempt for one in told] == sorted(one.attempt for one in told)
+        for events in (followers[job_id].events, cluster.log(job_id)):
+            assert [event.attempt for event in events] == sorted(event.attempt for event in events)
 
 
 def test_worker_frozen_within_its_lease_goes_on(cluster: Cluster) -> None:
@@ -54,17 +54,19 @@ def test_worker_frozen_while_its_job_is_ended_by_others_says_nothing_after_the_e
     cluster.start_worker()
     cluster.client.cancel(job_id)
     following.to_the_end()
-    wait_until(lambda: [one for one in cluster.log(job_id) if one.type == "job.cancelled"], "the end to be in the log")
-    told = cluster.log(job_id)
+    wait_until(
+        lambda: [event for event in cluster.log(job_id) if event.type == "job.cancelled"], "the end to be in the log"
+    )
+    log = cluster.log(job_id)
     before = cluster.result(job_id)
     assert before.status is JobStatus.CANCELLED
     zombie.thaw()
     zombie.wait_to_say("attempt_superseded", job_id=job_id)
-    assert cluster.log(job_id) == told
-    # All it may add to the books is what its own attempt cost.
+    assert cluster.log(job_id) == log
+    # It may only add what its own attempt cost.
     after = cluster.result(job_id)
     unchanged = {"attempts": before.attempts, "usage": before.usage}
     assert after.model_copy(update=unchanged) == before
-    assert [one.model_copy(update={"usage": None}) for one in after.attempts] == [
-        one.model_copy(update={"usage": None}) for one in before.attempts
+    assert [attempt.model_copy(update={"usage": None}) for attempt in after.attempts] == [
+        attempt.model_copy(update={"usage": None}) for attempt in before.attempts
     ]

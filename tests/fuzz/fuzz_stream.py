@@ -1,10 +1,10 @@
-"""Fuzz the stream reader: broken, mixed and made-up streams, cut anywhere.
+"""Fuzz the stream reader with broken, mixed and invented streams, cut anywhere.
 
-In: the conformance cases and a seed.  Out: progress and a final count; exit code 1 and the input that
-failed, as a Python literal, if a promise did not hold.  Exists so that no provider, however odd, makes
-the reader raise, hang, grow without bound or publish something else than it stores.
+In: the conformance cases and a seed.
+Out: progress and a final count; exit code 1 and the failing input, as a Python literal, if a promise does not hold.
 
-Run it as ``python -m tests.fuzz.fuzz_stream --inputs 1000000``. The same seed gives the same inputs.
+However odd a provider is, the reader must not raise, hang, grow without bound, or publish something other than it
+stores. Run it as ``python -m tests.fuzz.fuzz_stream --inputs 1000000``. The same seed gives the same inputs.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def _tell(line: str) -> None:
 
 
 def _try(body: bytes, cause: Any, rng: random.Random) -> str:
-    """Play one input whole and cut; the promises are checked by ``play`` itself."""
+    """Play one input whole and in pieces; ``play`` itself checks the promises."""
     limits = rng.choice([None, None, _LIMITS])
     start = time.process_time()
     played = play(pieces(body, rng), cause, limits=limits)
@@ -127,13 +127,13 @@ def _mutated(rng: random.Random, seeds: list[bytes]) -> bytes:
 
 
 def _spliced(rng: random.Random, seeds: list[bytes]) -> bytes:
-    """Whole events of several streams, shuffled, repeated and left out."""
+    """Whole events of several streams, shuffled, repeated and dropped."""
     events = [event for _ in range(3) for event in rng.choice(seeds).split(b"\n\n")]
     return b"\n\n".join(rng.choices(events, k=rng.randint(1, 12))) + b"\n\n"
 
 
 def _made_up(rng: random.Random, seeds: list[bytes]) -> bytes:
-    """Chunks in which each field is missing, usual or of any type."""
+    """Chunks whose fields are missing, usual or of any type."""
     lines = [json.dumps(_chunk(rng), ensure_ascii=rng.random() < 0.7) for _ in range(rng.randint(1, 12))]
     end = rng.choice(["\n\n", "\n\n", "\r\n\r\n", "\r\r"])
     text = "".join(f"data: {line}{end}" for line in lines) + rng.choice(["", "data: [DONE]" + end])

@@ -1,7 +1,7 @@
 """``python -m tests.interop EXECUTABLES``: stream from other people's servers through a real worker, and compare.
 
-In: the directory that holds the servers' executables.  Out: a table of what was compared; each difference in
-words; exit code 0 if there is none.  Exists so that the main job is seen to work with servers that are not ours.
+In: the directory that holds the servers' executables.
+Out: a table of what was compared, and each difference in words; exit code 0 if there is none.
 """
 
 import argparse
@@ -28,7 +28,7 @@ FOLLOWERS: Final = 2
 
 
 def play(cluster: Cluster, server: IndependentServer, tap: Tap, case: Case) -> Comparison:
-    """Send one job to one server, with two followers who were there before it."""
+    """Send one job to one server, with two followers that were there before it."""
     job_id = f"{server.name}-{case.name}".replace(" ", "-")
     followers = [cluster.follow(job_id) for _ in range(FOLLOWERS)]
     cluster.client.enqueue(
@@ -84,7 +84,7 @@ def add_row(table: Table, server: IndependentServer, case: Case, compared: Compa
 
 
 def main() -> int:
-    """Start everything, play every case, show what came of it."""
+    """Start everything, play every case and show the results."""
     parser = argparse.ArgumentParser(prog="python -m tests.interop", description=__doc__.split("\n", 1)[0])
     parser.add_argument("executables", type=Path, help="directory that holds litellm, fakellm and stubllm")
     options = parser.parse_args()
@@ -106,7 +106,7 @@ def main() -> int:
                 compared.append((server, case, play(cluster, server, tap, case)))
                 add_row(table, *compared[-1])
     console.print(table)
-    failed = [one for one in compared if one[2].problems]
+    failed = [(server, case, comparison) for server, case, comparison in compared if comparison.problems]
     for server, case, comparison in failed:
         console.print("\n  ".join([f"{server.name}, {case.name}:", *comparison.problems]), markup=False)
     console.print(f"{len(compared) - len(failed)} the same, {len(failed)} different")

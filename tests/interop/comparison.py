@@ -1,8 +1,10 @@
 """The comparison: what a server sent, what two followers held, and what the row holds.
 
-In: the body of an answer, two followers at their end, the stored result.  Out: one ``Comparison`` a case, with each
-difference in words.  Exists so that the verdict does not rest on our own decoder: the body is read here by the
-plainest of readers, which suffices for these servers and would not for most.
+In: the body of an answer, two followers at their end, and the stored result.
+Out: one ``Comparison`` per case, with each difference in words.
+
+The body is read by the simplest possible reader rather than our own decoder. It suffices for these servers, but
+would not for most.
 """
 
 import hashlib
@@ -30,7 +32,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """How one case came out."""
+    """The result of one case."""
 
     answer: Answer
     result: CompletionResult
@@ -38,7 +40,7 @@ class Comparison:
 
 
 def read(body: bytes) -> Answer:
-    """Read an event stream of the simplest kind: one line an event, each with data only."""
+    """Read an event stream of the simplest kind: one line per event, with data only."""
     answer = Answer()
     for line in body.decode().split("\n"):
         data = line.removeprefix("data: ")
@@ -66,7 +68,7 @@ def _add(calls: Calls, fragment: dict[str, Any]) -> None:
 
 
 def compare(case: Case, answer: Answer, result: CompletionResult, followers: list[Transcript]) -> Comparison:
-    """Compare all four: what was asked for, what was sent, what was followed, what is stored."""
+    """Compare what was asked for, sent, followed and stored."""
     problems = []
 
     def expect(what: str, expected: object, got: object) -> None:

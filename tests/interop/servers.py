@@ -1,7 +1,7 @@
-"""The servers: programs of others that stream chat completions, each told what to say.
+"""The servers: other people's programs that stream chat completions, each configured with what to say.
 
-In: the directory of their executables, from ``make interop``.  Out: running processes, and the cases that
-each can play.  Exists so that "any OpenAI-compatible provider" is not only what our own scripted one does.
+In: the directory of their executables, from ``make interop``.
+Out: running processes, and the cases that each can play.
 """
 
 import http.client
@@ -34,7 +34,7 @@ ASK_FOR_CALLS: Final = [{"role": "user", "content": "What is the weather in Zür
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One completion and what the server was told to answer; what else it sends is its own affair."""
+    """One completion and the configured answer; whatever else the server sends is up to it."""
 
     name: str
     model: str
@@ -60,7 +60,7 @@ class IndependentServer(EmbeddedProcess):
 
     @property
     def base_url(self) -> str:
-        """The URL to give to an OpenAI client."""
+        """The base URL for an OpenAI client."""
         return f"http://127.0.0.1:{self.port}/v1"
 
     @override
@@ -105,7 +105,7 @@ class FakeLLM(IndependentServer):
 
 
 class StubLLM(IndependentServer):
-    """stubllm: gives parallel tool calls one and the same index, and no finish reason with them."""
+    """stubllm: gives parallel tool calls the same index, and no finish reason."""
 
     program = "stubllm"
     health = "/health"

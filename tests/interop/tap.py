@@ -1,8 +1,8 @@
-"""The tap: passes on what goes between worker and server, and keeps the server's answer.
+"""The tap: forwards the traffic between worker and server, and records the server's answer.
 
-In: bytes of both.  Out: the same bytes to the other side; the body of the last answer to the comparison.
-Exists so that the comparison is with what the server really sent in this very stream, random ids, token counts
-and all, and not with what it might have sent.
+In: bytes from both.
+Out: the same bytes, to the other side; the body of the last answer, to the comparison, with its random ids and token
+counts.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ class Tap(socketserver.ThreadingTCPServer):
         self.server_close()
 
     def take_answer(self) -> bytes:
-        """Return the body of the answer that has come since the last call."""
+        """Return the body of the answer that has arrived since the last call."""
         wait_until(lambda: self.kept.endswith(_LAST_CHUNK), "the end of the server's answer")
         raw = bytes(self.kept)
         self.kept.clear()

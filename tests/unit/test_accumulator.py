@@ -1,4 +1,4 @@
-"""The accumulator: what providers send comes out as one output, and the deltas that led to it give the same."""
+"""The accumulator: whatever providers send becomes one output, and its deltas add up to the same."""
 
 import json
 import time
@@ -34,7 +34,7 @@ class Stream:
 
     def apply(self, *chunks: dict[str, Any]) -> "Stream":
         for data in chunks:
-            self.accumulator.apply(json.loads(json.dumps(data)), self.deltas, len(json.dumps(data)), torn=True)
+            self.accumulator.apply(json.loads(json.dumps(data)), self.deltas, len(json.dumps(data)), lenient=True)
             check(self.deltas, self.accumulator.output())
         return self
 
@@ -206,7 +206,7 @@ def test_an_audio_answer_ends_with_its_expiry():
 )
 def test_an_error_is_reported_unless_the_answer_was_whole_before(error: dict[str, Any]):
     def report_after(*chunks: dict[str, Any]) -> object:
-        return Stream().apply(*chunks).accumulator.apply(error, [], 1, torn=False)
+        return Stream().apply(*chunks).accumulator.apply(error, [], 1, lenient=False)
 
     assert report_after()
     assert report_after(chunk({"content": "x"}))
@@ -230,13 +230,13 @@ def test_an_error_is_reported_unless_the_answer_was_whole_before(error: dict[str
     ],
 )
 def test_what_is_no_error_is_not_reported_as_one(data: dict[str, Any]):
-    assert Stream().accumulator.apply(data, [], 1, torn=False) is None
+    assert Stream().accumulator.apply(data, [], 1, lenient=False) is None
 
 
 def test_the_content_of_a_chunk_with_an_error_is_kept():
     stream = Stream()
     data = {**chunk({"content": "half"}, "error"), "error": {"code": 502}, "usage": {"total_tokens": 3}}
-    assert stream.accumulator.apply(data, stream.deltas, 1, torn=False)
+    assert stream.accumulator.apply(data, stream.deltas, 1, lenient=False)
     output = stream.end()
     assert output.choices[0].content == "half"
     assert output.usage == {"prompt_tokens": None, "completion_tokens": None, "total_tokens": 3}
@@ -559,7 +559,7 @@ def test_arguments_nested_without_end_leave_the_deltas_true():
     stream = Stream()
     data = chunk({"content": "x", "tool_calls": [{"index": 0, "function": {"name": "f", "arguments": arguments}}]})
     with pytest.raises(RecursionError):
-        stream.accumulator.apply(data, stream.deltas, 1, torn=False)
+        stream.accumulator.apply(data, stream.deltas, 1, lenient=False)
     assert joined(stream.deltas)[0]["content"] == stream.end().choices[0].content == "x"
 
 
@@ -570,7 +570,7 @@ def test_the_thousandth_delta_costs_no_more_than_the_first():
         data = chunk({"content": "word "})
         start = time.process_time()
         for _ in range(count):
-            accumulator.apply(data, deltas, 100, torn=False)
+            accumulator.apply(data, deltas, 100, lenient=False)
         assert len(accumulator.output().choices[0].content) == 5 * count
         return time.process_time() - start
 

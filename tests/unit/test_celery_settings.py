@@ -1,4 +1,4 @@
-"""What is switched off in Celery stays off; the reasons stand in ``docs/operations/hazards.md``."""
+"""What is switched off in Celery stays off; ``docs/operations/hazards.md`` says why."""
 
 import re
 from pathlib import Path

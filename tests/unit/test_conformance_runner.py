@@ -25,7 +25,7 @@ CALL = ToolCall(id="c1", name="f", arguments="{}", arguments_valid=True)
 USAGE = Usage(prompt_tokens=3, completion_tokens=2, source=UsageSource.PROVIDER, details={"nested": {"a": 1, "b": 2}})
 
 
-def seen(*, code: str | None = None, retryable: bool | None = None, content: str = "Hi", told: str = "Hi") -> Seen:
+def seen(*, code: str | None = None, retryable: bool | None = None, content: str = "Hi", streamed: str = "Hi") -> Seen:
     status = JobStatus.FAILED if code else JobStatus.COMPLETED
     error = ErrorInfo(code=code, message="m") if code else None
     attempt = AttemptResult(
@@ -51,7 +51,7 @@ def seen(*, code: str | None = None, retryable: bool | None = None, content: str
     transcript.apply(AttemptStarted(id="1-1", job_id="j", attempt=1, ts=0, model="m", provider="p", reason="first"))
     terminal = JobFailed if code else JobCompleted
     transcript.apply(terminal(**common, output_sha256=digest))
-    return Seen(result, transcript, [ChoiceSnapshot(index=0, content=told, tool_calls=[CALL])])
+    return Seen(result, transcript, [ChoiceSnapshot(index=0, content=streamed, tool_calls=[CALL])])
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_a_failures_outcome_is_its_retry_decision(*, retryable: bool, outcome: s
 
 
 def test_events_that_tell_another_story_than_the_row_are_a_difference() -> None:
-    (difference,) = compare({"outcome": "completed"}, seen(told="H"))
+    (difference,) = compare({"outcome": "completed"}, seen(streamed="H"))
     assert difference.startswith("events: output: expected ")
 
 

@@ -258,11 +258,13 @@ def test_follower_holds_what_the_accumulator_holds(
 
     output = world.reader.output().choices
     held = {choice.index: choice for choice in world.follower.choices}
-    assert {index: choice.content for index, choice in held.items()} == {one.index: one.content for one in output}
-    for one in output:
-        assert held[one.index].reasoning == one.reasoning
-        assert [(c.id, c.name, c.arguments) for c in held[one.index].tool_calls] == [
-            (c.id, c.name, c.arguments) for c in one.tool_calls
+    assert {index: choice.content for index, choice in held.items()} == {
+        choice.index: choice.content for choice in output
+    }
+    for choice in output:
+        assert held[choice.index].reasoning == choice.reasoning
+        assert [(c.id, c.name, c.arguments) for c in held[choice.index].tool_calls] == [
+            (c.id, c.name, c.arguments) for c in choice.tool_calls
         ]
     assert world.ends == 1
     assert world.follower.terminal is not None

@@ -1,4 +1,4 @@
-"""Events are read leniently, and a stored job gives the same terminal event as its worker."""
+"""Events are parsed leniently, and a stored job gives the same terminal event as its worker did."""
 
 import json
 from datetime import UTC, datetime

@@ -1,4 +1,4 @@
-"""Failures: every way in which providers report an error comes out under the contract's name for it."""
+"""Failures: every way in which providers report an error maps to one of the contract's codes."""
 
 import json
 from email.utils import formatdate

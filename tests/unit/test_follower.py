@@ -41,7 +41,7 @@ from keepstream.events import Event, Snapshot
 from keepstream.names import EventId, parse_event_id
 from keepstream.results import AttemptResult, Choice, CompletionResult, JobStatus, JobSummary, output_sha256
 from keepstream.transcript import Transcript
-from tests.histories import attempt_failed, attempt_finished, delta, ended, snapshot, started
+from tests.event_texts import attempt_failed, attempt_finished, delta, ended, snapshot, started
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 #: A first attempt that fails, and a second one that does not.
@@ -285,10 +285,10 @@ def test_an_expired_log_is_replaced_by_the_stored_result(after: str | None) -> N
     world = World()
     world.publish(99)
     world.log.clear()
-    told = list(world.follow(after))
-    assert [(event.id, event.type) for event in told] == [("2-12", "snapshot"), ("2-13", "job.completed")]
-    assert isinstance(told[0], Snapshot)
-    assert told[0].choices[0].content == TEXT
+    events = list(world.follow(after))
+    assert [(event.id, event.type) for event in events] == [("2-12", "snapshot"), ("2-13", "job.completed")]
+    assert isinstance(events[0], Snapshot)
+    assert events[0].choices[0].content == TEXT
     assert world.now == 0  # without waiting
 
 
@@ -508,13 +508,13 @@ def test_whatever_happens_the_reader_ends_up_with_the_stored_text(
         return perform(operation)
 
     world.perform = troubled  # type: ignore[method-assign]
-    told, held = [], Transcript()
+    received, held = [], Transcript()
     for event in world.follow(after, has_database=has_database, timeout=1000):
-        told.append(event.event_id)
+        received.append(event.event_id)
         if after is None:
             assert held.apply(event), f"{event.id} came out of turn"
-    assert all(before < later for before, later in pairwise(told))
-    assert told[-1] == EventId(2, 13)
+    assert all(before < later for before, later in pairwise(received))
+    assert received[-1] == EventId(2, 13)
     if after is None:
         assert held.text == TEXT
         assert held.terminal is not None

@@ -32,7 +32,7 @@ from keepstream.client.redis import AsyncRedisConnections, RedisConnections
 from keepstream.errors import InvalidSettingError, StoreUnavailableError
 from keepstream.events import Event, parse_event
 from keepstream.names import job_keys
-from tests.histories import ended, started
+from tests.event_texts import ended, started
 
 NOWHERE = "redis://127.0.0.1:1"
 KEYS = job_keys("default", "job-1")

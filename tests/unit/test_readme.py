@@ -1,4 +1,4 @@
-"""The documents say what is so: settings, commands, targets, examples, log events and links."""
+"""The documents agree with the code: settings, commands, targets, examples, log events and links."""
 
 import base64
 import json

@@ -15,7 +15,7 @@ from keepstream.errors import InvalidJobError
 from keepstream.events import KNOWN_EVENTS, UnknownEvent, parse_event, snapshot_event, terminal_event
 from keepstream.jobs import parse_job
 from keepstream.schemas import generate as generate_schemas
-from tests.histories import attempt_failed, attempt_finished, delta, ended, snapshot, started
+from tests.event_texts import attempt_failed, attempt_finished, delta, ended, snapshot, started
 from tests.jobs import make_job
 from tests.unit.test_events import result
 

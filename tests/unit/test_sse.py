@@ -1,4 +1,4 @@
-"""The event decoder: bytes in, events out, however they were cut."""
+"""The event decoder: bytes in, events out, however the bytes were split."""
 
 import random
 import time
@@ -114,13 +114,13 @@ def test_an_event_of_just_the_limit_is_read(step: int, end: bytes):
 def test_an_error_field_is_told_apart_from_an_event():
     decoder = SSEDecoder()
     assert decoder.feed(b'error: {"code":500}\n\nerror: x\ndata: a\n\n') == [(b'{"code":500}', ERROR_FIELD), (b"a", "")]
-    assert not decoder.foreign_lines
+    assert not decoder.has_unknown_fields
 
 
 def test_lines_that_belong_to_no_event_stream_are_noticed():
     decoder = SSEDecoder()
     assert decoder.feed(b"Service unavailable\n") + decoder.finish() == []
-    assert decoder.foreign_lines
+    assert decoder.has_unknown_fields
 
 
 def test_a_large_event_in_small_pieces_takes_time_in_proportion():

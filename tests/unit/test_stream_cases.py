@@ -1,4 +1,4 @@
-"""The stream reader: the verdict on each known stream, the same however its bytes are cut."""
+"""The stream reader: the verdict on each known stream, the same however its bytes are split."""
 
 import json
 import random

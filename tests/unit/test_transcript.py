@@ -10,7 +10,7 @@ from keepstream.events import Event, parse_event
 from keepstream.names import EventId
 from keepstream.results import output_sha256
 from keepstream.transcript import Place, Transcript, place_of
-from tests.histories import attempt_failed, attempt_finished, delta, ended, snapshot, started
+from tests.event_texts import attempt_failed, attempt_finished, delta, ended, snapshot, started
 
 
 def transcript(*texts: str) -> Transcript:

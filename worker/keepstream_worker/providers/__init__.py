@@ -1,1 +1,1 @@
-"""Providers: requests to LLM providers, and what their answers mean."""
+"""Providers: send requests to LLM providers and make sense of their answers."""

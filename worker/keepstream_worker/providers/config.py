@@ -1,11 +1,12 @@
 """Provider configuration: which providers a job may name, and how each is reached.
 
-In: the text of the providers file (TOML) and the environment.  Out: frozen ``ProviderConfig`` values
-by name, to ``provider``.  Exists so that a job names a provider and nothing else: URLs come from the
-operator's file, keys from the operator's environment, and a mistake in either is one clear line.
+In: the providers file (TOML) and the environment.
+Out: ``ProviderConfig`` values by name, to the provider module; or one line that says what is wrong.
 
-The provider ``default`` needs no file: OPENAI_API_KEY, OPENAI_BASE_URL, OPENAI_ORG_ID and OPENAI_PROJECT_ID
-describe it, as they do for the openai SDK. A file looks like this::
+A job only names a provider. URLs come from the operator's file, keys from the operator's environment.
+
+The provider ``default`` needs no file: it is configured by OPENAI_API_KEY, OPENAI_BASE_URL, OPENAI_ORG_ID and
+OPENAI_PROJECT_ID, as for the openai SDK. A file looks like this::
 
     [providers.groq]
     base_url = "https://api.groq.com/openai/v1"
@@ -19,7 +20,7 @@ describe it, as they do for the openai SDK. A file looks like this::
 
     [providers.local]                     # no api_key_env: a server that wants no key
     base_url = "http://127.0.0.1:8000/v1"
-    stream_options = false                # it refuses parameters that it does not know
+    stream_options = false                # it refuses parameters it does not know
     headers = { "X-Gateway-Key" = { env = "GATEWAY_KEY" } }
     timeouts = { first_token = 600 }
 """
@@ -54,7 +55,7 @@ Name = Annotated[str, StringConstraints(pattern=names.ID_PATTERN)]
 
 
 class ProviderConfigError(Exception):
-    """The configuration is not usable; the message names file, table and key, and repeats no value."""
+    """The configuration is invalid; the message names file, table and key, and never quotes a value."""
 
 
 class _Value(BaseModel):
@@ -62,7 +63,7 @@ class _Value(BaseModel):
 
 
 class ProviderTimeouts(_Value):
-    """Seconds; None: what the job or the worker's settings say."""
+    """Seconds; None leaves it to the job or the worker's settings."""
 
     connect: Seconds | None = None
     first_token: Seconds | None = None
@@ -70,40 +71,40 @@ class ProviderTimeouts(_Value):
 
 
 class ProviderLimits(_Value):
-    """Bytes; None: what the worker's settings say."""
+    """Bytes; None leaves it to the worker's settings."""
 
     max_output_bytes: Bytes | None = None
     max_event_bytes: Bytes | None = None
 
 
 class ProviderConfig(_Value):
-    """How one provider is reached. Whatever may hold a secret shows as ``**********`` when printed."""
+    """How one provider is reached. Values that may be secret print as ``**********``."""
 
     name: Name
     kind: Literal["openai", "azure"] = "openai"
     base_url: str | None = None  #: For kind openai; the path ``/chat/completions`` is added to it.
     endpoint: str | None = None  #: For kind azure; the resource's URL.
     api_version: str | None = None  #: For kind azure.
-    deployment: str | None = None  #: For kind azure; None: the deployment is called like the job's model.
-    api_key_env: str | None = None  #: Variable that holds the key; None: the provider wants none.
-    api_key: SecretStr | None = None  #: What the variable held; None: nothing.
+    deployment: str | None = None  #: For kind azure; None: the deployment has the model's name.
+    api_key_env: str | None = None  #: The variable that holds the key; None: the provider needs none.
+    api_key: SecretStr | None = None  #: The variable's value; None if it is unset or empty.
     headers: dict[str, SecretStr] = Field(default_factory=dict)
     query: dict[str, SecretStr] = Field(default_factory=dict)
-    stream_options: bool = True  #: Whether to ask for usage; a few servers refuse the parameter.
-    done_completes: bool = True  #: Whether ``[DONE]`` after output completes a choice without a finish reason.
+    stream_options: bool = True  #: Whether to request usage; a few servers refuse the parameter.
+    done_completes: bool = True  #: Whether ``[DONE]`` after output completes a choice that has no finish reason.
     timeouts: ProviderTimeouts = ProviderTimeouts()
     limits: ProviderLimits = ProviderLimits()
     proxy: SecretStr | None = None  #: URL of an HTTP proxy; None: a direct connection.
-    max_connections: Annotated[int, Field(ge=1)] | None = None  #: None: as many as there are jobs.
+    max_connections: Annotated[int, Field(ge=1)] | None = None  #: None: no limit.
 
     @property
     def url(self) -> str:
-        """The address that requests are sent below."""
+        """The base URL of all requests."""
         return self.endpoint or self.base_url or OPENAI_URL
 
     @property
     def key_missing(self) -> bool:
-        """Whether the provider wants a key and the environment has none."""
+        """Whether the provider needs a key that the environment does not have."""
         return self.api_key_env is not None and self.api_key is None
 
     @model_validator(mode="after")
@@ -121,10 +122,10 @@ class ProviderConfig(_Value):
 
 
 def load_providers(file: Path | None, environment: Mapping[str, str]) -> dict[str, ProviderConfig]:
-    """Return the providers that the environment and ``file`` (if there is one) describe, by name.
+    """Return the providers configured by the environment and ``file`` (if given), by name.
 
     Raises:
-        ProviderConfigError: the file is missing or wrong.
+        ProviderConfigError: the file is missing or invalid.
     """
     if file is None:
         return parse_providers("", environment)
@@ -139,15 +140,15 @@ def load_providers(file: Path | None, environment: Mapping[str, str]) -> dict[st
 def parse_providers(
     toml_text: str, environment: Mapping[str, str], *, file: str = "providers file"
 ) -> dict[str, ProviderConfig]:
-    """Return the providers that ``toml_text`` and ``environment`` describe, by name; ``default`` is always there.
+    """Return the providers configured by ``toml_text`` and ``environment``, by name; ``default`` is always among them.
 
     Raises:
-        ProviderConfigError: naming ``file``, the table and the key.
+        ProviderConfigError: something is invalid; the message names ``file``, the table and the key.
     """
     try:
         document = tomllib.loads(toml_text)
     except tomllib.TOMLDecodeError as error:
-        # The decoder's own words may quote the line, and with it a key that should not be there.
+        # The decoder's message may quote the line, and with it a key that should not be there.
         position = re.search(r"\(at (.*)\)\Z", str(error))
         raise ProviderConfigError(f"{file}: not valid TOML{f' ({position[1]})' if position else ''}") from None
     for key in document:
@@ -175,7 +176,7 @@ def _default_table(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _provider(name: str, table: Mapping[str, Any], environment: Mapping[str, str], where: str) -> ProviderConfig:
-    """Return one table as a value: keys and secrets fetched from the environment, everything checked."""
+    """Return one table as a checked value, with keys and secrets read from the environment."""
     fields: dict[str, Any] = {**table, "name": name}
     for key in table.keys() & {"name", "api_key", *_NAMES_OF_KEYS}:
         hint = "name the variable that holds the key in 'api_key_env'" if key != "name" else "the table's name says it"
@@ -207,7 +208,7 @@ def _provider(name: str, table: Mapping[str, Any], environment: Mapping[str, str
 
 
 def _secret(value: object, environment: Mapping[str, str], where: str, *, must_be_env: bool = False) -> SecretStr:
-    """Return a value that is spelled out, or fetched if it is written as ``{ env = "NAME" }``."""
+    """Return a literal value, or the value of the variable named by ``{ env = "NAME" }``."""
     if isinstance(value, dict) and value.keys() == {"env"} and isinstance(value["env"], str):
         fetched = environment.get(value["env"])
         if not fetched:
@@ -221,7 +222,7 @@ def _secret(value: object, environment: Mapping[str, str], where: str, *, must_b
 
 
 def _clean(secret: str, variable: str) -> str:
-    """Return ``secret`` without the line end that files leave behind; it must be fit for an HTTP header."""
+    """Return ``secret`` without surrounding white space; it must be valid in an HTTP header."""
     secret = secret.strip()
     if not (secret.isascii() and (secret.isprintable() or not secret)):
         raise ProviderConfigError(f"the environment variable {variable} holds characters that no key has")
@@ -231,7 +232,9 @@ def _clean(secret: str, variable: str) -> str:
 def _looks_like_a_key(text: str) -> bool:
     if _KEY_PREFIX.match(text):
         return True
-    return _OPAQUE.match(text) is not None and not (text.isupper() and "_" in text)  # THE_NAME_OF_MY_2ND_KEY is none
+    return _OPAQUE.match(text) is not None and not (
+        text.isupper() and "_" in text
+    )  # THE_NAME_OF_MY_2ND_KEY is not a key
 
 
 def _check_url(url: object, where: str, *, with_password: bool = False) -> None:
@@ -249,7 +252,7 @@ def _check_url(url: object, where: str, *, with_password: bool = False) -> None:
 
 
 def _environment_proxy(url: str, environment: Mapping[str, str]) -> SecretStr | None:
-    """Return the proxy that HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY give for ``url``."""
+    """Return the proxy that HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY select for ``url``."""
     parts = urlsplit(url)
 
     def variable(name: str) -> str:

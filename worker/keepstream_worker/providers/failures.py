@@ -1,12 +1,11 @@
-"""Failures: what went wrong in an attempt, under the contract's one name for it.
+"""Failures: maps every form in which providers report an error to the contract's error codes.
 
-In: an HTTP status with headers and body, or an error object found in a stream, from the provider and
-stream modules.  Out: a frozen ``Failure`` to the engine, the retry table, rows and events.  Exists so
-that every shape in which providers report an error is understood in one place.
+In: an HTTP status with headers and body, from the HTTP transport; an error object found in a stream, from the stream
+reader.
+Out: a ``Failure``, for the engine, the retry table, rows and events.
 
-Providers repeat prompts, outputs and pieces of keys in their error messages, and messages are stored
-and logged.  So nothing a provider wrote goes into ``message``: the sentence is ours, and of the
-provider's words only a code that is a plain identifier goes with it.
+Providers quote prompts, outputs and parts of keys in their error messages, while our messages are stored and logged.
+So ``message`` contains nothing a provider wrote, except an error code that is a plain identifier.
 """
 
 import math
@@ -27,13 +26,13 @@ from keepstream_worker.values import Failure
 def failure_from_response(
     status: int, headers: Mapping[str, str], body: object, *, now: float | None = None
 ) -> Failure:
-    """Return the failure that a response other than a stream stands for.
+    """Translate an error response.
 
     Args:
         status: The HTTP status.
-        headers: The response's headers, in any case.
-        body: What could be read of the body: decoded JSON, text, bytes or None.
-        now: Seconds since 1970, to tell how far away a date in ``Retry-After`` is; None: the clock.
+        headers: The response headers; case does not matter.
+        body: As much of the body as could be read: decoded JSON, text, bytes or None.
+        now: Seconds since 1970, to interpret a date in ``Retry-After``; None uses the clock.
     """
     lowered = {name.lower(): value for name, value in headers.items()}
     report = _Report.of(body)
@@ -50,7 +49,7 @@ def failure_from_response(
 
 
 def failure_from_stream_error(payload: object) -> Failure:
-    """Return the failure that an error within a stream, or within an HTTP 200 body, stands for; any shape will do."""
+    """Translate an error object, of whatever form, that came in a stream or in the body of an HTTP 200."""
     report = _Report.of(payload)
     code = _code_of_report(report)
     return Failure(
@@ -61,7 +60,7 @@ def failure_from_stream_error(payload: object) -> Failure:
     )
 
 
-# -- what the codes mean --------------------------------------------------------------------------
+# -- codes ----------------------------------------------------------------------------------------
 
 _MEANING: Final[dict[ErrorCode, str]] = {
     ErrorCode.BAD_REQUEST: "it does not accept the request",
@@ -84,7 +83,7 @@ _MEANING: Final[dict[ErrorCode, str]] = {
     ErrorCode.INVALID_RESPONSE: "that is no event stream",
 }
 
-# A status decides by itself, except for the causes in _CAUSES, which providers send with several statuses.
+# The status decides, except for the causes in _CAUSES, which providers send with various statuses.
 _BY_STATUS: Final[dict[int, ErrorCode]] = {
     204: ErrorCode.EMPTY_STREAM,
     401: ErrorCode.AUTH,
@@ -99,14 +98,14 @@ _BY_STATUS: Final[dict[int, ErrorCode]] = {
     425: ErrorCode.SERVER_ERROR,
     429: ErrorCode.RATE_LIMITED,
     498: ErrorCode.OVERLOADED,  # Groq: no flex capacity
-    499: ErrorCode.CONNECTION,  # a proxy says that we hung up
+    499: ErrorCode.CONNECTION,  # a proxy reports that the client disconnected
     501: ErrorCode.BAD_REQUEST,
     503: ErrorCode.OVERLOADED,
     505: ErrorCode.BAD_REQUEST,
     529: ErrorCode.OVERLOADED,
 }
 
-# Codes and types that say more than the status. Folded: lower case, letters and digits only.
+# Codes and types that are more precise than the status. Folded: lower case, letters and digits only.
 _CAUSES: Final[dict[str, ErrorCode]] = {
     "contextlengthexceeded": ErrorCode.CONTEXT_LENGTH_EXCEEDED,
     "exceedcontextsize": ErrorCode.CONTEXT_LENGTH_EXCEEDED,
@@ -126,10 +125,10 @@ _CAUSES: Final[dict[str, ErrorCode]] = {
     "billing": ErrorCode.INSUFFICIENT_QUOTA,
     "toolusefailed": ErrorCode.TOOL_USE_FAILED,
 }
-#: Statuses (and their absence) with which a cause is believed: not a gateway's 5xx, nor what the status says better.
+#: Statuses (None: there is none) for which _CAUSES apply: not a gateway's 5xx, nor statuses that are more precise.
 _CAUSE_STATUSES: Final = frozenset({None, 400, 402, 403, 413, 422, 429})
 
-# Codes and types of errors that come without a status. Folded as above, without a final "error" or "exception".
+# Codes and types of errors without a status. Folded as above, and without a trailing "error" or "exception".
 _BY_TYPE: Final[dict[str, ErrorCode]] = {
     "badrequest": ErrorCode.BAD_REQUEST,
     "invalidrequest": ErrorCode.BAD_REQUEST,
@@ -223,13 +222,13 @@ def _sentence(what: str, code: ErrorCode, provider_code: str | None) -> str:
     return f"The provider answered with {what}{named}" + (f": {meaning}." if meaning else ".")
 
 
-# -- what the provider reported -------------------------------------------------------------------
+# -- error reports --------------------------------------------------------------------------------
 
-#: Words of letters, or a number. No hyphens, no digits among letters, no long runs: those could be a piece of a key.
+#: Words of letters, or a number. No hyphens, no digits among letters, no long words: those could be part of a key.
 _PLAIN_CODE: Final = re.compile(r"[A-Za-z]{1,32}(?:[_.][A-Za-z]{1,32}){0,6}(?:_[0-9]{1,5})?|[0-9]{1,6}")
 _PLAIN_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=\-]{1,128}")
-_LONGEST_BODY: Final = 1024 * 1024  #: Bytes of an error body that are looked at.
-_DEEPEST: Final = 5  #: Wrappers around an error that are opened.
+_MAX_BODY: Final = 1024 * 1024  #: Bytes of an error body that are examined.
+_MAX_WRAPPERS: Final = 5  #: Levels of nesting around an error that are unwrapped.
 _WORD_KEYS: Final = ("code", "type", "status", "error_code", "error_type")
 _STATUS_KEYS: Final = ("status_code", "http_code", "status", "code")
 _TEXT_KEYS: Final = ("message", "msg")
@@ -237,7 +236,7 @@ _TEXT_KEYS: Final = ("message", "msg")
 
 @dataclass(frozen=True, slots=True)
 class _Report:
-    """What is left of an error body once its wrapping is off. The text is for matching and goes nowhere."""
+    """An error body without its wrapping. ``text`` is matched against patterns and never stored or shown."""
 
     is_error: bool
     status: int | None
@@ -248,8 +247,8 @@ class _Report:
     @classmethod
     def of(cls, body: object) -> "_Report":
         decoded = _decoded(body)
-        layers = list(_layers(decoded, _DEEPEST))
-        # The innermost layer knows best: a gateway wraps what it was told.
+        layers = list(_layers(decoded, _MAX_WRAPPERS))
+        # The innermost layer is the most precise: gateways wrap the error they received.
         words = [word for layer in reversed(layers) for key in _WORD_KEYS if (word := _word(layer.get(key)))]
         statuses = [status for layer in reversed(layers) for key in _STATUS_KEYS if (status := _status(layer.get(key)))]
         texts = [text for layer in layers for key in _TEXT_KEYS if isinstance(text := layer.get(key), str)]
@@ -268,7 +267,7 @@ class _Report:
         return next((word for word in plain if not word.isdecimal()), plain[0] if plain else None)
 
     def cause(self, status: int | None) -> ErrorCode | None:
-        """Return what the error's words say more precisely than ``status``, if they do."""
+        """Return the code that the error's words give, if it is more precise than ``status``."""
         if status in _CAUSE_STATUSES:
             for word in self.words:
                 if (code := _CAUSES.get(_folded(word))) is not None:
@@ -281,7 +280,7 @@ class _Report:
 def _decoded(body: object) -> object:
     if not isinstance(body, bytes | bytearray | str):
         return body
-    beginning = body[:_LONGEST_BODY]
+    beginning = body[:_MAX_BODY]
     try:
         return orjson.loads(beginning)
     except orjson.JSONDecodeError:
@@ -289,7 +288,7 @@ def _decoded(body: object) -> object:
 
 
 def _layers(value: object, depth: int) -> Iterator[Mapping[str, Any]]:
-    """Yield the objects that make up an error, from the outside in."""
+    """Yield the nested objects of an error, outermost first."""
     if not depth:
         return
     if isinstance(value, str) and value.strip():
@@ -299,7 +298,7 @@ def _layers(value: object, depth: int) -> Iterator[Mapping[str, Any]]:
             yield from _layers(value[0], depth - 1)
     elif isinstance(value, Mapping) and value:
         yield value
-        verdict = value.get("base_resp")  # MiniMax; its numbers mean something else elsewhere
+        verdict = value.get("base_resp")  # MiniMax; elsewhere the same numbers mean something else
         if isinstance(verdict, Mapping) and verdict.get("status_code"):
             yield {"code": f"base_resp_{_word(verdict['status_code'])}", "message": verdict.get("status_msg")}
         for key in ("error", "errors", "detail", "innererror"):
@@ -322,7 +321,7 @@ def _status(value: object) -> int | None:
 
 
 def _waits(layer: Mapping[str, Any]) -> Iterator[float]:
-    """Yield the waits in seconds that an error object asks for."""
+    """Yield the waits, in seconds, that an error object asks for."""
     asked = layer.get("retry_after")
     if isinstance(asked, int | float | str) and (wait := _seconds(str(asked))) is not None:
         yield wait
@@ -338,8 +337,8 @@ def _waits(layer: Mapping[str, Any]) -> Iterator[float]:
 _REQUEST_ID_HEADERS: Final = ("x-request-id", "request-id", "apim-request-id", "x-ms-request-id", "cf-ray")
 _RESET: Final = "x-ratelimit-reset"
 _REMAINING: Final = "x-ratelimit-remaining"
-_LONGEST_WAIT: Final = 30 * 86_400.0  #: Seconds; whatever asks for more is no wait but a mistake.
-_LEAST_DATE: Final = 1e9  #: From here on a number is no wait but a time since 1970, in seconds …
+_MAX_WAIT: Final = 30 * 86_400.0  #: Seconds; anything longer is a mistake.
+_LEAST_DATE: Final = 1e9  #: From here on a number is a time since 1970 rather than a wait, in seconds …
 _LEAST_DATE_IN_MS: Final = 1e12  #: … or in milliseconds.
 _DURATION: Final = re.compile(
     r"(?:(?P<d>[0-9]+)d)?(?:(?P<h>[0-9]+)h)?(?:(?P<m>[0-9]+)m(?!s))?"
@@ -357,7 +356,7 @@ def _request_id(headers: Mapping[str, str]) -> str | None:
 
 
 def _retry_after(headers: Mapping[str, str], now: float) -> float | None:
-    """Return the seconds that the headers ask to wait; the more precise header is asked first."""
+    """Return the seconds that the headers ask to wait; the most precise header counts."""
     milliseconds = _seconds(headers.get("retry-after-ms", ""), unit=0.001)
     if milliseconds is not None:
         return milliseconds
@@ -371,38 +370,38 @@ def _seconds(text: str, unit: float = 1.0) -> float | None:
         value = float(text) * unit
     except ValueError:
         return None
-    return _sane(value)
+    return _plausible(value)
 
 
 def _until_date(text: str, now: float) -> float | None:
     try:
-        return _sane(parsedate_to_datetime(text).timestamp() - now)
+        return _plausible(parsedate_to_datetime(text).timestamp() - now)
     except (ValueError, OverflowError, TypeError, IndexError):
         return None
 
 
 def _duration(text: str) -> float | None:
-    """Return the seconds that a text like ``6m0s`` or ``20ms`` means."""
+    """Parse a duration such as ``6m0s`` or ``20ms``; return seconds."""
     match = _DURATION.fullmatch(text.strip())
     if match is None:
         return None
-    return _sane(sum(float(value) * _UNIT_SECONDS[unit] for unit, value in match.groupdict().items() if value))
+    return _plausible(sum(float(value) * _UNIT_SECONDS[unit] for unit, value in match.groupdict().items() if value))
 
 
-def _sane(seconds: float) -> float | None:
-    return seconds if math.isfinite(seconds) and 0 < seconds <= _LONGEST_WAIT else None
+def _plausible(seconds: float) -> float | None:
+    return seconds if math.isfinite(seconds) and 0 < seconds <= _MAX_WAIT else None
 
 
 def _until_reset(headers: Mapping[str, str], now: float) -> float | None:
-    """Return the seconds until a limit resets: all limits that are used up, or else the first of any."""
-    used_up: list[float] = []
+    """Return the seconds until all exhausted limits have reset, or until the first reset if none is exhausted."""
+    exhausted: list[float] = []
     others: list[float] = []
     for name, value in headers.items():
         if not name.startswith(_RESET) or (wait := _reset_wait(value, now)) is None:
             continue
         remaining = headers.get(_REMAINING + name.removeprefix(_RESET), "").strip()
-        (used_up if remaining == "0" else others).append(wait)
-    return max(used_up) if used_up else min(others, default=None)
+        (exhausted if remaining == "0" else others).append(wait)
+    return max(exhausted) if exhausted else min(others, default=None)
 
 
 def _reset_wait(text: str, now: float) -> float | None:
@@ -411,7 +410,7 @@ def _reset_wait(text: str, now: float) -> float | None:
     except ValueError:
         return _duration(text)
     if number >= _LEAST_DATE_IN_MS:
-        return _sane(number / 1000 - now)
+        return _plausible(number / 1000 - now)
     if number >= _LEAST_DATE:
-        return _sane(number - now)
-    return _sane(number)
+        return _plausible(number - now)
+    return _plausible(number)

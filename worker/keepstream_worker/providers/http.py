@@ -1,10 +1,10 @@
-"""Provider HTTP: one request to a provider over the wire, as the transport under the SDK's client.
+"""Provider HTTP: the transport beneath the SDK's client, built on aiohttp.
 
-In: finished HTTP requests, from the SDK by way of httpx2's transport interface.  Out: responses whose
-body is read as it arrives, or a ``ProviderFailure``.  Exists so that whatever can go wrong between us
-and the provider gets its name in one place, the only one that knows aiohttp: the SDK ships an aiohttp
-transport too, but that one reports a dropped connection as a time-out, reads error bodies without a
-bound, and cannot tell when a connection stands.
+In: finished HTTP requests, from the SDK through httpx2's transport interface, or from the provider module directly.
+Out: responses whose body is read as it arrives, or a ``ProviderFailure`` that names what went wrong.
+
+The SDK ships an aiohttp transport of its own, but it reports a dropped connection as a time-out, reads error bodies
+without a bound, and does not say when a connection is established.
 """
 
 import asyncio
@@ -26,22 +26,22 @@ from keepstream.errors import ErrorCode
 from keepstream_worker.providers.failures import failure_from_response
 from keepstream_worker.values import Failure
 
-#: Connections that are made at the same time. A burst of a thousand handshakes on one loop would
-#: starve all of them until they time out; in small groups each is quick.
+#: Connections opened at the same time. A thousand handshakes at once on one loop would starve each other until they
+#: time out; in small groups each is quick.
 _CONNECTING_AT_ONCE: Final = 64
-#: Seconds an unused connection is kept: less than the five after which uvicorn and Node close it,
-#: so that no request is written into a closing connection.
-_KEPT_ALIVE: Final = 4.0
-_ERROR_BODY_BYTES: Final = 64 * 1024  #: More of an error page tells nothing more.
+#: Seconds an idle connection is kept: less than the five after which uvicorn and Node close it, so that no request is
+#: written to a connection that is about to close.
+_KEEP_ALIVE_SECONDS: Final = 4.0
+_ERROR_BODY_BYTES: Final = 64 * 1024  #: Reading more of an error page adds nothing.
 _ERROR_BODY_SECONDS: Final = 5.0
-_INFLATED_AT_ONCE: Final = 1024 * 1024  #: Bytes; what one read of a compressed body may grow to.
-_FIRST_REFUSAL: Final = 300  #: HTTP status; redirects are refusals too: a followed 302 would turn the POST into a GET.
+_MAX_INFLATED_BYTES: Final = 1024 * 1024  #: What one read of a compressed body may expand to.
+_FIRST_ERROR_STATUS: Final = 300  #: Redirects are errors too: following a 302 would turn the POST into a GET.
 _REQUEST_ID_HEADERS: Final = ("x-request-id", "request-id", "apim-request-id", "x-ms-request-id", "cf-ray")
 _REQUEST_ID_LENGTH: Final = 200
 
 
 class ProviderFailure(Exception):  # noqa: N818  # it carries a Failure
-    """The provider, or the way to it, failed. ``failure`` says how."""
+    """The provider, or the connection to it, failed. ``failure`` says how."""
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.message)
@@ -50,32 +50,32 @@ class ProviderFailure(Exception):  # noqa: N818  # it carries a Failure
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A request without its body, as the SDK made it."""
+    """Method, URL and headers of a request, as the SDK built them."""
 
     method: str
     url: URL
-    headers: list[tuple[str, str]]  #: Without the length, which is the body's.
+    headers: list[tuple[str, str]]  #: Without the content length, which depends on the body.
 
 
 class HttpTransport(httpx2.AsyncBaseTransport):
-    """The connections to one provider; made, used and closed on one event loop."""
+    """The connections to one provider. Created, used and closed on one event loop."""
 
     def __init__(self, *, tls: ssl.SSLContext, proxy: str | None = None, max_connections: int | None = None) -> None:
         self._proxy = proxy
         self._connecting = asyncio.Semaphore(_CONNECTING_AT_ONCE)
         trace = aiohttp.TraceConfig()
-        trace.on_connection_create_start.append(_take_turn)
-        trace.on_connection_create_end.append(_end_turn)
+        trace.on_connection_create_start.append(_acquire_slot)
+        trace.on_connection_create_end.append(_release_slot)
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=max_connections or 0, ssl=tls, keepalive_timeout=_KEPT_ALIVE),
-            cookie_jar=aiohttp.DummyCookieJar(),  # a cookie set for one tenant's request belongs in no other
+            connector=aiohttp.TCPConnector(limit=max_connections or 0, ssl=tls, keepalive_timeout=_KEEP_ALIVE_SECONDS),
+            cookie_jar=aiohttp.DummyCookieJar(),  # a cookie set for one tenant's request must not reach another's
             auto_decompress=False,
             trace_configs=[trace],
         )
 
     @override
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        """Send a request of the SDK's; the response carries its ``Body`` and its ``Head`` as extensions."""
+        """Send a request from the SDK; the response carries its ``Body`` and ``Head`` as extensions."""
         head = Head(
             request.method,
             URL(str(request.url), encoded=True),
@@ -86,12 +86,17 @@ class HttpTransport(httpx2.AsyncBaseTransport):
         return httpx2.Response(body.status, headers=body.raw_headers, stream=body, extensions=extensions)
 
     async def send(self, head: Head, content: bytes, connect_timeout: float) -> "Body":
-        """Send a request; return as soon as the headers of a success have arrived.
+        """Send a request; return as soon as the headers of a successful response have arrived.
+
+        Args:
+            head: Method, URL and headers.
+            content: The request body.
+            connect_timeout: Seconds to establish a connection, TLS included.
 
         Raises:
-            ProviderFailure: there is no answer, or the provider refused.
+            ProviderFailure: there is no response, or the provider refused the request.
         """
-        turn = _Turn(self._connecting)
+        slot = _ConnectSlot(self._connecting)
         try:
             response = await self._session.request(
                 head.method,
@@ -100,16 +105,16 @@ class HttpTransport(httpx2.AsyncBaseTransport):
                 data=content or None,
                 allow_redirects=False,
                 proxy=self._proxy,
-                # Only connecting is timed here: what comes later is the watchdog's, and cheaper there.
+                # Only connecting is timed here; the watchdog times everything else, more cheaply.
                 timeout=aiohttp.ClientTimeout(sock_connect=connect_timeout),
-                trace_request_ctx=turn,
+                trace_request_ctx=slot,
             )
         except Exception as error:
             raise ProviderFailure(_failure(error)) from error
         finally:
-            turn.end()
+            slot.release()
         body = Body(response)
-        if response.status >= _FIRST_REFUSAL:
+        if response.status >= _FIRST_ERROR_STATUS:
             text = await _error_body(body)
             raise ProviderFailure(failure_from_response(response.status, response.headers, text))
         return body
@@ -121,18 +126,18 @@ class HttpTransport(httpx2.AsyncBaseTransport):
 
 
 class Body(httpx2.AsyncByteStream):
-    """The body of one response, decompressed, as it arrives."""
+    """The body of one response, decompressed as it arrives."""
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self._response = response
         self._content = response.content
         encoding = response.headers.get("content-encoding", "").strip().lower()
-        # We ask for no compression; this is for those who compress all the same. What we cannot read
-        # (br, zstd) passes as it is: it may be plain text with a wrong label.
+        # We ask for no compression, but some servers compress anyway. What we cannot read (br, zstd) is passed on
+        # as it is: it may be plain text with a wrong label.
         compressed = encoding in {"gzip", "x-gzip", "deflate"}
         self._inflate = zlib.decompressobj(zlib.MAX_WBITS | 32) if compressed else None
         self._pending = b""
-        self._more_inside = False
+        self._has_more = False
 
     @property
     def status(self) -> int:
@@ -141,17 +146,17 @@ class Body(httpx2.AsyncByteStream):
 
     @property
     def raw_headers(self) -> tuple[tuple[bytes, bytes], ...]:
-        """The headers as they came."""
+        """The headers as received."""
         return self._response.raw_headers
 
     @property
     def content_type(self) -> str:
-        """The content type as the provider sent it; empty if it sent none."""
+        """The content type as sent by the provider; empty if there was none."""
         return self._response.headers.get("content-type", "")
 
     @property
     def request_id(self) -> str | None:
-        """The provider's own name for this request."""
+        """The provider's id for this request."""
         headers = self._response.headers
         found = next((value for name in _REQUEST_ID_HEADERS if (value := headers.get(name))), None)
         return found[:_REQUEST_ID_LENGTH] if found and found.isascii() and found.isprintable() else None
@@ -163,16 +168,16 @@ class Body(httpx2.AsyncByteStream):
 
     @property
     def lost(self) -> bool:
-        """Whether the connection is gone although the body is not complete.
+        """Whether the connection was lost before the body was complete.
 
-        A read usually says so itself, but on broken chunk framing aiohttp closes the connection and
-        leaves the reader waiting for good.
+        A read usually raises then, but on broken chunk framing aiohttp closes the connection and leaves the reader
+        waiting forever.
         """
         connection = self._response.connection
         return connection is not None and connection.transport is None
 
     async def read(self) -> bytes:
-        """Return what has arrived and was not read yet, waiting for some; empty at the end.
+        """Return the bytes that have arrived, waiting for at least one; empty at the end.
 
         Raises:
             ProviderFailure: the connection broke, or the compressed body is corrupt.
@@ -186,18 +191,18 @@ class Body(httpx2.AsyncByteStream):
 
     async def _read_inflated(self, inflate: "zlib._Decompress") -> bytes:
         while True:
-            if not self._more_inside:
+            if not self._has_more:
                 self._pending = await self._content.readany()
                 if not self._pending:
                     return b""
-            data = inflate.decompress(self._pending, _INFLATED_AT_ONCE)
+            data = inflate.decompress(self._pending, _MAX_INFLATED_BYTES)
             self._pending = inflate.unconsumed_tail
-            self._more_inside = len(data) == _INFLATED_AT_ONCE
+            self._has_more = len(data) == _MAX_INFLATED_BYTES
             if data:
                 return data
 
     def close(self) -> None:
-        """Let go of the connection: reset it if the body is not complete. Harmless when repeated."""
+        """Release the connection, resetting it if the body is incomplete. May be repeated."""
         self._response.close()
 
     @override
@@ -210,33 +215,33 @@ class Body(httpx2.AsyncByteStream):
         self.close()
 
 
-class _Turn:
-    """A request's place among those that are connecting; a reused connection needs none."""
+class _ConnectSlot:
+    """A request's place among those that are connecting; a reused connection takes none."""
 
     def __init__(self, connecting: asyncio.Semaphore) -> None:
         self._connecting = connecting
         self._taken = False
 
-    async def take(self) -> None:
+    async def acquire(self) -> None:
         await self._connecting.acquire()
         self._taken = True
 
-    def end(self) -> None:
+    def release(self) -> None:
         if self._taken:
             self._taken = False
             self._connecting.release()
 
 
-async def _take_turn(_: aiohttp.ClientSession, context: SimpleNamespace, __: object) -> None:
-    await context.trace_request_ctx.take()
+async def _acquire_slot(_: aiohttp.ClientSession, context: SimpleNamespace, __: object) -> None:
+    await context.trace_request_ctx.acquire()
 
 
-async def _end_turn(_: aiohttp.ClientSession, context: SimpleNamespace, __: object) -> None:
-    context.trace_request_ctx.end()
+async def _release_slot(_: aiohttp.ClientSession, context: SimpleNamespace, __: object) -> None:
+    context.trace_request_ctx.release()
 
 
 async def _error_body(body: Body) -> bytes:
-    """Return as much of an error's body as arrives whole, in time and within bounds: the status says the rest."""
+    """Return as much of an error body as arrives in time and within bounds; the status alone is enough otherwise."""
     parts: list[bytes] = []
     try:
         with suppress(ProviderFailure, TimeoutError):
@@ -248,7 +253,7 @@ async def _error_body(body: Body) -> bytes:
     return b"".join(parts)[:_ERROR_BODY_BYTES]
 
 
-_NAMED: Final[tuple[tuple[type[Exception], ErrorCode, str], ...]] = (  # the first that fits
+_ERRORS: Final[tuple[tuple[type[Exception], ErrorCode, str], ...]] = (  # the first match counts
     (aiohttp.ClientConnectorDNSError, ErrorCode.CONNECTION, "the provider's host name cannot be resolved"),
     (aiohttp.ClientConnectorCertificateError, ErrorCode.CONNECTION, "the provider's TLS certificate is not valid"),
     (aiohttp.ClientSSLError, ErrorCode.CONNECTION, "the TLS handshake with the provider failed"),
@@ -267,7 +272,7 @@ _NAMED: Final[tuple[tuple[type[Exception], ErrorCode, str], ...]] = (  # the fir
 
 
 def _failure(error: Exception, *, status: int | None = None, request_id: str | None = None) -> Failure:
-    """Name what aiohttp, the system or zlib raised. The words are ours: theirs may hold addresses and headers."""
-    code, message = next((code, message) for kind, code, message in _NAMED if isinstance(error, kind))
+    """Translate an exception of aiohttp, the system or zlib, whose own text may quote addresses or headers."""
+    code, message = next((code, message) for kind, code, message in _ERRORS if isinstance(error, kind))
     detail = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else type(error).__name__
     return Failure(code=code, message=f"{message} ({detail})", http_status=status, provider_request_id=request_id)

@@ -1,9 +1,10 @@
-"""Providers: one streaming chat completion against an OpenAI-compatible provider.
+"""Providers: one streaming chat completion from an OpenAI-compatible provider.
 
-In: a job's request and its time-outs, from the engine.  Out: the answer's bytes as they arrive, or a
-``ProviderFailure``; nothing raw escapes.  Exists so that the openai SDK, which knows keys, base URLs,
-Azure's paths and headers, is met in one place. The SDK's part ends with the response's headers: its
-decoder loses events and its chunk objects cost ten times the rest of the work together.
+In: a job's request and its time-outs, from the engine.
+Out: the answer's bytes as they arrive, or a ``ProviderFailure``; no exception of a library escapes.
+
+The openai SDK supplies keys, base URLs, Azure's paths and headers. Its part ends with the response headers, since its
+decoder loses events and its chunk objects cost ten times as much as everything else together.
 """
 
 import asyncio
@@ -27,12 +28,12 @@ from keepstream_worker.values import Failure
 
 __all__ = ["Provider", "ProviderCheck", "ProviderFailure", "ProviderStream", "Providers", "Timeouts"]
 
-_DRAIN_SECONDS: Final = 0.1  #: The terminator follows the last event at once; waiting longer costs more than it saves.
-_LOOK_SECONDS: Final = 5.0  #: How long a connection that aiohttp gave up without a word may go unnoticed.
-_SECOND_LOOK: Final = 0.05  #: Seconds; a busy loop may have data in its sockets that nobody has read yet.
+_DRAIN_SECONDS: Final = 0.1  #: To read the end of a body, which follows the last event at once.
+_CHECK_INTERVAL: Final = 5.0  #: Seconds for which a connection that aiohttp closed silently may go unnoticed.
+_SECOND_CHECK: Final = 0.05  #: Seconds; on a busy loop, data may be waiting in a socket.
 _CHECK_SECONDS: Final = 10.0
-_MOST_HEADS: Final = 256  #: Paths, which differ only by Azure's deployments.
-_SECURITY: Final[Any] = {"bearer_auth": True}  #: Never the administrator's key, should the environment hold one.
+_MAX_HEADS: Final = 256  #: Cached heads; paths differ only by Azure's deployments.
+_SECURITY: Final[Any] = {"bearer_auth": True}  #: Never send the administrator's key, even if the environment holds one.
 _MODEL_LIST_BYTES: Final = 4 * 1024 * 1024
 
 _T = TypeVar("_T")
@@ -42,23 +43,23 @@ _T = TypeVar("_T")
 class Timeouts:
     """Seconds."""
 
-    connect: float  #: Until the connection stands, TLS included.
+    connect: float  #: To establish the connection, TLS included.
     first_token: float  #: From the request to the first data.
-    idle: float  #: Between two data events; comments are none.
+    idle: float  #: Between two data events, not counting comments.
 
 
 class ProviderCheck(NamedTuple):
-    """What a try of a provider showed."""
+    """The result of checking a provider."""
 
     ok: bool
-    line: str  #: One line for people.
+    line: str  #: One line to show to people.
 
 
 class _Watchdog:
-    """Ends a wait in which the provider sends no data for too long, or in which nothing can come any more.
+    """Ends a wait when the provider has sent no data for too long, or when the connection is already lost.
 
-    One timer looks now and then at when data came last, so that a chunk costs an assignment and not a
-    timer. Only our own waits are cut, so the caller never meets a cancellation that it did not ask for.
+    One timer checks every few seconds when data last came, so that a chunk costs an assignment rather than a timer.
+    Only waits inside ``wait_for`` are cancelled, so the caller never sees a cancellation it did not request.
     """
 
     def __init__(self, timeouts: Timeouts) -> None:
@@ -70,8 +71,8 @@ class _Watchdog:
         self._last_data = self._loop.time()
         self._any_data = self._waiting = self._overdue = False
         self._failure: Failure | None = None
-        self.body: Body | None = None  #: What is read, once there is an answer.
-        self._look_in(self._limit)
+        self.body: Body | None = None  #: The response's body, once there is a response.
+        self._check_in(self._limit)
 
     def note_data(self) -> None:
         self._last_data = self._loop.time()
@@ -79,24 +80,24 @@ class _Watchdog:
             self._any_data = True
             self._limit = self._idle
             self._timer.cancel()
-            self._look_in(self._limit)
+            self._check_in(self._limit)
 
-    def _look_in(self, seconds: float) -> None:
-        self._timer = self._loop.call_later(min(seconds, _LOOK_SECONDS), self._look)
+    def _check_in(self, seconds: float) -> None:
+        self._timer = self._loop.call_later(min(seconds, _CHECK_INTERVAL), self._check)
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         left = self._last_data + self._limit - self._loop.time()
         if self._waiting and self.body and self.body.lost:
             self._cut(ErrorCode.CONNECTION, "the answer broke off: its framing is not HTTP")
         elif left > 0:
             self._overdue = False
-            self._look_in(left)
+            self._check_in(left)
         elif self._waiting and self._overdue:
             what = "no further data" if self._any_data else "no data"
             self._cut(ErrorCode.TIMEOUT, f"{what} from the provider within {self._limit:g} s")
         else:
             self._overdue = True
-            self._look_in(_SECOND_LOOK)
+            self._check_in(_SECOND_CHECK)
 
     def _cut(self, code: ErrorCode, message: str) -> None:
         status, request_id = (self.body.status, self.body.request_id) if self.body else (None, None)
@@ -104,12 +105,12 @@ class _Watchdog:
         self._task.cancel()
 
     async def wait_for(self, awaitable: Awaitable[_T]) -> _T:
-        """Return what ``awaitable`` gives; raise ``ProviderFailure`` if there is no data for too long meanwhile."""
+        """Await ``awaitable``; raise ``ProviderFailure`` if the provider sends no data for too long meanwhile."""
         self._waiting = True
         try:
             return await awaitable
         except asyncio.CancelledError:
-            # As in asyncio.timeout: if somebody else cancels the task as well, the cancellation goes on.
+            # As in asyncio.timeout: if the task was cancelled by someone else too, that cancellation propagates.
             if self._failure and self._task.uncancel() <= self._cancellations:
                 raise ProviderFailure(self._failure) from None
             raise
@@ -121,12 +122,12 @@ class _Watchdog:
 
 
 class ProviderStream:
-    """A streaming answer: iterate over it for the bytes, call ``note_data`` when they held data."""
+    """A streaming answer: iterate over its bytes, and call ``note_data`` whenever they contained data."""
 
     def __init__(self, body: Body, watchdog: _Watchdog) -> None:
         self._body = body
         self._watchdog = watchdog
-        self.note_data = watchdog.note_data  #: Tells the idle time-out that the provider sent data.
+        self.note_data = watchdog.note_data  #: Restarts the idle time-out.
         self.http_status = body.status
         self.content_type = body.content_type
         self.provider_request_id = body.request_id
@@ -142,7 +143,7 @@ class ProviderStream:
 
 
 class Provider:
-    """One configured provider and its connections; made, used and closed on one event loop."""
+    """One configured provider and its connections. Created, used and closed on one event loop."""
 
     def __init__(self, config: ProviderConfig, tls: ssl.SSLContext) -> None:
         self.config = config
@@ -152,21 +153,21 @@ class Provider:
             max_connections=config.max_connections,
         )
         self._client = _sdk_client(config, self._transport)
-        self._heads: dict[str, Head] = {}  #: By path, what the SDK puts before a body; it is the same each time.
+        self._heads: dict[str, Head] = {}  #: What the SDK puts before a body, by path.
         self._headers = _headers(config)
         self._deployment_per_model = config.kind == "azure" and config.deployment is None
         self._draining: set[asyncio.Task[None]] = set()
 
     @contextlib.asynccontextmanager
     async def stream(self, request: dict[str, Any], timeouts: Timeouts) -> AsyncIterator[ProviderStream]:
-        """Send ``request``, a chat-completions body, and give its answer once the headers of a success are there.
+        """Send ``request``, a chat-completions body, and yield the answer once the headers of a success are there.
 
-        The connection is let go on every road: it serves again if the answer was read to its end, and
-        is reset at once if the block is left by an exception.
+        The connection is always released: for reuse if the answer was read to its end, by a reset if the block is
+        left with an exception.
 
         Raises:
-            ProviderFailure: on entering, if there is no answer or the provider refuses; while iterating,
-                if the answer breaks off or stalls.
+            ProviderFailure: on entering, if there is no response or the provider refuses the request; while
+                iterating, if the answer breaks off or stalls.
         """
         self._require_key()
         content = _encode(request, ask_for_usage=self.config.stream_options)
@@ -178,19 +179,19 @@ class Provider:
             except BaseException:
                 body.close()
                 raise
-            self._let_go(body)
+            self._release(body)
         finally:
             watchdog.stop()
 
     async def _post(self, model: str, content: bytes, connect_timeout: float) -> Body:
         path = "/chat/completions"
-        if self._deployment_per_model:  # the SDK reads the model from its own kind of body only
+        if self._deployment_per_model:  # the SDK reads the model only from bodies it encodes itself
             path = f"/deployments/{urllib.parse.quote(model, safe='')}{path}"
-        with _nothing_raw():
+        with _only_provider_failures():
             if head := self._heads.get(path):
                 return await self._transport.send(head, content, connect_timeout)
-            # The SDK's low-level call: everything of `chat.completions.create` but the walk over the typed
-            # parameters, which costs more than the request itself. `cast_to` hands the response out unread.
+            # The SDK's low-level call: `chat.completions.create` without the conversion of typed parameters, which
+            # costs more than the request itself. `cast_to` returns the response unread.
             response = await self._client.post(
                 path,
                 content=content,
@@ -204,12 +205,12 @@ class Provider:
                 },
             )
             extensions = cast("httpx2.Response", response).extensions
-            if len(self._heads) < _MOST_HEADS:
+            if len(self._heads) < _MAX_HEADS:
                 self._heads[path] = cast("Head", extensions["head"])
             return cast("Body", extensions["body"])
 
-    def _let_go(self, body: Body) -> None:
-        """Take the end of an answer that the caller left, off the caller's way, so that its connection serves again."""
+    def _release(self, body: Body) -> None:
+        """Read the rest of an answer in the background, so that its connection can be reused."""
         if body.complete:
             return
         task = asyncio.create_task(_drain(body))
@@ -217,11 +218,11 @@ class Provider:
         task.add_done_callback(self._draining.discard)
 
     async def check(self) -> ProviderCheck:
-        """Try the provider without paying for anything: ask it for its list of models."""
+        """Check the provider free of charge: ask for its list of models."""
         try:
             self._require_key()
             async with asyncio.timeout(_CHECK_SECONDS):
-                with _nothing_raw():
+                with _only_provider_failures():
                     response = await self._client.get(
                         "/models",
                         cast_to=httpx2.Response,
@@ -258,7 +259,7 @@ class Provider:
 
 
 class Providers:
-    """The configured providers by name; made, used and closed on one event loop."""
+    """The configured providers, by name. Created, used and closed on one event loop."""
 
     def __init__(self, configs: Mapping[str, ProviderConfig]) -> None:
         tls = httpx2.create_ssl_context()
@@ -268,7 +269,7 @@ class Providers:
         """Return the provider called ``name``.
 
         Raises:
-            ProviderFailure: there is none; the message names those that there are.
+            ProviderFailure: there is no such provider; the message lists those that exist.
         """
         if (provider := self._providers.get(name)) is None:
             message = f"no provider {name!r} is configured; there is: {', '.join(sorted(self._providers))}"
@@ -305,7 +306,7 @@ def _encode(request: dict[str, Any], *, ask_for_usage: bool) -> bytes:
 def _sdk_client(config: ProviderConfig, transport: HttpTransport) -> openai.AsyncOpenAI:
     shared: dict[str, Any] = {
         "api_key": config.api_key.get_secret_value() if config.api_key else "none",
-        "max_retries": 0,  # retries are the engine's: counted, visible to followers, and paid for in the books
+        "max_retries": 0,  # the engine retries: its attempts are counted, visible to followers and accounted for
         "default_query": {name: value.get_secret_value() for name, value in config.query.items()},
         "http_client": httpx2.AsyncClient(
             transport=transport,
@@ -324,8 +325,8 @@ def _sdk_client(config: ProviderConfig, transport: HttpTransport) -> openai.Asyn
         )
     else:
         client = openai.AsyncOpenAI(base_url=config.base_url, **shared)
-    # The SDK helps itself to OPENAI_ORG_ID, OPENAI_PROJECT_ID and OPENAI_CUSTOM_HEADERS, whoever the provider is.
-    # What is sent to whom is our configuration's decision.
+    # The SDK reads OPENAI_ORG_ID, OPENAI_PROJECT_ID and OPENAI_CUSTOM_HEADERS whoever the provider is. What is sent to
+    # whom is for our configuration to decide.
     client.organization = client.project = None
     client._custom_headers = {}  # noqa: SLF001  # there is no public way
     return client
@@ -333,7 +334,7 @@ def _sdk_client(config: ProviderConfig, transport: HttpTransport) -> openai.Asyn
 
 def _headers(config: ProviderConfig) -> dict[str, str | openai.Omit]:
     headers: dict[str, str | openai.Omit] = {
-        # Compressing proxies hold small events back until a block is full, and inflating costs time.
+        # Compressing proxies hold small events back until a block is full, and decompressing costs time.
         "Accept-Encoding": "identity",
         **{name: value.get_secret_value() for name, value in config.headers.items()},
     }
@@ -343,13 +344,13 @@ def _headers(config: ProviderConfig) -> dict[str, str | openai.Omit]:
 
 
 @contextlib.contextmanager
-def _nothing_raw() -> Iterator[None]:
-    """Let a ``ProviderFailure`` pass; whatever else the SDK raises is a defect, and may quote a header."""
+def _only_provider_failures() -> Iterator[None]:
+    """Turn any exception other than ``ProviderFailure`` into one: its message may quote a header."""
     try:
         yield
     except ProviderFailure:
         raise
-    except Exception as error:  # noqa: BLE001  # the seam to a library: its errors end here
+    except Exception as error:  # noqa: BLE001  # a library's errors end here
         message = f"unexpected {type(error).__name__} while the request was made"
         raise ProviderFailure(Failure(code=ErrorCode.INTERNAL, message=message)) from None
 

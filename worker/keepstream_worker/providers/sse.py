@@ -1,47 +1,46 @@
-"""Server-sent events: bytes in, events out, however the bytes were cut.
+"""Server-sent events: bytes in, events out, however the bytes were split.
 
-In: the response body, in pieces of any size, from the stream reader.  Out: the events that carry
-data, in order, to the same.  Exists so that framing, byte order mark, line ends, comments and
-oversized events are dealt with before anyone looks at JSON.
+In: the response body, in pieces of any size, from the stream reader.
+Out: the events that carry data, in order, to the stream reader.
 
-The rules are those of the WHATWG, with two additions: an event that is still open when the stream
-ends is given out, because providers leave out the last blank line; and the ``error`` field of older
-llama.cpp servers is kept, because nothing else tells that their answer is broken.
+This implements the WHATWG rules, with two additions: an event that is still open when the stream ends is returned,
+because some providers omit the last blank line; and the ``error`` field of older llama.cpp servers is kept, because
+nothing else reports that their answer is broken.
 """
 
 from typing import Final, TypeAlias
 
-#: An event's data, never empty, and its name, mostly empty. A bare pair: a named one takes longer to make than to read.
+#: An event's data, never empty, and its name, usually empty. A plain pair: creating a named tuple costs more.
 ServerSentEvent: TypeAlias = tuple[bytes, str]
-ERROR_FIELD: Final = "\n"  #: The name given to an ``error:`` line, which is no event; no event can have it.
+ERROR_FIELD: Final = "\n"  #: The name used for an ``error:`` line; no real event can have it.
 
 _BOM: Final = b"\xef\xbb\xbf"
 _EVENT_END: Final = b"\n\n"
-_LF: Final = 0x0A  # numbers, because looking for a number is five times as fast as looking for bytes
+_LF: Final = 0x0A  # as numbers: searching for one is five times as fast as searching for bytes
 _CR: Final = 0x0D
 _USUAL_START: Final = b"data: "
 
 
 class SSEDecoder:
-    """Decodes one response body. Comments and events without data give nothing out.
+    """Decodes one response body. Comments and events without data are dropped.
 
     Args:
-        max_event_bytes: The largest event that is read. A larger one ends the decoding: ``oversized`` is
-            set, the events before it are given out, and nothing after it.
+        max_event_bytes: The largest event that is accepted. A larger one ends the decoding: ``oversized`` is set,
+            the events before it are returned, and everything after it is ignored.
     """
 
-    __slots__ = ("_after_cr", "_begun", "_max_event_bytes", "_tail", "foreign_lines", "oversized")
+    __slots__ = ("_after_cr", "_begun", "_max_event_bytes", "_tail", "has_unknown_fields", "oversized")
 
     def __init__(self, max_event_bytes: int = 16 * 1024 * 1024) -> None:
         self.oversized = False
-        self.foreign_lines = False  #: Whether a line was seen that no event stream has.
+        self.has_unknown_fields = False  #: Whether a line had a field that event streams do not have.
         self._max_event_bytes = max_event_bytes
-        self._tail = bytearray()  # what has come of the event that is not yet whole
-        self._begun = False  # whether the place of a byte order mark is behind us
-        self._after_cr = False  # whether a line feed to come belongs to a carriage return already read
+        self._tail = bytearray()  # the incomplete event at the end
+        self._begun = False  # whether the position of a byte order mark has been passed
+        self._after_cr = False  # whether a line feed that follows belongs to a carriage return already read
 
     def feed(self, data: bytes) -> list[ServerSentEvent]:
-        """Take the next bytes and return the events they complete."""
+        """Read the next bytes and return the events they complete."""
         if self.oversized:
             return []
         if not self._begun:
@@ -69,7 +68,7 @@ class SSEDecoder:
             if len(block) > self._max_event_bytes:
                 self.oversized = True
                 return events
-            if block.startswith(_USUAL_START) and _LF not in block:  # nearly every event there is
+            if block.startswith(_USUAL_START) and _LF not in block:  # nearly every event
                 if text := block[len(_USUAL_START) :]:
                     events.append((text, ""))
             elif event := self._parse(block):
@@ -79,13 +78,13 @@ class SSEDecoder:
         return events
 
     def finish(self) -> list[ServerSentEvent]:
-        """Return the event that was still open when the stream ended, if there is one."""
+        """Return the event that was still open when the stream ended, if any."""
         event = None if self.oversized else self._parse(bytes(self._tail).removesuffix(b"\n"))
         self._tail.clear()
         return [event] if event else []
 
     def _keep(self, data: bytes) -> None:
-        """Keep the beginning of an event for the next call."""
+        """Keep an incomplete event for the next call."""
         self._tail += data
         self.oversized = len(self._tail) - self._tail.endswith(b"\n") > self._max_event_bytes
 
@@ -99,7 +98,7 @@ class SSEDecoder:
         return data.removeprefix(_BOM)
 
     def _parse(self, block: bytes) -> ServerSentEvent | None:
-        """Return the event whose lines ``block`` holds, or None if it has no data."""
+        """Return the event in ``block``, or None if it has no data."""
         name = error = b""
         data: list[bytes] = []
         for line in block.split(b"\n"):
@@ -112,10 +111,10 @@ class SSEDecoder:
                     name = value
                 case b"error":
                     error = value
-                case b"" | b"id" | b"retry":  # a comment, or of use to browsers only
+                case b"" | b"id" | b"retry":  # a comment, or only of use to browsers
                     pass
                 case _:
-                    self.foreign_lines = True
+                    self.has_unknown_fields = True
         text = b"\n".join(data)
         if text:
             return (text, name.decode(errors="replace"))

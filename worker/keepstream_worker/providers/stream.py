@@ -1,12 +1,13 @@
-"""The stream reader: a provider's answer, from its bytes to the verdict whether it is whole.
+"""The stream reader: turns a response body into deltas, and decides whether the answer is complete.
 
-In: the response body as it comes, from the provider module, and at the end why it ended.  Out: deltas
-to the engine while it lasts, then the verdict, None or a ``Failure``, and the output.  Exists so that
-"the answer is whole" is decided in one place, without a socket: a connection that ends in good order
-proves nothing, and one that breaks after the last finish reason spoils nothing.
+In: the body's bytes, from the engine, which gets them from the provider module; at the end, why the transport ended.
+Out: deltas while the stream lasts; then the output, and None or a ``Failure``.
 
-A body that is no event stream is recognised by its first character, whatever its content type says:
-JSON is read when it has ended, HTML is refused at once.
+How the connection ends does not settle the question: one that closes cleanly may have lost the rest of the answer,
+and one that breaks after the last finish reason has lost nothing.
+
+A body that is not an event stream is recognised by its first character, whatever its content type says: JSON is read
+once it has ended, HTML is refused at once.
 """
 
 import json
@@ -26,7 +27,7 @@ __all__ = ["Delta", "Limits", "Output", "StreamReader"]
 
 _DONE: Final = b"[DONE]"
 _KEEP_ALIVE_EVENTS: Final = frozenset({"ping", "heartbeat", "keepalive", "keep-alive"})
-_BLANK: Final = b"\xef\xbb\xbf \t\r\n"  #: A byte order mark and white space: what may stand before a body.
+_BLANK: Final = b"\xef\xbb\xbf \t\r\n"  #: A byte order mark and white space, which may precede a body.
 _MEDIA_TYPE: Final = re.compile(r"[a-z]{1,20}/[a-z0-9.+\-]{1,40}")
 
 
@@ -37,14 +38,14 @@ class _Framing(Enum):
 
 
 class StreamReader:
-    """Reads one response with status 200. Not thread-safe.
+    """Reads the body of one successful response. Not thread-safe.
 
     Args:
-        limits: What the stream may use.
-        done_completes: Whether ``[DONE]`` after output completes an answer without a finish reason.
-        content_type: The response's, for the message if the body turns out to be something else.
-        expected_choices: The request's ``n``; until so many were seen, ``complete`` does not hold.
-        call_seed: What made-up tool-call ids are derived from: the job's id.
+        limits: Bounds on what the stream may use.
+        done_completes: Whether ``[DONE]`` after output completes an answer that has no finish reason.
+        content_type: The response's content type, quoted in the error if the body is not an event stream.
+        expected_choices: The request's ``n``; ``complete`` stays False until that many choices have been seen.
+        call_seed: The job's id, from which tool-call ids are generated for providers that send none.
     """
 
     __slots__ = (
@@ -58,9 +59,9 @@ class StreamReader:
         "_expected_choices",
         "_failure",
         "_framing",
+        "_is_json_answer",
         "_limits",
         "_saw_done",
-        "_whole",
         "data_events",
         "done",
         "final_deltas",
@@ -75,39 +76,41 @@ class StreamReader:
         expected_choices: int = 1,
         call_seed: str = "",
     ) -> None:
-        self.data_events = 0  #: Events with data so far; comments and pings do not count.
-        self.done = False  #: Whether nothing that may still come can matter: stop reading.
-        self.final_deltas: list[Delta] = []  #: After ``finish``: what was held back until then.
+        self.data_events = 0  #: Events with data so far, not counting comments and pings.
+        self.done = False  #: True once nothing that follows can matter: stop reading.
+        self.final_deltas: list[Delta] = []  #: Set by ``finish``: deltas that were held back until then.
         self._limits = limits or Limits()
         self._done_completes = done_completes
         self._content_type = content_type
         self._expected_choices = expected_choices
         self._framing = _Framing.UNKNOWN
-        self._body = bytearray()  # of an answer that is not, or not yet known to be, an event stream
+        self._body = bytearray()  # of a body that is not an event stream, or not yet known to be one
         self._decoder = SSEDecoder(self._limits.max_event_bytes)
         self._accumulator = Accumulator(self._limits, call_seed)
         self._saw_done = False
-        self._whole = False  # whether the body was one JSON answer, which has no end but its own
+        self._is_json_answer = (
+            False  # whether the body was one JSON answer, which needs no finish reason to be complete
+        )
         self._ending = False
-        self._error_field: bytes | None = None  # outside of any event, so it counts only if nothing else does
+        self._error_field: bytes | None = None  # outside any event, so it counts only if nothing else explains the end
         self._failure: Failure | None = None
 
     @property
     def saw_data(self) -> bool:
-        """Whether anything but comments and pings has come."""
+        """Whether anything other than comments and pings has arrived."""
         return self.data_events > 0
 
     @property
     def complete(self) -> bool:
-        """Whether every choice has ended, and only usage may still come."""
+        """Whether every expected choice has ended; only usage can still follow."""
         return self._accumulator.complete and self._accumulator.choice_count >= self._expected_choices
 
     def output(self) -> Output:
-        """Return the output so far; joining the deltas given out so far gives the same."""
+        """Return the output so far, which equals the deltas returned so far, joined."""
         return self._accumulator.output()
 
     def feed(self, data: bytes) -> list[Delta]:
-        """Take the next bytes of the body and return what they add to the output."""
+        """Read the next bytes of the body and return the deltas they contain."""
         deltas: list[Delta] = []
         if self.done:
             return deltas
@@ -119,10 +122,10 @@ class StreamReader:
         return deltas
 
     def finish(self, cause: Failure | None = None) -> Failure | None:
-        """End the reading and return None if the answer is whole, else why the attempt failed.
+        """End the stream; return None if the answer is complete, otherwise why the attempt failed.
 
         Args:
-            cause: Why the transport ended; None: in good order, or the reader said ``done``.
+            cause: Why the transport failed; None if it ended normally or the reader was ``done``.
         """
         self._ending = True
         if not self.done:
@@ -147,16 +150,16 @@ class StreamReader:
         if answer.has_output:
             if self._error_field is not None:
                 return failure_from_stream_error(self._error_field)
-            if self._whole or (self._saw_done and self._done_completes):
+            if self._is_json_answer or (self._saw_done and self._done_completes):
                 return None
-        elif self._whole or self._saw_done:
+        elif self._is_json_answer or self._saw_done:
             return Failure(ErrorCode.EMPTY_STREAM, "The provider's stream ended without any output.")
         if cause is not None:
             return cause
         if self.saw_data:
             return Failure(ErrorCode.TRUNCATED_STREAM, "The provider's stream ended without a finish reason.")
-        if self._decoder.foreign_lines:
-            return self._no_stream()
+        if self._decoder.has_unknown_fields:
+            return self._not_a_stream()
         return Failure(ErrorCode.EMPTY_STREAM, "The provider's stream ended without any data.")
 
     # -- events ---------------------------------------------------------------------------------------
@@ -173,7 +176,7 @@ class StreamReader:
         if name == ERROR_FIELD:
             self._error_field = payload
             return
-        torn = False
+        lenient = False
         try:
             value = orjson.loads(payload)
         except orjson.JSONDecodeError:
@@ -183,7 +186,7 @@ class StreamReader:
             if payload == _DONE:
                 self._saw_done = self.done = True
                 return
-            torn = True
+            lenient = True
             try:
                 value = _loads_tolerantly(payload)
             except (ValueError, RecursionError):
@@ -193,21 +196,21 @@ class StreamReader:
             self.data_events += 1
             self._report(value)
             return
-        # Whatever is no object carries nothing; objects may come in a list.
+        # Only objects carry anything; they may come in a list.
         for chunk in value if type(value) is list else (value,):
             if self.done:
                 break
             if chunk and type(chunk) is dict:
                 self.data_events += 1
-                self._read_chunk(chunk, deltas, len(payload), torn=torn)
+                self._read_chunk(chunk, deltas, len(payload), lenient=lenient)
 
-    def _read_chunk(self, chunk: dict[str, Any], deltas: list[Delta], size: int, *, torn: bool) -> None:
+    def _read_chunk(self, chunk: dict[str, Any], deltas: list[Delta], size: int, *, lenient: bool) -> None:
         try:
-            error = self._accumulator.apply(chunk, deltas, size, torn)
+            error = self._accumulator.apply(chunk, deltas, size, lenient)
         except RecursionError:
             self._stop(Failure(ErrorCode.INVALID_STREAM, "The provider's stream has an event nested too deeply."))
             return
-        # Both speak of the time before this chunk's finish reason, which may have made the answer look whole.
+        # Both happened before this chunk's finish reason, which may make the answer look complete.
         if error is not None:
             self._failure = failure_from_stream_error(error)
         elif self._accumulator.too_large:
@@ -218,7 +221,7 @@ class StreamReader:
         self.data_events += 1
         if name == "error":
             self._report(payload.decode(errors="replace"))
-        elif not (self._ending or self._accumulator.succeeded):  # the last event may just be cut
+        elif not (self._ending or self._accumulator.succeeded):  # an unreadable last event was probably cut off
             self._stop(Failure(ErrorCode.INVALID_STREAM, "The provider's stream has an event that is no valid JSON."))
 
     def _report(self, error: object) -> None:
@@ -226,15 +229,15 @@ class StreamReader:
             self._stop(failure_from_stream_error(error))
 
     def _stop(self, failure: Failure) -> None:
-        """Read no further; the failure counts unless the reading had stopped or the answer was whole before."""
+        """Stop reading. ``failure`` counts unless reading had already stopped or the answer was already complete."""
         if not self.done and not self._accumulator.succeeded:
             self._failure = failure
         self.done = True
 
-    # -- bodies that are no event stream --------------------------------------------------------------
+    # -- bodies that are not an event stream ------------------------------------------------------------
 
     def _sniff(self, data: bytes) -> bytes:
-        """Keep ``data`` until it is known what the body is; return what belongs to an event stream."""
+        """Buffer ``data`` until the kind of body is known; return the bytes that belong to an event stream."""
         self._body += data
         if self._framing is _Framing.UNKNOWN:
             self._body = self._body.lstrip(_BLANK)
@@ -243,7 +246,7 @@ class StreamReader:
             if self._body.startswith((b"{", b"[")):
                 self._framing = _Framing.JSON
             elif self._body.startswith(b"<"):
-                self._stop(self._no_stream())
+                self._stop(self._not_a_stream())
             else:
                 self._framing = _Framing.EVENTS
                 data = bytes(self._body)
@@ -255,13 +258,13 @@ class StreamReader:
         return b""
 
     def _read_body(self, *, cut: bool) -> None:
-        """Read a body that is JSON; ``cut`` tells whether its end may be missing."""
+        """Read a JSON body; ``cut`` says whether its end may be missing."""
         payload = bytes(self._body)
-        torn = False
+        lenient = False
         try:
             value = orjson.loads(payload)
         except orjson.JSONDecodeError:
-            torn = True
+            lenient = True
             try:
                 value = _loads_tolerantly(payload)
             except (ValueError, RecursionError):
@@ -270,22 +273,22 @@ class StreamReader:
                 return
         for chunk in value if type(value) is list else (value,):
             if type(chunk) is dict:
-                self._whole = self._whole or type(chunk.get("choices")) is list
-                self._read_chunk(chunk, self.final_deltas, len(payload), torn=torn)
-        if not self._whole and self._failure is None:
-            self._failure = self._no_stream()
+                self._is_json_answer = self._is_json_answer or type(chunk.get("choices")) is list
+                self._read_chunk(chunk, self.final_deltas, len(payload), lenient=lenient)
+        if not self._is_json_answer and self._failure is None:
+            self._failure = self._not_a_stream()
 
-    def _no_stream(self) -> Failure:
+    def _not_a_stream(self) -> Failure:
         media_type = (self._content_type or "").partition(";")[0].strip().lower()
         named = media_type if _MEDIA_TYPE.fullmatch(media_type) and media_type != "text/event-stream" else "something"
         return Failure(ErrorCode.INVALID_RESPONSE, f"The provider answered with {named} instead of an event stream.")
 
 
 def _loads_tolerantly(payload: bytes) -> Any:
-    """Return the JSON value of a text that may hold raw control characters or halves of surrogate pairs.
+    """Decode JSON that may contain raw control characters or lone surrogates.
 
     Raises:
-        ValueError: It is no JSON, no UTF-8, or has a number of thousands of digits.
-        RecursionError: It is nested too deeply.
+        ValueError: it is not JSON, not UTF-8, or contains a number with thousands of digits.
+        RecursionError: it is nested too deeply.
     """
     return json.loads(payload.decode(), strict=False)

@@ -1,7 +1,7 @@
-"""The scripted provider: an OpenAI-compatible server without a model.
+"""The scripted provider: an OpenAI-compatible server without a model, for demo, tests and benchmarks.
 
-In: chat-completions requests.  Out: streams made as each request's ``script`` says.  Exists so that
-demo, tests and benchmarks need no key, no network and no luck to meet a provider and its faults.
+In: chat-completions requests.
+Out: streams, and faults, as the ``script`` in each request says.
 """
 
 from keepstream_worker.dev_stack.scripted_provider.connection import Request

@@ -1,7 +1,7 @@
-"""The scripted provider as a process.
+"""The scripted provider as a process of its own, which can be killed and does not share a core.
 
-In: command-line options.  Out: one JSON line with the base URL on standard output once it listens.
-Exists so that it can have a core to itself, and be killed.
+In: command-line options.
+Out: one JSON line with the base URL on standard output, once it listens.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def main() -> None:
         "--api-key", default=os.environ.get(ENV_API_KEY), help=f"key to demand from clients (default: ${ENV_API_KEY})"
     )
     options = parser.parse_args()
-    # Each stream is a descriptor, and the usual soft limit of 1,024 ends early.
+    # Each stream takes a file descriptor, and the usual soft limit is 1,024.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:

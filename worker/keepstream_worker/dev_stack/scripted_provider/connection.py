@@ -1,11 +1,11 @@
-"""The connection: HTTP/1.1 by hand, and the clock by which responses are played.
+"""One client connection: HTTP/1.1 by hand, and the timer that drives the responses.
 
-In: bytes of one client; performances from ``server``.  Out: parsed requests to ``server``; the bytes
-that performances send, and their breaking off, to the client.  Exists so that a delta costs one write,
-and faults that no HTTP library would commit are possible.
+In: a client's bytes; playbacks, from the server.
+Out: parsed requests, to the server; what the playbacks send, and their faults, to the client.
 
-A response is a generator, a ``Performance``: it writes to its connection and yields the loop time at
-which it wants to go on.  One ticker wakes all of them, so that a paced stream costs no task.
+Without an HTTP library a delta costs one write, and faults that no library would produce are possible. A response is
+a generator, a ``Playback``: it writes to its connection and yields the loop time at which to resume. One ticker wakes
+all of them, so that a paced stream needs no task.
 """
 
 import asyncio
@@ -23,21 +23,21 @@ from typing import Any, Final, NamedTuple, cast
 
 from typing_extensions import override
 
-from keepstream_worker.dev_stack.scripted_provider.replies import error_body, http_chunk, to_json
+from keepstream_worker.dev_stack.scripted_provider.encoding import error_body, http_chunk, to_json
 
 MAX_HEAD_BYTES: Final = 64 * 1024
 MAX_BODY_BYTES: Final = 32 * 1024 * 1024
-TICK: Final = 0.002  #: Seconds to which waking times are rounded up: fewer wake-ups, for bursts nobody sees.
-RESET_AFTER: Final = 0.05  #: Seconds for the client to read what was sent: a reset discards what it has not.
+TICK: Final = 0.002  #: Seconds; wake-up times are rounded up to this, which means fewer of them.
+RESET_AFTER: Final = 0.05  #: Seconds for the client to read what was sent: a reset discards the rest.
 NOW: Final = 0.0
-NEVER: Final = math.inf  #: Yielded by a performance that is not to be resumed: only the client can end it.
+NEVER: Final = math.inf  #: Yielded by a playback that will not resume: only the client can end it.
 
 #: A response under way; yields loop times.
-Performance = Generator[float, None, None]
+Playback = Generator[float, None, None]
 
 
 class Request(NamedTuple):
-    """A request as it arrived; header names are in lower case."""
+    """A request as received, with header names in lower case."""
 
     method: str
     path: str
@@ -45,7 +45,7 @@ class Request(NamedTuple):
     body: bytes
 
     def json(self) -> Any:
-        """Return the body decoded; raise ``ValueError`` if it is no JSON."""
+        """Decode the body; raise ``ValueError`` if it is not JSON."""
         try:
             return json.loads(self.body)
         except RecursionError:
@@ -54,18 +54,18 @@ class Request(NamedTuple):
 
 @dataclass(slots=True)
 class Attempt:
-    """An attempt at a key; times are CLOCK_MONOTONIC in nanoseconds."""
+    """One request for a key. Times are CLOCK_MONOTONIC in nanoseconds."""
 
-    attempts: int  #: Its number, which is how many there have been.
+    attempts: int  #: The number of requests for the key, this one included.
     started_ns: int
     deltas: int = 0  #: Sent so far.
-    ended_ns: int | None = None  #: When the response ended, by whichever side.
+    ended_ns: int | None = None  #: When the response ended, whichever side ended it.
     client_closed_ns: int | None = None  #: When the client closed the connection before the response had ended.
 
 
 @dataclass(slots=True)
 class Counters:
-    """What all connections of a server count together."""
+    """Counts shared by all connections of a server."""
 
     open_streams: int = 0
     requests: int = 0
@@ -73,11 +73,11 @@ class Counters:
 
 
 class Ticker:
-    """Wakes many performances with one timer: those due within the same tick wake together."""
+    """Wakes many playbacks with one timer: those due within the same tick wake together."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._ticks: list[int] = []  # A heap of the keys of the next.
+        self._ticks: list[int] = []  # a heap of the keys of _sleepers
         self._sleepers: dict[int, list[Callable[[], None]]] = {}
         self._timer: asyncio.TimerHandle | None = None
 
@@ -86,7 +86,7 @@ class Ticker:
         return self._loop.time()
 
     def wake_at(self, due: float, wake: Callable[[], None]) -> None:
-        """Call ``wake`` at loop time ``due``; a time in the past means in the next round of the loop."""
+        """Call ``wake`` at loop time ``due``, or in the loop's next iteration if that has passed."""
         if due <= self._loop.time():
             self._loop.call_soon(wake)
             return
@@ -99,7 +99,7 @@ class Ticker:
         self._sleepers[tick].append(wake)
 
     def close(self) -> None:
-        """Forget everyone who waits."""
+        """Wake nobody any more."""
         self._ticks.clear()
         self._sleepers.clear()
         if self._timer is not None:
@@ -112,7 +112,7 @@ class Ticker:
 
     def _wake(self) -> None:
         self._timer = None
-        horizon = self._loop.time() + TICK / 2  # The loop's timers may go off a fraction of a millisecond early.
+        horizon = self._loop.time() + TICK / 2  # the loop's timers may fire a fraction of a millisecond early
         while self._ticks and self._ticks[0] * TICK <= horizon:
             for wake in self._sleepers.pop(heapq.heappop(self._ticks)):
                 wake()
@@ -123,12 +123,16 @@ class Ticker:
 class Connection(asyncio.Protocol):
     """One client connection: parses its requests, one at a time, and drives the response to each.
 
-    ``respond`` returns the performance that answers a request; ``connections`` holds the open ones.
+    Args:
+        respond: Returns the playback that answers a request.
+        ticker: Wakes the playbacks.
+        counters: The server's counts.
+        connections: The server's open connections, to which this one adds and removes itself.
     """
 
     def __init__(
         self,
-        respond: Callable[["Connection", Request], Performance],
+        respond: Callable[["Connection", Request], Playback],
         ticker: Ticker,
         counters: Counters,
         connections: set["Connection"],
@@ -139,10 +143,10 @@ class Connection(asyncio.Protocol):
         self._connections = connections
         self._transport: asyncio.Transport
         self._buffer = bytearray()
-        self._performance: Performance | None = None
+        self._playback: Playback | None = None
         self._attempt: Attempt | None = None
         self._paused = False
-        self._parked = False  # The performance was due while the client was not reading.
+        self._parked = False  # the playback was due while the client was not reading
         self._keep_alive = True
         self._chunked = False
 
@@ -150,15 +154,15 @@ class Connection(asyncio.Protocol):
 
     @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)  # uvloop's transports are no subclass of it.
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's transports are not a subclass
         self._connections.add(self)
 
     @override
     def data_received(self, data: bytes) -> None:
         self._buffer += data
         if len(self._buffer) > MAX_HEAD_BYTES + MAX_BODY_BYTES:
-            self._transport.abort()  # Someone sends request upon request and waits for no answer.
-        elif self._performance is None:
+            self._transport.abort()  # the client keeps sending requests without waiting for answers
+        elif self._playback is None:
             self._next_request()
 
     @override
@@ -182,17 +186,17 @@ class Connection(asyncio.Protocol):
     # Requests.
 
     def _next_request(self) -> None:
-        if self._performance is not None or self._transport.is_closing():
+        if self._playback is not None or self._transport.is_closing():
             return
         try:
             request = self._parse_request()
         except _NotServedError as error:
             self._keep_alive = False
-            self._performance = send_json(self, error.status, error_body(str(error), "invalid_request_error"))
+            self._playback = send_json(self, error.status, error_body(str(error), "invalid_request_error"))
         else:
             if request is None:
                 return
-            self._performance = self._respond(self, request)
+            self._playback = self._respond(self, request)
         self._advance()
 
     def _parse_request(self) -> Request | None:
@@ -207,7 +211,7 @@ class Connection(asyncio.Protocol):
             method, path, version = request_line.split(" ")
             length = int(headers.get("content-length", "0"))
         except ValueError:
-            raise _NotServedError(HTTPStatus.BAD_REQUEST, "this is no HTTP request") from None
+            raise _NotServedError(HTTPStatus.BAD_REQUEST, "this is not an HTTP request") from None
         if version != "HTTP/1.1":
             raise _NotServedError(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "only HTTP/1.1 is spoken here")
         if "transfer-encoding" in headers:
@@ -227,12 +231,12 @@ class Connection(asyncio.Protocol):
     # The response under way.
 
     def _advance(self) -> None:
-        if self._performance is None:  # The client left while we waited.
+        if self._playback is None:  # the client left meanwhile
             return
         if self._paused:
             self._parked = True
             return
-        due = next(self._performance, None)
+        due = next(self._playback, None)
         if due is None:
             self._finish()
             if not self._keep_alive:
@@ -243,15 +247,15 @@ class Connection(asyncio.Protocol):
             self._ticker.wake_at(due, self._advance)
 
     def _finish(self) -> None:
-        if self._performance is not None:
-            self._performance.close()
-            self._performance = None
+        if self._playback is not None:
+            self._playback.close()
+            self._playback = None
         if self._attempt is not None:
             self._attempt.ended_ns = time.monotonic_ns()
             self._attempt = None
             self._counters.open_streams -= 1
 
-    # Called by performances and by the server.
+    # Called by playbacks and by the server.
 
     def begin_attempt(self, attempt: Attempt) -> None:
         """Keep ``attempt`` up to date until the response ends."""
@@ -278,7 +282,7 @@ class Connection(asyncio.Protocol):
         self._transport.write(head.encode())
 
     def send(self, data: bytes) -> None:
-        """Send bytes that are framed already."""
+        """Send bytes that are already framed."""
         self._transport.write(data)
 
     def send_chunk(self, data: bytes) -> None:
@@ -294,8 +298,8 @@ class Connection(asyncio.Protocol):
         """Close the connection once everything is sent."""
         self._transport.close()
 
-    def reset(self) -> Performance:
-        """Reset the connection once the client has had the time to read everything."""
+    def reset(self) -> Playback:
+        """Reset the connection once the client has had time to read everything."""
         yield self.later(RESET_AFTER)
         while self._transport.get_write_buffer_size():
             yield self.later(RESET_AFTER)
@@ -310,16 +314,14 @@ class Connection(asyncio.Protocol):
 
 
 class _NotServedError(Exception):
-    """What arrived is not understood; the connection is closed after the answer."""
+    """The request is not supported; the connection is closed after the answer."""
 
     def __init__(self, status: HTTPStatus, message: str) -> None:
         super().__init__(message)
         self.status = status
 
 
-def send_json(
-    connection: Connection, status: int, value: object, headers: Mapping[str, str] | None = None
-) -> Performance:
+def send_json(connection: Connection, status: int, value: object, headers: Mapping[str, str] | None = None) -> Playback:
     """Send a JSON response."""
     body = to_json(value)
     connection.begin(status, {"content-type": "application/json"} | dict(headers or {}), len(body))

@@ -1,8 +1,7 @@
-"""The script: what a request may tell the scripted provider to do.
+"""The script: what a request can tell the scripted provider to do.
 
-In: the ``script`` object of a request body, decoded.  Out: a validated, frozen ``Script`` to
-``replies`` and ``server``.  Exists so that a mistyped script fails at once, with the field's name,
-rather than as a puzzling stream.
+In: the ``script`` object of a request body, from the server.
+Out: a validated ``Script``, to the server, encoding and playback; an unknown field is an error that names it.
 """
 
 import base64
@@ -14,7 +13,7 @@ DEFAULT_TEXT: Final = (
     "Hello! I am the scripted provider, a small server that comes with Keepstream and speaks the OpenAI "
     "chat-completions protocol. No model is thinking here, and no key was needed: every word was written "
     "beforehand and reaches you piece by piece, the way a real model's words would. Grüße, ¡saludos!, 你好, "
-    "こんにちは and 🌊 from the mill stream. Configure a provider of your own whenever you like; I stay "
+    "こんにちは and 🌊 from the stream. Configure a provider of your own whenever you like; I stay "
     "around for demos, tests and benchmarks."
 )
 
@@ -35,7 +34,7 @@ class StatusFault(_Strict):
     kind: Literal["status"]
     status: HttpStatus
     headers: dict[HeaderName, HeaderValue] = {}
-    body: Any = Field(default=None, description="JSON; null: an error object in OpenAI's shape.")
+    body: Any = Field(default=None, description="JSON; null: an error object in OpenAI's format.")
 
 
 class SilentFault(_Strict):
@@ -48,7 +47,7 @@ class MidwayFault(_Strict):
     """Break the stream after some deltas.
 
     ``cut`` resets the connection, ``eof`` ends the body cleanly without a finish reason, ``stall``
-    goes silent with the socket open, ``garbage`` sends what is neither JSON nor UTF-8 and ends.
+    goes silent with the socket open, ``garbage`` sends bytes that are neither JSON nor UTF-8, then ends.
     """
 
     kind: Literal["cut", "eof", "stall", "garbage"]
@@ -91,13 +90,13 @@ Fault = Annotated[
 
 
 class BinaryChunk(_Strict):
-    """Bytes that are no valid UTF-8."""
+    """Bytes that are not valid UTF-8."""
 
     b64: str
 
 
 class RawResponse(_Strict):
-    """A response played write by write; the form in which conformance cases are kept."""
+    """A response played write by write, as conformance cases are stored."""
 
     status: HttpStatus | Literal[0] = Field(
         default=200,
@@ -115,12 +114,12 @@ class RawResponse(_Strict):
 
     @model_validator(mode="after")
     def _chunks_are_bytes(self) -> "RawResponse":
-        self.chunk_bytes()  # A bad base64 text or a lone surrogate raises ValueError here, not while playing.
+        self.chunk_bytes()  # invalid base64 or a lone surrogate raises ValueError here, not during playback
         return self
 
 
 class ScriptedToolCall(_Strict):
-    """A tool call to stream; arguments that are no string are sent as JSON."""
+    """A tool call to stream; arguments that are not a string are sent as JSON."""
 
     name: str
     arguments: Any = {}
@@ -128,7 +127,7 @@ class ScriptedToolCall(_Strict):
 
 
 class Script(_Strict):
-    """Everything a request can ask for; the defaults make an unpaced, friendly, faultless answer.
+    """Everything a request can ask for; the defaults give an unpaced answer without faults.
 
     Deltas are counted over the whole stream: reasoning, content and pieces of tool calls, of all choices.
     """
@@ -155,7 +154,7 @@ class Script(_Strict):
     chunk_size: Annotated[int, Field(ge=1)] = Field(default=1, description="Deltas joined in one HTTP chunk.")
     done: bool = Field(default=True, description="Whether [DONE] is sent.")
     pad: Annotated[int, Field(ge=0, le=65_536)] = Field(
-        default=0, description="Characters of a field without meaning that each delta's chunk carries along."
+        default=0, description="Characters of a meaningless field that is added to each delta's chunk."
     )
     faults: list[Fault | None] = Field(default=[], description="One per attempt; null and beyond the end: none.")
     raw: RawResponse | None = Field(default=None, description="Played instead of everything above, unless a fault is.")
@@ -172,7 +171,7 @@ class Script(_Strict):
 
 
 def parse_script(data: object) -> Script:
-    """Return the script that ``data`` describes; raise ``ValueError`` that names each wrong field."""
+    """Parse a script; raise a ``ValueError`` that names each invalid field."""
     try:
         return Script.model_validate(data)
     except ValidationError as error:

@@ -1,8 +1,7 @@
-"""The server: what is asked for where, and the books kept about it.
+"""The server: routes requests, and records what was asked and sent.
 
-In: requests parsed by ``connection``.  Out: the performance that answers each, to the connection; what
-was asked and sent, to tests.  Exists so that demo, tests and benchmarks meet a real provider on a real
-socket, with every fault on request.
+In: requests, from the connections.
+Out: the playback that answers each, to its connection; requests and counts, to tests and benchmarks.
 """
 
 import asyncio
@@ -16,31 +15,34 @@ from http import HTTPStatus
 from types import TracebackType
 from typing import Any, Final, Self
 
-from keepstream_worker.dev_stack.scripted_provider import replies
+from keepstream_worker.dev_stack.scripted_provider import encoding
 from keepstream_worker.dev_stack.scripted_provider.connection import (
     Attempt,
     Connection,
     Counters,
-    Performance,
+    Playback,
     Request,
     Ticker,
     send_json,
 )
-from keepstream_worker.dev_stack.scripted_provider.performances import complete, play, stream
-from keepstream_worker.dev_stack.scripted_provider.replies import error_body
+from keepstream_worker.dev_stack.scripted_provider.encoding import error_body
+from keepstream_worker.dev_stack.scripted_provider.playback import complete, play, stream
 from keepstream_worker.dev_stack.scripted_provider.script import SilentFault, StatusFault, parse_script
 
-MAX_RECORDED: Final = 1000  #: Requests kept for tests to look at …
-MAX_RECORDED_BYTES: Final = 64 * 1024 * 1024  #: … and the most their bodies may hold.
-MAX_KEYS: Final = 100_000  #: Keys whose attempts are counted; the oldest go first.
+MAX_RECORDED: Final = 1000  #: Requests kept for inspection …
+MAX_RECORDED_BYTES: Final = 64 * 1024 * 1024  #: … and the total size of their bodies.
+MAX_KEYS: Final = 100_000  #: Keys whose attempts are counted; the oldest are dropped.
 
 _SECRET_HEADERS: Final = frozenset({"authorization", "api-key", "proxy-authorization", "cookie"})
 
 
 class ScriptedProvider:
-    """The server; an asynchronous context manager that listens while it is entered.
+    """The server, an asynchronous context manager that listens while it is entered.
 
-    ``port`` 0 takes a free one.  With an ``api_key``, requests that bring another get a 401.
+    Args:
+        host: The address to listen on.
+        port: The port; 0 picks a free one.
+        api_key: The key that requests must bring, or they are answered with 401; None accepts any.
     """
 
     def __init__(self, host: str = "127.0.0.1", port: int = 0, api_key: str | None = None) -> None:
@@ -51,7 +53,7 @@ class ScriptedProvider:
         self._ticker: Ticker
         self._connections: set[Connection] = set()
         self._counters = Counters()
-        self._attempts: dict[str, Attempt] = {}  # The last of each key.
+        self._attempts: dict[str, Attempt] = {}  # the latest of each key
         self._recorded: deque[Request] = deque()
         self._recorded_bytes = 0
 
@@ -62,7 +64,7 @@ class ScriptedProvider:
             lambda: Connection(self._respond, self._ticker, self._counters, self._connections),
             self._host,
             self._port,
-            backlog=4096,  # A benchmark opens its streams all at once.
+            backlog=4096,  # benchmarks open all their streams at once
         )
         self._port = self._server.sockets[0].getsockname()[1]
         return self
@@ -78,18 +80,18 @@ class ScriptedProvider:
 
     @property
     def base_url(self) -> str:
-        """The URL to give to an OpenAI client."""
+        """The base URL for an OpenAI client."""
         host = f"[{self._host}]" if ":" in self._host else self._host
         return f"http://{host}:{self._port}/v1"
 
     @property
     def requests(self) -> list[Request]:
-        """The latest requests for completions, oldest first; header values that are secret read ``***``."""
+        """The latest completion requests, oldest first, with secret header values shown as ``***``."""
         return list(self._recorded)
 
     @property
     def stats(self) -> dict[str, Any]:
-        """What ``/_stats`` shows: counts, and the last attempt of each key."""
+        """What ``/_stats`` shows: counts, and the latest attempt of each key."""
         return {
             **asdict(self._counters),
             "connections": len(self._connections),
@@ -97,15 +99,15 @@ class ScriptedProvider:
         }
 
     def reset(self) -> None:
-        """Forget requests, attempts and counts; streams under way go on."""
+        """Forget requests, attempts and counts; running streams continue."""
         self._recorded.clear()
         self._recorded_bytes = 0
         self._attempts.clear()
         self._counters.requests = self._counters.deltas_sent = 0
 
-    def _respond(self, connection: Connection, request: Request) -> Performance:
+    def _respond(self, connection: Connection, request: Request) -> Playback:
         path = request.path.partition("?")[0]
-        if path.endswith("/chat/completions"):  # Azure has a deployment's name before it.
+        if path.endswith("/chat/completions"):  # Azure puts a deployment's name before it
             self._record(request)
             return self._respond_with_completion(connection, request)
         match request.method, path:
@@ -121,43 +123,43 @@ class ScriptedProvider:
             case "GET", "/v1/models" if not self._is_authorised(request.headers):
                 return _send_unauthorised(connection)
             case "GET", "/v1/models":
-                model = {"id": replies.DEFAULT_MODEL, "object": "model", "created": 0, "owned_by": "keepstream"}
+                model = {"id": encoding.DEFAULT_MODEL, "object": "model", "created": 0, "owned_by": "keepstream"}
                 return send_json(connection, HTTPStatus.OK, {"object": "list", "data": [model]})
         message = f"There is nothing at {request.method} {path}."
         return _send_error(connection, HTTPStatus.NOT_FOUND, message, "unknown_url")
 
-    def _respond_with_completion(self, connection: Connection, request: Request) -> Performance:
+    def _respond_with_completion(self, connection: Connection, request: Request) -> Playback:
         if request.method != "POST":
             return _send_error(connection, HTTPStatus.METHOD_NOT_ALLOWED, "Ask for a completion with POST.", None)
         if not self._is_authorised(request.headers):
             return _send_unauthorised(connection)
         try:
-            return self._perform(connection, request)
+            return self._playback_for(connection, request)
         except ValueError as error:
             return _send_error(connection, HTTPStatus.BAD_REQUEST, str(error), "invalid_request")
         except (TypeError, KeyError, AttributeError):
             return _send_error(connection, HTTPStatus.BAD_REQUEST, "A field has a wrong form.", "invalid_request")
 
-    def _perform(self, connection: Connection, request: Request) -> Performance:
+    def _playback_for(self, connection: Connection, request: Request) -> Playback:
         body = request.json()
         if not isinstance(body, dict) or not isinstance(body.get("messages"), list) or not body["messages"]:
             raise ValueError("the body must be an object with at least one message")
-        script = parse_script(body["script"]) if "script" in body else replies.friendly_script(body)
+        script = parse_script(body["script"]) if "script" in body else encoding.default_script(body)
         last = self._attempts.get(script.key) if script.key is not None else None
         number = last.attempts + 1 if last else 1
         fault = script.fault(number)
-        prompt_tokens = max(1, len(request.body) // 4)  # The usual rule of thumb.
+        prompt_tokens = max(1, len(request.body) // 4)  # the usual rule of thumb
         if body.get("stream"):
-            answer = stream(connection, script, fault, replies.encode_stream(body, script, prompt_tokens))
+            answer = stream(connection, script, fault, encoding.encode_stream(body, script, prompt_tokens))
         elif isinstance(fault, StatusFault | SilentFault | None):
-            answer = complete(connection, script, replies.plain_completion(body, script, prompt_tokens))
+            answer = complete(connection, script, encoding.plain_completion(body, script, prompt_tokens))
         else:
             raise ValueError(f"script.faults: {fault.kind} needs a request with stream=true")
 
         attempt = Attempt(number, started_ns=time.monotonic_ns())
         connection.begin_attempt(attempt)
         if script.key is not None:
-            self._attempts.pop(script.key, None)  # So that the newest is last.
+            self._attempts.pop(script.key, None)  # so that the newest comes last
             self._attempts[script.key] = attempt
             if len(self._attempts) > MAX_KEYS:
                 del self._attempts[next(iter(self._attempts))]
@@ -178,11 +180,11 @@ class ScriptedProvider:
             self._recorded_bytes -= len(self._recorded.popleft().body)
 
 
-def _send_error(connection: Connection, status: HTTPStatus, message: str, code: str | None) -> Performance:
+def _send_error(connection: Connection, status: HTTPStatus, message: str, code: str | None) -> Playback:
     return send_json(connection, status, error_body(message, "invalid_request_error", code))
 
 
-def _send_unauthorised(connection: Connection) -> Performance:
+def _send_unauthorised(connection: Connection) -> Playback:
     return _send_error(connection, HTTPStatus.UNAUTHORIZED, "Incorrect API key provided.", "invalid_api_key")
 
 

@@ -1,11 +1,10 @@
-"""The accumulator: a provider's chunks in, one output and the deltas that lead to it out.
+"""The accumulator: builds the output from a provider's chunks, and the normalised deltas that lead to it.
 
-In: decoded chunks, from the stream reader.  Out: normalised deltas, ready to publish, and at any time
-the whole output; to the reader.  Exists so that one place knows how providers deviate from the
-documented chunk, and so that the rest of Keepstream never sees it.
+In: decoded chunks, from the stream reader.
+Out: deltas ready to publish, and at any time the output so far, to the stream reader.
 
-Two promises hold at every moment: joining the deltas given out so far gives the output, byte for
-byte; and every text is fit to be stored, without NUL and without halves of surrogate pairs.
+Only this package knows how providers deviate from the documented chunk. Two invariants always hold: the deltas
+returned so far, joined, equal the output, byte for byte; and every text can be stored: no NUL, no lone surrogates.
 """
 
 from keepstream_worker.providers.accumulator.accumulator import Accumulator, Limits, Output

@@ -1,7 +1,7 @@
-"""The place: where an item of the suite is played.
+"""The sandbox: where an item of the suite runs.
 
-In: a directory and the name of a database.  Out: clusters whose servers may be harmed.  Exists so that
-each item begins with empty servers of its own.
+In: a directory and the kind of database.
+Out: clusters with servers of their own, which may be harmed.
 """
 
 from collections.abc import Iterator
@@ -16,15 +16,15 @@ from tests.services import PostgresServer
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where logs go, and on which database: ``postgresql`` or ``sqlite``."""
+class Sandbox:
+    """Where logs go, and which database is used: ``postgresql`` or ``sqlite``."""
 
     directory: Path
     database: str = "postgresql"
 
     @contextmanager
     def cluster(self, item: str, *, persistent: bool = False, **settings: Any) -> Iterator[Cluster]:
-        """Give a cluster with servers of its own and no worker."""
+        """Yield a cluster with servers of its own and no worker."""
         directory = self.directory / item
         directory.mkdir(parents=True)
         if self.database == "sqlite":

@@ -1,7 +1,7 @@
-"""Replies: the bytes of a scripted answer, encoded before the first of them is due.
+"""Encoding: builds the bytes of a scripted answer in advance, so that sending a delta is a mere write.
 
-In: a request body and its script.  Out: a ``Reply`` of ready HTTP chunks, or a plain completion, to
-``server``.  Exists so that sending a delta costs a write and no encoding.
+In: a request body and its script, from the server.
+Out: an ``EncodedStream`` of ready HTTP chunks, or a plain completion, to the server.
 """
 
 import json
@@ -17,20 +17,20 @@ from keepstream_worker.dev_stack.scripted_provider.script import DEFAULT_TEXT, S
 DEFAULT_MODEL: Final = "scripted-1"
 MAX_CHOICES: Final = 128
 STAMP_LENGTH: Final = 21  #: 20 digits and a space.
-_FRIENDLY_RATE: Final = 40.0  #: Deltas per second without a script: a pace at which people can read along.
+_DEFAULT_RATE: Final = 40.0  #: Deltas per second without a script, slow enough to read along.
 _ARGUMENT_PIECE: Final = 8  #: Characters of tool arguments in one delta.
-_MAX_SCHEMA_DEPTH: Final = 8  #: Recursive schemas end here.
+_MAX_SCHEMA_DEPTH: Final = 8  #: Where recursive schemas are cut off.
 _EXAMPLES: Final[dict[str, Any]] = {"string": "Zürich 🌊", "integer": 1, "number": 1.5, "boolean": True, "array": []}
 
 _encode_json: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _WORD: Final = re.compile(r"\s*\S+|\s+")
 
-#: An HTTP chunk to send; a stamp goes between its segments.
+#: An HTTP chunk; a time stamp goes between its segments.
 Write = tuple[bytes, ...]
 
 
 def to_json(value: object) -> bytes:
-    """Return compact JSON as UTF-8; a text with lone surrogates is escaped, so that it can be sent at all."""
+    """Return compact JSON as UTF-8, with escapes if a text contains lone surrogates."""
     try:
         return _encode_json(value).encode()
     except UnicodeEncodeError:
@@ -48,15 +48,15 @@ def sse_event(value: object) -> bytes:
 
 
 def error_body(message: str, type_: str, code: str | None = None) -> dict[str, Any]:
-    """Return an error object in OpenAI's shape."""
+    """Return an error object in OpenAI's format."""
     return {"error": {"message": message, "type": type_, "code": code}}
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
-    """A streamed answer, encoded; each part but ``deltas`` is ready to send, and may be empty."""
+class EncodedStream:
+    """A streamed answer, encoded. All parts but ``deltas`` are ready to send; they may be empty."""
 
-    opening: bytes  #: The role of each choice; goes out with the first delta.
+    opening: bytes  #: The role of each choice, sent with the first delta.
     deltas: Sequence[Write]  #: One SSE event each, without HTTP framing.
     finish: bytes
     usage: bytes
@@ -67,7 +67,7 @@ class Reply:
         deltas = self.deltas[start:stop]
         if chunk_size > 1:
             deltas = [_joined(deltas[i : i + chunk_size]) for i in range(0, len(deltas), chunk_size)]
-        framed: dict[Write, Write] = {}  # Thousands of equal deltas are framed once.
+        framed: dict[Write, Write] = {}  # equal deltas, and there may be thousands, are framed once
         writes = [framed.get(delta) or framed.setdefault(delta, _framed(delta)) for delta in deltas]
         if start == 0 and writes:
             writes[0] = _joined([(self.opening,), writes[0]])
@@ -87,20 +87,20 @@ def _framed(write: Write) -> Write:
     return _joined([(b"%x\r\n" % length,), write, (b"\r\n",)])
 
 
-def friendly_script(body: dict[str, Any]) -> Script:
-    """Return the script of an answer to a request that brings none: a text, and a tool call if it can be one."""
+def default_script(body: dict[str, Any]) -> Script:
+    """Return the script for a request that brings none: a text, and a tool call if tools are offered."""
     last = body["messages"][-1]
-    answered = isinstance(last, dict) and last.get("role") == "tool"  # A second call would never let a caller end.
+    answered = isinstance(last, dict) and last.get("role") == "tool"  # another call could go on for ever
     calls = []
     if body.get("tools") and body.get("tool_choice") != "none" and not answered:
         function = body["tools"][0]["function"]
         schema = function.get("parameters") or {}
         calls = [ScriptedToolCall(name=function["name"], arguments=_example(schema, schema) or {})]
-    return Script(text=DEFAULT_TEXT, rate=_FRIENDLY_RATE, tool_calls=calls)
+    return Script(text=DEFAULT_TEXT, rate=_DEFAULT_RATE, tool_calls=calls)
 
 
 def _example(schema: object, root: dict[str, Any], depth: int = _MAX_SCHEMA_DEPTH) -> Any:
-    """Return a value that suits a JSON schema well enough to look at."""
+    """Return a plausible value for a JSON schema."""
     match schema:
         case _ if depth == 0:
             return None
@@ -126,7 +126,7 @@ def _resolve(reference: str, root: object) -> object:
 
 
 def choice_count(body: dict[str, Any]) -> int:
-    """Return how many choices a request asks for; raise ``ValueError`` if that is no sensible number."""
+    """Return how many choices a request asks for; raise ``ValueError`` if the number is invalid."""
     n = body.get("n") or 1
     if not isinstance(n, int) or not 1 <= n <= MAX_CHOICES:
         raise ValueError(f"n must be a number from 1 to {MAX_CHOICES}")
@@ -134,7 +134,7 @@ def choice_count(body: dict[str, Any]) -> int:
 
 
 def pieces(script: Script) -> list[str]:
-    """Return the content of one choice, one text per delta; joined, they are the text exactly."""
+    """Return the content of one choice, one text per delta; joined, they equal the whole text."""
     if script.deltas is not None:
         return [script.delta_text] * script.deltas
     text = script.text
@@ -150,15 +150,15 @@ def _words(text: str, count: int) -> list[str]:
     return words if count == 1 else ["".join(words[i : i + count]) for i in range(0, len(words), count)]
 
 
-def encode_stream(body: dict[str, Any], script: Script, prompt_tokens: int) -> Reply:
+def encode_stream(body: dict[str, Any], script: Script, prompt_tokens: int) -> EncodedStream:
     """Encode the answer to a streaming request.
 
-    ``prompt_tokens`` goes into the usage that is made up when the script gives none.
+    ``prompt_tokens`` is used for the usage report if the script does not give one.
     """
     choices = range(choice_count(body))
     include_usage = bool((body.get("stream_options") or {}).get("include_usage"))
     head = to_json({**_head(body), "object": "chat.completion.chunk"})[:-1]
-    tail = b',"usage":null' if include_usage else b""  # OpenAI sends it so with every chunk but the last.
+    tail = b',"usage":null' if include_usage else b""  # as OpenAI does with every chunk but the last
     padding = tail + (b',"obfuscation":"%b"' % (b"x" * script.pad) if script.pad else b"")
 
     def event(choice: int, delta: bytes, finish_reason: bytes = b"null", ending: bytes = padding) -> bytes:
@@ -187,7 +187,7 @@ def encode_stream(body: dict[str, Any], script: Script, prompt_tokens: int) -> R
     opening = b"".join([event(choice, b'{"role":"assistant","content":""}', ending=tail) for choice in choices])
     if not deltas:
         finish = opening + finish
-    return Reply(
+    return EncodedStream(
         opening=http_chunk(opening),
         deltas=deltas,
         finish=http_chunk(finish) if finish else b"",
@@ -197,7 +197,7 @@ def encode_stream(body: dict[str, Any], script: Script, prompt_tokens: int) -> R
 
 
 def plain_completion(body: dict[str, Any], script: Script, prompt_tokens: int) -> dict[str, Any]:
-    """Return the answer to a request that does not stream."""
+    """Return the answer to a request without ``stream``."""
     texts = pieces(script)
     message: dict[str, Any] = {"role": "assistant", "content": "".join(texts) or None, "refusal": None}
     if script.reasoning:

@@ -1,16 +1,15 @@
-"""The performances: what a client sees of a script, in the order in which it sees it.
+"""Playback: sends the response to a request, faults included, in the order in which the client sees it.
 
-In: a script, this attempt's fault and the encoded reply, from ``server``.  Out: writes, waits and
-breaks on the ``Connection``.  Exists so that the course of a stream, faults included, can be read in
-one place from top to bottom.
+In: a script, this attempt's fault and the encoded answer, from the server.
+Out: writes, pauses and faults on the ``Connection``.
 """
 
 import time
 from http import HTTPStatus
 from typing import Any, Final
 
-from keepstream_worker.dev_stack.scripted_provider.connection import NEVER, NOW, Connection, Performance, send_json
-from keepstream_worker.dev_stack.scripted_provider.replies import Reply, error_body, sse_event
+from keepstream_worker.dev_stack.scripted_provider.connection import NEVER, NOW, Connection, Playback, send_json
+from keepstream_worker.dev_stack.scripted_provider.encoding import EncodedStream, error_body, sse_event
 from keepstream_worker.dev_stack.scripted_provider.script import (
     CommentsFault,
     EndFault,
@@ -24,15 +23,15 @@ from keepstream_worker.dev_stack.scripted_provider.script import (
     StatusFault,
 )
 
-BATCH: Final = 256  #: Deltas written at once when unpaced: about what the transport buffers before it pauses us.
+BATCH: Final = 256  #: Deltas written at once when unpaced: about as much as the transport buffers before it pauses us.
 COMMENT_EVERY: Final = 0.05  #: Seconds between two SSE comments.
 
 _STREAM_HEADERS: Final = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
 _GARBAGE: Final = b'data: {"id":"chatcmpl-garbage","choices":[{"del\xff\xfe\n\n'
 
 
-def play(connection: Connection, script: Script, fault: Fault | None, answer: Performance) -> Performance:
-    """Play ``answer``, or what the script puts in its place."""
+def play(connection: Connection, script: Script, fault: Fault | None, answer: Playback) -> Playback:
+    """Play ``answer``, or what the script or the fault puts in its place."""
     if script.delay:
         yield connection.later(script.delay)
     match fault:
@@ -49,15 +48,15 @@ def play(connection: Connection, script: Script, fault: Fault | None, answer: Pe
             yield from answer
 
 
-def complete(connection: Connection, script: Script, completion: dict[str, Any]) -> Performance:
-    """Send a completion that does not stream."""
+def complete(connection: Connection, script: Script, completion: dict[str, Any]) -> Playback:
+    """Send a completion that is not streamed."""
     if script.first_token_delay:
         yield connection.later(script.first_token_delay)
     yield from send_json(connection, HTTPStatus.OK, completion)
 
 
-def stream(connection: Connection, script: Script, fault: Fault | None, reply: Reply) -> Performance:
-    """Stream a reply, with the fault in it."""
+def stream(connection: Connection, script: Script, fault: Fault | None, encoded: EncodedStream) -> Playback:
+    """Stream an answer, with the fault in it."""
     connection.begin(HTTPStatus.OK, _STREAM_HEADERS)
     if isinstance(fault, SlowFault):
         script = script.model_copy(update={"rate": fault.rate})
@@ -66,27 +65,27 @@ def stream(connection: Connection, script: Script, fault: Fault | None, reply: R
 
     sent = 0
     if isinstance(fault, MidwayFault | ErrorEventFault | CommentsFault):
-        sent = min(fault.after, len(reply.deltas))
-        yield from _send_deltas(connection, script, reply, 0, sent)
+        sent = min(fault.after, len(encoded.deltas))
+        yield from _send_deltas(connection, script, encoded, 0, sent)
         if not isinstance(fault, CommentsFault):
             yield from _break_off(connection, fault)
             return
         yield from _send_comments(connection, fault.seconds)
-    yield from _send_deltas(connection, script, reply, sent, len(reply.deltas))
+    yield from _send_deltas(connection, script, encoded, sent, len(encoded.deltas))
 
-    connection.send(reply.finish)
+    connection.send(encoded.finish)
     if isinstance(fault, EndFault) and fault.kind == "cut_after_finish":
         yield from connection.reset()
         return
     if not isinstance(fault, EndFault):
-        connection.send(reply.usage)
-    connection.send(reply.done)
+        connection.send(encoded.usage)
+    connection.send(encoded.done)
     connection.end()
 
 
-def _send_deltas(connection: Connection, script: Script, reply: Reply, start: int, stop: int) -> Performance:
-    writes = reply.writes(start, stop, script.chunk_size)
-    # Unpaced, many chunks go out in one write and then the loop has its turn; paced, one at a time.
+def _send_deltas(connection: Connection, script: Script, encoded: EncodedStream, start: int, stop: int) -> Playback:
+    writes = encoded.writes(start, stop, script.chunk_size)
+    # Unpaced, many chunks go out in one write before the loop continues; paced, one at a time.
     batch_size = 1 if script.rate else BATCH
     interval = script.chunk_size / script.rate if script.rate else 0
     due = connection.later(0)
@@ -97,11 +96,11 @@ def _send_deltas(connection: Connection, script: Script, reply: Reply, start: in
         deltas = min(len(batch) * script.chunk_size, stop - start)
         connection.count(deltas)
         start += deltas
-        due += interval  # Counted from the first delta, so that late wake-ups do not add up.
+        due += interval  # from the first delta on, so that late wake-ups do not add up
         yield due
 
 
-def _send_comments(connection: Connection, seconds: float) -> Performance:
+def _send_comments(connection: Connection, seconds: float) -> Playback:
     until = connection.later(seconds)
     while (due := connection.later(COMMENT_EVERY)) < until:
         connection.send_chunk(b": keep-alive\n\n")
@@ -109,7 +108,7 @@ def _send_comments(connection: Connection, seconds: float) -> Performance:
     yield until
 
 
-def _break_off(connection: Connection, fault: MidwayFault | ErrorEventFault) -> Performance:
+def _break_off(connection: Connection, fault: MidwayFault | ErrorEventFault) -> Playback:
     match fault:
         case MidwayFault(kind="cut"):
             yield from connection.reset()
@@ -125,13 +124,13 @@ def _break_off(connection: Connection, fault: MidwayFault | ErrorEventFault) -> 
             connection.end()
 
 
-def _play_raw(connection: Connection, raw: RawResponse) -> Performance:
+def _play_raw(connection: Connection, raw: RawResponse) -> Playback:
     if raw.status == 0:
         connection.drop()
         return
     connection.begin(raw.status, raw.headers)
     for chunk in raw.chunk_bytes():
-        yield NOW  # In another round of the loop it is another write to the socket.
+        yield NOW  # the next iteration of the loop makes a separate write to the socket
         connection.send_chunk(chunk)
     yield NOW
     match raw.close:

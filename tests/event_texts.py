@@ -1,7 +1,7 @@
 """Events as JSON texts, as a worker publishes them.
 
-In: ids and texts.  Out: events to the tests of whoever reads them.  Exists so that a test can tell a
-job's history in a few lines.
+In: ids and texts.
+Out: events, to the tests of whatever reads them.
 """
 
 import json
@@ -47,7 +47,7 @@ def attempt_finished(event_id: str) -> str:
 
 
 def ended(event_id: str, status: str, content: str) -> str:
-    """Return the terminal event of a job whose one choice holds ``content``."""
+    """Return the terminal event of a job with a single choice, ``content``."""
     return event(
         event_id,
         f"job.{status}",

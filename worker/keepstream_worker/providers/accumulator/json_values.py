@@ -1,6 +1,7 @@
-"""Values: texts, numbers and JSON as they may be stored, and how two reports of one field become one.
+"""Sanitises and merges JSON values, so that any database accepts them.
 
-In: decoded JSON.  Out: the same, safe and bounded.  Exists so that no database has to refuse an output.
+In: decoded JSON, from the accumulator.
+Out: the same values, bounded, without NUL, lone surrogates, NaN or oversized integers.
 """
 
 import json
@@ -9,18 +10,18 @@ from typing import Any, Final
 
 import orjson
 
-DEEPEST: Final = 32  #: Levels of nested values that are kept.
-MOST_FIELDS: Final = 64  #: Unknown fields of the stream, and fields of one level of usage.
-_LARGEST_COUNT: Final = 2**63 - 1
+MAX_DEPTH: Final = 32  #: Levels of nesting that are kept.
+MAX_FIELDS: Final = 64  #: Unknown fields of a stream, and fields of one level of usage.
+_MAX_COUNT: Final = 2**63 - 1
 
 
 def byte_length(text: str) -> int:
-    """Return the bytes that ``text`` takes as UTF-8."""
+    """Return the length of ``text`` in UTF-8."""
     return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
 
 
-def merged(known: Any, new: Any, depth: int = DEEPEST) -> Any:
-    """Return two values of one field as one: lists are joined, objects merged, anything else is replaced."""
+def merged(known: Any, new: Any, depth: int = MAX_DEPTH) -> Any:
+    """Merge two values of one field: lists are joined, objects merged, anything else is replaced."""
     if type(known) is list and type(new) is list:
         known.extend(new)
         return known
@@ -31,22 +32,22 @@ def merged(known: Any, new: Any, depth: int = DEEPEST) -> Any:
     return known if new is None else new
 
 
-def has_list(value: object, depth: int = DEEPEST) -> bool:
-    """Tell whether merging ``value`` once more would add to a list."""
+def has_list(value: object, depth: int = MAX_DEPTH) -> bool:
+    """Return whether merging ``value`` again would extend a list."""
     if type(value) is dict and depth:
         return any(has_list(item, depth - 1) for item in value.values())
     return type(value) is list
 
 
 def merged_usage(known: dict[str, Any] | None, new: object, depth: int = 2) -> dict[str, Any] | None:
-    """Return usage as reported so far, field by field: the newest counts, but null and 0 never beat a figure."""
+    """Merge usage field by field: the newest value counts, but null and 0 never replace a number."""
     if type(new) is not dict:
         return known
     merged = {} if known is None else known
     for given_name, value in new.items():
         name = safe(given_name)
         before = merged.get(name)
-        if value is None or (before is None and len(merged) >= MOST_FIELDS):
+        if value is None or (before is None and len(merged) >= MAX_FIELDS):
             continue
         if type(value) is dict and depth:
             merged[name] = merged_usage(before if type(before) is dict else None, value, depth - 1)
@@ -56,7 +57,7 @@ def merged_usage(known: dict[str, Any] | None, new: object, depth: int = 2) -> d
 
 
 def number(value: object) -> float | None:
-    """Return the number that ``value`` is or spells, or None."""
+    """Return ``value``, a number or its text, as a float, or None."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
@@ -67,20 +68,20 @@ def number(value: object) -> float | None:
 
 
 def whole_number(value: object) -> int | None:
-    """Return the count that ``value`` is or spells, or None; providers write them as texts and fractions, too."""
+    """Return ``value`` as a count, or None; some providers send counts as texts or fractions."""
     count = number(value)
-    return int(count) if count is not None and 0 <= count < _LARGEST_COUNT else None
+    return int(count) if count is not None and 0 <= count < _MAX_COUNT else None
 
 
 def safe(text: str) -> str:
-    """Return ``text`` with its surrogate pairs joined, single halves replaced and NUL removed."""
+    """Return ``text`` with surrogate pairs joined, lone surrogates replaced and NUL removed."""
     if not text.isascii():
         text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return text.replace("\x00", "")
 
 
-def storable(value: Any, depth: int = DEEPEST) -> Any:
-    """Return a JSON value as every database takes it: safe texts, no NaN, nothing nested without end."""
+def storable(value: Any, depth: int = MAX_DEPTH) -> Any:
+    """Return a JSON value in a form that every database accepts: safe texts, no NaN, bounded nesting."""
     if isinstance(value, str):
         return safe(value)
     if isinstance(value, float):
@@ -88,7 +89,7 @@ def storable(value: Any, depth: int = DEEPEST) -> Any:
     if isinstance(value, bool) or value is None:
         return value
     if isinstance(value, int):
-        return value if abs(value) <= _LARGEST_COUNT else None
+        return value if abs(value) <= _MAX_COUNT else None
     if not depth:
         return None
     if isinstance(value, list):
@@ -97,7 +98,7 @@ def storable(value: Any, depth: int = DEEPEST) -> Any:
 
 
 def is_json(text: str) -> bool:
-    """Tell whether ``text`` is a JSON text."""
+    """Return whether ``text`` is valid JSON."""
     try:
         orjson.loads(text)
     except orjson.JSONDecodeError:

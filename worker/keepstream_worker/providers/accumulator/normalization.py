@@ -1,7 +1,7 @@
-"""Shapes: the forms in which providers write errors, texts, reasoning and tool calls.
+"""Normalises the various forms in which providers write errors, texts, reasoning and tool calls.
 
-In: decoded JSON, of any type.  Out: one form for each.  Exists so that a provider's peculiarity is one
-line here and nothing anywhere else.
+In: decoded JSON of any type, from the accumulator.
+Out: one form for each.
 """
 
 import json
@@ -9,19 +9,19 @@ from typing import Any, Final, NamedTuple
 
 import orjson
 
-from keepstream_worker.providers.accumulator.values import DEEPEST, number, safe
+from keepstream_worker.providers.accumulator.json_values import MAX_DEPTH, number, safe
 
 REASONING_FIELDS: Final = frozenset({"reasoning_content", "reasoning", "reasoning_details"})
-REASONING_PARTS: Final = ("thinking", "reasoning", "reasoning_text", "summary_text")  #: Types of parts of content.
-FUNCTION_CALL: Final = "function_call"  #: The key of the one call that the legacy field makes.
-_BARE_CALL: Final = frozenset({"index", "id", "type", "function", "custom"})
-_LONGEST_TYPE: Final = 32  #: Characters of a call's type.
+REASONING_PARTS: Final = ("thinking", "reasoning", "reasoning_text", "summary_text")  #: Types of content parts.
+FUNCTION_CALL: Final = "function_call"  #: The key of the single call in the legacy field.
+_USUAL_CALL_FIELDS: Final = frozenset({"index", "id", "type", "function", "custom"})
+_MAX_TYPE: Final = 32  #: Characters of a call's type.
 
 
 class Fragment(NamedTuple):
-    """A piece of a tool call, in one shape for all the shapes there are."""
+    """A piece of a tool call, in normalised form."""
 
-    key: int | str | None  #: What the provider tells calls apart by, if it does.
+    key: int | str | None  #: What distinguishes the calls of a choice, if the provider sends it.
     id: str
     type: str
     name: str
@@ -30,7 +30,7 @@ class Fragment(NamedTuple):
 
 
 def read_fragment(value: dict[str, Any], key: str | None = None) -> Fragment:
-    """Return a fragment of a function call or a custom call; ``key`` stands for an index that it has not."""
+    """Normalise a fragment of a function call or custom call; ``key`` replaces a missing index."""
     body = value.get("function")
     kind = value.get("type")
     arguments = "arguments"
@@ -42,15 +42,15 @@ def read_fragment(value: dict[str, Any], key: str | None = None) -> Fragment:
     return Fragment(
         key=read_index(value.get("index")) if key is None else key,
         id=_given_id(value.get("id")),
-        type=safe(kind)[:_LONGEST_TYPE] if type(kind) is str else "",
+        type=safe(kind)[:_MAX_TYPE] if type(kind) is str else "",
         name=name if type(name) is str else "",
         arguments=_arguments_text(body.get(arguments)),
-        extra={name: part for name, part in value.items() if part and name not in _BARE_CALL},
+        extra={name: part for name, part in value.items() if part and name not in _USUAL_CALL_FIELDS},
     )
 
 
 def _given_id(value: object) -> str:
-    """Return a call's id, empty if it has none; some providers write the word null."""
+    """Return a call's id, or an empty text; some providers send the word null."""
     if type(value) is int:
         return str(value)
     return safe(value) if type(value) is str and value != "null" else ""
@@ -60,22 +60,22 @@ def _arguments_text(value: object) -> str:
     if type(value) is str:
         return value
     if not value:
-        return ""  # no arguments, or an empty object, which the end of the stream fills in
+        return ""  # no arguments, or an empty object, which is filled in at the end of the stream
     try:
         return orjson.dumps(value).decode()
-    except TypeError:  # halves of surrogate pairs, or numbers beyond 64 bits
+    except TypeError:  # lone surrogates, or integers beyond 64 bits
         return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def joined_name(known: str, piece: str) -> str:
-    """Return a call's name after another piece: providers repeat it, extend it, or send it in parts."""
+    """Return a call's name after another piece of it: providers repeat it, extend it or send it in parts."""
     if not piece or piece == known:
         return known
     return piece if piece.startswith(known) else known + piece
 
 
 def error_in(chunk: dict[str, Any]) -> object:
-    """Return the error that a chunk is or has, in any of the shapes providers give it."""
+    """Return the error that a chunk is or contains, in any of the forms providers use, or None."""
     if chunk.get("error"):
         return chunk
     verdict = chunk.get("base_resp")
@@ -91,13 +91,13 @@ def error_in(chunk: dict[str, Any]) -> object:
 
 
 def reasoning_in(delta: dict[str, Any]) -> str:
-    """Return a delta's reasoning. It may be there twice, and the details are its text only if nothing else is."""
+    """Return a delta's reasoning. It may be present twice; the details are used only if there is nothing else."""
     value = delta.get("reasoning_content") or delta.get("reasoning") or delta.get("reasoning_details")
     return plain_text(value) if value else ""
 
 
-def plain_text(value: object, depth: int = DEEPEST) -> str:
-    """Return the text in a value that may be a text, a part that has one, or a list of such parts."""
+def plain_text(value: object, depth: int = MAX_DEPTH) -> str:
+    """Return the text of a value that is a text, a part with a text, or a list of such parts."""
     if type(value) is str:
         return value
     if not depth:
@@ -112,7 +112,7 @@ def plain_text(value: object, depth: int = DEEPEST) -> str:
 
 
 def read_index(value: object) -> int | None:
-    """Return the index that ``value`` spells, or None."""
+    """Return ``value`` as an index, or None."""
     if type(value) is int:
         return value
     index = number(value)
