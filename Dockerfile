@@ -32,8 +32,8 @@ LABEL org.opencontainers.image.title="Keepstream" \
 RUN pip uninstall --yes --root-user-action=ignore pip \
  && python -m compileall -q -x '/(ensurepip|idlelib|site-packages|test|tkinter|turtledemo)/' \
       "$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" \
- && groupadd --system --gid 10001 keepstream \
- && useradd --system --uid 10001 --gid 10001 --home-dir /var/lib/keepstream --create-home --shell /usr/sbin/nologin keepstream
+ && groupadd --gid 10001 keepstream \
+ && useradd --uid 10001 --gid 10001 --home-dir /var/lib/keepstream --create-home --shell /usr/sbin/nologin keepstream
 
 COPY --from=build /opt/keepstream /opt/keepstream
 ENV PATH=/opt/keepstream/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
