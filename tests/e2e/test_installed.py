@@ -42,7 +42,7 @@ TIMEOUT: Final = 300.0  #: Seconds; the first environment on a machine is downlo
 #: Enqueues a job, follows it to its end, and reads what is stored of it if there is a database.
 CLIENT: Final = """
 import json, os
-from keepstream.client import Client
+from keepstream import Client
 
 with Client.from_env() as client:
     job_id = client.enqueue(model="scripted-1", messages=[{"role": "user", "content": "Tell me something."}])
@@ -331,7 +331,9 @@ def test_without_extras_the_contract_needs_pydantic_only(contract: Environment) 
     contract.run_python("from keepstream import Event, Job, JobStatus, Transcript, parse_event, parse_job")
 
 
-def test_the_command_says_which_extra_it_lacks(contract: Environment) -> None:
+def test_without_extras_the_client_and_the_command_say_which_one_they_need(contract: Environment) -> None:
+    refused = contract.run_python("from keepstream import Client", code=1)
+    assert re.search(r"^ImportError: .*keepstream\[client\].*$", refused, re.MULTILINE)
     assert re.fullmatch(r"keepstream: .*keepstream\[worker\].*\n", contract.run_command("--version", code=1))
 
 
