@@ -1,4 +1,5 @@
-# The worker's image: `docker build -t keepstream .`. The first stage builds, the second has neither pip's cache nor compilers.
+# The worker's image: `docker build -t keepstream .`. The first stage builds; the second holds Python, the worker, and
+# nothing to build or install with.
 
 FROM python:3.13-slim AS build
 
@@ -11,18 +12,28 @@ RUN python -m venv --without-pip /opt/keepstream \
  && pip --python /opt/keepstream/bin/python install --no-deps --require-hashes --only-binary=:all: -r requirements/runtime.txt \
  && pip install --no-deps --require-hashes --only-binary=:all: -r requirements/build.txt
 
+# Of the commands that the libraries bring, the image keeps none.
 COPY . .
 RUN pip wheel --no-deps --no-build-isolation --wheel-dir dist . \
- && pip --python /opt/keepstream/bin/python install --no-deps dist/*.whl
+ && pip --python /opt/keepstream/bin/python install --no-deps dist/*.whl \
+ && pip --python /opt/keepstream/bin/python check \
+ && find /opt/keepstream/bin -type f ! -name keepstream -delete
 
 
 FROM python:3.13-slim
 
-# The openai SDK trusts the certificates of the operating system, and a slim image may have none.
-RUN apt-get update \
- && apt-get install --yes --no-install-recommends ca-certificates \
- && rm -rf /var/lib/apt/lists/* \
- && useradd --system --uid 10001 --user-group --home-dir /var/lib/keepstream --create-home --shell /usr/sbin/nologin keepstream
+LABEL org.opencontainers.image.title="Keepstream" \
+      org.opencontainers.image.description="A background worker for streaming LLM completions." \
+      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.licenses="Apache-2.0"
+
+# The base image has no bytecode of the standard library, and neither a user other than root nor a read-only container
+# can write any: without this each start would compile it again.
+RUN pip uninstall --yes --root-user-action=ignore pip \
+ && python -m compileall -q -x '/(ensurepip|idlelib|site-packages|test|tkinter|turtledemo)/' \
+      "$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" \
+ && groupadd --gid 10001 keepstream \
+ && useradd --uid 10001 --gid 10001 --home-dir /var/lib/keepstream --create-home --shell /usr/sbin/nologin keepstream
 
 COPY --from=build /opt/keepstream /opt/keepstream
 ENV PATH=/opt/keepstream/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1

@@ -29,7 +29,7 @@ help: ## Show this list
 	@echo "Keepstream: a background worker for streaming LLM completions."
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
-demo: $(VENV)/runtime ## Run jobs through a real worker and watch them, with nothing else installed
+demo: $(VENV)/demo ## Run jobs through a real worker and watch them, with nothing else installed
 	@$(BIN)/keepstream demo $(ARGS)
 
 test: $(VENV)/dev ## Run all tests, with real servers and real worker processes [ARGS=-x]
@@ -70,7 +70,8 @@ COMPILE := $(BIN)/uv pip compile --quiet --no-config --universal --python-versio
 lock: $(VENV)/dev ## Write requirements/*.txt anew [UPGRADE=1 moves to newer versions]
 	@echo "Resolving from the public registry ..."
 	@$(COMPILE) $(if $(UPGRADE),--upgrade) pyproject.toml --all-extras --group build --group dev -o requirements/dev.txt
-	@$(COMPILE) --constraint requirements/dev.txt pyproject.toml --all-extras -o requirements/runtime.txt
+	@$(COMPILE) --constraint requirements/dev.txt pyproject.toml --extra worker --extra postgres -o requirements/runtime.txt
+	@$(COMPILE) --constraint requirements/dev.txt pyproject.toml --extra embedded --extra postgres -o requirements/demo.txt
 	@$(COMPILE) --constraint requirements/dev.txt --group build -o requirements/build.txt
 	@$(COMPILE) --constraint requirements/dev.txt --group bench -o requirements/bench.txt
 	@$(COMPILE) $(if $(UPGRADE),--upgrade) --group interop -o requirements/interop.txt
@@ -92,13 +93,13 @@ $(VENV)/python:
 	    "$$python" -m pip --python $(PY) install -qq pip; }
 	@touch $@
 
-$(VENV)/runtime: $(VENV)/python requirements/build.txt requirements/runtime.txt pyproject.toml
-	@echo "Installing what the worker needs (30 MB; about half a minute, once) ..."
-	@$(LOCKED) -r requirements/build.txt -r requirements/runtime.txt
+$(VENV)/demo: $(VENV)/python requirements/build.txt requirements/demo.txt pyproject.toml
+	@echo "Installing what the worker and the demo need (30 MB; about half a minute, once) ..."
+	@$(LOCKED) -r requirements/build.txt -r requirements/demo.txt
 	@$(PIP_INSTALL) --no-build-isolation --editable .
 	@touch $@
 
-$(VENV)/dev: $(VENV)/runtime requirements/dev.txt
+$(VENV)/dev: $(VENV)/demo requirements/dev.txt
 	@echo "Installing what the tests and checks need (75 MB more; about half a minute, once) ..."
 	@$(LOCKED) -r requirements/dev.txt
 	@touch $@

