@@ -13,7 +13,6 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from alembic.util import CommandError
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
@@ -60,9 +59,8 @@ def check(engine: Engine) -> None:
         place = _place(connection)
     if revision is None:
         raise SchemaError(f"{place} has no Keepstream tables yet: run `keepstream migrate`")
-    known = {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}
     # A revision we do not know is a newer one; migrations are additive, so the old code goes on working.
-    if revision in known and revision != head():
+    if revision in _known_revisions() and revision != head():
         raise SchemaError("the database's tables are of an older version: run `keepstream migrate`")
 
 
@@ -75,14 +73,17 @@ def migrate(engine: Engine) -> str:
     """
     with _connected(engine) as connection:
         revision = _revision(connection)
-        try:
-            command.upgrade(_config(connection), "head")
-        except CommandError:
+        if revision is not None and revision not in _known_revisions():
             raise SchemaError(
                 f"the database's tables are at revision {revision}, which this version does not know; "
                 "they are of a newer version of Keepstream: use that one"
-            ) from None
+            )
+        command.upgrade(_config(connection), "head")
     return head()
+
+
+def _known_revisions() -> set[str]:
+    return {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}
 
 
 def _config(connection: Connection | None = None) -> Config:
