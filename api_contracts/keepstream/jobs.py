@@ -305,6 +305,8 @@ def _explain(error: ValidationError) -> str:
             message = "is missing"
         elif kind == "dict_type":
             message = "must be an object"
+        elif kind == "string_pattern_mismatch":  # all patterns are of identifiers
+            message = "must be 1 to 128 letters, digits, '.', '_' or '-', of which the first is a letter or digit"
         elif "[key]" in location:
             message = "names must be texts"
         else:

@@ -221,6 +221,11 @@ def test_times_are_kept_in_utc() -> None:
         assert job(expires_at=value).expires_at == expected
 
 
+@pytest.mark.parametrize("field", ["id", "tenant", "provider"])
+def test_an_identifier_says_what_it_may_consist_of(field: str) -> None:
+    assert "must be 1 to 128 letters, digits" in refusal({"v": 2, "request": REQUEST, field: "a b"})
+
+
 def test_several_wrong_fields_are_named_at_once() -> None:
     refused = refusal({"v": 2, "request": {}, "tenant": "my secret tenant", "max_attempts": "my secret", "id": []})
     assert all(f"{field}: " in refused for field in ("request", "tenant", "max_attempts", "id"))
