@@ -41,6 +41,7 @@ T = TypeVar("T")
 
 PATIENCE: Final = 60.0  #: Seconds; how long a busy machine may take for what takes one.
 _POLL: Final = 0.02
+_LOG_SHOWN: Final = 4000  #: Characters of each worker's log that are shown with a test that failed.
 
 #: Everything faster than in production, so that a recovery takes seconds.
 FAST: Final[dict[str, Any]] = {
@@ -75,7 +76,7 @@ class WorkerProcess(EmbeddedProcess):
     def __init__(self, environment: dict[str, str], log: Path) -> None:
         super().__init__("worker")
         self._environment = environment
-        self._log = log
+        self.log = self._log = log
 
     @override
     def _command(self) -> list[str]:
@@ -323,6 +324,10 @@ class Cluster:
             return next((worker for worker in self.workers if worker.running and worker.id == last.worker), None)
 
         return wait_until(holder, f"a worker that runs job {job_id}")
+
+    def worker_logs(self) -> list[tuple[str, str]]:
+        """Return the name and the end of each worker's log."""
+        return [(str(worker.log), worker.log.read_text(errors="replace")[-_LOG_SHOWN:]) for worker in self.workers]
 
     # -- jobs --
 
