@@ -34,6 +34,7 @@ from keepstream.results import CompletionResult
 from keepstream.transcript import Transcript
 from keepstream_worker.dev_stack.embedded import EmbeddedProcess, EmbeddedValkey
 from keepstream_worker.store import schema
+from tests.fork_server import ForkServer
 from tests.recording_provider import RecordingProviderProcess
 from tests.services import PostgresServer
 
@@ -71,10 +72,11 @@ def wait_until(condition: Callable[[], T | None], what: str, timeout: float = PA
 
 
 class WorkerProcess(EmbeddedProcess):
-    """One worker, started as in production."""
+    """One worker, started as in production, or forked off if there is a server for that."""
 
-    def __init__(self, environment: dict[str, str], log: Path) -> None:
+    def __init__(self, environment: dict[str, str], log: Path, forks: ForkServer | None = None) -> None:
         super().__init__("worker")
+        self._forks = forks
         self._environment = environment
         self.log = self._log = log
 
@@ -90,12 +92,15 @@ class WorkerProcess(EmbeddedProcess):
     def _is_ready(self) -> bool:
         return bool(self.said("worker_started"))
 
+    @override
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        if self._forks is None:
+            return super()._spawn()
+        return self._forks.start("keepstream_worker.app", [], self._environment, self._log)
+
     def launch(self) -> None:
         """Start the worker and do not wait until it is at work."""
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                self._command(), stdout=log, stderr=log, start_new_session=True, **self._options()
-            )
+        self._process = self._spawn()
 
     @property
     def running(self) -> bool:
@@ -206,6 +211,7 @@ class Cluster:
         persistent: Whether Redis keeps its data when it is killed.
         postgres: The server behind ``database_url``, if it may be harmed.
         base: The workers' settings; what is in neither has its default.
+        forks: Starts the workers and the provider quickly; without it they are started as in production.
         settings: The workers' settings, over ``base``.
     """
 
@@ -217,14 +223,16 @@ class Cluster:
         persistent: bool = False,
         postgres: PostgresServer | None = None,
         base: Mapping[str, Any] = FAST,
+        forks: ForkServer | None = None,
         **settings: Any,
     ) -> None:
         self.directory = directory
         self.database_url = database_url
         self._postgres = postgres
+        self._forks = forks
         self.settings = {**base, **settings}
         self.valkey = EmbeddedValkey(persistent=persistent)
-        self.provider = RecordingProviderProcess()
+        self.provider = RecordingProviderProcess(forks=forks)
         self.workers: list[WorkerProcess] = []
         self._numbers = itertools.count(1)
         self._clients: list[Client] = []
@@ -278,7 +286,7 @@ class Cluster:
     def new_worker(self, **settings: Any) -> WorkerProcess:
         """Return a worker that is not started yet."""
         log = self.directory / f"worker-{next(self._numbers)}.log"
-        worker = WorkerProcess(self.environment(**settings), log)
+        worker = WorkerProcess(self.environment(**settings), log, self._forks)
         self.workers.append(worker)
         return worker
 

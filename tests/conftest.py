@@ -5,7 +5,7 @@ In: requests of tests. Out: URLs of clean databases on real servers, which are s
 
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +16,7 @@ import redis
 from keepstream_worker.dev_stack.embedded import EmbeddedValkey, sqlite_url
 from keepstream_worker.dev_stack.scripted_provider import ScriptedProvider
 from tests.cluster import Cluster
+from tests.fork_server import ForkServer
 from tests.services import PostgresServer
 
 # A shell that runs us in the background has Ctrl-C ignored, and every process started here would inherit that.
@@ -72,7 +73,7 @@ def _shared_fixtures(item: pytest.Item) -> list[str]:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Show the workers' logs of a test that failed."""
     report = yield
     if report.failed:
@@ -80,6 +81,13 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
             if isinstance(fixture, Cluster):
                 report.sections += fixture.worker_logs()
     return report
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[ForkServer]:
+    """Starts workers quickly."""
+    with ForkServer() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -80,9 +80,7 @@ class EmbeddedProcess(ABC):
         """Start the server and wait until it answers; raise ``EmbeddedServiceError`` if it does not."""
         if self._process is not None:
             raise EmbeddedServiceError(f"{self.name} is running already")
-        command = self._command()
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, **self._options())
+        self._process = self._spawn()
         try:
             self._wait_until_ready(self._process)
         except BaseException:  # Ctrl-C, too, must not leave a process behind.
@@ -153,6 +151,11 @@ class EmbeddedProcess(ABC):
     def _options(self) -> dict[str, Any]:
         """Return further arguments for the process."""
         return {}
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        """Start the process; what it prints is appended to its log."""
+        with self._log.open("ab") as log:
+            return subprocess.Popen(self._command(), stdout=log, stderr=log, start_new_session=True, **self._options())
 
     def _signal(self, signum: signal.Signals) -> None:
         if self._process is not None:
