@@ -8,6 +8,8 @@ those who use them have said good-bye.
 """
 
 import contextlib
+import functools
+import itertools
 import secrets
 import shutil
 import signal
@@ -17,6 +19,7 @@ import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -28,6 +31,7 @@ STOP_TIMEOUT: Final = 10.0  #: Seconds that a server has to end in its own way b
 
 _POLL_INTERVAL: Final = 0.01  #: Seconds between two looks at whether a server answers.
 _PORTS: Final = range(20_000, 32_000)
+_BLOCK: Final = 100  #: Ports that one process hands out.
 _LOG_TAIL: Final = 2000  #: Characters of a server's log in an error message.
 
 
@@ -46,11 +50,29 @@ def free_port() -> int:
     It lies below the range from which the system takes ports for outgoing connections.  A port from
     that range is easily taken while its server is restarted, even by a client that tries to reconnect.
     """
-    while True:
-        port = _PORTS.start + secrets.randbelow(len(_PORTS))
+    _, ports = _own_block()
+    for port in ports:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
+    raise AssertionError("unreachable: the ports come round again")
+
+
+@functools.cache
+def _own_block() -> tuple[socket.socket, Iterator[int]]:
+    """Claim a block of ports; processes that look for ports at the same time do not take them from each other.
+
+    Whoever has bound the first port of a block hands out the others, until its process ends.
+    """
+    while True:
+        first = secrets.choice(_PORTS[::_BLOCK])
+        claim = socket.socket()
+        try:
+            claim.bind(("127.0.0.1", first))
+        except OSError:
+            claim.close()
+        else:
+            return claim, itertools.cycle(range(first + 1, first + _BLOCK))
 
 
 class EmbeddedProcess(ABC):
