@@ -12,6 +12,7 @@ from typing import Final
 import hypothesis
 import pytest
 import redis
+from xdist.workermanage import NodeManager
 
 from keepstream_worker.dev_stack.embedded import EmbeddedValkey, sqlite_url
 from keepstream_worker.dev_stack.scripted_provider import ScriptedProvider
@@ -31,6 +32,9 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("keepstream")
+
+# After Ctrl-C a busy machine takes longer than xdist's ten seconds to stop the servers of all processes.
+NodeManager.EXIT_TIMEOUT = 60
 
 MOST_PROCESSES: Final = 8
 
