@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 PATIENCE: Final = 60.0  #: Seconds; how long a busy machine may take for what takes one.
 _POLL: Final = 0.02
-_LOG_SHOWN: Final = 4000  #: Characters of each worker's log that are shown with a test that failed.
+_LOG_SHOWN: Final = 3000  #: Characters of each worker's log that are shown with a test that failed.
 
 #: Everything faster than in production, so that a recovery takes seconds.
 FAST: Final[dict[str, Any]] = {

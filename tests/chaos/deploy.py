@@ -19,7 +19,7 @@ GENERATIONS: Final = 3
 WORKERS: Final = 3
 GRACE: Final = 6.0
 RATE: Final = 20.0  #: Deltas per second of each stream.
-_SLACK: Final = 1.0  #: Seconds by which a stream that just fits into the grace period may miss it.
+SLACK: Final = 1.0  #: Seconds by which a stream that just fits into the grace period may miss it.
 
 
 def run(
@@ -29,6 +29,7 @@ def run(
     generations: int = GENERATIONS,
     workers: int = WORKERS,
     grace: float = GRACE,
+    slack: float = SLACK,
 ) -> Report:
     """Play the item and judge it."""
     report = Report(f"rolling deploy ({generations} generations of {workers} workers, {place.database})")
@@ -51,7 +52,7 @@ def run(
         report.count("workers replaced", len(told))
         report.count("time a worker took to end", spread(took))
         report.count_each("worker", codes)
-        _judge(report, cluster, results, told, grace)
+        _judge(report, cluster, results, told, grace - slack)
     return report
 
 
@@ -79,7 +80,7 @@ class _Load(threading.Thread):
 
 
 def _judge(
-    report: Report, cluster: Cluster, results: list[CompletionResult], told: dict[str, float], grace: float
+    report: Report, cluster: Cluster, results: list[CompletionResult], told: dict[str, float], enough: float
 ) -> None:
     streams = cluster.provider.history()
     restarted = [result for result in results if len(result.attempts) > 1]
@@ -102,8 +103,7 @@ def _judge(
             f"{result.id}: attempt {one.number}"
             for result in restarted
             for one, stream in zip(result.attempts, streams[result.id], strict=True)
-            if one.outcome == "interrupted"
-            and stream.started + _seconds(result) < told[str(one.worker)] + grace - _SLACK
+            if one.outcome == "interrupted" and stream.started + _seconds(result) < told[str(one.worker)] + enough
         ],
     )
 

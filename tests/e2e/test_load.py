@@ -13,6 +13,7 @@ from tests.cluster import PATIENCE, Cluster, wait_until
 STREAMS: Final = 200
 RATE: Final = 30.0  #: Deltas a second of each stream.
 DELTAS: Final = 150
+PAUSE: Final = 10.0  #: Seconds before each stream's first delta, in which a busy machine starts all the others.
 PATIENT: Final = 4 * PATIENCE
 
 
@@ -49,7 +50,11 @@ async def watch_all(cluster: Cluster, job_ids: list[str]) -> list[tuple[Transcri
 
 def test_200_streams_of_30_deltas_a_second_are_stored_and_followed_word_for_word(any_cluster: Cluster) -> None:
     cluster = any_cluster
-    job_ids = [cluster.enqueue(text=text_of(number), rate=RATE) for number in range(STREAMS)]
+    limits = {"first_token_timeout": 6 * PAUSE}
+    job_ids = [
+        cluster.enqueue(limits=limits, text=text_of(number), rate=RATE, first_token_delay=PAUSE)
+        for number in range(STREAMS)
+    ]
     watched = asyncio.run(watch_all(cluster, job_ids))
 
     for number, (job_id, (transcript, events)) in enumerate(zip(job_ids, watched, strict=True)):
