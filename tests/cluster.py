@@ -1,9 +1,10 @@
-"""The harness: a whole Keepstream on real servers, whose every part can be harmed.
+"""The test cluster: a whole Keepstream on real servers, every part of which can be harmed.
 
-In: what a test wants: a database, settings, scripted jobs, faults.  Out: worker processes, clients,
-followers in threads, and what the provider, the database, the log and the workers say afterwards.
-Exists so that end-to-end tests and the chaos suite break the same things in the same way, and wait for
-states instead of sleeping.
+In: what a test wants: a database, settings, scripted jobs, faults.
+Out: worker processes, clients, followers in threads, and afterwards what the provider, the database, the log and
+the workers say.
+
+End-to-end tests and the chaos suite share it, and wait for states instead of sleeping.
 """
 
 import itertools
@@ -40,7 +41,7 @@ from tests.services import PostgresServer
 
 T = TypeVar("T")
 
-PATIENCE: Final = 60.0  #: Seconds; how long a busy machine may take for what takes one.
+PATIENCE: Final = 60.0  #: Seconds; how long a busy machine may take for what takes a second elsewhere.
 _POLL: Final = 0.02
 _LOG_SHOWN: Final = 3000  #: Characters of each worker's log that are shown with a test that failed.
 
@@ -152,7 +153,7 @@ class WorkerProcess(EmbeddedProcess):
 
 
 class Following(threading.Thread):
-    """A follower in a thread; it holds what it was told."""
+    """A follower in a thread, which keeps the events it gets."""
 
     def __init__(self, client: Client, job_id: str, after: str | None = None, timeout: float = PATIENCE) -> None:
         super().__init__(name=f"follower-{job_id}", daemon=True)
@@ -165,21 +166,21 @@ class Following(threading.Thread):
     @override
     def run(self) -> None:
         try:
-            for told in self._events:
-                self.transcript.apply(told)
-                self.events.append(told)
+            for event in self._events:
+                self.transcript.apply(event)
+                self.events.append(event)
         except Exception as error:  # noqa: BLE001  # raised again in the test's thread
             self.error = error
 
     @property
     def ids(self) -> list[str]:
         """The ids of the events so far."""
-        return [told.id for told in self.events]
+        return [event.id for event in self.events]
 
     @property
     def types(self) -> list[str]:
         """The types of the events so far."""
-        return [told.type for told in self.events]
+        return [event.type for event in self.events]
 
     def wait_for(self, type_: str, count: int = 1, attempt: int | None = None) -> None:
         """Wait until ``count`` events of a type (of an attempt) have come."""
@@ -187,18 +188,19 @@ class Following(threading.Thread):
         def came() -> bool:
             if self.error is not None:
                 raise self.error
-            found = [one for one in list(self.events) if one.type == type_ and attempt in (None, one.attempt)]
+            found = [event for event in list(self.events) if event.type == type_ and attempt in (None, event.attempt)]
             return len(found) >= count
 
         wait_until(came, f"{count} {type_} of {self.name}")
 
     def to_the_end(self) -> Transcript:
-        """Wait for the terminal event, check that it is the only one, and return what the follower holds."""
+        """Wait for the terminal event, check that it is the only one, and return the follower's transcript."""
         self.join(PATIENCE)
         if self.error is not None:
             raise self.error
-        assert not self.is_alive(), f"{self.name} was not told the end; the last it heard is {self.events[-1:]}"
-        assert [told.id for told in self.events if told.type.startswith("job.")] == [self.events[-1].id]
+        assert not self.is_alive(), f"{self.name} did not get the end; its last event is {self.events[-1:]}"
+        ends = [event.id for event in self.events if event.type.startswith("job.")]
+        assert ends == [self.events[-1].id]
         return self.transcript
 
 

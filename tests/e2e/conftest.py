@@ -1,7 +1,8 @@
-"""Fixtures of the end-to-end tests: clusters, without workers yet, and one with.
+"""Fixtures of the end-to-end tests: clusters without workers, and one with a worker.
 
-In: the databases of the common fixtures.  Out: clusters.  Exists so that each test starts the workers it
-needs, harms what it wants, and leaves nothing behind; tests that harm nothing share a cluster that works.
+In: the databases of the common fixtures.
+Out: clusters. A test starts the workers it needs, harms what it wants, and leaves nothing behind; tests that do no
+harm share a cluster.
 """
 
 from collections.abc import Iterator
