@@ -9,6 +9,7 @@ import itertools
 import os
 import shutil
 import signal
+import stat
 import subprocess
 from contextlib import suppress
 from pathlib import Path
@@ -110,16 +111,27 @@ class PostgresServer(EmbeddedProcess):
             raise EmbeddedServiceError(f"PostgreSQL's initdb failed: {result.stderr.strip()}")
 
     def _hand_over(self) -> None:
-        # The other user may not be able to read where we are installed, below /root for instance, so it
-        # gets a copy, laid out as in the wheel: the binaries find their libraries by relative paths.
+        # The other user may not be able to read where we are installed, below /root for instance, so the files get
+        # a second place, laid out as in the wheel: the binaries find their libraries by relative paths.
         package = self._binaries.parents[1]
         copy = self.directory / "wheel" / package.name
-        shutil.copytree(self._binaries.parent, copy / self._binaries.parent.name)
+        shutil.copytree(self._binaries.parent, copy / self._binaries.parent.name, copy_function=_link_or_copy)
         libraries = package.with_name(f"{package.name}.libs")
         if libraries.exists():
-            shutil.copytree(libraries, copy.with_name(libraries.name))
+            shutil.copytree(libraries, copy.with_name(libraries.name), copy_function=_link_or_copy)
         self._binaries = copy / self._binaries.parent.name / "bin"
-        subprocess.run(["chown", "-R", UNPRIVILEGED_USER, str(self.directory)], check=True)
+        for directory, _, _ in os.walk(self.directory):
+            shutil.chown(directory, UNPRIVILEGED_USER)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    """Give a file a second place, in which everybody can read it."""
+    if Path(source).stat().st_mode & stat.S_IROTH:
+        with suppress(OSError):  # on another file system
+            os.link(source, target)
+            return
+    shutil.copy2(source, target)
+    shutil.chown(target, UNPRIVILEGED_USER)
 
 
 def _find_binaries() -> Path:
