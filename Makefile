@@ -23,18 +23,24 @@ PYTHON ?= $(shell for p in $(CANDIDATES); do "$$p" -c '$(FITS)' 2>/dev/null && {
 PIP_INSTALL := $(PY) -m pip install -qq --no-deps --no-compile --disable-pip-version-check --no-input
 LOCKED := $(PIP_INSTALL) --require-hashes --only-binary=:all:
 
-.PHONY: help demo test check format conformance interop chaos bench fuzz lock clean
+.PHONY: help demo test test-quick check format conformance interop chaos bench fuzz lock clean
 
 help: ## Show this list
 	@echo "Keepstream: a background worker for streaming LLM completions."
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/demo ## Run jobs through a real worker and watch them, with nothing else installed
 	@$(BIN)/keepstream demo $(ARGS)
 
+# Twice as many processes as cores, because these tests wait much; which of them run together, tests/conftest.py says.
+PYTEST := $(PY) -m pytest --numprocesses=auto --dist=loadgroup --no-loadscope-reorder
+
 test: $(VENV)/dev ## Run all tests, with real servers and real worker processes [ARGS=-x]
 	@echo "Running the tests; they start their own Valkey and PostgreSQL."
-	@$(PY) -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
+
+test-quick: $(VENV)/dev ## Run the tests that take less than a minute together: all but end-to-end ones [ARGS=-x]
+	@$(PYTEST) tests/unit tests/adapters $(ARGS)
 
 check: $(VENV)/dev ## Formatting, lint, types, layers, and that schemas and migrations match the code
 	$(PY) -m pip check

@@ -1,9 +1,10 @@
-"""The harness: a whole Keepstream on real servers, whose every part can be harmed.
+"""The test cluster: a whole Keepstream on real servers, every part of which can be harmed.
 
-In: what a test wants: a database, settings, scripted jobs, faults.  Out: worker processes, clients,
-followers in threads, and what the provider, the database, the log and the workers say afterwards.
-Exists so that end-to-end tests and the chaos suite break the same things in the same way, and wait for
-states instead of sleeping.
+In: what a test wants: a database, settings, scripted jobs, faults.
+Out: worker processes, clients, followers in threads, and afterwards what the provider, the database, the log and
+the workers say.
+
+End-to-end tests and the chaos suite share it, and wait for states instead of sleeping.
 """
 
 import itertools
@@ -35,13 +36,15 @@ from keepstream.results import CompletionResult
 from keepstream.transcript import Transcript
 from keepstream_worker.dev_stack.embedded import EmbeddedProcess, EmbeddedValkey
 from keepstream_worker.store import schema
+from tests.fork_server import ForkServer
 from tests.recording_provider import RecordingProviderProcess
 from tests.services import PostgresServer
 
 T = TypeVar("T")
 
-PATIENCE: Final = 60.0  #: Seconds; how long a busy machine may take for what takes one.
+PATIENCE: Final = 60.0  #: Seconds; how long a busy machine may take for what takes a second elsewhere.
 _POLL: Final = 0.02
+_LOG_SHOWN: Final = 3000  #: Characters of each worker's log that are shown with a test that failed.
 
 #: Everything faster than in production, so that a recovery takes seconds.
 FAST: Final[dict[str, Any]] = {
@@ -71,12 +74,13 @@ def wait_until(condition: Callable[[], T | None], what: str, timeout: float = PA
 
 
 class WorkerProcess(EmbeddedProcess):
-    """One worker, started as in production."""
+    """One worker, started as in production, or forked off if there is a server for that."""
 
-    def __init__(self, environment: dict[str, str], log: Path) -> None:
+    def __init__(self, environment: dict[str, str], log: Path, forks: ForkServer | None = None) -> None:
         super().__init__("worker")
+        self._forks = forks
         self._environment = environment
-        self._log = log
+        self.log = self._log = log
 
     @override
     def _command(self) -> list[str]:
@@ -90,12 +94,15 @@ class WorkerProcess(EmbeddedProcess):
     def _is_ready(self) -> bool:
         return bool(self.said("worker_started"))
 
+    @override
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        if self._forks is None:
+            return super()._spawn()
+        return self._forks.start("keepstream_worker.app", [], self._environment, self._log)
+
     def launch(self) -> None:
         """Start the worker and do not wait until it is at work."""
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                self._command(), stdout=log, stderr=log, start_new_session=True, **self._options()
-            )
+        self._process = self._spawn()
 
     @property
     def running(self) -> bool:
@@ -147,7 +154,7 @@ class WorkerProcess(EmbeddedProcess):
 
 
 class Following(threading.Thread):
-    """A follower in a thread; it holds what it was told."""
+    """A follower in a thread, which keeps the events it gets."""
 
     def __init__(self, client: Client, job_id: str, after: str | None = None, timeout: float = PATIENCE) -> None:
         super().__init__(name=f"follower-{job_id}", daemon=True)
@@ -160,21 +167,21 @@ class Following(threading.Thread):
     @override
     def run(self) -> None:
         try:
-            for told in self._events:
-                self.transcript.apply(told)
-                self.events.append(told)
+            for event in self._events:
+                self.transcript.apply(event)
+                self.events.append(event)
         except Exception as error:  # noqa: BLE001  # raised again in the test's thread
             self.error = error
 
     @property
     def ids(self) -> list[str]:
         """The ids of the events so far."""
-        return [told.id for told in self.events]
+        return [event.id for event in self.events]
 
     @property
     def types(self) -> list[str]:
         """The types of the events so far."""
-        return [told.type for told in self.events]
+        return [event.type for event in self.events]
 
     def wait_for(self, type_: str, count: int = 1, attempt: int | None = None) -> None:
         """Wait until ``count`` events of a type (of an attempt) have come."""
@@ -182,18 +189,19 @@ class Following(threading.Thread):
         def came() -> bool:
             if self.error is not None:
                 raise self.error
-            found = [one for one in list(self.events) if one.type == type_ and attempt in (None, one.attempt)]
+            found = [event for event in list(self.events) if event.type == type_ and attempt in (None, event.attempt)]
             return len(found) >= count
 
         wait_until(came, f"{count} {type_} of {self.name}")
 
     def to_the_end(self) -> Transcript:
-        """Wait for the terminal event, check that it is the only one, and return what the follower holds."""
+        """Wait for the terminal event, check that it is the only one, and return the follower's transcript."""
         self.join(PATIENCE)
         if self.error is not None:
             raise self.error
-        assert not self.is_alive(), f"{self.name} was not told the end; the last it heard is {self.events[-1:]}"
-        assert [told.id for told in self.events if told.type.startswith("job.")] == [self.events[-1].id]
+        assert not self.is_alive(), f"{self.name} did not get the end; its last event is {self.events[-1:]}"
+        ends = [event.id for event in self.events if event.type.startswith("job.")]
+        assert ends == [self.events[-1].id]
         return self.transcript
 
 
@@ -206,6 +214,7 @@ class Cluster:
         persistent: Whether Redis keeps its data when it is killed.
         postgres: The server behind ``database_url``, if it may be harmed.
         base: The workers' settings; what is in neither has its default.
+        forks: Starts the workers and the provider quickly; without it they are started as in production.
         settings: The workers' settings, over ``base``.
     """
 
@@ -217,14 +226,16 @@ class Cluster:
         persistent: bool = False,
         postgres: PostgresServer | None = None,
         base: Mapping[str, Any] = FAST,
+        forks: ForkServer | None = None,
         **settings: Any,
     ) -> None:
         self.directory = directory
         self.database_url = database_url
         self._postgres = postgres
+        self._forks = forks
         self.settings = {**base, **settings}
         self.valkey = EmbeddedValkey(persistent=persistent)
-        self.provider = RecordingProviderProcess()
+        self.provider = RecordingProviderProcess(forks=forks)
         self.workers: list[WorkerProcess] = []
         self._numbers = itertools.count(1)
         self._clients: list[Client] = []
@@ -278,7 +289,7 @@ class Cluster:
     def new_worker(self, **settings: Any) -> WorkerProcess:
         """Return a worker that is not started yet."""
         log = self.directory / f"worker-{next(self._numbers)}.log"
-        worker = WorkerProcess(self.environment(**settings), log)
+        worker = WorkerProcess(self.environment(**settings), log, self._forks)
         self.workers.append(worker)
         return worker
 
@@ -324,6 +335,10 @@ class Cluster:
             return next((worker for worker in self.workers if worker.running and worker.id == last.worker), None)
 
         return wait_until(holder, f"a worker that runs job {job_id}")
+
+    def worker_logs(self) -> list[tuple[str, str]]:
+        """Return the name and the end of each worker's log."""
+        return [(str(worker.log), worker.log.read_text(errors="replace")[-_LOG_SHOWN:]) for worker in self.workers]
 
     # -- jobs --
 

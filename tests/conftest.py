@@ -1,21 +1,97 @@
-"""Fixtures that more than one test module uses: real servers, started once, and a clean place on them for each test.
+"""Fixtures that more than one test module uses, and how the tests are spread over processes.
 
-In: requests of tests.  Out: URLs.  Exists so that a test needs to name what it wants and nothing else.
+In: requests of tests. Out: URLs of clean databases on real servers, which are started once a process.
 """
 
+import os
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
+from typing import Final
 
+import hypothesis
 import pytest
 import redis
+from xdist.workermanage import NodeManager
 
 from keepstream_worker.dev_stack.embedded import EmbeddedValkey, sqlite_url
 from keepstream_worker.dev_stack.scripted_provider import ScriptedProvider
+from tests.cluster import Cluster
+from tests.fork_server import ForkServer
 from tests.services import PostgresServer
 
 # A shell that runs us in the background has Ctrl-C ignored, and every process started here would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# A busy machine makes no example too slow, and runs at the same time do not share what they found.
+hypothesis.settings.register_profile(
+    "keepstream",
+    deadline=None,
+    database=None,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("keepstream")
+
+# After Ctrl-C a busy machine takes longer than xdist's ten seconds to stop the servers of all processes.
+NodeManager.EXIT_TIMEOUT = 60
+
+MOST_PROCESSES: Final = 8
+
+#: Modules with long tests. These begin first, so that none of them is left over at the end.
+LONGEST: Final = ("test_chaos", "test_outages", "test_recovery", "test_shutdown", "test_zombie", "test_load")
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Return how many processes ``-n auto`` means: two a core, because a test waits half of its time."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(2 * cores, MOST_PROCESSES)
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist takes note of the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put long tests first, and group those that run in one process under ``--dist loadgroup``.
+
+    Tests that share a fixture of their module are a group, so that it is set up once; quick tests are a group a module.
+    """
+
+    def place(item: pytest.Item) -> tuple[int, int]:
+        room = ("e2e", "adapters", "unit").index(item.path.parent.name)
+        if room:
+            return room, 0
+        if item.get_closest_marker("xdist_group"):
+            return 0, 0
+        return 0, 1 + (LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+    for item in items:
+        shared = _shared_fixtures(item)
+        if shared or item.path.parent.name != "e2e":
+            item.add_marker(pytest.mark.xdist_group(" ".join([item.path.stem, *shared])))
+    items.sort(key=place)
+
+
+def _shared_fixtures(item: pytest.Item) -> list[str]:
+    """Return the names of the fixtures that a test shares with its module."""
+    definitions = item._fixtureinfo.name2fixturedefs if isinstance(item, pytest.Function) else {}
+    return sorted(name for name, found in definitions.items() if found[-1].scope == "module")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show the workers' logs of a test that failed."""
+    report = yield
+    if report.failed:
+        for fixture in getattr(item, "funcargs", {}).values():
+            if isinstance(fixture, Cluster):
+                report.sections += fixture.worker_logs()
+    return report
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[ForkServer]:
+    """Starts workers quickly."""
+    with ForkServer() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

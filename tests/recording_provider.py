@@ -9,7 +9,9 @@ import argparse
 import asyncio
 import http.client
 import json
+import os
 import signal
+import subprocess
 import sys
 from collections import defaultdict
 from typing import Any, NamedTuple
@@ -20,6 +22,7 @@ from typing_extensions import override
 from keepstream_worker.dev_stack.embedded import EmbeddedProvider
 from keepstream_worker.dev_stack.scripted_provider import ScriptedProvider
 from keepstream_worker.dev_stack.scripted_provider.connection import Attempt, Connection, Playback, Request
+from tests.fork_server import ForkServer
 
 
 class ProviderAttempt(NamedTuple):
@@ -59,11 +62,21 @@ class RecordingProvider(ScriptedProvider):
 
 
 class RecordingProviderProcess(EmbeddedProvider):
-    """The recording provider in a process of its own."""
+    """The recording provider in a process of its own, forked off if there is a server for that."""
+
+    def __init__(self, *, forks: ForkServer | None = None) -> None:
+        super().__init__()
+        self._forks = forks
 
     @override
     def _command(self) -> list[str]:
         return [sys.executable, "-m", "tests.recording_provider", "--port", str(self.port)]
+
+    @override
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        if self._forks is None:
+            return super()._spawn()
+        return self._forks.start("tests.recording_provider", ["--port", str(self.port)], dict(os.environ), self._log)
 
     def stats(self) -> dict[str, Any]:
         """What ``/_stats`` shows."""

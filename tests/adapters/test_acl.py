@@ -15,6 +15,7 @@ from keepstream.jobs import parse_job
 from keepstream.names import QUEUE, control_channel, job_keys
 from keepstream_worker.dev_stack.embedded import sqlite_url
 from tests.cluster import Cluster
+from tests.fork_server import ForkServer
 
 GUIDE = Path(__file__).parents[2] / "docs" / "operations" / "running.md"
 USERS = re.findall(r"^user (\S+) (on .*)$", GUIDE.read_text(), re.MULTILINE)
@@ -23,10 +24,11 @@ JOB = {"model": "scripted-1", "messages": [{"role": "user", "content": "Hello!"}
 UrlOf = Callable[[str], str]
 
 
-@pytest.fixture
-def guarded(tmp_path: Path) -> Iterator[tuple[Cluster, UrlOf]]:
+@pytest.fixture(scope="module")
+def guarded_cluster(tmp_path_factory: pytest.TempPathFactory, forks: ForkServer) -> Iterator[tuple[Cluster, UrlOf]]:
     """A cluster whose worker is the guide's user `worker`, and the URL of each of the guide's users."""
-    with Cluster(tmp_path, sqlite_url(tmp_path / "keepstream.db")) as cluster:
+    directory = tmp_path_factory.mktemp("guarded")
+    with Cluster(directory, sqlite_url(directory / "keepstream.db"), forks=forks) as cluster:
         host = cluster.valkey.url.removeprefix("redis://")
 
         def url_of(user: str) -> str:
@@ -38,6 +40,14 @@ def guarded(tmp_path: Path) -> Iterator[tuple[Cluster, UrlOf]]:
                 admin.execute_command("ACL", "SETUSER", name, "reset", *own)
         cluster.start_worker(redis_url=url_of("worker"))
         yield cluster, url_of
+
+
+@pytest.fixture
+def guarded(guarded_cluster: tuple[Cluster, UrlOf]) -> tuple[Cluster, UrlOf]:
+    """The guarded cluster, in which nobody has been refused anything yet."""
+    with guarded_cluster[0].redis() as admin:
+        admin.execute_command("ACL", "LOG", "RESET")
+    return guarded_cluster
 
 
 def test_a_service_confined_to_its_tenant_enqueues_and_follows(guarded: tuple[Cluster, UrlOf]) -> None:

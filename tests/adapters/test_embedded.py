@@ -18,6 +18,21 @@ from keepstream_worker.dev_stack.embedded import EmbeddedProvider, EmbeddedServi
 from tests.services import PostgresServer
 
 
+def test_processes_that_look_for_ports_at_the_same_time_find_different_ones() -> None:
+    script = """if True:
+        from keepstream_worker.dev_stack.embedded import free_port
+        print(*(free_port() for _ in range(150)), flush=True)
+        input()
+    """
+    command = [sys.executable, "-c", script]
+    processes = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    found = [set(process.stdout.readline().split()) if process.stdout else set() for process in processes]
+    for process in processes:
+        process.communicate("\n")
+    assert [len(ports) for ports in found] == [99] * 3
+    assert len(set().union(*found)) == 3 * 99
+
+
 @pytest.fixture(scope="module")
 def own_postgres() -> Iterator[PostgresServer]:
     with PostgresServer() as server:

@@ -68,7 +68,7 @@ def subscribers(url: str) -> int:
 
 
 async def until_nobody_is_subscribed(url: str) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while subscribers(url):  # noqa: ASYNC110  # the server tells no one when a client leaves
             await asyncio.sleep(0.01)
 
@@ -407,7 +407,7 @@ async def test_a_silent_job_is_a_timeout(client: AsyncClient) -> None:
     began = time.monotonic()
     with pytest.raises(FollowTimeoutError):
         await anext(client.follow(JOB_ID, timeout=0.5))
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 30
 
 
 async def test_breaking_off_gives_the_connection_back(
@@ -434,7 +434,7 @@ def test_breaking_off_gives_the_sync_connection_back(redis_url: str) -> None:
 
 async def test_a_reader_that_is_cancelled_gives_its_connection_back(client: AsyncClient, redis_url: str) -> None:
     reader = asyncio.create_task(collect(client))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not subscribers(redis_url):  # noqa: ASYNC110  # the server tells no one
             await asyncio.sleep(0.01)
     reader.cancel()

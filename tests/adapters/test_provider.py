@@ -633,7 +633,7 @@ async def test_an_errors_body_that_stalls_or_never_ends_is_given_up(monkeypatch:
             await exchange.send(chunk(b"x" * 65_536))
 
     assert (await failure_of(endless)).code is ErrorCode.SERVER_ERROR
-    assert time.monotonic() - started < 5.0
+    assert time.monotonic() - started < 30.0
 
 
 async def test_a_compressed_error_body_is_understood() -> None:
@@ -697,7 +697,7 @@ async def test_the_idle_limit_replaces_the_first_token_limit_once_data_came() ->
     started = time.monotonic()
     failure = await failure_of(stall_after_data, Timeouts(connect=10.0, first_token=60.0, idle=0.2))
     assert failure.code is ErrorCode.TIMEOUT
-    assert time.monotonic() - started < 5.0
+    assert time.monotonic() - started < 30.0
 
 
 async def test_data_in_time_keeps_a_stream_alive_beyond_the_limit() -> None:
@@ -706,11 +706,11 @@ async def test_data_in_time_keeps_a_stream_alive_beyond_the_limit() -> None:
         await exchange.send(CHUNKED)
         for _ in range(12):
             await exchange.send(chunk(EVENT))
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.1)
         await exchange.send(END)
 
     async with RawServer(behave) as server, provider_at(server.base_url) as provider:
-        assert await read(provider, timeouts=Timeouts(connect=10.0, first_token=0.3, idle=0.3)) == EVENT * 12
+        assert await read(provider, timeouts=Timeouts(connect=10.0, first_token=1.0, idle=1.0)) == EVENT * 12
 
 
 async def test_time_that_the_reader_takes_is_not_the_providers() -> None:
@@ -802,8 +802,8 @@ async def test_cancelling_closes_the_connection_within_milliseconds(
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        await asyncio.wait_for(gone.wait(), 5.0)
-        assert time.monotonic() - started < 0.2
+        await asyncio.wait_for(gone.wait(), 30.0)
+        assert time.monotonic() - started < 3.0, "sooner than an idle connection would be closed"
 
 
 async def test_an_exception_of_the_reader_closes_the_connection_and_goes_on() -> None:
@@ -823,7 +823,7 @@ async def test_an_exception_of_the_reader_closes_the_connection_and_goes_on() ->
     async with RawServer(behave) as server, provider_at(server.base_url) as provider:
         with pytest.raises(ZeroDivisionError):
             await stumble(provider)
-        await asyncio.wait_for(gone.wait(), 5.0)
+        await asyncio.wait_for(gone.wait(), 30.0)
 
 
 async def test_a_burst_of_requests_times_none_of_them_out() -> None:

@@ -68,7 +68,7 @@ async def post(http: httpx2.AsyncClient, script: dict[str, Any], **request: Any)
 
 async def client_closed(http: httpx2.AsyncClient, key: str) -> dict[str, Any]:
     """Wait until the client of a key's last attempt has closed its connection, and return the attempt."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while True:
             attempt: dict[str, Any] = (await http.get("/_stats")).json()["keys"][key]
             if attempt["client_closed_ns"] is not None:
@@ -189,7 +189,7 @@ async def test_stamps_are_the_time_of_sending(client: openai.AsyncOpenAI) -> Non
 async def test_a_paced_stream_takes_its_time_and_no_more(http: httpx2.AsyncClient) -> None:
     started = time.monotonic()
     await post(http, {"deltas": 50, "rate": 100})
-    assert 0.49 < time.monotonic() - started < 2
+    assert 0.49 < time.monotonic() - started < 10
 
 
 async def test_delays_come_before_the_headers_and_before_the_first_delta(http: httpx2.AsyncClient) -> None:
@@ -486,5 +486,5 @@ def test_as_a_process_it_tells_its_url_in_one_line_and_ends_cleanly(signum: sign
         with httpx2.stream("POST", f"{base_url}/chat/completions", json=body, trust_env=False) as response:
             assert response.status_code == 200
             process.send_signal(signum)
-            output, errors = process.communicate(timeout=10)
+            output, errors = process.communicate(timeout=60)
     assert (process.returncode, output, errors) == (0, "", "")

@@ -21,7 +21,7 @@ GENERATIONS: Final = 3
 WORKERS: Final = 3
 GRACE: Final = 6.0
 RATE: Final = 20.0  #: Deltas per second of each stream.
-_SLACK: Final = 1.0  #: Seconds by which a stream that just fits into the grace period may miss it.
+SLACK: Final = 1.0  #: Seconds by which a stream that just fits into the grace period may miss it.
 
 
 def run(
@@ -31,6 +31,7 @@ def run(
     generations: int = GENERATIONS,
     workers: int = WORKERS,
     grace: float = GRACE,
+    slack: float = SLACK,
 ) -> Report:
     """Run the item and check the results."""
     report = Report(f"rolling deploy ({generations} generations of {workers} workers, {sandbox.database})")
@@ -53,7 +54,7 @@ def run(
         report.count("workers replaced", len(stop_requested))
         report.count("time a worker took to end", spread(took))
         report.count_each("worker", codes)
-        _judge(report, cluster, results, stop_requested, grace)
+        _judge(report, cluster, results, stop_requested, grace - slack)
     return report
 
 
@@ -81,7 +82,7 @@ class _Load(threading.Thread):
 
 
 def _judge(
-    report: Report, cluster: Cluster, results: list[CompletionResult], stop_requested: dict[str, float], grace: float
+    report: Report, cluster: Cluster, results: list[CompletionResult], stop_requested: dict[str, float], enough: float
 ) -> None:
     streams = cluster.provider.history()
     restarted = [result for result in results if len(result.attempts) > 1]
@@ -108,7 +109,7 @@ def _judge(
             for result in restarted
             for attempt, stream in zip(result.attempts, streams[result.id], strict=True)
             if attempt.outcome == "interrupted"
-            and stream.started + _seconds(result) < stop_requested[str(attempt.worker)] + grace - _SLACK
+            and stream.started + _seconds(result) < stop_requested[str(attempt.worker)] + enough
         ],
     )
 

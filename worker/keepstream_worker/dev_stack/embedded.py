@@ -7,6 +7,8 @@ The servers are in sessions of their own, so that Ctrl-C reaches only us: we sto
 """
 
 import contextlib
+import functools
+import itertools
 import secrets
 import shutil
 import signal
@@ -15,6 +17,7 @@ import subprocess
 import tempfile
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -29,6 +32,7 @@ STOP_TIMEOUT: Final = 10.0  #: Seconds that a server has to shut down before it 
 
 _POLL_INTERVAL: Final = 0.01  #: Seconds between two checks whether a server answers.
 _PORTS: Final = range(20_000, 32_000)
+_BLOCK: Final = 100  #: Ports that one process hands out.
 _LOG_TAIL: Final = 2000  #: Characters of a server's log in an error message.
 _ALTERNATIVE: Final = "start a Redis, set KEEPSTREAM_REDIS_URL, and run `keepstream worker` instead of demo or dev"
 
@@ -48,11 +52,29 @@ def free_port() -> int:
     It is below the range from which the system takes ports for outgoing connections.  A port of that range
     could be taken while its server restarts, even by a client that tries to reconnect.
     """
-    while True:
-        port = _PORTS.start + secrets.randbelow(len(_PORTS))
+    _, ports = _own_block()
+    for port in ports:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
+    raise AssertionError("unreachable: the ports come round again")
+
+
+@functools.cache
+def _own_block() -> tuple[socket.socket, Iterator[int]]:
+    """Claim a block of ports; processes that look for ports at the same time do not take them from each other.
+
+    Whoever has bound the first port of a block hands out the others, until its process ends.
+    """
+    while True:
+        first = secrets.choice(_PORTS[::_BLOCK])
+        claim = socket.socket()
+        try:
+            claim.bind(("127.0.0.1", first))
+        except OSError:
+            claim.close()
+        else:
+            return claim, itertools.cycle(range(first + 1, first + _BLOCK))
 
 
 class EmbeddedProcess(ABC):
@@ -82,9 +104,7 @@ class EmbeddedProcess(ABC):
         """Start the server and wait until it answers; raise ``EmbeddedServiceError`` if it does not."""
         if self._process is not None:
             raise EmbeddedServiceError(f"{self.name} is running already")
-        command = self._command()
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, **self._options())
+        self._process = self._spawn()
         try:
             self._wait_until_ready(self._process)
         except BaseException:  # Ctrl-C, too, must not leave a process behind.
@@ -155,6 +175,11 @@ class EmbeddedProcess(ABC):
     def _options(self) -> dict[str, Any]:
         """Return further arguments for ``subprocess.Popen``."""
         return {}
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        """Start the process; what it prints is appended to its log."""
+        with self._log.open("ab") as log:
+            return subprocess.Popen(self._command(), stdout=log, stderr=log, start_new_session=True, **self._options())
 
     def _signal(self, signum: signal.Signals) -> None:
         if self._process is not None:
