@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from pydantic.json_schema import GenerateJsonSchema, models_json_schema
-from typing_extensions import override
 
 from keepstream import names
 from keepstream.errors import ErrorCode
@@ -31,7 +30,6 @@ _DIALECT: Final = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
 class _Generator(GenerateJsonSchema):
     """pydantic's generator, but for the titles of fields, of each of which code generators make a type."""
 
-    @override
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False
 
