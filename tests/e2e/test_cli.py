@@ -110,10 +110,10 @@ def started(env: dict[str, str], *args: str, cwd: Path | None = None) -> Iterato
         if process.poll() is None:
             family = psutil.Process(process.pid).children(recursive=True)
             process.kill()
-            process.communicate()
-            for member in family:
+            for member in family:  # before the pipes are read to their end, which the family holds open
                 with contextlib.suppress(psutil.NoSuchProcess):
                     member.kill()
+            process.communicate()
 
 
 # -- help -----------------------------------------------------------------------------------------
