@@ -39,8 +39,8 @@ test: $(VENV)/dev ## Run all tests, with real servers and real worker processes 
 	@echo "Running the tests; they start their own Valkey and PostgreSQL."
 	@$(PYTEST) $(ARGS)
 
-test-quick: $(VENV)/dev ## Run the tests that take less than a minute together: all but end-to-end ones [ARGS=-x]
-	@$(PYTEST) tests/unit tests/adapters $(ARGS)
+test-quick: $(VENV)/dev ## Run the quick tests, in less than a minute [ARGS=-x]
+	@$(PYTEST) -m "not slow" tests/unit tests/adapters $(ARGS)
 
 check: $(VENV)/dev ## Formatting, lint, types, layers, and that schemas and migrations match the code
 	$(PY) -m pip check

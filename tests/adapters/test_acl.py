@@ -21,6 +21,8 @@ GUIDE = Path(__file__).parents[2] / "docs" / "operations" / "running.md"
 USERS = re.findall(r"^user (\S+) (on .*)$", GUIDE.read_text(), re.MULTILINE)
 JOB = {"model": "scripted-1", "messages": [{"role": "user", "content": "Hello!"}]}
 
+pytestmark = pytest.mark.slow
+
 UrlOf = Callable[[str], str]
 
 

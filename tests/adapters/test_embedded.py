@@ -17,6 +17,8 @@ import sqlalchemy
 from keepstream_worker.dev_stack.embedded import EmbeddedProvider, EmbeddedServiceError, EmbeddedValkey, sqlite_url
 from tests.services import PostgresServer
 
+pytestmark = pytest.mark.slow
+
 
 def test_processes_that_look_for_ports_at_the_same_time_find_different_ones() -> None:
     script = """if True:
