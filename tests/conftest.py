@@ -39,7 +39,15 @@ NodeManager.EXIT_TIMEOUT = 60
 MOST_PROCESSES: Final = 8
 
 #: Modules with long tests. These begin first, so that none of them is left over at the end.
-LONGEST: Final = ("test_chaos", "test_outages", "test_recovery", "test_shutdown", "test_zombie", "test_installed", "test_load")
+LONGEST: Final = (
+    "test_chaos",
+    "test_outages",
+    "test_recovery",
+    "test_shutdown",
+    "test_zombie",
+    "test_installed",
+    "test_load",
+)
 
 
 def pytest_xdist_auto_num_workers() -> int:
