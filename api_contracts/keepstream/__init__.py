@@ -91,9 +91,10 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name not in _CLIENT_PACKAGES:
             raise
+        from keepstream.names import install_hint
+
         raise ImportError(
-            f"keepstream.{name} needs '{error.name}', which is not installed; install the extra 'client':"
-            " pip install 'keepstream[client]'",
+            f"keepstream.{name} needs '{error.name}', which is not installed; {install_hint('client')}",
             name=error.name,
         ) from error
     value = getattr(module, name)

@@ -8,7 +8,6 @@ chat-completions body and reaches the provider as it is. Both are checked in the
 mistakes are reported where they are made.
 """
 
-import difflib
 import hashlib
 import json
 import re
@@ -286,8 +285,7 @@ def _unknown_name(name: object, known: Iterable[str]) -> str:
 
 
 def _most_similar(name: str, candidates: Iterable[object]) -> str | None:
-    texts = [_shown(candidate) for candidate in candidates]
-    return next(iter(difflib.get_close_matches(name, texts, n=1, cutoff=_SIMILAR)), None)
+    return names.nearest(name, (_shown(candidate) for candidate in candidates), _SIMILAR)
 
 
 def _shown(name: object) -> str:

@@ -74,9 +74,12 @@ def parse_event_id(text: str) -> EventId:
     return EventId(int(attempt), int(n))
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name that ``name`` most likely was meant to be; None: it resembles none of them."""
-    return next(iter(get_close_matches(name, list(known), n=1)), None)
+def nearest(name: str, known: Iterable[str], similarity: float = 0.6) -> str | None:
+    """Return the known name that ``name`` most likely was meant to be; None: it resembles none of them.
+
+    ``similarity`` is the least ratio, from 0 to 1, as difflib computes it.
+    """
+    return next(iter(get_close_matches(name, list(known), n=1, cutoff=similarity)), None)
 
 
 def install_hint(extra: str) -> str:

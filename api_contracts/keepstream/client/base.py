@@ -5,7 +5,6 @@ cancel, stored results, and the follower's runs, to ``keepstream.client.sync`` a
 """
 
 import contextlib
-import difflib
 import json
 import os
 import re
@@ -215,5 +214,5 @@ def _setting(argument: str, variable: str) -> Iterator[None]:
 def _misspelt(variable: str) -> str:
     """Return a hint for an error message if a variable is set whose name is nearly ``variable``."""
     others = {name.upper(): name for name in os.environ if name not in _VARIABLES}
-    similar = difflib.get_close_matches(variable, others, n=1, cutoff=0.85)
-    return f" ({others[similar[0]]} is set: is that the one you mean?)" if similar else ""
+    similar = names.nearest(variable, others, 0.85)
+    return f" ({others[similar]} is set: is that the one you mean?)" if similar else ""

@@ -16,6 +16,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, Resourc
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from keepstream.errors import InvalidSettingError, StoreUnavailableError
+from keepstream.names import install_hint
 
 
 class ClientDatabase:
@@ -74,8 +75,7 @@ def make_engine(url: str, application: str = "keepstream", *, pool_size: int = 5
         if error.name != "psycopg":
             raise
         raise InvalidSettingError(
-            "PostgreSQL needs 'psycopg', which is not installed; install the extra 'postgres':"
-            " pip install 'keepstream[postgres]'"
+            f"PostgreSQL needs 'psycopg', which is not installed; {install_hint('postgres')}"
         ) from error
     except (ArgumentError, NoSuchModuleError, ValueError):  # ValueError: the port is no number
         pass  # raised below, so that no cause repeats the URL
