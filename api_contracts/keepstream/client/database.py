@@ -68,7 +68,7 @@ def make_engine(url: str, application: str = "keepstream", *, pool_size: int = 5
         if parsed.get_backend_name() == "sqlite":
             return _sqlite(parsed, writer=writer)
         return _postgresql(parsed, application, pool_size)
-    except (ArgumentError, NoSuchModuleError, ModuleNotFoundError):
+    except (ArgumentError, NoSuchModuleError, ModuleNotFoundError, ValueError):  # the last one: of a port
         raise InvalidSettingError(
             "the database URL cannot be used; it looks like sqlite:///jobs.db or postgresql://user:password@host/name,"
             " and PostgreSQL needs the extra 'postgres'"
