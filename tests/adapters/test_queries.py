@@ -327,7 +327,9 @@ def test_a_database_that_is_away_is_an_error_without_the_password() -> None:
     database.close()
 
 
-@pytest.mark.parametrize("url", ["", "nonsense", "redis://localhost", "postgresql+nodriver://u:hunter2@h/d"])
+@pytest.mark.parametrize(
+    "url", ["", "nonsense", "redis://localhost", "postgresql+nodriver://u:hunter2@h/d", "postgresql://u:hunter2@h:x/d"]
+)
 def test_a_url_that_is_none_is_an_error_without_its_text(url: str) -> None:
     with pytest.raises(InvalidSettingError, match="sqlite:///") as caught:
         ClientDatabase(url)

@@ -50,9 +50,9 @@ _CUT: Final[dict[str, Any]] = {
     "faults": [{"kind": "cut", "after": 25}],
 }
 _SQL: Final = """\
-  SELECT status, output_sha256, content, name, arguments
-    FROM keepstream_jobs j JOIN keepstream_choices c ON c.job_id = j.id
-    LEFT JOIN keepstream_tool_calls t ON t.job_id = j.id WHERE j.id = ?"""
+  SELECT status, output_sha256, content, name, arguments FROM keepstream_jobs
+    JOIN keepstream_choices c ON c.job_id = id LEFT JOIN keepstream_tool_calls t ON t.job_id = id
+   WHERE id = ?"""
 
 
 def run_demo(console: Console, *, cut: bool = False) -> bool:
