@@ -21,7 +21,7 @@ def engine(database_url: str) -> Iterator[Engine]:
 
 
 def test_migrated_tables_are_the_published_ones(engine: Engine) -> None:
-    """When it fails: write a migration, or the column that the tables lack."""
+    """If this fails, a migration or a column of the tables is missing."""
     schema.migrate(engine)
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": True})

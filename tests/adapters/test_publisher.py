@@ -135,7 +135,7 @@ def test_script_behaves_like_its_model(redis_url: str, schedule: list[Any]) -> N
                     case "lose everything":
                         client.delete(KEYS.log)
                         model.lose(len(model.log))
-                    case "lose an entry":  # as a replica that was behind; the stream's own last id goes back with it
+                    case "lose an entry":  # as on a replica that lags; the stream's last id goes back with it
                         keep = [(str(here), {"event": event}) for here, event in model.log[:-1]]
                         client.delete(KEYS.log)
                         for entry_id, fields in keep:
@@ -386,7 +386,7 @@ async def test_what_is_forgotten_during_a_flush_that_fails_stays_forgotten(
     server.freeze()
     forgotten.say("word ")
     await until(lambda: publisher._in_flight)
-    forgotten.publication.needs_snapshot = True  # it would take the id of the end, which the sweeps will tell
+    forgotten.publication.needs_snapshot = True  # it would take the id of the end, which a sweep will publish
     forgotten.end()
     forgotten.publication.forget()
     server.kill()
@@ -400,7 +400,7 @@ async def test_what_is_forgotten_during_a_flush_that_fails_stays_forgotten(
 
 
 def announce(publisher: Publisher, terminal: EventId, text: str) -> Publication:
-    """Publish a terminal event that somebody else may have published, as the announcer does."""
+    """Publish a terminal event that may have been published already, as the announcer does."""
     publication = publisher.resume(
         "default",
         "job-1",
@@ -465,7 +465,7 @@ async def test_closing_sends_what_is_pending_and_never_hangs(server: EmbeddedVal
         job = Job(publisher, job_id=f"job-{number}")
         assert await job.is_sent()
         job.say("the last ", "words")
-        for _ in range(number % 5):  # so that the end meets the flush in each of its moments
+        for _ in range(number % 5):  # so that the end meets every phase of a flush
             await asyncio.sleep(0)
         async with asyncio.timeout(PATIENCE):
             await publisher.close(timeout=3)
