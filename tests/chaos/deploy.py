@@ -21,7 +21,7 @@ GENERATIONS: Final = 3
 WORKERS: Final = 3
 GRACE: Final = 6.0
 RATE: Final = 20.0  #: Deltas per second of each stream.
-_SLACK: Final = 1.0  #: Seconds by which a stream that just fits into the grace period may miss it.
+SLACK: Final = 1.0  #: Seconds by which a stream that just fits into the grace period may miss it.
 
 
 def run(
@@ -31,29 +31,30 @@ def run(
     generations: int = GENERATIONS,
     workers: int = WORKERS,
     grace: float = GRACE,
+    slack: float = SLACK,
 ) -> Report:
     """Run the item and check the results."""
     report = Report(f"rolling deploy ({generations} generations of {workers} workers, {sandbox.database})")
     with sandbox.cluster("deploy", shutdown_grace=grace) as cluster:
         current = cluster.start_workers(workers)
         load = _Load(cluster, random.Random(seed), grace)
-        stop_requested: dict[str, float] = {}  # worker id → when it was asked to stop
+        told: dict[str, float] = {}  # worker id → when it was told to end
         took: list[float] = []
         codes: Counter[str] = Counter()
         for _ in range(generations - 1):
             for worker in list(current):
                 current.append(cluster.start_worker())
-                stop_requested[worker.id] = time.monotonic()
+                told[worker.id] = time.monotonic()
                 worker.terminate()
                 codes[f"exit code {worker.wait()}"] += 1
-                took.append(time.monotonic() - stop_requested[worker.id])
+                took.append(time.monotonic() - told[worker.id])
                 current.remove(worker)
         load.stop()
         results = [cluster.wait_for(job_id) for job_id in load.job_ids]
-        report.count("workers replaced", len(stop_requested))
+        report.count("workers replaced", len(told))
         report.count("time a worker took to end", spread(took))
         report.count_each("worker", codes)
-        _judge(report, cluster, results, stop_requested, grace)
+        _judge(report, cluster, results, told, grace - slack)
     return report
 
 
@@ -81,34 +82,30 @@ class _Load(threading.Thread):
 
 
 def _judge(
-    report: Report, cluster: Cluster, results: list[CompletionResult], stop_requested: dict[str, float], grace: float
+    report: Report, cluster: Cluster, results: list[CompletionResult], told: dict[str, float], enough: float
 ) -> None:
     streams = cluster.provider.history()
     restarted = [result for result in results if len(result.attempts) > 1]
     report.count_each("job", Counter(result.status.value for result in results))
-    report.count_each("attempt", Counter(str(attempt.outcome) for result in results for attempt in result.attempts))
+    report.count_each("attempt", Counter(str(one.outcome) for result in results for one in result.attempts))
     report.count("jobs that ran on two workers or more", len(restarted))
-    report.check(
-        "no job fails",
-        [f"{result.id}: {result.error}" for result in results if result.status is not JobStatus.COMPLETED],
-    )
+    report.check("no job fails", [f"{one.id}: {one.error}" for one in results if one.status is not JobStatus.COMPLETED])
     report.check(
         "attempts end only by finishing or at the end of the grace period",
         [
-            f"{result.id}: {attempt.outcome}, {attempt.error}"
+            f"{result.id}: {one.outcome}, {one.error}"
             for result in results
-            for attempt in result.attempts
-            if attempt.outcome not in ("finished", "interrupted")
+            for one in result.attempts
+            if one.outcome not in ("finished", "interrupted")
         ],
     )
     report.check(
         "no attempt is restarted that could have finished",
         [
-            f"{result.id}: attempt {attempt.number}"
+            f"{result.id}: attempt {one.number}"
             for result in restarted
-            for attempt, stream in zip(result.attempts, streams[result.id], strict=True)
-            if attempt.outcome == "interrupted"
-            and stream.started + _seconds(result) < stop_requested[str(attempt.worker)] + grace - _SLACK
+            for one, stream in zip(result.attempts, streams[result.id], strict=True)
+            if one.outcome == "interrupted" and stream.started + _seconds(result) < told[str(one.worker)] + enough
         ],
     )
 
