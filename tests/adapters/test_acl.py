@@ -58,7 +58,7 @@ def test_a_service_confined_to_its_tenant_enqueues_and_follows(guarded: tuple[Cl
         events = list(client.follow(client.enqueue(JOB)))
     assert events[-1].type == "job.completed"
     with cluster.redis() as admin:
-        assert [(entry["username"], entry["object"]) for entry in admin.acl_log()] == []  # nobody was refused anything
+        assert [(entry["username"], entry["object"]) for entry in admin.acl_log()] == []  # no command was refused
 
 
 @pytest.mark.parametrize("with_database", [False, True])
@@ -122,7 +122,7 @@ def test_a_producer_can_put_jobs_on_the_queue_and_read_nothing(guarded: tuple[Cl
 
 
 def test_nobody_without_a_password_gets_in(guarded: tuple[Cluster, UrlOf]) -> None:
-    """As the guide has it; here the default user stays, for the test's own use."""
+    """As in the guide, except that the test keeps the default user for itself."""
     assert re.search(r"^user default off$", GUIDE.read_text(), re.MULTILINE)
     _, url_of = guarded
     stranger = Client(url_of("producer").replace("producer-password", "wrong"))

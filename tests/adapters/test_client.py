@@ -65,7 +65,7 @@ def sent_job(message: dict[str, Any]) -> Any:
 
 @pytest.fixture
 def own_valkey() -> Iterator[EmbeddedValkey]:
-    """A server to be harmed."""
+    """A server that the test may harm."""
     with EmbeddedValkey() as server:
         yield server
 
@@ -285,7 +285,7 @@ def test_a_client_recovers_with_its_broker(own_valkey: EmbeddedValkey) -> None:
         client.enqueue(model="m", messages=MESSAGES)
         own_valkey.restart()
         job_id = ""
-        for _ in range(2):  # the first one may meet the old connection
+        for _ in range(2):  # the first may use the old connection
             try:
                 job_id = client.enqueue(model="m", messages=MESSAGES)
                 break
@@ -355,7 +355,7 @@ def test_a_cancel_that_nobody_can_keep_is_an_error(own_valkey: EmbeddedValkey, t
         Client(own_valkey.url, database_url=make_tables(sqlite_url(tmp_path / "db"))) as full,
     ):
         own_valkey.kill()
-        for client in (bare, full):  # the second one has a database, but no row of this job
+        for client in (bare, full):  # the second has a database, but no row for this job
             with pytest.raises(BrokerUnavailableError):
                 client.cancel("some-job")
 

@@ -18,7 +18,7 @@ from keepstream_worker.store.database import StoreRefusedError, WorkerDatabase
 
 @contextlib.asynccontextmanager
 async def opened(url: str) -> AsyncIterator[WorkerDatabase]:
-    """A database whose threads end with the test."""
+    """A database whose threads stop with the test."""
     database = WorkerDatabase(make_engine(url, writer=True))
     try:
         yield database
@@ -156,6 +156,6 @@ async def test_sqlite_that_cannot_be_written_is_an_outage_and_a_constraint_is_no
         await database.run(execute, "INSERT INTO t VALUES (1)")
         with pytest.raises(StoreRefusedError):
             await database.run(execute, "INSERT INTO t VALUES (1)")
-        await database.run(execute, "PRAGMA max_page_count = 1")  # the file may not grow: as on a full disk
+        await database.run(execute, "PRAGMA max_page_count = 1")  # the file cannot grow, as on a full disk
         with pytest.raises(StoreUnavailableError):
             await database.run(execute, "CREATE TABLE u AS SELECT zeroblob(1000000) AS x")

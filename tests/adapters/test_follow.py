@@ -75,7 +75,7 @@ async def until_nobody_is_subscribed(url: str) -> None:
 
 @pytest.fixture
 async def log(redis_url: str) -> AsyncIterator[redis.asyncio.Redis]:
-    """A connection for the hand that publishes."""
+    """A connection for publishing."""
     async with redis.asyncio.Redis.from_url(redis_url) as connection:
         yield connection
 
@@ -276,7 +276,7 @@ async def test_a_frozen_redis_is_waited_for() -> None:
             for event in HISTORY[:5]:
                 await append(log, KEYS, event)
             server.freeze()
-            await asyncio.sleep(7)  # longer than every time-out of the client: it has given up its connections
+            await asyncio.sleep(7)  # longer than all time-outs of the client, so its connections are gone
             server.thaw()
             for event in HISTORY[5:]:
                 await append(log, KEYS, event)

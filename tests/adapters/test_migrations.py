@@ -22,7 +22,7 @@ def engine(database_url: str) -> Iterator[Engine]:
 
 
 def test_migrated_tables_are_the_published_ones(engine: Engine) -> None:
-    """When it fails: write a migration, or the column that the tables lack."""
+    """If this fails, a migration or a column of the tables is missing."""
     schema.migrate(engine)
     with engine.begin() as connection:
         command.check(schema._config(connection))

@@ -39,7 +39,7 @@ def chunk(data: bytes) -> bytes:
 
 
 class Exchange:
-    """One connection of a raw server: reads requests, writes whatever the test wants."""
+    """One connection of a raw server: reads requests and writes what the test wants."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
@@ -76,7 +76,7 @@ Behaviour = Callable[[Exchange], Awaitable[None]]
 
 
 class RawServer:
-    """A TCP server that behaves as a function tells it; ``connections`` counts those it had."""
+    """A TCP server whose behaviour is a function; ``connections`` counts its connections so far."""
 
     def __init__(self, behaviour: Behaviour, tls: ssl.SSLContext | None = None) -> None:
         self._behaviour = behaviour
@@ -137,7 +137,7 @@ async def failure_of(behaviour: Behaviour, timeouts: Timeouts = PATIENT) -> Fail
 
 
 def answering(*parts: bytes) -> Behaviour:
-    """Answer every request with ``parts``, each written and flushed, then go on listening."""
+    """Answer every request with ``parts``, each written and flushed, then keep listening."""
 
     async def behave(exchange: Exchange) -> None:
         while True:
@@ -737,7 +737,7 @@ async def test_a_connection_that_is_never_accepted_is_a_timeout() -> None:
     with socket.socket() as full:
         full.bind(("127.0.0.1", 0))
         full.listen(0)
-        fillers = [socket.socket() for _ in range(4)]  # The queue of a socket that accepts nobody.
+        fillers = [socket.socket() for _ in range(4)]  # fill the queue of a socket that accepts nobody
         for filler in fillers:
             filler.setblocking(False)
             filler.connect_ex(full.getsockname())

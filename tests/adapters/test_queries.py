@@ -161,7 +161,7 @@ def test_a_waiting_job_that_is_cancelled_keeps_its_output_and_its_bill(connectio
     assert queries.cancel(connection, job.tenant, job.id) is JobStatus.CANCELLED
     stored = queries.get(connection, job.tenant, job.id)
     assert stored is not None
-    assert (stored.attempt, stored.terminal_event_id) == (2, "2-2")  # 2-1 is a snapshot of what is kept
+    assert (stored.attempt, stored.terminal_event_id) == (2, "2-2")  # 2-1 is a snapshot of the partial output
     assert stored.partial
     assert [choice.content for choice in stored.choices] == ["a", "b"]
     assert stored.output_sha256 == output_sha256(["a", "b"])
@@ -280,7 +280,7 @@ def test_a_tenant_does_not_see_anothers_jobs(connection: Connection) -> None:
 def test_a_listing_goes_through_all_pages_newest_first(connection: Connection) -> None:
     made = []
     for number in range(25):
-        made.append(make_job(id=f"job-{number % 7}-{number}"))  # equal times, ids in no order
+        made.append(make_job(id=f"job-{number % 7}-{number}"))  # equal times, ids in random order
         queries.enqueue(connection, made[-1])
     seen: list[str] = []
     before = None

@@ -59,7 +59,7 @@ def finish_reasons(chunks: list[ChatCompletionChunk]) -> list[str]:
 
 
 async def post(http: httpx2.AsyncClient, script: dict[str, Any], **request: Any) -> bytes:
-    """Return the body of a stream, as far as it came; a broken connection is raised."""
+    """Return the body of a stream; raise if the connection breaks."""
     body = {"model": "m", "messages": PROMPT, "stream": True, "script": script, **request}
     async with http.stream("POST", "/v1/chat/completions", json=body) as response:
         response.raise_for_status()

@@ -112,7 +112,7 @@ class Store:
         return result
 
     def dead(self, worker: str = "w1") -> None:
-        """Let a worker's last sign of life be long ago."""
+        """Make a worker's last heartbeat old."""
         self.alive(worker)
         with self.engine.begin() as connection:
             connection.execute(
@@ -196,7 +196,7 @@ def test_other_request_under_the_same_id_is_refused_and_changes_nothing(db: Stor
 
 
 def test_claim_repeated_by_the_same_worker_is_adopted(db: Store) -> None:
-    """Its commit may have been cut after it went through."""
+    """The commit may have succeeded although its answer was lost."""
     first = db.claimed()
     again = db.claimed()
     assert (again.attempt, again.tries) == (first.attempt, first.tries)
@@ -244,7 +244,7 @@ def test_many_workers_that_claim_the_same_jobs_get_each_of_them_once(engine: Eng
         for position in range(0, len(names), 5):
             group = names[position : position + 5]
             if int(worker) % 2:
-                group.reverse()  # no two workers ask in the same order
+                group.reverse()  # no two workers use the same order
             answers = Store(engine)(store.claim, *(request(job_id, worker) for job_id in group))
             won += [job_id for job_id, answer in zip(group, answers, strict=True) if isinstance(answer, Claim)]
         return won

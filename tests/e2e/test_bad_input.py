@@ -27,7 +27,7 @@ MESSAGES = [{"role": "user", "content": "a prompt that belongs in no log"}]
 
 @pytest.fixture
 def strict_provider(monkeypatch: pytest.MonkeyPatch) -> Iterator[EmbeddedProvider]:
-    """A provider that accepts one key only."""
+    """A provider that accepts only one key."""
     monkeypatch.setenv(ENV_API_KEY, RIGHT_KEY)
     with EmbeddedProvider() as provider:
         monkeypatch.delenv(ENV_API_KEY)
@@ -36,7 +36,7 @@ def strict_provider(monkeypatch: pytest.MonkeyPatch) -> Iterator[EmbeddedProvide
 
 @pytest.fixture
 def providers_file(strict_provider: EmbeddedProvider, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Four named providers: one that works, one with a wrong key, one whose key is not set, one that is not there."""
+    """Four named providers: one that works, one with a wrong key, one without its key, one that does not exist."""
     monkeypatch.setenv("RIGHT_KEY", RIGHT_KEY)
     monkeypatch.setenv("WRONG_KEY", WRONG_KEY)
     tables = {
@@ -62,7 +62,7 @@ def messages(cluster: Cluster) -> list[dict[str, Any]]:
 
 
 def wait_for_records(cluster: Cluster, count: int) -> list[dict[str, Any]]:
-    """Wait until so many messages are recorded as rejected; with a worker that goes on, no more will come."""
+    """Wait until exactly this many messages are recorded as rejected."""
     wait_until(lambda: len(messages(cluster)) >= count, f"{count} messages to be recorded as rejected")
     check_goes_on(cluster)
     found = messages(cluster)
@@ -71,7 +71,7 @@ def wait_for_records(cluster: Cluster, count: int) -> list[dict[str, Any]]:
 
 
 def check_failed(cluster: Cluster, job_id: str, code: ErrorCode, *words: str) -> CompletionResult:
-    """Check that a job failed for this reason, for good, and that a follower heard the same."""
+    """Check that a job failed for this reason, without a retry, and that a follower saw the same."""
     following = cluster.follow(job_id)
     following.to_the_end()
     end = following.transcript.terminal
@@ -92,7 +92,7 @@ def check_goes_on(cluster: Cluster) -> None:
 
 
 def check_kept_secret(cluster: Cluster, worker: WorkerProcess, *job_ids: str) -> None:
-    """Check that neither keys nor prompts are in the worker's log, in events or in what is stored of errors."""
+    """Check that no key or prompt is in the worker's log, in events or in stored errors."""
     said = "".join(log.read_text() for log in cluster.directory.glob("worker-*.log"))
     said += "".join(cluster.result(job_id).model_dump_json() for job_id in job_ids)
     said += "".join(event.model_dump_json() for job_id in job_ids for event in cluster.log(job_id))
@@ -247,7 +247,7 @@ def test_invalid_job_does_not_touch_a_valid_one_of_the_same_id(cluster: Cluster)
 
 
 def message(body: str) -> bytes:
-    """Return a message whose envelope is right."""
+    """Return a message with a valid envelope."""
     return json.dumps(
         {
             "body": base64.b64encode(body.encode()).decode(),
@@ -264,7 +264,7 @@ def message(body: str) -> bytes:
 
 
 def job_with(value: str) -> str:
-    """Return the body of a message whose job has this JSON text in it."""
+    """Return the body of a message whose job contains this JSON text."""
     request = f'{{"model": "m", "messages": [{{"role": "user", "content": "Hello"}}], "extra": {value}}}'
     return f'[[{{"v": 2, "request": {request}}}], {{}}, {{}}]'
 
@@ -285,7 +285,7 @@ UNREADABLE = {
     b'{"headers": {"id": "x", "task": "other.task"}, "properties": {}}': "'headers.task'",
     b'{"headers": {"id": "x", "task": "completions.run"}, "properties": {}}': "delivery_tag",
     message("[[], {}, {}]"): "exactly one argument",
-    # What one decoder reads and another does not must not be lost between them.
+    # JSON that one decoder accepts and another does not must not get lost between them.
     message(job_with("[" * 400 + "]" * 400)): "nested deeper",
     message(job_with("[" * 980 + "]" * 980)): "nested",
     message(job_with("[" * 2000 + "]" * 2000)): "nested",
@@ -306,5 +306,5 @@ def test_items_that_are_no_readable_messages_are_kept_and_recorded_and_harm_no_j
         item = base64.b64decode(record["payload"])
         assert UNREADABLE[item] in record["reason"]
         assert record["size"] == len(item)
-        assert record["job_id"] == ("x" if b'"id": "x"' in item else None)  # the one its headers name, if it is one
+        assert record["job_id"] == ("x" if b'"id": "x"' in item else None)  # the id in its headers, if it is valid
     check_kept_secret(cluster, worker, *(job["id"] for job in jobs))

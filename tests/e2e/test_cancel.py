@@ -170,7 +170,7 @@ def test_cancelled_job_never_turns_completed(any_cluster: Cluster) -> None:
     cluster.start_worker()
     job_ids = [cluster.enqueue(deltas=10, rate=20) for _ in range(30)]
     answers = {}
-    for job_id in job_ids:  # 10 deltas take half a second, so that most cancels come close to an end
+    for job_id in job_ids:  # 10 deltas take half a second, so most cancels come close to an end
         answers[job_id] = cluster.client.cancel(job_id)
         time.sleep(0.02)
     ends = {job_id: cluster.wait_for(job_id).status for job_id in job_ids}

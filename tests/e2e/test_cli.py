@@ -51,7 +51,7 @@ Done = subprocess.CompletedProcess[str]
 
 
 def environment(**settings: str) -> dict[str, str]:
-    """An environment with these variables and none of ours besides."""
+    """An environment with these Keepstream variables and no others."""
     names = ("KEEPSTREAM_", "OPENAI_", "COLUMNS")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(names)}
     return inherited | settings
@@ -81,7 +81,7 @@ def one_line(done: Done) -> str:
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
-    """`keepstream` in this process, for what depends on arguments alone: a start of Python is not for nothing."""
+    """`keepstream` in this process, for what depends on arguments only; starting Python is slow."""
 
     def run_here(*args: str) -> Done:
         monkeypatch.setattr(sys, "argv", ["keepstream", *args])
@@ -100,7 +100,7 @@ def scripted(cluster: Cluster, **script: Any) -> str:
 
 @contextlib.contextmanager
 def started(env: dict[str, str], *args: str, cwd: Path | None = None) -> Iterator[subprocess.Popen[str]]:
-    """Start `keepstream` in a session of its own; whatever is left of it at the end is killed."""
+    """Start `keepstream` in a session of its own; kill whatever is left of it at the end."""
     process = subprocess.Popen(
         [*COMMAND, *args], env=env, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -666,7 +666,7 @@ def test_the_demo_shows_a_job_from_queue_to_row_on_one_screen(options: list[str]
 
 
 def test_a_demo_that_fails_shows_the_workers_log(cluster: Cluster):
-    """Here because the user's own provider answers with an error."""
+    """The user's own provider answers with an error."""
     env = environment(OPENAI_BASE_URL=f"http://127.0.0.1:{free_port()}/v1")  # and no key
     done = run(env, "demo")
     assert done.returncode == UNSUCCESSFUL

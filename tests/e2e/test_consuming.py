@@ -19,7 +19,7 @@ def test_worker_takes_jobs_again_after_trouble_with_the_broker(cluster: Cluster,
                 cluster.valkey.start()
             case "frozen":
                 cluster.valkey.freeze()
-                time.sleep(1)  # how long it lasts is the fault, not a wait for anything
+                time.sleep(1)  # the duration is the fault itself; nothing is awaited
                 cluster.valkey.thaw()
             case _:
                 with cluster.redis() as client:

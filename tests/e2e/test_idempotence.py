@@ -88,7 +88,7 @@ def test_job_that_waited_too_long_ends_as_expired(any_cluster: Cluster) -> None:
     soon = datetime.now(UTC) + timedelta(seconds=1)
     job_id = cluster.enqueue(deltas=3, limits={"expires_at": soon})
     with cluster.redis() as client:
-        client.rpop(QUEUE)  # so that it is the sweeper who finds it
+        client.rpop(QUEUE)  # so that the sweeper finds it
     cluster.start_worker()
     following = cluster.follow(job_id)
     following.to_the_end()
@@ -118,7 +118,7 @@ def test_started_job_does_not_expire(shared_cluster: Cluster) -> None:
 
 
 def test_restored_unacknowledged_messages_do_no_harm(shared_cluster: Cluster) -> None:
-    """As Redis' visibility timeout would do it, hours later."""
+    """As after Redis' visibility timeout, hours later."""
     cluster = shared_cluster
     job = cluster.job(deltas=40, rate=20)
     cluster.send(job)

@@ -19,7 +19,7 @@ PATIENT: Final = 4 * PATIENCE
 
 
 def text_of(number: int) -> str:
-    """Return a text of so many words, which no other stream has."""
+    """Return a text of this many words, unique to the stream."""
     return " ".join(f"{number}→{word}" for word in range(DELTAS))
 
 
@@ -34,7 +34,7 @@ async def watch(client: AsyncClient, job_id: str) -> tuple[Transcript, list[Even
 
 
 async def watch_all(cluster: Cluster, job_ids: list[str]) -> list[tuple[Transcript, list[Event]]]:
-    """Follow all jobs at once; the worker starts when everybody listens."""
+    """Follow all jobs at once; the worker starts once every follower is subscribed."""
     channels = [job_keys("default", job_id).channel for job_id in job_ids]
 
     def everybody_listens() -> bool:
@@ -72,5 +72,5 @@ def test_200_streams_of_30_deltas_a_second_are_stored_and_followed_word_for_word
         assert result.usage.completion_tokens == DELTAS
     attempts = [attempt for of_one_job in cluster.provider.history().values() for attempt in of_one_job]
     assert len(attempts) == STREAMS
-    # At one moment all of them were under way.
+    # At some moment all of them were running.
     assert max(attempt.started for attempt in attempts) < min(attempt.ended or 0.0 for attempt in attempts)

@@ -25,7 +25,7 @@ def check_completed(cluster: Cluster, following: Following, text: str, requests:
 
 
 def stream_seconds(cluster: Cluster, job_id: str) -> float:
-    """Return how long the provider needed to get rid of its stream."""
+    """Return the seconds that the provider needed to send its stream."""
     attempt = cluster.provider.attempts(job_id)[-1]
     assert attempt.ended is not None
     return attempt.ended - attempt.started
@@ -109,7 +109,7 @@ def test_redis_out_of_memory_loses_nothing(cluster: Cluster) -> None:
         cluster.wait_for_deltas(job_id, 40)
         client.config_set("maxmemory", 0)
     check_completed(cluster, following, "word " * 60)
-    # The worker is still at work: Celery met the full Redis as well.
+    # The worker still works, although Celery met the full Redis too.
     check_completed(cluster, cluster.follow(cluster.enqueue(deltas=3)), "word " * 3)
 
 
@@ -150,7 +150,7 @@ def test_database_away_at_the_claim(postgres_cluster: Cluster) -> None:
     cluster.postgres.kill()
     job = cluster.job(deltas=10)
     cluster.send(job)
-    time.sleep(1)  # the worker meets the outage, or it does not: both must end well
+    time.sleep(1)  # the worker may or may not notice the outage; both must end well
     cluster.postgres.start()
     check_completed(cluster, cluster.follow(job["id"]), "word " * 10)
 
@@ -239,7 +239,7 @@ def test_locked_sqlite_file_is_waited_for(cluster: Cluster) -> None:
     following = cluster.follow(job_id)
     following.wait_for("delta", count=5)
     with cluster.database() as connection:
-        connection.execute(update(jobs).values(model="scripted-1"))  # takes the one writer's place
+        connection.execute(update(jobs).values(model="scripted-1"))  # takes the only writer's slot
         following.wait_for("attempt.finished")
         assert following.types[-1] == "attempt.finished"
     check_completed(cluster, following, "word " * 20)
@@ -252,7 +252,7 @@ def test_database_that_stalls_beyond_the_lease_makes_nobody_dead(postgres_cluste
     for job_id in job_ids:
         cluster.wait_for_deltas(job_id)
     for _ in range(2):
-        time.sleep(1.5 * cluster.settings["lease"])  # until the workers trust in their own clocks
+        time.sleep(1.5 * cluster.settings["lease"])  # until the workers trust their own heartbeats
         cluster.postgres.freeze()
         time.sleep(1.5 * cluster.settings["lease"])
         cluster.postgres.thaw()

@@ -24,13 +24,13 @@ MODEL = "scripted-1"
 
 
 def start(example: str, *arguments: str) -> subprocess.Popen[str]:
-    """Start an example as its reader would, away from this project."""
+    """Start an example as a reader would, outside this project."""
     command = [sys.executable, "-I", str(EXAMPLES / example), *arguments]
     return subprocess.Popen(command, cwd="/", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    """Return what an example that went well printed."""
+    """Return the output of an example that succeeded."""
     out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err or out
     return out

@@ -68,7 +68,7 @@ class Server(TestServer):
 
 @web.middleware
 async def _note_failures(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Keep how each request ended: None, or the exception that would be a traceback in the server's log."""
+    """Record how each request ended: None, or an exception, which the server would log with its traceback."""
     try:
         answer = await handler(request)
     except Exception as error:

@@ -13,7 +13,7 @@ from tests.cluster import Cluster, wait_until
 
 
 def make_due(cluster: Cluster, job_id: str) -> None:
-    """Let the time pass after which a waiting job's message is sent again."""
+    """Skip the time after which a waiting job's message is sent again."""
     with cluster.database() as connection:
         connection.execute(update(jobs).where(jobs.c.id == job_id).values(resend_at=now()))
 
@@ -171,7 +171,7 @@ def test_queued_row_whose_message_was_lost_is_sent_again(any_cluster: Cluster) -
 
 
 def test_message_of_a_worker_that_died_before_the_claim_comes_back(postgres_cluster: Cluster) -> None:
-    """Its producer wrote no row, so the message is all there is."""
+    """Its producer wrote no row, so the message is the only copy."""
     cluster = postgres_cluster
     worker = cluster.start_worker()
     cluster.postgres.kill()
@@ -183,7 +183,7 @@ def test_message_of_a_worker_that_died_before_the_claim_comes_back(postgres_clus
         cluster.postgres.start()
         tags: Any = client.zrange("unacked_index", 0, -1)
         for tag in tags:
-            client.zadd("unacked_index", {tag: 1})  # let the time pass after which it may be given to another one
+            client.zadd("unacked_index", {tag: 1})  # the time after which another worker may take it has passed
     cluster.start_worker()
     result = cluster.wait_for(job["id"], timeout=150)
     assert result.status is JobStatus.COMPLETED
@@ -210,7 +210,7 @@ def test_flushed_broker_loses_no_job(cluster: Cluster) -> None:
 
 
 def test_claim_that_nobody_runs_is_let_go(cluster: Cluster) -> None:
-    """As after a claim whose commit went through while its answer was lost."""
+    """As after a claim whose commit succeeded but whose answer was lost."""
     worker = cluster.start_worker()
     with cluster.redis() as client:
         job_id = cluster.enqueue(deltas=3)

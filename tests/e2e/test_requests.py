@@ -126,7 +126,7 @@ OPTIONS: Final = {"include_usage": True}
 
 
 def bodies(cluster: Cluster) -> dict[str, Any]:
-    """What the provider was asked, by the script's key."""
+    """The requests that the provider received, by the script's key."""
     connection = http.client.HTTPConnection("127.0.0.1", cluster.provider.port, timeout=30)
     try:
         connection.request("GET", "/_requests")
@@ -168,7 +168,7 @@ def test_every_parameter_reaches_the_provider_untouched(cluster: Cluster) -> Non
 
 
 def test_waiting_jobs_that_are_hard_to_read_are_sent_again_like_others(cluster: Cluster) -> None:
-    """They wait in the database as text, and their messages are lost."""
+    """They wait in the database as text; their messages are lost."""
     names = ["lone-surrogate", "beyond-64-bits", "deeply-nested", "tools"]
     job_ids = [
         cluster.client.enqueue({"model": "scripted-1", "script": {"key": name, "deltas": 1}, **REQUESTS[name]})
