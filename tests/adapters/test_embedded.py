@@ -31,8 +31,8 @@ def test_processes_that_look_for_ports_at_the_same_time_find_different_ones() ->
     found = [set(process.stdout.readline().split()) if process.stdout else set() for process in processes]
     for process in processes:
         process.communicate("\n")
-    assert [len(ports) for ports in found] == [99] * 3
-    assert len(set().union(*found)) == 3 * 99
+    assert all(found)
+    assert len(set().union(*found)) == sum(len(ports) for ports in found)
 
 
 @pytest.fixture(scope="module")

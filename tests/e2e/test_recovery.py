@@ -11,6 +11,9 @@ from keepstream.results import JobStatus, UsageSource
 from keepstream.tables import jobs, now
 from tests.cluster import Cluster, wait_until
 
+#: The first attempt streams long enough to be met in its middle by a busy machine, too.
+SLOW = {"kind": "slow", "rate": 4}
+
 
 def make_due(cluster: Cluster, job_id: str) -> None:
     """Skip the time after which a waiting job's message is sent again."""
@@ -21,7 +24,7 @@ def make_due(cluster: Cluster, job_id: str) -> None:
 def test_killed_workers_job_is_run_again_by_another_one(any_cluster: Cluster) -> None:
     cluster = any_cluster
     cluster.start_workers(2)
-    job_id = cluster.enqueue(deltas=60, rate=15)
+    job_id = cluster.enqueue(deltas=60, rate=15, faults=[SLOW])
     following = cluster.follow(job_id)
     following.wait_for("delta", count=5)
     cluster.worker_of(job_id).kill()
@@ -39,7 +42,7 @@ def test_killed_workers_job_is_run_again_by_another_one(any_cluster: Cluster) ->
 
 def test_usage_of_a_lost_attempt_is_estimated_from_the_log(cluster: Cluster) -> None:
     cluster.start_workers(2)
-    job_id = cluster.enqueue(deltas=60, rate=15)
+    job_id = cluster.enqueue(deltas=60, rate=15, faults=[SLOW])
     cluster.follow(job_id).wait_for("delta", count=10)
     cluster.worker_of(job_id).kill()
 
@@ -57,7 +60,7 @@ def test_usage_of_a_lost_attempt_is_estimated_from_the_log(cluster: Cluster) -> 
 
 def test_restarted_worker_takes_up_what_its_predecessor_left(cluster: Cluster) -> None:
     worker = cluster.start_worker()
-    job_id = cluster.enqueue(deltas=40, rate=20)
+    job_id = cluster.enqueue(deltas=40, rate=20, faults=[SLOW])
     cluster.wait_for_deltas(job_id)
     worker.kill()
     cluster.start_worker()

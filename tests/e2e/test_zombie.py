@@ -3,11 +3,14 @@
 from keepstream.results import JobStatus
 from tests.cluster import Cluster, wait_until
 
+#: The first attempt streams long enough to be met in its middle by a busy machine, too.
+SLOW = {"kind": "slow", "rate": 4}
+
 
 def test_worker_frozen_beyond_its_lease_changes_nothing_when_it_wakes(any_cluster: Cluster) -> None:
     cluster = any_cluster
     cluster.start_workers(2)
-    job_ids = [cluster.enqueue(deltas=75, rate=15) for _ in range(6)]
+    job_ids = [cluster.enqueue(deltas=75, rate=15, faults=[SLOW]) for _ in range(6)]
     followers = {job_id: cluster.follow(job_id) for job_id in job_ids}
     for following in followers.values():
         following.wait_for("delta", count=5)
