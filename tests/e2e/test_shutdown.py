@@ -48,11 +48,11 @@ def test_what_outlasts_the_grace_period_runs_elsewhere_at_once(any_cluster: Clus
     ending = cluster.worker_of(job_ids[0])
     interrupted = [job_id for job_id in job_ids if cluster.result(job_id).attempts[0].worker == ending.id]
     ending.terminate()
-    wait_until(lambda: cluster.result(job_ids[0]).attempts[0].outcome, "the job to be handed back")
-    handed_back = time.monotonic()
+    wait_until(lambda: cluster.result(job_ids[0]).attempts[0].outcome, "the job to be requeued")
+    requeued_at = time.monotonic()
     for job_id in interrupted:
         cluster.wait_for_deltas(job_id, attempt=2)
-    assert time.monotonic() - handed_back < lease, "nobody has to wait for the lease to run out"
+    assert time.monotonic() - requeued_at < lease, "nobody has to wait for the lease to run out"
     assert ending.wait() == 0
     for job_id, following in followers.items():
         transcript = following.to_the_end()
