@@ -19,12 +19,12 @@ from sqlalchemy import Engine, create_engine, inspect, text, update
 
 from keepstream.client import queries
 from keepstream.client.database import ClientDatabase, make_engine
-from keepstream.jobs import parse_job
 from keepstream.tables import VERSION_TABLE, jobs, metadata, seconds_from_now
 from keepstream_worker.store import schema
 from keepstream_worker.store.retention import purge
 from keepstream_worker.supervisor import python_module
 from tests.cluster import Cluster
+from tests.jobs import make_job
 
 OURS = {*metadata.tables, VERSION_TABLE}
 
@@ -138,7 +138,7 @@ def host(request: pytest.FixtureRequest, tmp_path: Path, database_url: str) -> I
 
 
 def enqueue(url: str, job_id: str) -> None:
-    job = parse_job({"id": job_id, "model": "m", "messages": [{"role": "user", "content": "?"}]})
+    job = make_job(id=job_id)
     with contextlib.closing(ClientDatabase(url)) as database, database.transaction() as connection:
         assert queries.enqueue(connection, job)
 
@@ -206,7 +206,7 @@ def test_worker_doctor_and_purge_work_beside_a_host(tmp_path: Path, host: Host, 
         cluster.start_worker()
         job_id = cluster.enqueue(text="Hello")
         assert cluster.wait_for(job_id).status == "completed"
-        command_line = [*python_module("keepstream_worker.commands.cli"), "doctor", "--quick", "--json"]
+        command_line = [*python_module("keepstream_worker.commands"), "doctor", "--quick", "--json"]
         doctor = subprocess.run(
             command_line, env=cluster.environment(), capture_output=True, text=True, timeout=120, check=False
         )

@@ -281,7 +281,7 @@ def test_invalid_jobs_whose_ids_name_none_are_recorded_with_their_payload(cluste
 
 UNREADABLE = {
     b"\xff\xfe not JSON": "not JSON",
-    b"[1, 2]": "no JSON object",
+    b"[1, 2]": "not a JSON object",
     b'{"headers": {"id": "x", "task": "other.task"}, "properties": {}}': "'headers.task'",
     b'{"headers": {"id": "x", "task": "completions.run"}, "properties": {}}': "delivery_tag",
     message("[[], {}, {}]"): "exactly one argument",
