@@ -208,7 +208,7 @@ def test_a_submitted_job_is_followed_queried_and_listed(cluster: Cluster):
 
 
 def test_follow_prints_events_as_json_lines_that_make_the_stored_text(cluster: Cluster):
-    done = keepstream(cluster, "submit", "--file", "-", "--follow", "--json", stdin=scripted(cluster, deltas=None))
+    done = keepstream(cluster, "submit", "--file", "-", "--follow", "--json", stdin=scripted(cluster, rate=20))
     assert done.returncode == OK
     events = [parse_event(line) for line in done.stdout.splitlines()]
     transcript = Transcript()

@@ -5,6 +5,7 @@ neither the checkout nor the environment of the tests, in which a library that w
 chance.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -12,7 +13,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import tomllib
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -35,7 +35,7 @@ OURS: Final = {"keepstream", "keepstream_worker", f"keepstream-{PROJECT['version
 HOST: Final = {"api_contracts", "migrations", "worker", "host-1.0.dist-info"}
 UV: Final = (sys.executable, "-m", "uv")
 PIP: Final = (sys.executable, "-m", "pip")
-LOCK: Final = ROOT / "requirements" / "dev.txt"
+LOCKS: Final = [ROOT / "requirements" / name for name in ("runtime.txt", "build.txt")]
 Settings = Mapping[str, str]
 TIMEOUT: Final = 300.0  #: Seconds; the first environment on a machine is downloaded.
 
@@ -67,14 +67,26 @@ def clean_environment(settings: Settings | None = None) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(ours)} | dict(settings or {})
 
 
-def uv_environment(settings: Settings | None = None) -> dict[str, str]:
-    """An environment in which uv takes what it installs from where pip does."""
-    index = {"UV_DEFAULT_INDEX": os.environ["PIP_INDEX_URL"]} if "PIP_INDEX_URL" in os.environ else {}
-    return index | clean_environment(settings)
+@pytest.fixture(scope="session", autouse=True)
+def wheelhouse(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The wheels of the locks, fetched by pip as `make` fetches them, once for all processes of a run."""
+    own = tmp_path_factory.getbasetemp()
+    wheels = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "wheelhouse"
+    with wheels.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not wheels.exists():
+            partial = wheels.with_suffix(".partial")
+            fetch = ["download", "-qq", "--no-deps", "--require-hashes", "--only-binary=:all:", "--dest", str(partial)]
+            run([*PIP, *fetch, *(f"--requirement={path}" for path in LOCKS)], ROOT)
+            partial.rename(wheels)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("FIND_LINKS", str(wheels)), ("NO_INDEX", "1"), ("OFFLINE", "1"), ("NO_CONFIG", "1")):
+            patch.setenv(f"UV_{name}", value)
+        yield wheels
 
 
 def uv(*arguments: str | Path) -> None:
-    run([*UV, *map(str, arguments)], ROOT, uv_environment())
+    run([*UV, *map(str, arguments)], ROOT, clean_environment())
 
 
 class Environment:
@@ -102,8 +114,8 @@ class Environment:
         return str(self.directory / "bin" / "keepstream")
 
     def install(self, *what: str | Path) -> None:
-        """Install distributions with what they require, in the versions that the lock names."""
-        uv("pip", "install", "--quiet", "--python", self.python, "--constraint", LOCK, *what)
+        """Install distributions with what they require, in the versions that the locks name: there are no others."""
+        uv("pip", "install", "--quiet", "--python", self.python, *what)
         self.adopt_bytecode()
 
     def adopt_bytecode(self) -> None:
@@ -230,9 +242,9 @@ def test_the_wheel_holds_each_module_of_the_checkout_and_no_test_and_no_cache(wh
 def test_the_source_distribution_gives_the_same_wheel(
     source: Path, wheel_files: dict[str, bytes], tmp_path: Path
 ) -> None:
-    with tarfile.open(build(source, tmp_path / "sdist", "sdist")) as archive:
-        names = archive.getnames()
-        archive.extractall(tmp_path / "unpacked", filter="data")
+    archive = build(source, tmp_path / "sdist", "sdist")
+    (tmp_path / "unpacked").mkdir()
+    names = run(["tar", "-xvzf", str(archive)], tmp_path / "unpacked").splitlines()
     (unpacked,) = (tmp_path / "unpacked").iterdir()
     assert not [name for name in names if "cache" in name or "/tests/" in name]
     with zipfile.ZipFile(build(unpacked, tmp_path / "wheel", "wheel")) as again:
@@ -309,7 +321,7 @@ def image(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment
     stage = (ROOT / "Dockerfile").read_text().split("\nFROM ")[1].replace("\\\n", " ")
     for commands in re.findall(r"^RUN (.+)$", stage, re.MULTILINE):
         here = commands.replace("/opt/keepstream", str(environment.directory))
-        run(["/bin/sh", "-ec", here], context, uv_environment({"PATH": search_path}))
+        run(["/bin/sh", "-ec", here], context, clean_environment({"PATH": search_path}))
     environment.adopt_bytecode()
     return environment
 
