@@ -25,9 +25,12 @@ def _is_ours(name: str | None, kind: str, _parents: object) -> bool:
 connection = context.config.attributes["connection"]
 schema = None
 if connection.dialect.name == "postgresql":
-    # A migration that waits for a lock makes everybody behind it wait too; it is better repeated.
-    connection.exec_driver_sql("SET LOCAL lock_timeout = '5s'")
+    # Another deploy's migration may take its time; nobody but a third deploy waits behind us.
+    connection.exec_driver_sql("SET LOCAL lock_timeout = '10min'")
+    connection.exec_driver_sql("SET LOCAL statement_timeout = '10min'")
     connection.exec_driver_sql(_TAKE_TURN)
+    # From here on, a migration that waits for a lock makes everybody behind it wait too; it is better repeated.
+    connection.exec_driver_sql("SET LOCAL lock_timeout = '5s'")
     # Named, because without it Alembic would take a version table anywhere in the search path for this schema's.
     schema = connection.exec_driver_sql("SELECT current_schema()").scalar()
 else:

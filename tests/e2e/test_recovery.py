@@ -1,9 +1,10 @@
 """A worker dies or a message is lost: the job continues elsewhere, and no follower is misled."""
 
+import json
 from typing import Any
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import select, update
 
 from keepstream.errors import ErrorCode
 from keepstream.names import QUEUE
@@ -171,6 +172,22 @@ def test_queued_row_whose_message_was_lost_is_sent_again(any_cluster: Cluster) -
     result = cluster.wait_for(job_id)
     assert result.status is JobStatus.COMPLETED
     assert len(result.attempts) == 1
+
+
+def test_row_of_a_newer_version_does_not_hold_up_the_others(cluster: Cluster) -> None:
+    job_ids = [cluster.enqueue(deltas=3) for _ in range(3)]
+    with cluster.redis() as client:
+        client.delete(QUEUE)
+    with cluster.database() as connection:
+        row = connection.execute(select(jobs.c.job).where(jobs.c.id == job_ids[1])).one()
+        newer = json.dumps(json.loads(row.job) | {"of_a_later_version": True})
+        connection.execute(update(jobs).where(jobs.c.id == job_ids[1]).values(job=newer))
+    for job_id in job_ids:
+        make_due(cluster, job_id)
+    cluster.start_worker()
+    for job_id in (job_ids[0], job_ids[2]):
+        assert cluster.wait_for(job_id).status is JobStatus.COMPLETED
+    assert cluster.result(job_ids[1]).status is JobStatus.QUEUED, "a worker of the newer version will take it"
 
 
 def test_message_of_a_worker_that_died_before_the_claim_comes_back(postgres_cluster: Cluster) -> None:

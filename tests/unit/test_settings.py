@@ -49,9 +49,11 @@ def test_what_is_not_ours_or_read_by_another_command_is_let_through(name: str) -
         "KEEPSTREAM_PORT_6379_TCP",
         "KEEPSTREAM_REDIS_PORT_6379_TCP_ADDR",
         "KEEPSTREAM_REDIS_PORT_6379_TCP_PROTO",
+        "KEEPSTREAM_REDIS_NAME",
+        "KEEPSTREAM_REDIS_ENV_REDIS_VERSION",
     ],
 )
-def test_what_kubernetes_sets_for_a_service_of_our_name_is_let_through(name: str) -> None:
+def test_what_kubernetes_or_docker_sets_for_a_service_of_our_name_is_let_through(name: str) -> None:
     assert unknown_variables({name: "tcp://10.0.0.1:6379"}) == []
 
 
@@ -105,3 +107,9 @@ def test_settings_that_contradict_each_other_are_named(monkeypatch: pytest.Monke
     monkeypatch.setenv("KEEPSTREAM_LEASE", "1")
     with pytest.raises(SettingsError, match="KEEPSTREAM_LEASE must be at least three times"):
         load_settings()
+
+
+def test_an_empty_variable_is_one_that_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.setenv(f"KEEPSTREAM_{name.upper()}", "")
+    assert load_settings() == Settings.model_construct()

@@ -16,6 +16,7 @@ from celery.signals import worker_shutting_down
 from redis.exceptions import AuthenticationError, RedisError
 
 from keepstream.client.database import make_engine
+from keepstream.errors import InvalidSettingError
 from keepstream_worker.intake.celery_app import POOL, make_celery
 from keepstream_worker.providers.config import ProviderConfigError, load_providers
 from keepstream_worker.service import Service
@@ -78,13 +79,14 @@ def check_database(settings: Settings) -> None:
     Raises:
         StartError: it does not.
     """
-    engine = make_engine(settings.database_url)
     try:
-        schema.check(engine)
-    except schema.SchemaError as error:
+        engine = make_engine(settings.database_url)
+        try:
+            schema.check(engine)
+        finally:
+            engine.dispose()
+    except (InvalidSettingError, schema.SchemaError) as error:
         raise StartError(str(error)) from None
-    finally:
-        engine.dispose()
 
 
 def check_redis(settings: Settings) -> None:

@@ -112,7 +112,7 @@ class Service:
     async def deliver(self, delivery: Delivery) -> None:
         """Run the job of one message, or record why the message is no valid job."""
         if self._draining.is_set():
-            return  # not acknowledged, so Celery puts the message back; a sweeper finds the row in any case
+            return  # not acknowledged, so Celery puts the message back; its row, if it has one, is found by a sweeper
         argument = _with_id(delivery.arguments[0], delivery.task_id)
         job: Job | None = None
         try:

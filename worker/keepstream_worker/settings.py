@@ -22,8 +22,10 @@ Seconds = Annotated[float, Field(gt=0)]
 _PREFIX: Final = "KEEPSTREAM_"
 #: Read by `keepstream demo`, by the scripted provider and by docker-compose.yml.
 _READ_ELSEWHERE: Final = {"KEEPSTREAM_DEMO_MODEL", "KEEPSTREAM_SCRIPTED_API_KEY", "KEEPSTREAM_TAG"}
-#: What Kubernetes (and Docker's links) set in each container for a service whose name begins with "keepstream".
-_OF_A_SERVICE: Final = re.compile(r"_SERVICE_HOST$|_SERVICE_PORT(_\w+)?$|_PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?$")
+#: What Kubernetes sets in each container for a service whose name begins with "keepstream", and Docker for a link.
+_OF_A_SERVICE: Final = re.compile(
+    r"_SERVICE_HOST$|_SERVICE_PORT(_\w+)?$|_PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?$|_NAME$|_ENV_\w+$"
+)
 
 
 class SettingsError(Exception):
@@ -33,7 +35,12 @@ class SettingsError(Exception):
 class Settings(BaseSettings):
     """The worker's settings. Each is read from ``KEEPSTREAM_<NAME IN CAPITALS>``."""
 
-    model_config = SettingsConfigDict(env_prefix=_PREFIX, frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix=_PREFIX,
+        env_ignore_empty=True,  # as deployment files write an option that was not given
+        frozen=True,
+        extra="ignore",
+    )
 
     # -- where things are --
     redis_url: str = Field("redis://127.0.0.1:6379/0", description="Redis for events, logs and cancel requests.")

@@ -109,4 +109,6 @@ class CancelListener:
         except (RedisError, OSError) as error:
             log.warning("redis_unavailable", waiting_to="cancel", reason=type(error).__name__)
             return
+        except Exception:  # whatever it is, the stream is stopped: the request was there
+            log.exception("cancel_listener_defect", tenant=key.tenant, job_id=key.id)
         self._engine.request_stop(key, Stop.CANCELLED)

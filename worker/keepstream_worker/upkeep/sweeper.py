@@ -8,14 +8,13 @@ depends on one process: every worker sweeps, the statements are atomic, and any 
 import asyncio
 import json
 import time
-from typing import Final
+from typing import Any, Final
 
 import redis.asyncio
 from redis.exceptions import RedisError
 
 from keepstream.client.sender import Sender
-from keepstream.errors import BrokerUnavailableError
-from keepstream.jobs import Job, parse_job
+from keepstream.errors import BrokerUnavailableError, StoreUnavailableError
 from keepstream_worker import store
 from keepstream_worker.settings import Settings
 from keepstream_worker.store.database import WorkerDatabase
@@ -91,8 +90,8 @@ class Sweeper:
         for key in found.lost:
             log.warning("worker_lost", tenant=key.tenant, job_id=key.id)
         if found.to_send:
-            # By the decoder that the job came through: pydantic's own refuses lone surrogates, and deep nesting.
-            await self._send([parse_job(json.loads(request)) for request in found.to_send])
+            # As they were stored: a job of a newer version, which this one would refuse, must not hold up the others.
+            await self._send([json.loads(text) for text in found.to_send])
         await self._announce(found.unannounced)
         await self._unreadable_messages.record(limit=_LIMIT)
 
@@ -102,18 +101,26 @@ class Sweeper:
         except (RedisError, OSError):
             return None
 
-    async def _send(self, jobs: list[Job]) -> None:
+    async def _send(self, jobs: list[dict[str, Any]]) -> None:
         try:
-            await asyncio.to_thread(self._sender.send_many, [job.to_wire() for job in jobs])
+            await asyncio.to_thread(self._sender.send_many, jobs)
             log.info("jobs_sent_again", count=len(jobs))
         except BrokerUnavailableError as error:
             log.warning("broker_unavailable", waiting_to="send jobs again", reason=str(error))
             for job in jobs:
-                await self._database.run(store.schedule_resend, JobKey(job.tenant, job.id))
+                await self._database.run(store.schedule_resend, JobKey(job["tenant"], job["id"]))
 
     async def _announce(self, keys: list[JobKey]) -> None:
         for start in range(0, len(keys), _ANNOUNCEMENTS_AT_ONCE):
             group = keys[start : start + _ANNOUNCEMENTS_AT_ONCE]
-            announced = await asyncio.gather(*(self._announcer.announce(key) for key in group))
-            if not any(announced):
+            if not any(await asyncio.gather(*(self._announce_one(key) for key in group))):
                 break  # Redis is away; the next sweep tries again
+
+    async def _announce_one(self, key: JobKey) -> bool:
+        try:
+            return await self._announcer.announce(key)
+        except StoreUnavailableError:
+            raise
+        except Exception:  # a row that cannot be announced must not hold up the others
+            log.exception("announcement_defect", tenant=key.tenant, job_id=key.id)
+            return True

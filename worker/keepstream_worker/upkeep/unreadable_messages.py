@@ -4,8 +4,10 @@ In: records of queue items that are no Celery message, from a Redis list.  Out: 
 ``keepstream rejected``.
 """
 
+import base64
+import hashlib
 import re
-from typing import Any
+from typing import Any, Final
 
 import orjson
 import redis.asyncio
@@ -17,6 +19,9 @@ from keepstream_worker.store.database import WorkerDatabase
 from keepstream_worker.telemetry.logs import get_logger
 
 log = get_logger()
+
+#: Bytes of an entry that is no record of ours which are kept.
+_KEPT_BYTES: Final = 64 * 1024
 
 
 class UnreadableMessages:
@@ -44,12 +49,21 @@ class UnreadableMessages:
 
 
 def _rejection(raw: bytes) -> store.Rejection:
-    record = orjson.loads(raw)
-    task_id = record["task_id"]
-    return store.Rejection(
-        id=record["id"],
-        reason=record["reason"],
-        size=record["size"],
-        payload=record["payload"],
-        job_id=task_id if task_id and re.fullmatch(ID_PATTERN, task_id) else None,  # the task id is the job id
-    )
+    try:
+        record = orjson.loads(raw)
+        task_id = record["task_id"]
+        return store.Rejection(
+            id=str(record["id"]),
+            reason=str(record["reason"]),
+            size=int(record["size"]),
+            payload=str(record["payload"]),
+            job_id=task_id if task_id and re.fullmatch(ID_PATTERN, task_id) else None,  # the task id is the job id
+        )
+    except (ValueError, KeyError, TypeError):
+        # Not one of our records. It is recorded itself, so that what lies behind it is recorded too.
+        return store.Rejection(
+            id=hashlib.sha256(raw).hexdigest(),
+            reason="an entry of the list of unreadable messages is not a record of one",
+            size=len(raw),
+            payload=base64.b64encode(raw[:_KEPT_BYTES]).decode(),
+        )
