@@ -463,6 +463,19 @@ def test_an_unreachable_database_is_one_line_without_its_password(cluster: Clust
     assert re.search("KEEPSTREAM_DATABASE_URL|keepstream doctor", one_line(done))
 
 
+def test_a_worker_process_says_in_one_line_that_its_database_url_cannot_be_used():
+    done = subprocess.run(
+        python_module("keepstream_worker.app"),
+        env=environment(KEEPSTREAM_DATABASE_URL=f"postgresql://user:{SECRET}@host:port/name"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert SECRET not in done.stderr
+    assert "the database URL cannot be used" in one_line(done)
+
+
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_an_unreachable_redis_stops_the_start_of_a_worker(cluster: Cluster, processes: str):
     env = cluster.environment(redis_url=f"redis://:{SECRET}@127.0.0.1:{free_port()}/0")
