@@ -150,7 +150,8 @@ class Job(BaseModel):
     v: Literal[2] = Field(default=VERSION, description="Version of this format.")
     tenant: Identifier = Field(default=names.DEFAULT_TENANT, description="Whose job it is.")
     idempotency_key: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = Field(
-        default=None, description="The same key gives the same job id; with another request it is an error."
+        default=None,
+        description="The same key gives the same job id, unless an id is given; with another request it is an error.",
     )
     id: Identifier = Field(
         default_factory=_new_id, description="Chosen by the caller; else derived from the idempotency key, or random."

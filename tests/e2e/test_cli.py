@@ -263,6 +263,13 @@ def test_a_file_holds_a_request_or_a_whole_job_and_options_win_over_it(cluster: 
         assert {part: body[part] for part in request} == request | {"model": "m-2", "seed": 2}
 
 
+def test_a_request_in_a_file_with_a_field_of_the_job_in_it_is_refused(cluster: Cluster):
+    request = {"model": "m-1", "messages": [{"role": "user", "content": "Hi"}], "max_attempts": 3}
+    done = keepstream(cluster, "submit", "--file", "-", stdin=json.dumps(request))
+    assert done.returncode == INVALID
+    assert "'max_attempts' belongs beside the request" in one_line(done)
+
+
 def test_a_retry_is_a_visible_line_and_the_text_starts_over(cluster: Cluster):
     job = scripted(cluster, faults=[{"kind": "cut", "after": 4}])
     done = keepstream(cluster, "submit", "--file", "-", "--follow", stdin=job)

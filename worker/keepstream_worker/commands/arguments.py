@@ -26,10 +26,19 @@ _LONGEST: Final = 36_500 * 86_400  #: Seconds; dates and databases have an end.
 
 def read_job(file: str) -> dict[str, Any]:
     """Return the job in a JSON file, which may hold its request alone; ``-`` is standard input."""
+    from keepstream import Job
+
     job = parse_json(_read(file), _name(file))
     if not isinstance(job, dict):
         fail(f"{_name(file)}: a job is a JSON object; see: keepstream schema job", INVALID)
-    return job if job.keys() & {"v", "request"} else {"v": 2, "request": job}
+    if job.keys() & {"v", "request"}:
+        return job
+    # "metadata" and "provider" may be the API's own; all other names of the envelope are ours alone.
+    misplaced = sorted(job.keys() & (Job.model_fields.keys() - {"metadata", "provider"}))
+    if misplaced:
+        example = f'{{"v": 2, "request": {{…}}, "{misplaced[0]}": …}}'
+        fail(f"{_name(file)}: '{misplaced[0]}' belongs beside the request, not in it; write {example}", INVALID)
+    return {"v": 2, "request": job}
 
 
 def read_message(texts: Sequence[str] | None, job_file: str | None) -> str | None:
