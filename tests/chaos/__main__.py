@@ -29,7 +29,7 @@ ITEMS: Final[dict[str, Callable[[Sandbox, int, int], Report]]] = {
 
 def main() -> int:
     """Run the requested items."""
-    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seed", type=int, default=1, help="what happens when (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=300, help="jobs of the item chaos (default: %(default)s)")
     parser.add_argument("--only", choices=ITEMS, action="append", help="an item; may be repeated (default: all)")
