@@ -42,7 +42,7 @@ ENV PATH=/opt/keepstream/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 USER 10001:10001
 WORKDIR /var/lib/keepstream
 
-# The worker is process 1 and gets the signal itself: it then lets streams finish and hands the rest back.
+# The worker is process 1 and gets the signal itself: it then lets streams finish and requeues the rest.
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["keepstream"]
 CMD ["worker"]

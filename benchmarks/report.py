@@ -264,7 +264,7 @@ def table(found: Results) -> str:
     rows = [("figure", "median", "lowest … highest", "promise", "")]
     for figure in found.figures:
         spread = f"{_number(min(figure.values))}…{_number(max(figure.values))}" if len(figure.values) > 1 else ""
-        rows.append((figure.title, _number(figure.median), spread, _promise(figure), _verdict(figure)))
+        rows.append((figure.title, _number(figure.median), spread, _promise(figure), _kept(figure)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     aligns: list[Callable[[str, int], str]] = [str.ljust, str.rjust, str.rjust, str.rjust, str.ljust]
     lines = ["  ".join(align(c, w) for c, w, align in zip(row, widths, aligns, strict=True)).rstrip() for row in rows]
@@ -292,7 +292,7 @@ def _promise(figure: Figure) -> str:
     return f"≥ {figure.at_least:g}" if figure.at_least is not None else ""
 
 
-def _verdict(figure: Figure) -> str:
+def _kept(figure: Figure) -> str:
     words = {True: "kept", False: "NOT KEPT", None: ""}
     return " ".join(filter(None, (words[figure.reached], figure.note and f"({figure.note})")))
 

@@ -91,9 +91,8 @@ class PostgresServer(EmbeddedProcess):
             with suppress(psutil.NoSuchProcess):  # a connection that has just ended
                 child.send_signal(signum)
         if signum == signal.SIGKILL:
-            psutil.wait_procs(
-                children
-            )  # While one of them lives, the shared memory is in use and the server cannot start.
+            # While one of them lives, the shared memory is in use and the server cannot start.
+            psutil.wait_procs(children)
 
     def _execute(self, statement: str) -> None:
         with psycopg.connect(

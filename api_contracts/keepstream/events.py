@@ -79,7 +79,7 @@ class AttemptStarted(_Event):
     type: Literal["attempt.started"] = "attempt.started"
     model: str
     provider: str
-    reason: str = Field(description="first, retry, worker_lost, interrupted or recovered.")
+    reason: str = Field(description="first, retry, worker_lost or interrupted.")
     continues: bool = Field(
         default=False,
         description="True if the previous attempt's output is kept; a snapshot with it follows.",

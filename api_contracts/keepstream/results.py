@@ -95,7 +95,9 @@ class AttemptResult(_Value):
 
     number: int
     reason: str
-    outcome: str | None = Field(description="finished, failed, cancelled, interrupted or lost; null while it runs.")
+    outcome: str | None = Field(
+        description="finished, recovered, failed, cancelled, interrupted or lost; null while it runs."
+    )
     worker: str | None = None
     provider: str
     model: str

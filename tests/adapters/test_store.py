@@ -39,7 +39,7 @@ from keepstream_worker.store import (
     Sweep,
     SweepResult,
 )
-from keepstream_worker.store.retention import purge
+from keepstream_worker.store.retention import PurgeCounts, purge, purgeable
 from keepstream_worker.values import AttemptReason, Ended, Ending, Failure, JobKey, Outcome
 from tests import jobs as test_jobs
 
@@ -103,7 +103,7 @@ class Store:
         with self.engine.begin() as connection:
             connection.execute(update(jobs).where(jobs.c.id == job_id).values(**values))
 
-    def purge(self, older_than: float, **kw: Any) -> int:
+    def purge(self, older_than: float, **kw: Any) -> PurgeCounts:
         with self.engine.begin() as connection:
             return purge(connection, older_than, **kw)
 
@@ -662,21 +662,34 @@ def test_old_ended_jobs_are_purged_with_all_that_is_theirs(db: Store) -> None:
     with db.engine.begin() as connection:
         output = {"content": "x", "reasoning": "", "refusal": ""}
         connection.execute(choices.insert().values(tenant="a", job_id="old", index=0, **output))
-    assert db.purge(50, tenant="a") == 1
+    assert db.purge(50, tenant="a") == (1, 0)
     with db.engine.begin() as connection:
         left = set(connection.scalars(select(jobs.c.id)))
         assert left == {"fresh", "unannounced", "other", "open"}
         assert set(connection.scalars(select(attempts.c.job_id))) == left
         assert connection.execute(select(choices)).all() == []
-    assert db.purge(50) == 1
-    assert db.purge(50) == 0
+    assert db.purge(50) == (1, 0)
+    assert db.purge(50) == (0, 0)
 
 
-def test_purge_takes_no_more_than_its_limit(db: Store) -> None:
+def test_purge_takes_no_more_than_its_limit_of_jobs_and_of_messages_the_oldest_first(db: Store) -> None:
     for number in range(5):
         db.claimed(f"job-{number}")
         db.change(f"job-{number}", status="failed", announced=True, finished_at=seconds_from_now(-100))
-    assert [db.purge(50, limit=2) for _ in range(4)] == [2, 2, 1, 0]
+    for number in range(7):
+        db(store.reject, Rejection(id=f"message-{number}", reason="not JSON", size=3))
+        with db.engine.begin() as connection:
+            this_message = rejected_messages.c.id == f"message-{number}"
+            connection.execute(
+                update(rejected_messages).where(this_message).values(rejected_at=seconds_from_now(-200 + number))
+            )
+    with db.engine.begin() as connection:
+        assert purgeable(connection, 50) == (5, 7)
+    assert db.purge(50, limit=2) == (2, 2)
+    with db.engine.begin() as connection:
+        left = set(connection.scalars(select(rejected_messages.c.id)))
+    assert left == {f"message-{number}" for number in range(2, 7)}
+    assert [db.purge(50, limit=2) for _ in range(4)] == [(2, 2), (1, 2), (0, 1), (0, 0)]
 
 
 def test_purge_deletes_rejected_messages_of_that_age(db: Store) -> None:
@@ -687,7 +700,7 @@ def test_purge_deletes_rejected_messages_of_that_age(db: Store) -> None:
     db(store.reject, Rejection(id="r3", reason="not JSON", size=3))
     left = []
     for tenant in ("a", None):
-        db.purge(50, tenant=tenant)
+        assert db.purge(50, tenant=tenant) == (0, 1)
         with db.engine.begin() as connection:
             left.append(set(connection.scalars(select(rejected_messages.c.id))))
     assert left == [{"r1", "r3"}, {"r3"}]

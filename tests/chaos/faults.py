@@ -32,9 +32,8 @@ _WEIGHTS: Final = {
     "database locked": 1,
 }
 _SUPERVISED_EVERY: Final = 0.2  #: Seconds between two looks at whether all workers are there.
-_SERVER_FAULTS: Final = frozenset(
-    {"database killed", "database restarted", "database frozen"}
-)  #: SQLite has no server.
+#: SQLite has no server.
+_SERVER_FAULTS: Final = frozenset({"database killed", "database restarted", "database frozen"})
 
 
 class Fault(NamedTuple):

@@ -1,7 +1,7 @@
 """Reports: what an item of the suite counted, and which of its checks failed.
 
 In: counts and violations, from the items.
-Out: lines of text and a verdict, to the command line and the tests. A check without violations holds.
+Out: lines of text and whether all checks hold, to the command line and the tests. A check without violations holds.
 """
 
 from collections import Counter

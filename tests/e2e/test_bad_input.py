@@ -116,7 +116,7 @@ def test_doctor_tries_each_named_provider_and_says_what_is_wrong(cluster: Cluste
     )
     checks = {check["check"]: check for check in json.loads(done.stdout)["checks"]}
     names = ("default", "good", "refused", "keyless", "gone")
-    found = {name: (checks[f"provider {name}"]["verdict"], checks[f"provider {name}"]["found"]) for name in names}
+    found = {name: (checks[f"provider {name}"]["severity"], checks[f"provider {name}"]["found"]) for name in names}
 
     assert done.returncode == 1
     assert found["default"] == ("ok", f"{cluster.provider.base_url} answers and lists 1 models")

@@ -22,6 +22,7 @@ import redis
 from keepstream import parse_event
 from keepstream.events import UnknownEvent
 from keepstream.names import QUEUE, control_channel
+from keepstream.tables import rejected_messages, seconds_from_now
 from keepstream.transcript import Transcript
 from keepstream_worker.commands.main import main
 from keepstream_worker.dev_stack.embedded import EmbeddedProvider, free_port, sqlite_url
@@ -502,7 +503,7 @@ def test_a_job_submitted_while_redis_is_away_is_kept(cluster: Cluster):
 
 
 def findings(done: Done) -> dict[str, str]:
-    return {check["check"]: check["verdict"] for check in json.loads(done.stdout)["checks"]}
+    return {check["check"]: check["severity"] for check in json.loads(done.stdout)["checks"]}
 
 
 def test_the_doctor_finds_a_healthy_deployment_healthy(cluster: Cluster):
@@ -574,11 +575,12 @@ def test_a_rejected_message_is_listed_with_its_reason_and_the_doctor_warns(clust
 def test_purge_deletes_old_jobs_of_one_tenant(cluster: Cluster):
     job_id = keepstream(cluster, "submit", "--model", "m", "-m", "Hi", "--tenant", "t1").stdout.strip()
     assert keepstream(cluster, "follow", job_id, "--tenant", "t1").returncode == OK
-    assert keepstream(cluster, "purge", "--older-than", "1h", "--tenant", "t1").stdout == "deleted 0 jobs\n"
+    done = keepstream(cluster, "purge", "--older-than", "1h", "--tenant", "t1")
+    assert done.stdout == "deleted 0 jobs and 0 rejected messages\n"
 
     def deleted() -> bool:  # the job is announced a moment after its end
         done = keepstream(cluster, "purge", "--older-than", "0s", "--tenant", "t1", "--json")
-        return bool(json.loads(done.stdout)["deleted"] == 1)
+        return bool(json.loads(done.stdout) == {"jobs": 1, "rejected_messages": 0})
 
     def would_delete() -> bool:
         done = keepstream(cluster, "purge", "--older-than", "0s", "--tenant", "t1", "--dry-run", "--json")
@@ -588,6 +590,17 @@ def test_purge_deletes_old_jobs_of_one_tenant(cluster: Cluster):
     assert keepstream(cluster, "get", job_id, "--tenant", "t1").returncode == OK
     wait_until(deleted, "the job to be deleted")
     assert keepstream(cluster, "get", job_id, "--tenant", "t1").returncode == NOT_FOUND
+
+
+def test_purge_counts_all_that_it_deleted_in_its_many_steps(cluster: Cluster):
+    with cluster.database() as connection:
+        old = {"tenant": "t2", "rejected_at": seconds_from_now(-7200), "reason": "not JSON", "size": 3}
+        for number in range(1201):
+            connection.execute(rejected_messages.insert().values(id=f"t2-{number}", **old))
+    purge = ["purge", "--older-than", "1h", "--tenant", "t2", "--json"]
+    assert json.loads(keepstream(cluster, *purge, "--dry-run").stdout) == {"jobs": 0, "rejected_messages": 1201}
+    assert json.loads(keepstream(cluster, *purge).stdout) == {"jobs": 0, "rejected_messages": 1201}
+    assert json.loads(keepstream(cluster, *purge).stdout) == {"jobs": 0, "rejected_messages": 0}
 
 
 @pytest.mark.parametrize(("answer", "code", "left"), [("n\n", UNSUCCESSFUL, OK), ("y\n", OK, NOT_FOUND)])

@@ -51,18 +51,18 @@ def main(arguments: list[str] | None = None) -> int:
 
     seeds = [case.body for case in load_cases() if case.http_status == 200 and len(case.body) <= _LARGEST_BODY]
     start = reported = time.monotonic()
-    verdicts: dict[str, int] = {}
+    ends: dict[str, int] = {}
     memory_at_first = 0
     for number in range(options.inputs):
         rng = random.Random(f"{options.seed}:{number}")
         body = rng.choice(_MAKERS)(rng, seeds)
         cause = rng.choice([None, None, *CAUSES.values()])
         try:
-            verdict = _try(body, cause, rng)
+            end = _try(body, cause, rng)
         except BaseException:
             _tell(f"input {number} of seed {options.seed} failed: {body!r}")
             raise
-        verdicts[verdict] = verdicts.get(verdict, 0) + 1
+        ends[end] = ends.get(end, 0) + 1
         if number == 2_000:
             memory_at_first = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         if time.monotonic() - reported > _PROGRESS_SECONDS:
@@ -70,8 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
             _tell(f"{number + 1} inputs, {reported - start:.0f} s")
     growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory_at_first if memory_at_first else 0
     seconds = time.monotonic() - start
-    tally = dict(sorted(verdicts.items()))
-    _tell(f"{options.inputs} inputs in {seconds:.0f} s, grown by {growth} KiB, verdicts: {tally}")
+    tally = dict(sorted(ends.items()))
+    _tell(f"{options.inputs} inputs in {seconds:.0f} s, grown by {growth} KiB, ends: {tally}")
     return 1 if growth > _MOST_GROWTH else 0
 
 

@@ -1,6 +1,7 @@
-"""docs/architecture.md agrees with the code: every file, function and room it names exists."""
+"""docs/architecture.md and docstrings agree with the code: every file, function, room and module they name exists."""
 
 import ast
+import pkgutil
 import re
 import tomllib
 from pathlib import Path
@@ -39,6 +40,22 @@ def test_every_file_and_function_that_the_walk_names_exists(path: str, name: str
     assert file is not None, f"{path} does not exist"
     if name:
         assert name in definitions(ast.parse(file.read_text())), f"{path} has no {name}"
+
+
+def test_every_module_that_a_docstring_names_exists() -> None:
+    named: dict[str, Path] = {}
+    for directory in ("api_contracts", "worker", "migrations", "benchmarks", "tests"):
+        for file in (ROOT / directory).rglob("*.py"):
+            found = re.findall(r"``(keepstream(?:_worker)?(?:\.\w+)+)``", file.read_text())
+            named |= dict.fromkeys(found, file.relative_to(ROOT))
+    gone = {}
+    for name, file in named.items():
+        try:
+            pkgutil.resolve_name(name)
+        except (ImportError, AttributeError):
+            gone[name] = str(file)
+    assert named
+    assert gone == {}
 
 
 def test_the_walk_goes_through_the_rooms() -> None:

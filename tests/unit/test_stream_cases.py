@@ -1,4 +1,4 @@
-"""The stream reader: the verdict on each known stream, the same however its bytes are split."""
+"""The stream reader: how it reads each known stream, the same however its bytes are split."""
 
 import json
 import random
@@ -125,7 +125,7 @@ def test_a_whole_answer_cut_short_is_never_wrong_and_complete(case: Case):
             assert texts == known[: len(texts)]
 
 
-# -- the verdict --------------------------------------------------------------------------------------------
+# -- the failure --------------------------------------------------------------------------------------------
 
 WHOLE = data(text("a"), text("", "stop"))
 
@@ -204,7 +204,7 @@ WHOLE = data(text("a"), text("", "stop"))
         (b"\x1f\x8b\x08\x00junk", None, ErrorCode.INVALID_RESPONSE),
     ],
 )
-def test_the_verdict(body: bytes, cause: Failure | None, code: ErrorCode | None):
+def test_the_failure(body: bytes, cause: Failure | None, code: ErrorCode | None):
     played = play([body], cause)
     assert (played.failure and played.failure.code) == code
     assert play((body[i : i + 1] for i in range(len(body))), cause).seen() == played.seen()
@@ -315,7 +315,7 @@ def test_what_is_no_stream_is_named_by_its_media_type():
 
 
 @given(st.binary(max_size=300))
-def test_any_bytes_give_a_verdict(body: bytes):
+def test_any_bytes_are_read_without_an_exception(body: bytes):
     play([body])
     play([b"data: " + body + b"\n\n", DONE])
 

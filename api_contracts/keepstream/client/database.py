@@ -1,6 +1,6 @@
 """The client's way to the database: an engine with time-outs, and transactions with clear errors.
 
-In: a database URL.  Out: connections inside a transaction, to ``keepstream.client.client``; engines to the worker.
+In: a database URL.  Out: connections inside a transaction, to ``keepstream.client.base``; engines to the worker.
 
 A database that is down, slow or not migrated becomes one error that says so and holds no password, no statement
 and no values.

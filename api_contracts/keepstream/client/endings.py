@@ -17,6 +17,11 @@ from keepstream.errors import ErrorCode
 from keepstream.results import TERMINAL_STATUSES, JobStatus, Usage, UsageSource, output_sha256
 from keepstream.tables import attempts, choices, jobs
 
+# Why a job ended, where more than one place can end it so.
+CANCELLED_MESSAGE: Final = "the job was cancelled"
+EXPIRED_MESSAGE: Final = "the job waited past its expires_at"
+WORKERS_LOST_MESSAGE: Final = "its workers died, each time"
+
 
 @dataclass(frozen=True, slots=True)
 class JobEnd:

@@ -1,27 +1,24 @@
 """The client's statements: a job is enqueued, cancelled, read or listed.
 
-In: a connection inside a transaction, and a job or its id, from ``keepstream.client.client``.  Out: rows of new and
+In: a connection inside a transaction, and a job or its id, from ``keepstream.client.base``.  Out: rows of new and
 cancelled jobs; stored results.
 
 Nothing here commits: the caller's transaction decides what belongs together.  The worker uses ``queued_values``,
 ``cancel`` and ``get`` as well, so that producers and workers write and read the same rows.
 """
 
-from typing import Any, Final
+from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Table, and_, func, select, tuple_, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from keepstream import names, tables
-from keepstream.client.endings import end_unclaimed
+from keepstream.client.endings import CANCELLED_MESSAGE, end_unclaimed
 from keepstream.client.results_from_rows import SUMMARY_COLUMNS, completion_result, job_summary
 from keepstream.errors import ErrorCode, IdempotencyConflictError, JobNotFoundError
 from keepstream.jobs import Job
 from keepstream.results import TERMINAL_STATUSES, CompletionResult, JobStatus, JobSummary
 from keepstream.tables import attempts, choices, jobs, tool_calls
-
-CANCELLED_MESSAGE: Final = "the job was cancelled"
-
 
 # -- writing --------------------------------------------------------------------------------------
 

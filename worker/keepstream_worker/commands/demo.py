@@ -29,7 +29,7 @@ from keepstream_worker.providers.config import OPENAI_URL
 MODEL_VARIABLE: Final = "KEEPSTREAM_DEMO_MODEL"
 DEFAULT_MODEL: Final = "gpt-5-mini"  #: For a provider of the user's own.
 WIDTH: Final = 100
-_PATIENCE: Final = 120.0  #: Seconds without an event; a model that thinks may need them.
+_SILENCE_TIMEOUT: Final = 120.0  #: Seconds without an event; a model that thinks may need them.
 
 _PROMPT: Final = "Greet the reader in a few languages, then look up the weather in Zürich. ☀"
 _TOOL: Final[dict[str, Any]] = {
@@ -98,7 +98,7 @@ def _show(console: Console, stack: DevStack, worker: WorkerProcess, *, cut: bool
             },
         )
         _title(console, "2  Its events arrive live", f"on {job_keys('default', job_id).channel}")
-        for event in client.follow(job_id, timeout=_PATIENCE):
+        for event in client.follow(job_id, timeout=_SILENCE_TIMEOUT):
             view.show(event)
         result = client.get(job_id)
     _title(console, "3  The result is stored", "and read here with plain SQL")
@@ -115,7 +115,7 @@ def _show(console: Console, stack: DevStack, worker: WorkerProcess, *, cut: bool
     _show_row(console, result, status, content, tool and f"{tool} {arguments}")
     first = None if view.first_output_at is None else view.first_output_at - enqueued_at * 1000
     console.print()
-    _show_verdict(console, same=same, sha256=streamed_sha256, deltas=view.deltas, first_delta_ms=first)
+    _show_comparison(console, same=same, sha256=streamed_sha256, deltas=view.deltas, first_delta_ms=first)
     return same
 
 
@@ -171,7 +171,7 @@ def _show_facts(console: Console, facts: dict[str, str | None]) -> None:
     console.print(table)
 
 
-def _show_verdict(console: Console, *, same: bool, sha256: str, deltas: int, first_delta_ms: float | None) -> None:
+def _show_comparison(console: Console, *, same: bool, sha256: str, deltas: int, first_delta_ms: float | None) -> None:
     if not same:
         console.print(Text("✗ The stored text is NOT the text that was streamed.", "bold red"))
         return

@@ -34,7 +34,7 @@ _REDIS_TIMEOUT: Final = 3.0  #: Seconds.
 _LONG_WAIT: Final = 30.0  #: Seconds in the queue after which more workers would help.
 
 
-class Verdict(StrEnum):
+class Severity(StrEnum):
     """How serious a finding is."""
 
     OK = "ok"
@@ -42,7 +42,7 @@ class Verdict(StrEnum):
     FAIL = "fail"  #: Jobs are not done, or may be lost.
 
 
-_STYLES: Final = {Verdict.OK: "green", Verdict.WARN: "yellow", Verdict.FAIL: "red"}
+_STYLES: Final = {Severity.OK: "green", Severity.WARN: "yellow", Severity.FAIL: "red"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Finding:
     """The result of one check."""
 
     check: str
-    verdict: Verdict
+    severity: Severity
     found: str  #: One line; no secret in it.
     advice: str = ""  #: What to do; empty if all is well.
 
@@ -62,7 +62,7 @@ def examine(*, quick: bool = False) -> list[Finding]:
 
 def healthy(findings: list[Finding]) -> bool:
     """Whether no check failed."""
-    return all(finding.verdict is not Verdict.FAIL for finding in findings)
+    return all(finding.severity is not Severity.FAIL for finding in findings)
 
 
 def as_json(findings: list[Finding]) -> dict[str, Any]:
@@ -77,11 +77,11 @@ def show(console: Console, findings: list[Finding]) -> None:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for finding in findings:
-        style = _STYLES[finding.verdict]
+        style = _STYLES[finding.severity]
         found = Text(finding.found)
         if finding.advice:
             found.append(f"\n→ {finding.advice}", style)
-        table.add_row(Text(finding.verdict.value, style), finding.check, found)
+        table.add_row(Text(finding.severity.value, style), finding.check, found)
     console.print(table)
 
 
@@ -92,7 +92,7 @@ def _quick() -> Iterator[Finding]:
     yield _redis("redis", settings.redis_url, "KEEPSTREAM_REDIS_URL")
     database = _database(settings)
     yield database
-    if database.verdict is not Verdict.FAIL:
+    if database.severity is not Severity.FAIL:
         yield from _work(settings, _own_worker)
 
 
@@ -105,7 +105,7 @@ def _thorough() -> Iterator[Finding]:
         yield _redis("broker", settings.broker, "KEEPSTREAM_BROKER_URL")
     database = _database(settings)
     yield database
-    if database.verdict is not Verdict.FAIL:
+    if database.severity is not Severity.FAIL:
         yield from _work(settings, _workers, _jobs, _rejected)
     yield from _providers(settings)
 
@@ -114,10 +114,10 @@ def _settings() -> Generator[Finding, None, Settings | None]:
     try:
         settings = load_settings()
     except SettingsError as error:
-        yield Finding("settings", Verdict.FAIL, str(error), "correct the environment")
+        yield Finding("settings", Severity.FAIL, str(error), "correct the environment")
         return None
     set_here = sorted(name for name in os.environ if name.startswith("KEEPSTREAM_"))
-    yield Finding("settings", Verdict.OK, f"from {', '.join(set_here)}" if set_here else "all at their defaults")
+    yield Finding("settings", Severity.OK, f"from {', '.join(set_here)}" if set_here else "all at their defaults")
     return settings
 
 
@@ -127,11 +127,11 @@ def _redis(check: str, url: str, variable: str) -> Finding:
         with redis.Redis.from_url(url, decode_responses=True, **timeouts) as client:
             server, memory = client.info("server"), client.info("memory")
     except AuthenticationError:
-        return Finding(check, Verdict.FAIL, "refuses the user or password", f"correct {variable}")
+        return Finding(check, Severity.FAIL, "refuses the user or password", f"correct {variable}")
     except (RedisError, OSError, ValueError) as error:
         return Finding(
             check,
-            Verdict.FAIL,
+            Severity.FAIL,
             f"does not answer ({type(error).__name__})",
             f"start it, or set {variable} to where it is",
         )
@@ -140,24 +140,24 @@ def _redis(check: str, url: str, variable: str) -> Finding:
     policy = memory.get("maxmemory_policy", "noeviction")
     if policy != "noeviction":
         advice = "CONFIG SET maxmemory-policy noeviction: an evicted key is a lost message or a hole in a log"
-        return Finding(check, Verdict.WARN, f"{found}; its maxmemory-policy is {policy}", advice)
-    return Finding(check, Verdict.OK, f"{found}; it evicts nothing")
+        return Finding(check, Severity.WARN, f"{found}; its maxmemory-policy is {policy}", advice)
+    return Finding(check, Severity.OK, f"{found}; it evicts nothing")
 
 
 def _database(settings: Settings) -> Finding:
     try:
         engine = make_engine(settings.database_url)
     except InvalidSettingError as error:
-        return Finding("database", Verdict.FAIL, str(error), "correct KEEPSTREAM_DATABASE_URL")
+        return Finding("database", Severity.FAIL, str(error), "correct KEEPSTREAM_DATABASE_URL")
     try:
         schema.check(engine)
         revision = schema.current(engine)
     except schema.SchemaError as error:
         found, _, advice = str(error).partition(": " if "run `" in str(error) else "; ")
-        return Finding("database", Verdict.FAIL, found, advice)
+        return Finding("database", Severity.FAIL, found, advice)
     finally:
         engine.dispose()
-    return Finding("database", Verdict.OK, f"{engine.dialect.name} answers; its tables are at revision {revision}")
+    return Finding("database", Severity.OK, f"{engine.dialect.name} answers; its tables are at revision {revision}")
 
 
 def _work(settings: Settings, *checks: Callable[[Overview], Finding]) -> Iterator[Finding]:
@@ -169,7 +169,7 @@ def _work(settings: Settings, *checks: Callable[[Overview], Finding]) -> Iterato
         finally:
             database.close()
     except StoreUnavailableError as error:
-        yield Finding("work", Verdict.FAIL, str(error), "see the database's own log")
+        yield Finding("work", Severity.FAIL, str(error), "see the database's own log")
     else:
         yield from (check(overview) for check in checks)
 
@@ -178,17 +178,17 @@ def _own_worker(overview: Overview) -> Finding:
     host = socket.gethostname()[:64]
     alive = sum(name.startswith(f"{host}-") for name in overview.workers)
     if not alive:
-        return Finding("worker", Verdict.FAIL, f"none on {host} is alive", "start one: keepstream worker")
-    return Finding("worker", Verdict.OK, f"{_count(alive, 'process', 'processes')} on {host} alive")
+        return Finding("worker", Severity.FAIL, f"none on {host} is alive", "start one: keepstream worker")
+    return Finding("worker", Severity.OK, f"{_count(alive, 'process', 'processes')} on {host} alive")
 
 
 def _workers(overview: Overview) -> Finding:
     if overview.workers:
-        return Finding("workers", Verdict.OK, f"{_count(len(overview.workers), 'process', 'processes')} alive")
+        return Finding("workers", Severity.OK, f"{_count(len(overview.workers), 'process', 'processes')} alive")
     waiting = overview.backlog.oldest_wait is not None
-    verdict = Verdict.FAIL if waiting else Verdict.WARN
+    severity = Severity.FAIL if waiting else Severity.WARN
     found = "none is alive, and jobs wait" if waiting else "none is alive"
-    return Finding("workers", verdict, found, "start one: keepstream worker")
+    return Finding("workers", severity, found, "start one: keepstream worker")
 
 
 def _jobs(overview: Overview) -> Finding:
@@ -196,8 +196,8 @@ def _jobs(overview: Overview) -> Finding:
     found = f"{jobs.queued} queued, {jobs.running} running, {jobs.retrying} waiting to retry"
     if jobs.oldest_wait is not None and jobs.oldest_wait > _LONG_WAIT:
         found += f"; the oldest has been due for {jobs.oldest_wait:.0f} s"
-        return Finding("jobs", Verdict.WARN, found, "start more workers, or raise KEEPSTREAM_CONCURRENCY")
-    return Finding("jobs", Verdict.OK, found)
+        return Finding("jobs", Severity.WARN, found, "start more workers, or raise KEEPSTREAM_CONCURRENCY")
+    return Finding("jobs", Severity.OK, found)
 
 
 def _rejected(overview: Overview) -> Finding:
@@ -205,18 +205,18 @@ def _rejected(overview: Overview) -> Finding:
     if overview.rejected:
         return Finding(
             "rejected",
-            Verdict.WARN,
+            Severity.WARN,
             found,
             "a producer sends messages that are not valid jobs; to see them: keepstream rejected",
         )
-    return Finding("rejected", Verdict.OK, found)
+    return Finding("rejected", Severity.OK, found)
 
 
 def _providers(settings: Settings) -> Iterator[Finding]:
     try:
         configs = load_providers(settings.providers_file, os.environ)
     except ProviderConfigError as error:
-        yield Finding("providers", Verdict.FAIL, str(error), "correct KEEPSTREAM_PROVIDERS_FILE or what it names")
+        yield Finding("providers", Severity.FAIL, str(error), "correct KEEPSTREAM_PROVIDERS_FILE or what it names")
         return
     yield from asyncio.run(_try_providers(configs))
 
@@ -237,10 +237,10 @@ async def _try_providers(configs: dict[str, ProviderConfig]) -> list[Finding]:
 def _provider(config: ProviderConfig, check: "ProviderCheck", count: int) -> Finding:
     name = f"provider {config.name}"
     if check.ok:
-        return Finding(name, Verdict.OK, check.line)
+        return Finding(name, Severity.OK, check.line)
     if config.name == DEFAULT and config.key_missing and count > 1:
-        return Finding(name, Verdict.WARN, check.line, "only needed for jobs that name no other provider")
-    return Finding(name, Verdict.FAIL, check.line, "until then, jobs for this provider fail")
+        return Finding(name, Severity.WARN, check.line, "only needed for jobs that name no other provider")
+    return Finding(name, Severity.FAIL, check.line, "until then, jobs for this provider fail")
 
 
 def _count(number: int, singular: str, plural: str) -> str:

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from datetime import datetime
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +18,9 @@ from keepstream_worker.commands.exits import INVALID, UNSUCCESSFUL, fail, start_
 from keepstream_worker.commands.group import CommandGroup
 from keepstream_worker.commands.output import make_console, print_lines
 from keepstream_worker.commands.worker_processes import run_worker_here, run_workers
+
+if TYPE_CHECKING:
+    from keepstream_worker.store.retention import PurgeCounts
 
 group = CommandGroup("Operate")
 
@@ -148,8 +151,8 @@ def rejected(
 def purge(
     *,
     older_than: Annotated[str, typer.Option(metavar="DURATION", help="Age since their end: 90s, 15m, 2h or 30d.")],
-    tenant: Annotated[str | None, typer.Option(help="Only this tenant's jobs.")] = None,
-    all_tenants: Annotated[bool, typer.Option("--all-tenants", help="The jobs of all tenants.")] = False,
+    tenant: Annotated[str | None, typer.Option(help="Only what is this tenant's.")] = None,
+    all_tenants: Annotated[bool, typer.Option("--all-tenants", help="What is any tenant's.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Delete nothing; say how much would be deleted.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask first.")] = False,
     as_json: AsJson = False,
@@ -161,7 +164,7 @@ def purge(
     from keepstream.client.database import ClientDatabase
     from keepstream_worker.store import retention
 
-    seconds, deleted = parse_duration(older_than), 0
+    seconds, deleted = parse_duration(older_than), retention.PurgeCounts(0, 0)
     if (tenant is None) is not all_tenants:
         fail("whose jobs? write either --tenant NAME or --all-tenants", INVALID)
     ask = sys.stdin.isatty() and not yes and not dry_run
@@ -170,21 +173,24 @@ def purge(
         if dry_run or ask:
             with database.transaction() as connection:
                 found = retention.purgeable(connection, seconds, tenant)
-            counts = f"{found.jobs} jobs and {found.rejected_messages} rejected messages"
             if dry_run:
-                typer.echo(json.dumps(found._asdict()) if as_json else f"would delete {counts}")
+                typer.echo(json.dumps(found._asdict()) if as_json else f"would delete {_purge_counts(found)}")
                 return
-            if not typer.confirm(f"Delete {counts}?", err=True):
+            if not typer.confirm(f"Delete {_purge_counts(found)}?", err=True):
                 fail("nothing was deleted", UNSUCCESSFUL)
         while True:  # in small transactions, so that workers need not wait
             with database.transaction() as connection:
                 batch = retention.purge(connection, seconds, tenant)
-            deleted += batch
-            if not batch:
+            if not any(batch):
                 break
+            deleted = retention.PurgeCounts(*map(sum, zip(deleted, batch, strict=True)))
     finally:
         database.close()
-    typer.echo(json.dumps({"deleted": deleted}) if as_json else f"deleted {deleted} jobs")
+    typer.echo(json.dumps(deleted._asdict()) if as_json else f"deleted {_purge_counts(deleted)}")
+
+
+def _purge_counts(counts: "PurgeCounts") -> str:
+    return f"{counts.jobs} jobs and {counts.rejected_messages} rejected messages"
 
 
 @group.command("keepstream schema job > job.schema.json", "keepstream schema asyncapi", "keepstream schema --check")

@@ -10,6 +10,7 @@ from collections.abc import Coroutine
 from enum import StrEnum
 from typing import Any, Final
 
+from keepstream.client.endings import CANCELLED_MESSAGE
 from keepstream.errors import ErrorCode
 from keepstream_worker.values import Failure
 
@@ -25,7 +26,7 @@ class Stop(StrEnum):
 
 
 STOP_FAILURES: Final = {
-    Stop.CANCELLED: Failure(code=ErrorCode.CANCELLED, message="the job was cancelled"),
+    Stop.CANCELLED: Failure(code=ErrorCode.CANCELLED, message=CANCELLED_MESSAGE),
     Stop.INTERRUPTED: Failure(code=ErrorCode.INTERRUPTED, message="the worker was shut down"),
     Stop.SUPERSEDED: Failure(code=ErrorCode.SUPERSEDED, message="another worker has taken the job over"),
     Stop.TOTAL_TIMEOUT: Failure(code=ErrorCode.TOTAL_TIMEOUT, message="the job's total time is used up"),

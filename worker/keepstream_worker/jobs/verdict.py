@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from keepstream.client.endings import EXPIRED_MESSAGE, WORKERS_LOST_MESSAGE
 from keepstream.errors import ErrorCode
 from keepstream.results import Choice, JobStatus, Usage
 from keepstream_worker.jobs import retry
@@ -50,7 +51,7 @@ class RetryPolicy:
 def failure_before_start(*, expired: bool, remaining_seconds: float) -> Failure | None:
     """Return why an attempt that was just claimed must not begin, or None if it may."""
     if expired:
-        return Failure(code=ErrorCode.EXPIRED, message="the job waited past its expires_at")
+        return Failure(code=ErrorCode.EXPIRED, message=EXPIRED_MESSAGE)
     if remaining_seconds <= 0:
         return STOP_FAILURES[Stop.TOTAL_TIMEOUT]
     return None
@@ -130,7 +131,7 @@ def attempts_exhausted(key: JobKey, attempt: int, worker_id: str, choices: Seque
         outcome=Outcome.UNSTARTED,
         status=JobStatus.FAILED,
         choices=choices,
-        failure=Failure(code=ErrorCode.WORKER_LOST, message="its workers died, each time"),
+        failure=Failure(code=ErrorCode.WORKER_LOST, message=WORKERS_LOST_MESSAGE),
         retryable=False,
     )
 

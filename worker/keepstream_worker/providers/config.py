@@ -232,9 +232,8 @@ def _clean(secret: str, variable: str) -> str:
 def _looks_like_a_key(text: str) -> bool:
     if _KEY_PREFIX.match(text):
         return True
-    return _OPAQUE.match(text) is not None and not (
-        text.isupper() and "_" in text
-    )  # THE_NAME_OF_MY_2ND_KEY is not a key
+    # THE_NAME_OF_MY_2ND_KEY is not a key.
+    return _OPAQUE.match(text) is not None and not (text.isupper() and "_" in text)
 
 
 def _check_url(url: object, where: str, *, with_password: bool = False) -> None:

@@ -298,9 +298,9 @@ def _layers(value: object, depth: int) -> Iterator[Mapping[str, Any]]:
             yield from _layers(value[0], depth - 1)
     elif isinstance(value, Mapping) and value:
         yield value
-        verdict = value.get("base_resp")  # MiniMax; elsewhere the same numbers mean something else
-        if isinstance(verdict, Mapping) and verdict.get("status_code"):
-            yield {"code": f"base_resp_{_word(verdict['status_code'])}", "message": verdict.get("status_msg")}
+        base_resp = value.get("base_resp")  # MiniMax; elsewhere the same numbers mean something else
+        if isinstance(base_resp, Mapping) and base_resp.get("status_code"):
+            yield {"code": f"base_resp_{_word(base_resp['status_code'])}", "message": base_resp.get("status_msg")}
         for key in ("error", "errors", "detail", "innererror"):
             yield from _layers(value.get(key), depth - 1)
 

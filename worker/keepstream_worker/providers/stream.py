@@ -88,9 +88,8 @@ class StreamReader:
         self._decoder = SSEDecoder(self._limits.max_event_bytes)
         self._accumulator = Accumulator(self._limits, call_seed)
         self._saw_done = False
-        self._is_json_answer = (
-            False  # whether the body was one JSON answer, which needs no finish reason to be complete
-        )
+        # Whether the body was one JSON answer, which needs no finish reason to be complete.
+        self._is_json_answer = False
         self._ending = False
         self._error_field: bytes | None = None  # outside any event, so it counts only if nothing else explains the end
         self._failure: Failure | None = None
@@ -134,12 +133,12 @@ class StreamReader:
             self._read_events(self._decoder.finish(), self.final_deltas)
         self.done = True
         self._accumulator.flush(self.final_deltas)
-        failure = self._verdict(cause)
+        failure = self._failure_at_end(cause)
         if failure is None:
             self._accumulator.fill_empty_arguments(self.final_deltas)
         return failure
 
-    def _verdict(self, cause: Failure | None) -> Failure | None:
+    def _failure_at_end(self, cause: Failure | None) -> Failure | None:
         answer = self._accumulator
         if self._failure is not None:
             return self._failure

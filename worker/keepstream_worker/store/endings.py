@@ -28,18 +28,18 @@ class NotEnded(StrEnum):
     CANCEL_REQUESTED = "cancel_requested"  #: A cancel came first: end it as cancelled.
 
 
-class _Verdict(Enum):
-    """What is to be done with an ending that is answered with ``Ended``."""
+class _Standing(Enum):
+    """How the job's row stands to an ending that is answered with ``Ended``."""
 
-    WRITE = auto()  #: The attempt still owns its job.
+    OWNED = auto()  #: The attempt still owns its job: the ending is to be written.
     WRITTEN = auto()  #: By this very worker, whose commit was cut before it heard of it.
 
 
 def end(connection: Connection, endings: list[Ending]) -> list[Ended | NotEnded]:
     """Write each ending whose attempt still owns its job: status, output, usage and attempt, or nothing."""
     rows = _lock(connection, [ending.key for ending in endings])
-    verdicts = [_judge(rows.get(ending.key), ending) for ending in endings]
-    owned = [ending for ending, verdict in zip(endings, verdicts, strict=True) if verdict is _Verdict.WRITE]
+    standings = [_standing(rows.get(ending.key), ending) for ending in endings]
+    owned = [ending for ending, standing in zip(endings, standings, strict=True) if standing is _Standing.OWNED]
     if owned:
         _write_attempts(connection, owned)
         _write_outputs(connection, owned)
@@ -50,8 +50,8 @@ def end(connection: Connection, endings: list[Ending]) -> list[Ended | NotEnded]
     )
     _write_pauses(connection, [ending for ending in owned if ending.status is JobStatus.RETRYING])
     return [
-        verdict if isinstance(verdict, NotEnded) else totals[ending.key]
-        for ending, verdict in zip(endings, verdicts, strict=True)
+        standing if isinstance(standing, NotEnded) else totals[ending.key]
+        for ending, standing in zip(endings, standings, strict=True)
     ]
 
 
@@ -77,17 +77,17 @@ def _lock(connection: Connection, keys: list[JobKey]) -> dict[JobKey, Any]:
     return {JobKey(row.tenant, row.id): row for row in connection.execute(_LOCK, {"keys": keys})}
 
 
-def _judge(row: Any, ending: Ending) -> NotEnded | _Verdict:
+def _standing(row: Any, ending: Ending) -> NotEnded | _Standing:
     if row is None or row.attempt != ending.attempt:
         return NotEnded.SUPERSEDED
     if row.status != JobStatus.RUNNING or row.worker_id != ending.worker_id:
         ours = row.status == ending.status and row.terminal_event_id == ending.terminal_event_id
         if ending.status is JobStatus.RETRYING:
             ours = ours and row.next_reason == ending.next_reason  # else a sweeper took it from us
-        return _Verdict.WRITTEN if ours and row.worker_id is None else NotEnded.SUPERSEDED
+        return _Standing.WRITTEN if ours and row.worker_id is None else NotEnded.SUPERSEDED
     if row.cancel_requested_at is not None and ending.status in (JobStatus.COMPLETED, JobStatus.RETRYING):
         return NotEnded.CANCEL_REQUESTED  # a cancel that was accepted wins over everything that comes after it
-    return _Verdict.WRITE
+    return _Standing.OWNED
 
 
 _WRITE_ATTEMPT: Final = (

@@ -1,6 +1,6 @@
 """Heartbeats: which workers are alive.
 
-In: signs of life, from the sweeper.  Out: the workers' rows, and to each worker the jobs that it owns.
+In: signs of life, from the heartbeat.  Out: the workers' rows, and to each worker the jobs that it owns.
 """
 
 from typing import Final, NamedTuple

@@ -1,7 +1,7 @@
 """Rejections: messages that are no jobs.
 
-In: what the message filter, the task and the engine could not take.  Out: rows for people, and a failed job where the
-message named one.
+In: what the message filter, the service and the engine could not take.  Out: rows for people, and a failed job where
+the message named one.
 """
 
 from dataclasses import dataclass

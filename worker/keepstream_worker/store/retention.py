@@ -1,6 +1,6 @@
 """Retention: what is old enough to be deleted.
 
-In: an age, from the command line.  Out: fewer rows, or how many there would be.
+In: an age, from the command line.  Out: fewer rows; how many were deleted, or would be.
 """
 
 from typing import NamedTuple
@@ -11,32 +11,44 @@ from keepstream.results import TERMINAL_STATUSES
 from keepstream.tables import jobs, rejected_messages, seconds_from_now
 
 
-class Purgeable(NamedTuple):
-    """How much a purge would delete."""
+class PurgeCounts(NamedTuple):
+    """How much a purge deleted, or would delete."""
 
     jobs: int
     rejected_messages: int
 
 
-def purgeable(connection: Connection, older_than_seconds: float, tenant: str | None = None) -> Purgeable:
+def purgeable(connection: Connection, older_than_seconds: float, tenant: str | None = None) -> PurgeCounts:
     """Return how much ``purge`` with the same arguments would delete, if it were repeated to the end."""
     ended = select(func.count()).select_from(jobs).where(*_ended_before(older_than_seconds, tenant))
     rejected = select(func.count()).select_from(rejected_messages).where(*_rejected_before(older_than_seconds, tenant))
-    return Purgeable(connection.execute(ended).scalar_one(), connection.execute(rejected).scalar_one())
+    return PurgeCounts(connection.execute(ended).scalar_one(), connection.execute(rejected).scalar_one())
 
 
-def purge(connection: Connection, older_than_seconds: float, tenant: str | None = None, limit: int = 500) -> int:
-    """Delete jobs that ended that long ago and were announced, oldest first; return how many were deleted.
+def purge(
+    connection: Connection, older_than_seconds: float, tenant: str | None = None, limit: int = 500
+) -> PurgeCounts:
+    """Delete jobs that ended that long ago and were announced, oldest first; return how much was deleted.
 
-    Rejected messages of that age, which may hold prompts, are deleted too.
+    Rejected messages of that age, which may hold prompts, are deleted too.  Nothing is left to delete once both counts
+    are 0.
 
     Args:
         connection: Inside a transaction.
-        older_than_seconds: Age since a job's end, by the database's clock.
-        tenant: Whose jobs; None: everybody's.
-        limit: Jobs at most, so that nobody has to wait for the transaction's locks.
+        older_than_seconds: Age since a job's end, or since the rejection, by the database's clock.
+        tenant: Whose jobs and messages; None: everybody's.
+        limit: Jobs at most, and messages at most, so that nobody has to wait for the transaction's locks.
     """
-    connection.execute(delete(rejected_messages).where(*_rejected_before(older_than_seconds, tenant)))
+    # One statement each, because on SQLite a transaction that reads first may find that it cannot write.
+    rejected = (
+        select(rejected_messages.c.id)
+        .where(*_rejected_before(older_than_seconds, tenant))
+        .order_by(rejected_messages.c.rejected_at)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    )
+    delete_rejected = delete(rejected_messages).where(rejected_messages.c.id.in_(rejected))
+    deleted_messages = connection.execute(delete_rejected).rowcount
     ended = (
         select(jobs.c.tenant, jobs.c.id)
         .where(*_ended_before(older_than_seconds, tenant))
@@ -44,9 +56,10 @@ def purge(connection: Connection, older_than_seconds: float, tenant: str | None 
         .limit(limit)
         .with_for_update(skip_locked=True)
     )
-    # One statement, because on SQLite a transaction that reads first may find that it cannot write. The foreign
-    # keys delete what belongs to the jobs.
-    return connection.execute(delete(jobs).where(tuple_(jobs.c.tenant, jobs.c.id).in_(ended))).rowcount
+    # The foreign keys delete what belongs to the jobs.
+    delete_ended = delete(jobs).where(tuple_(jobs.c.tenant, jobs.c.id).in_(ended))
+    deleted_jobs = connection.execute(delete_ended).rowcount
+    return PurgeCounts(deleted_jobs, deleted_messages)
 
 
 def _ended_before(seconds: float, tenant: str | None) -> list[ColumnElement[bool]]:

@@ -13,8 +13,7 @@ from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection, and_, bindparam, func, select, tuple_, update
 
-from keepstream.client.endings import end_unclaimed
-from keepstream.client.queries import CANCELLED_MESSAGE
+from keepstream.client.endings import CANCELLED_MESSAGE, EXPIRED_MESSAGE, WORKERS_LOST_MESSAGE, end_unclaimed
 from keepstream.errors import ErrorCode
 from keepstream.results import JobStatus
 from keepstream.tables import jobs, now, seconds_from_now, workers
@@ -78,8 +77,7 @@ def _release_lost(connection: Connection, request: Sweep) -> list[JobKey]:
         if row.cancel_requested_at is not None:
             end_unclaimed(connection, *key, row.attempt, JobStatus.CANCELLED, ErrorCode.CANCELLED, CANCELLED_MESSAGE)
         elif row.tries > (row.max_attempts or request.max_attempts) + _SPARE_CLAIMS:
-            message = "its workers died, each time"
-            end_unclaimed(connection, *key, row.attempt, JobStatus.FAILED, ErrorCode.WORKER_LOST, message)
+            end_unclaimed(connection, *key, row.attempt, JobStatus.FAILED, ErrorCode.WORKER_LOST, WORKERS_LOST_MESSAGE)
         else:
             connection.execute(update(jobs).where(is_job(key), jobs.c.attempt == row.attempt).values(RELEASED))
         lost.append(key)
@@ -137,8 +135,7 @@ def _end_expired(connection: Connection, request: Sweep) -> list[JobKey]:
     ended = []
     for row in rows:
         key = JobKey(row.tenant, row.id)
-        message = "the job waited past its expires_at"
-        end_unclaimed(connection, *key, row.attempt, JobStatus.EXPIRED, ErrorCode.EXPIRED, message)
+        end_unclaimed(connection, *key, row.attempt, JobStatus.EXPIRED, ErrorCode.EXPIRED, EXPIRED_MESSAGE)
         ended.append(key)
     return ended
 

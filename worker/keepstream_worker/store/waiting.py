@@ -1,7 +1,7 @@
 """Waiting: jobs go back to where any worker may claim them, and their messages are to be sent.
 
-In: jobs that their worker does not run, or whose message could not be sent, from the engine, the pool and the
-sweeper.  Out: their rows, due for a claim and for a sweep.
+In: jobs that their worker does not run, or whose message could not be sent, from the engine, the heartbeat
+and the sweeper.  Out: their rows, due for a claim and for a sweep.
 """
 
 from typing import Any, Final, NamedTuple

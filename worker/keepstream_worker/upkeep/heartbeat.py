@@ -1,7 +1,7 @@
 """The heartbeat: this worker's signs of life, and what the database answers to them.
 
 In: the clock.  Out: this worker's row in the database, renewed; requests to stop, to jobs that were
-cancelled or taken over by another worker; claims given back that nothing here runs.
+cancelled or taken over by another worker; claims that nothing here runs, released.
 """
 
 import asyncio

@@ -78,8 +78,8 @@ def error_in(chunk: dict[str, Any]) -> object:
     """Return the error that a chunk is or contains, in any of the forms providers use, or None."""
     if chunk.get("error"):
         return chunk
-    verdict = chunk.get("base_resp")
-    if type(verdict) is dict and verdict.get("status_code"):
+    base_resp = chunk.get("base_resp")
+    if type(base_resp) is dict and base_resp.get("status_code"):
         return chunk
     if type(chunk.get("choices")) is list:
         return None
