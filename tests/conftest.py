@@ -50,6 +50,7 @@ LONGEST: Final = (
 )
 
 
+@pytest.hookimpl(optionalhook=True)  # unknown with "-p no:xdist"
 def pytest_xdist_auto_num_workers() -> int:
     """Return how many processes ``-n auto`` means: two a core, because a test waits half of its time."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -8,13 +8,13 @@ attempt, drop what the older attempt sent; if ``n`` skips within an attempt and 
 the log; ignore unknown types and unknown fields.
 """
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from keepstream import names
 from keepstream.errors import ErrorInfo
-from keepstream.results import CompletionResult, JobStatus, ToolCall, Usage, output_sha256
+from keepstream.results import Choice, CompletionResult, JobStatus, ToolCall, Usage, output_sha256
 
 VERSION: Final = 1
 
@@ -54,6 +54,15 @@ class ChoiceSnapshot(_Part):
     refusal: str = ""
     finish_reason: str | None = None
     tool_calls: list[ToolCall] = Field(default_factory=list)
+
+    @classmethod
+    def of(cls, choice: Choice) -> Self:
+        """Return the snapshot of a stored choice, whose ``extra`` is no part of events."""
+        return cls.model_validate(choice, from_attributes=True)
+
+    def to_choice(self) -> Choice:
+        """Return the choice to be stored, without ``extra``."""
+        return Choice.model_validate(self, from_attributes=True)
 
 
 class _Event(BaseModel):
@@ -272,17 +281,7 @@ def snapshot_event(result: CompletionResult, event_id: str) -> Snapshot:
         job_id=result.id,
         attempt=names.parse_event_id(event_id).attempt,
         ts=_finished_ms(result),
-        choices=[
-            ChoiceSnapshot(
-                index=choice.index,
-                content=choice.content,
-                reasoning=choice.reasoning,
-                refusal=choice.refusal,
-                finish_reason=choice.finish_reason,
-                tool_calls=choice.tool_calls,
-            )
-            for choice in result.choices
-        ],
+        choices=[ChoiceSnapshot.of(choice) for choice in result.choices],
         finished=result.status is JobStatus.COMPLETED,
         usage=result.attempts[-1].usage if result.attempts else None,
     )

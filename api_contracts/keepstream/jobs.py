@@ -14,6 +14,7 @@ import re
 import uuid
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from itertools import islice
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
@@ -54,6 +55,7 @@ _IDEMPOTENT_NAMESPACE: Final = uuid.UUID("5f0f1c3e-6a58-4f0c-9f0a-7d2f6d1f3f11")
 _EARLIEST: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _LATEST: Final = datetime(9999, 1, 1, tzinfo=UTC)
 _SIMILAR: Final = 0.75  #: Of difflib's ratio; "max_tokens" is none of "max_attempts".
+_COMPARED: Final = 100  #: Names in which a typo is looked for; a request may have a million, and comparing takes time.
 
 
 def _checked_request(request: dict[str, Any]) -> dict[str, Any]:
@@ -286,7 +288,7 @@ def _unknown_name(name: object, known: Iterable[str]) -> str:
 
 
 def _most_similar(name: str, candidates: Iterable[object]) -> str | None:
-    return names.nearest(name, (_shown(candidate) for candidate in candidates), _SIMILAR)
+    return names.nearest(name, (_shown(candidate) for candidate in islice(candidates, _COMPARED)), _SIMILAR)
 
 
 def _shown(name: object) -> str:

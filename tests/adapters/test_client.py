@@ -380,6 +380,24 @@ def test_stored_jobs_can_be_queried(client: Client) -> None:
     assert client.get("nothing") is None
 
 
+@pytest.mark.parametrize("text", ["\ud800", "a\0", "\0"], ids=ascii)
+def test_a_query_for_what_cannot_be_stored_finds_nothing(client: Client, text: str) -> None:
+    client.enqueue(model="m", messages=MESSAGES)
+    assert client.get(text) is None
+    assert client.list(model=text) == []
+    assert client.list(provider=text) == []
+    assert client.list(status=text) == []  # type: ignore[arg-type]
+    with pytest.raises(JobNotFoundError):
+        client.list(before=text)
+
+
+@pytest.mark.parametrize("job_id", ["", "a b", "x" * 200])
+def test_an_id_that_no_job_can_have_is_of_no_stored_job(client: Client, job_id: str) -> None:
+    assert client.get(job_id) is None
+    with pytest.raises(JobNotFoundError):
+        client.list(before=job_id)
+
+
 def test_queries_need_a_database(bare_client: Client) -> None:
     for call in (lambda: bare_client.get("x"), bare_client.list):
         with pytest.raises(NotConfiguredError, match=names.ENV_DATABASE_URL):

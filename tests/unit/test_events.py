@@ -11,6 +11,7 @@ from keepstream.errors import ErrorInfo
 from keepstream.events import (
     KNOWN_EVENTS,
     TERMINAL_TYPES,
+    ChoiceSnapshot,
     DeltaEvent,
     JobCancelled,
     JobCompleted,
@@ -148,6 +149,21 @@ def test_a_stored_job_gives_a_snapshot_of_its_output() -> None:
     assert event.choices[0].tool_calls == result().choices[0].tool_calls
     assert event.finished
     assert parse_event(event.model_dump_json()) == event
+
+
+def test_a_snapshot_holds_all_of_a_choice_but_its_extras() -> None:
+    fields: dict[str, Any] = {
+        "index": 1,
+        "content": "c",
+        "reasoning": "r",
+        "refusal": "no",
+        "finish_reason": "stop",
+        "tool_calls": [ToolCall(id="t", name="f", arguments="{", arguments_valid=False, extra={"signature": "s"})],
+    }
+    snapshot = ChoiceSnapshot.of(Choice(**fields, extra={"logprobs": []}))
+    assert dict(snapshot) == fields
+    assert dict(snapshot.to_choice()) == fields | {"extra": None}
+    assert Choice.model_fields.keys() == fields.keys() | {"extra"}  # a new field is to be added here
 
 
 def test_a_jobs_redis_names_share_one_cluster_slot_and_name_the_tenant() -> None:

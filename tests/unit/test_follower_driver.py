@@ -3,7 +3,8 @@
 No server is needed here: what a real one answers is compared in ``tests/adapters/test_follow.py``.
 """
 
-from collections.abc import Awaitable, Callable
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from redis.exceptions import (
 from keepstream.client.follower import (
     DisconnectedError,
     FollowerRun,
+    Listen,
     Operation,
     ReadLog,
     ReadNewest,
@@ -144,3 +146,195 @@ async def test_a_message_about_unreadable_data_does_not_repeat_the_data(follow: 
         await follow(run(), database)
     assert "somebody" not in str(raised.value)
     assert "check the Redis URL" in str(raised.value)
+
+
+# -- subscriptions --
+
+Closing = Callable[[], object]  #: Called at each close, which it may prevent by an exception.
+
+
+class Subscription:
+    """A subscription that is confirmed at once and then silent."""
+
+    def __init__(self, unclosed: set["Subscription"], closing: Closing) -> None:
+        self._unclosed = unclosed
+        self._closing = closing
+        self._confirmed = False
+        unclosed.add(self)
+
+    def subscribe(self, _channel: str) -> None:
+        self._confirmed = True
+
+    def get_message(self, timeout: float) -> dict[str, Any] | None:
+        confirmed, self._confirmed = self._confirmed, False
+        return {"type": "subscribe"} if confirmed else None
+
+    def close(self) -> None:
+        self._closing()
+        self._unclosed.discard(self)
+
+
+class AsyncSubscription:
+    """The same for the async form; when ``silence`` is given, listening waits in it."""
+
+    def __init__(
+        self, unclosed: set[Any], closing: Closing, silence: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
+        self._sync = Subscription(unclosed, closing)
+        self._silence = silence
+
+    async def subscribe(self, channel: str) -> None:
+        self._sync.subscribe(channel)
+
+    async def get_message(self, timeout: float) -> dict[str, Any] | None:
+        message = self._sync.get_message(timeout)
+        if message is None and self._silence is not None:
+            await self._silence()
+        return message
+
+    async def aclose(self) -> None:
+        self._sync.close()
+
+
+class Subscriptions:
+    """The place of the connection pool for subscriptions, which keeps each one until it is closed."""
+
+    def __init__(self, make: Callable[[set[Any], Closing], Any], closing: Closing = lambda: None) -> None:
+        self._make = make
+        self._closing = closing
+        self.made = 0
+        self.unclosed: set[Any] = set()
+
+    def pubsub(self) -> Any:
+        self.made += 1
+        return self._make(self.unclosed, self._closing)
+
+
+async def first_event_sync(run: FollowerRun, subscriptions: Any) -> Event:
+    """Return the first event, and end the iteration early."""
+    connections = RedisConnections(NOWHERE)
+    connections._subscriptions = subscriptions
+    events = connections.follow(run, KEYS, lambda _: None)
+    try:
+        return next(events)
+    finally:
+        events.close()
+
+
+async def first_event_async(run: FollowerRun, subscriptions: Any) -> Event:
+    connections = AsyncRedisConnections(NOWHERE)
+    connections._subscriptions = subscriptions
+
+    async def read(_: Operation) -> None:
+        return None
+
+    events = connections.follow(run, KEYS, read)
+    try:
+        return await anext(events)
+    finally:
+        await events.aclose()
+
+
+FirstEvent = Callable[[FollowerRun, Subscriptions], Awaitable[Event]]
+FORMS = pytest.mark.parametrize(
+    ("first_event", "subscription"),
+    [(first_event_sync, Subscription), (first_event_async, AsyncSubscription)],
+    ids=["sync", "async"],
+)
+
+
+@FORMS
+async def test_ending_early_closes_the_subscription(first_event: FirstEvent, subscription: Any) -> None:
+    def run() -> FollowerRun:
+        yield Subscribe()
+        yield parse_event(started("1-1"))
+        yield parse_event(ended("1-2", "completed", ""))
+
+    subscriptions = Subscriptions(subscription)
+    assert (await first_event(run(), subscriptions)).id == "1-1"
+    assert (subscriptions.made, subscriptions.unclosed) == (2, set())
+
+
+@FORMS
+async def test_an_error_closes_the_subscription(first_event: FirstEvent, subscription: Any) -> None:
+    def run() -> FollowerRun:
+        yield Subscribe()
+        yield Listen(1.0)
+        raise ZeroDivisionError
+
+    subscriptions = Subscriptions(subscription)
+    with pytest.raises(ZeroDivisionError):
+        await first_event(run(), subscriptions)
+    assert (subscriptions.made, subscriptions.unclosed) == (2, set())
+
+
+def interrupted_at(close: int, error: BaseException) -> Closing:
+    """Return a closing of which one is interrupted; they are counted from 0."""
+    closes: Iterator[BaseException | None] = iter([*[None] * close, error])
+
+    def closing() -> None:
+        if interruption := next(closes, None):
+            raise interruption
+
+    return closing
+
+
+@FORMS
+async def test_a_subscription_whose_close_failed_is_closed_later(first_event: FirstEvent, subscription: Any) -> None:
+    disconnected = 0
+
+    def run() -> FollowerRun:
+        nonlocal disconnected
+        for _ in range(3):
+            try:
+                yield Subscribe()
+            except DisconnectedError:
+                disconnected += 1
+        yield parse_event(started("1-1"))
+
+    subscriptions = Subscriptions(subscription, interrupted_at(1, ConnectionResetError()))
+    assert (await first_event(run(), subscriptions)).id == "1-1"
+    assert disconnected == 1
+    assert subscriptions.unclosed == set()
+
+
+@FORMS
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, asyncio.CancelledError])
+async def test_a_subscription_whose_close_was_interrupted_is_closed_at_the_end(
+    first_event: FirstEvent, subscription: Any, interruption: type[BaseException]
+) -> None:
+    def run() -> FollowerRun:
+        yield Subscribe()
+        yield Subscribe()
+        yield parse_event(started("1-1"))
+
+    subscriptions = Subscriptions(subscription, interrupted_at(1, interruption()))
+    with pytest.raises(interruption):
+        await first_event(run(), subscriptions)
+    assert subscriptions.unclosed == set()
+
+
+@pytest.mark.parametrize("swallowed", [False, True])
+async def test_a_cancellation_ends_the_iteration_even_if_redis_py_swallows_it(*, swallowed: bool) -> None:
+    listening = asyncio.Event()
+
+    async def silence() -> None:
+        listening.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            if not swallowed:
+                raise
+
+    def run() -> FollowerRun:
+        yield Subscribe()
+        yield Listen(1.0)
+        yield parse_event(started("1-1"))
+
+    subscriptions = Subscriptions(lambda unclosed, closing: AsyncSubscription(unclosed, closing, silence))
+    task = asyncio.create_task(first_event_async(run(), subscriptions))
+    await listening.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert subscriptions.unclosed == set()

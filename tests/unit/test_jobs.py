@@ -94,6 +94,12 @@ def test_a_request_needs_a_model_and_messages(request_: Any, said: str) -> None:
     assert refusal({"v": 2, "request": request_}).startswith(said)
 
 
+@pytest.mark.parametrize(("others", "hint"), [(99, "; is 'modle' a typo?"), (100, "")])
+def test_a_typo_is_looked_for_in_the_first_names_of_a_request_only(others: int, hint: str) -> None:
+    request = {f"other_{number}": 0 for number in range(others)} | {"modle": "m"}
+    assert refusal({"v": 2, "request": request}) == f"request: 'model' is missing{hint}"
+
+
 NAMES = st.text(max_size=5)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),

@@ -1,6 +1,7 @@
 """The pool ends in order, whenever Celery and the signals call it."""
 
 import gc
+import queue
 import sys
 import threading
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import structlog
 from celery.signals import worker_shutting_down
 
 from keepstream_worker.intake.pool import Delivery, LoopPool
@@ -27,7 +29,10 @@ class RecordingService:
 
     async def deliver(self, delivery: Delivery) -> None:
         delivery.acknowledge()
+        delivery.acknowledge()
         self._note(f"deliver {delivery.task_id}")
+        if delivery.task_id == "defect":
+            raise ZeroDivisionError
 
     def drain(self) -> None:
         self._note("drain")
@@ -47,6 +52,16 @@ class RecordingService:
         with self.called:
             self.calls.append(call)
             self.called.notify_all()
+
+
+class RecordingHub:
+    """Celery's hub, as far as the pool uses it; notes which functions it is to call."""
+
+    def __init__(self) -> None:
+        self.called: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def call_soon(self, function: Any, *_args: Any) -> None:
+        self.called.put(function)
 
 
 @pytest.fixture
@@ -73,9 +88,9 @@ def shutdown_signal() -> list[Any]:
     return [answer for _receiver, answer in answers if isinstance(answer, BaseException)]
 
 
-def apply(pool: LoopPool, task_id: str) -> None:
+def apply(pool: LoopPool, task_id: str, accepted: Any = None, finished: Any = lambda *_: None) -> None:
     """Hand over a message as Celery does."""
-    pool.on_apply(None, ("task", task_id, {"args": [{}]}), {}, callback=lambda *_: None, accept_callback=None)
+    pool.on_apply(None, ("task", task_id, {"args": [{}]}), {}, callback=finished, accept_callback=accepted)
 
 
 def test_first_signal_drains_and_each_further_one_forces_the_stop(pool: LoopPool, service: RecordingService) -> None:
@@ -113,3 +128,20 @@ def test_message_after_the_loop_has_closed_is_left_unacknowledged(pool: LoopPool
 def test_cold_shutdown_interrupts_what_runs(pool: LoopPool, service: RecordingService) -> None:
     pool.on_terminate()
     assert service.calls == ["start", "force_stop", "stop"]
+
+
+def test_message_is_acknowledged_once_however_often_the_service_does(pool: LoopPool) -> None:
+    hub = RecordingHub()
+    pool.register_with_event_loop(hub)
+    apply(pool, "job", "accepted", "finished")
+    assert [hub.called.get(timeout=PATIENCE) for _ in range(2)] == ["accepted", "finished"]
+    assert hub.called.empty()
+
+
+def test_defect_of_a_delivery_is_logged_and_gives_its_place_back(pool: LoopPool) -> None:
+    hub = RecordingHub()
+    pool.register_with_event_loop(hub)
+    with structlog.testing.capture_logs() as logged:
+        apply(pool, "defect", "accepted", "finished")
+        assert [hub.called.get(timeout=PATIENCE) for _ in range(2)] == ["accepted", "finished"]
+    assert logged == [{"event": "delivery_failed", "task_id": "defect", "exc_info": True, "log_level": "error"}]

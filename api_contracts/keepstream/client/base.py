@@ -57,7 +57,7 @@ class BaseClient:
         prefix: str = names.PREFIX,
         queue: str = names.QUEUE,
     ) -> None:
-        if re.fullmatch(names.ID_PATTERN, tenant) is None:
+        if not _can_be_an_id(tenant):
             raise InvalidSettingError("a tenant consists of letters, digits, '.', '_' and '-', at most 128 of them")
         if not redis_url:  # or None, from a variable that is not set
             raise InvalidSettingError(f"redis_url ({names.ENV_REDIS_URL}) is missing; it looks like {_EXAMPLE_URL}")
@@ -153,7 +153,10 @@ class BaseClient:
         return status
 
     def _get(self, job_id: str) -> CompletionResult | None:
-        with self._required_database().transaction() as connection:
+        database = self._required_database()
+        if not _can_be_an_id(job_id):
+            return None
+        with database.transaction() as connection:
             return queries.get(connection, self.tenant, job_id)
 
     def _list(
@@ -165,7 +168,12 @@ class BaseClient:
         before: str | None,
         limit: int,
     ) -> list[JobSummary]:
-        with self._required_database().transaction() as connection:
+        database = self._required_database()
+        if before is not None:
+            _check_id(before)
+        if not all(_can_be_stored(text) for text in (status, model, provider) if text is not None):
+            return []
+        with database.transaction() as connection:
             return queries.list_jobs(
                 connection, self.tenant, status=status, model=model, provider=provider, before=before, limit=limit
             )
@@ -177,8 +185,7 @@ class BaseClient:
             self._database.close()
 
     def _keys(self, job_id: str) -> names.JobKeys:
-        if re.fullmatch(names.ID_PATTERN, job_id) is None:
-            raise JobNotFoundError("no job has such an id: ids consist of letters, digits, '.', '_' and '-'")
+        _check_id(job_id)
         return names.job_keys(self.tenant, job_id, self._prefix)
 
     def _required_database(self) -> ClientDatabase:
@@ -188,6 +195,20 @@ class BaseClient:
                 f"{_misspelt(names.ENV_DATABASE_URL)}"
             )
         return self._database
+
+
+def _can_be_an_id(text: str) -> bool:
+    return re.fullmatch(names.ID_PATTERN, text) is not None
+
+
+def _check_id(job_id: str) -> None:
+    if not _can_be_an_id(job_id):
+        raise JobNotFoundError("no job has such an id: ids consist of letters, digits, '.', '_' and '-'")
+
+
+def _can_be_stored(text: str) -> bool:
+    """Tell whether a text may be in a row: it is UTF-8, and PostgreSQL refuses a NUL."""
+    return re.search(r"[\x00\ud800-\udfff]", text) is None
 
 
 def _with_request(request: object, fields: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from functools import partial
+from operator import methodcaller
 from typing import Any, Final, TypeVar
 
 import redis
@@ -86,7 +87,7 @@ class RedisConnections:
     def follow(self, run: FollowerRun, keys: JobKeys, read: Callable[[DatabaseRead], Any]) -> Generator[Event]:
         """Perform a follower's run and yield its events; ``read`` asks the database."""
         session = _Session(
-            self._commands, self._subscriptions, keys, read=read, sleep=time.sleep, close=redis.client.PubSub.close
+            self._commands, self._subscriptions, keys, read=read, sleep=time.sleep, close=methodcaller("close")
         )
         result = None
         try:
@@ -156,7 +157,7 @@ class AsyncRedisConnections:
             keys,
             read=read,
             sleep=asyncio.sleep,
-            close=redis.asyncio.client.PubSub.aclose,
+            close=methodcaller("aclose"),
         )
         result = None
         try:
@@ -215,11 +216,10 @@ class _Session:
             case Listen(seconds):
                 return ((partial(self.pubsub.get_message, timeout=seconds), _payload),)
             case Subscribe():
-                previous, self.pubsub = self.pubsub, self._subscriptions.pubsub()
                 return (
-                    (partial(self._close, previous), _ignore),
-                    (partial(self.pubsub.subscribe, self._keys.channel), _ignore),
-                    (partial(self.pubsub.get_message, timeout=_ANSWER_TIMEOUT), _check_confirmed),
+                    (partial(self._close, self.pubsub), self._renew),
+                    (lambda: self.pubsub.subscribe(self._keys.channel), _ignore),
+                    (lambda: self.pubsub.get_message(timeout=_ANSWER_TIMEOUT), _check_confirmed),
                 )
             case ReadLog(after):
                 start = "-" if after is None else f"({after}"
@@ -231,6 +231,10 @@ class _Session:
             case ReadSummary() | ReadResult():
                 return ((partial(self._read, operation), _unchanged),)
         raise TypeError(f"no such operation: {type(operation).__name__}")
+
+    def _renew(self, _closed: Any) -> None:
+        # Only once the previous one is closed: if that was interrupted, ``follow`` closes it at the end.
+        self.pubsub = self._subscriptions.pubsub()
 
 
 async def _cancellable(work: Awaitable[T]) -> T:

@@ -79,16 +79,6 @@ class Recovery:
             return None
         if transcript.last is None or transcript.behind:
             return None
-        choices = [
-            Choice(
-                index=choice.index,
-                content=choice.content,
-                reasoning=choice.reasoning,
-                refusal=choice.refusal,
-                finish_reason=choice.finish_reason,
-                tool_calls=choice.tool_calls,
-            )
-            for choice in transcript.choices
-        ]
+        choices = [choice.to_choice() for choice in transcript.choices]
         spent = usage or attempt.estimated_usage(choices)
         return PartialOutput(earlier, choices, spent, transcript.finished)
