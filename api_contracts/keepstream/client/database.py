@@ -55,8 +55,8 @@ def make_engine(url: str, application: str = "keepstream", *, pool_size: int = 5
     """Return an engine for ``url`` with the time-outs and pragmas that Keepstream relies on.
 
     Args:
-        url: SQLAlchemy URL of a SQLite or PostgreSQL database, without a driver or with ours. What it sets itself, in its query or by ``options``,
-            wins over our time-outs and is otherwise kept: a search path, for instance.
+        url: SQLAlchemy URL of a SQLite or PostgreSQL database, without a driver or with ours. What it sets itself, in
+            its query or by ``options``, wins over our time-outs and is otherwise kept: a search path, for instance.
         application: Name under which PostgreSQL lists the connections.
         pool_size: Connections that are kept.
         writer: Whether each transaction is to take SQLite's write lock at its beginning: one that reads
