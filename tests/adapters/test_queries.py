@@ -328,12 +328,35 @@ def test_a_database_that_is_away_is_an_error_without_the_password() -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["", "nonsense", "redis://localhost", "postgresql+nodriver://u:hunter2@h/d", "postgresql://u:hunter2@h:x/d"]
+    "url", ["", "nonsense", "redis://localhost", "nosuch+driver://h", "postgresql://u:hunter2@h:x/d"]
 )
 def test_a_url_that_is_none_is_an_error_without_its_text(url: str) -> None:
     with pytest.raises(InvalidSettingError, match="sqlite:///") as caught:
         ClientDatabase(url)
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "said"),
+    [
+        *(
+            (f"postgresql+{driver}", "begin the URL with postgresql://")
+            for driver in ("psycopg2", "asyncpg", "pg8000", "psycopg_async", "nodriver")
+        ),
+        *((f"sqlite+{driver}", "begin the URL with sqlite://") for driver in ("aiosqlite", "pysqlcipher", "nodriver")),
+    ],
+)
+def test_a_driver_that_is_not_ours_is_an_error_that_names_the_right_url(scheme: str, said: str) -> None:
+    with pytest.raises(InvalidSettingError, match=said) as caught:
+        ClientDatabase(f"{scheme}://u:hunter2@h/d")
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("scheme", ["postgresql", "postgres", "postgresql+psycopg", "sqlite", "sqlite+pysqlite"])
+def test_our_drivers_need_not_be_named(scheme: str) -> None:
+    database = ClientDatabase(f"{scheme}:///d")
+    assert database._engine.driver in ("psycopg", "pysqlite")
+    database.close()
 
 
 def test_a_failed_transaction_leaves_nothing(database: ClientDatabase) -> None:

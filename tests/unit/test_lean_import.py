@@ -86,8 +86,8 @@ def test_a_missing_driver_of_postgresql_says_which_extra_to_install() -> None:
     assert "InvalidSettingError: database_url (KEEPSTREAM_DATABASE_URL): PostgreSQL needs 'psycopg'" in error
     assert "pip install 'keepstream[postgres]'" in error
     assert "hunter2" not in error
-    other = run(probe({"psycopg2"}) + make.format("postgresql+psycopg2://127.0.0.1/x")).stderr.splitlines()[-1]
-    assert other == "ModuleNotFoundError: psycopg2 is not installed in this service"
+    other = run(probe({"sqlite3"}) + make.format("sqlite:///x.db")).stderr.splitlines()[-1]
+    assert other == "ModuleNotFoundError: sqlite3 is not installed in this service"
 
 
 def test_every_public_name_is_where_the_package_looks_for_it() -> None:

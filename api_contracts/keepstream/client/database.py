@@ -9,7 +9,7 @@ and no values.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, ResourceClosedError
@@ -17,6 +17,9 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from keepstream.errors import InvalidSettingError, StoreUnavailableError
 from keepstream.names import install_hint
+
+#: Per backend, the one driver that Keepstream uses: time-outs, pragmas and errors are this driver's.
+_DRIVERS: Final = {"sqlite": "pysqlite", "postgresql": "psycopg"}
 
 
 class ClientDatabase:
@@ -52,8 +55,8 @@ def make_engine(url: str, application: str = "keepstream", *, pool_size: int = 5
     """Return an engine for ``url`` with the time-outs and pragmas that Keepstream relies on.
 
     Args:
-        url: SQLAlchemy URL of a SQLite or PostgreSQL database. What it sets itself, in its query or by ``options``,
-            wins over our time-outs and is otherwise kept: a search path, for instance.
+        url: SQLAlchemy URL of a SQLite or PostgreSQL database, without a driver or with ours. What it sets itself, in
+            its query or by ``options``, wins over our time-outs and is otherwise kept: a search path, for instance.
         application: Name under which PostgreSQL lists the connections.
         pool_size: Connections that are kept.
         writer: Whether each transaction is to take SQLite's write lock at its beginning: one that reads
@@ -64,12 +67,19 @@ def make_engine(url: str, application: str = "keepstream", *, pool_size: int = 5
     """
     if url.startswith("postgres://"):  # as many hosts of databases write it
         url = url.replace("postgres", "postgresql", 1)
+    mistake = "the database URL cannot be used; it looks like sqlite:///jobs.db or postgresql://user:password@host/name"
     try:
         parsed = make_url(url)
-        backend = parsed.get_backend_name()
-        if backend == "sqlite":
+        backend, _, driver = parsed.drivername.partition("+")
+        ours = _DRIVERS.get(backend, driver)
+        if driver not in ("", ours):
+            mistake = (
+                f"the database URL names a driver other than '{ours}';"
+                f" leave the driver out: begin the URL with {backend}://"
+            )
+        elif backend == "sqlite":
             return _sqlite(parsed, writer=writer)
-        if backend == "postgresql":
+        elif backend == "postgresql":
             return _postgresql(parsed, application, pool_size)
     except ModuleNotFoundError as error:
         if error.name != "psycopg":
@@ -79,9 +89,7 @@ def make_engine(url: str, application: str = "keepstream", *, pool_size: int = 5
         ) from error
     except (ArgumentError, NoSuchModuleError, ValueError):  # ValueError: the port is no number
         pass  # raised below, so that no cause repeats the URL
-    raise InvalidSettingError(
-        "the database URL cannot be used; it looks like sqlite:///jobs.db or postgresql://user:password@host/name"
-    )
+    raise InvalidSettingError(mistake)
 
 
 def _sqlite(url: URL, *, writer: bool) -> Engine:
