@@ -26,6 +26,8 @@ from keepstream_worker.supervisor import python_module
 from tests.cluster import Cluster
 from tests.jobs import make_job
 
+pytestmark = pytest.mark.slow
+
 OURS = {*metadata.tables, VERSION_TABLE}
 
 HOST_TABLES = ("jobs", "workers", "choices", "attempts")
