@@ -217,6 +217,7 @@ def harm(server: EmbeddedValkey, how: str) -> None:
         server.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["frozen", "dead"])
 @pytest.mark.parametrize("warm", [True, False], ids=["warm", "cold"])
 def test_without_a_database_a_broker_in_trouble_is_an_error_within_the_bound(
@@ -249,6 +250,7 @@ def test_with_a_database_a_job_is_accepted_though_the_broker_is_in_trouble(
     assert resend_in <= 0  # a sweeper sends it at once
 
 
+@pytest.mark.slow
 def test_many_threads_get_their_answer_within_the_bound_too(own_valkey: EmbeddedValkey) -> None:
     with Client(own_valkey.url) as client, ThreadPoolExecutor(30) as pool:
         own_valkey.freeze()

@@ -143,6 +143,7 @@ async def test_postgresql_that_may_only_be_read_is_an_outage(postgres_url: str) 
             await database.run(execute, "CREATE TABLE t (x int)")
 
 
+@pytest.mark.slow
 async def test_server_that_never_answers_is_an_outage() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         async with opened(f"postgresql://nobody@127.0.0.1:{silent.getsockname()[1]}/none") as database:

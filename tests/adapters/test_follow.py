@@ -269,6 +269,7 @@ async def test_a_restart_of_redis_that_loses_the_log_is_healed_by_the_worker() -
         await publisher.close(1)
 
 
+@pytest.mark.slow
 async def test_a_frozen_redis_is_waited_for() -> None:
     with EmbeddedValkey() as server:
         async with AsyncClient(server.url) as client, redis.asyncio.Redis.from_url(server.url) as log:
@@ -339,6 +340,7 @@ def test_the_sync_client_answers_from_the_database_too(redis_url: str, stored: s
         assert list(client.follow(JOB_ID, "2-13")) == []
 
 
+@pytest.mark.slow
 async def test_a_terminal_event_that_never_came_is_told_from_the_row(
     log: redis.asyncio.Redis, redis_url: str, stored: str
 ) -> None:

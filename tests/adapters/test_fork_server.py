@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from tests.fork_server import ForkServer
+
+pytestmark = pytest.mark.slow
+
 
 ROOT = Path(__file__).parents[2]
 

@@ -318,6 +318,7 @@ async def test_redis_away_costs_little_memory_and_one_snapshot(
     assert text_of(log(client)) == job.text
 
 
+@pytest.mark.slow
 async def test_frozen_redis_gets_everything_once_when_it_thaws(
     publisher: Publisher, server: EmbeddedValkey, client: "redis.Redis"
 ) -> None:

@@ -9,6 +9,8 @@ import pytest
 
 import keepstream
 
+pytestmark = pytest.mark.slow
+
 # Pydantic and its own requirements. All else that happens to be installed here is refused to the probe.
 LEAN = {"keepstream", "pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection"}
 CLIENTS = {"AsyncClient", "Client"}
