@@ -49,12 +49,17 @@ def test_what_is_not_ours_or_read_by_another_command_is_let_through(name: str) -
         "KEEPSTREAM_PORT_6379_TCP",
         "KEEPSTREAM_REDIS_PORT_6379_TCP_ADDR",
         "KEEPSTREAM_REDIS_PORT_6379_TCP_PROTO",
-        "KEEPSTREAM_REDIS_NAME",
         "KEEPSTREAM_REDIS_ENV_REDIS_VERSION",
     ],
 )
 def test_what_kubernetes_or_docker_sets_for_a_service_of_our_name_is_let_through(name: str) -> None:
     assert unknown_variables({name: "tcp://10.0.0.1:6379"}) == []
+
+
+def test_what_only_resembles_those_is_a_mistake_of_the_user() -> None:
+    assert unknown_variables({"KEEPSTREAM_REDIS_NAME": "/web/redis"}) == []
+    assert "did you mean KEEPSTREAM_QUEUE?" in unknown_variables({"KEEPSTREAM_QUEUE_NAME": "mine"})[0]
+    assert unknown_variables({"KEEPSTREAM_REDIS_PORT": "6379"}) != []
 
 
 def test_a_variable_that_the_providers_file_names_is_known(tmp_path: Path) -> None:

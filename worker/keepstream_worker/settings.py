@@ -22,9 +22,12 @@ Seconds = Annotated[float, Field(gt=0)]
 _PREFIX: Final = "KEEPSTREAM_"
 #: Read by `keepstream demo`, by the scripted provider and by docker-compose.yml.
 _READ_ELSEWHERE: Final = {"KEEPSTREAM_DEMO_MODEL", "KEEPSTREAM_SCRIPTED_API_KEY", "KEEPSTREAM_TAG"}
-#: What Kubernetes sets in each container for a service whose name begins with "keepstream", and Docker for a link.
+#: What Kubernetes sets in each container for a service whose name begins with "keepstream", and Docker for a link:
+#: name and value, written as one. The value tells KEEPSTREAM_REDIS_PORT=6379 and KEEPSTREAM_QUEUE_NAME=mine from these.
 _OF_A_SERVICE: Final = re.compile(
-    r"_SERVICE_HOST$|_SERVICE_PORT(_\w+)?$|_PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?$|_NAME$|_ENV_\w+$"
+    r"\w+(_SERVICE_HOST|_SERVICE_PORT(_\w+)?|_PORT_\d+_(TCP|UDP|SCTP)(_\w+)?|_ENV_\w+)=.*"
+    r"|\w+_PORT=\w+://.*|\w+_NAME=/.*",
+    re.DOTALL,
 )
 
 
@@ -190,9 +193,9 @@ def unknown_variables(environment: Mapping[str, str]) -> list[str]:
     """Return a complaint about each ``KEEPSTREAM_…`` variable that nothing reads, with the name that was meant."""
     known = {f"{_PREFIX}{name.upper()}" for name in Settings.model_fields} | _READ_ELSEWHERE
     complaints = []
-    for name in sorted(environment):
+    for name, value in sorted(environment.items()):
         spelling = name.upper()  # names are read in either case
-        if not spelling.startswith(_PREFIX) or spelling in known or _OF_A_SERVICE.search(spelling):
+        if not spelling.startswith(_PREFIX) or spelling in known or _OF_A_SERVICE.fullmatch(f"{spelling}={value}"):
             continue
         if _is_named_in_providers_file(name, environment):
             continue
