@@ -75,7 +75,7 @@ _MODULES: Final = {
     "parse_job": "keepstream.jobs",
 }
 #: What the extra ``client`` installs.
-_CLIENT_PACKAGES: Final = frozenset({"celery", "kombu", "redis", "sqlalchemy"})
+_CLIENT_PACKAGES: Final = frozenset({"redis", "sqlalchemy"})
 
 
 def __getattr__(name: str) -> Any:

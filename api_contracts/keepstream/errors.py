@@ -71,6 +71,14 @@ class IdempotencyConflictError(KeepstreamError):
     """The idempotency key or job id belongs to a different request. Use a new one."""
 
 
+class InvalidArgumentError(KeepstreamError, ValueError):
+    """An argument of a call cannot be used; the message names it and says what it may be."""
+
+
+class ClientClosedError(KeepstreamError):
+    """The client has been closed. Make a new one."""
+
+
 class JobNotFoundError(KeepstreamError, LookupError):
     """No such job for this tenant, neither in the log nor in the database."""
 
@@ -101,3 +109,7 @@ class EventsLostError(KeepstreamError):
 
 class InvalidSettingError(KeepstreamError, ValueError):
     """A URL or setting cannot be used; the message says why and what to use instead."""
+
+
+class UnexpectedError(KeepstreamError):
+    """Something failed that Keepstream did not foresee: a defect, or a system without memory. The cause is attached."""

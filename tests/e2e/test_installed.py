@@ -353,6 +353,7 @@ def test_a_client_and_a_worker_need_no_more_than_their_extras(
     client: Environment, worker: Environment, provider: EmbeddedProvider, redis_url: str, tmp_path: Path
 ) -> None:
     """The client has no database, so what it sends and what it hears goes through Redis alone."""
+    assert not client.distributions & {"celery", "kombu", "billiard", "packaging"}
     chosen = settings(redis_url, sqlite_url(tmp_path / "keepstream.db"), provider)
     worker.run_command("migrate", settings=chosen)
     with Worker(worker, chosen):

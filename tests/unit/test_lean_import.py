@@ -73,13 +73,19 @@ def test_a_client_without_its_extra_says_what_to_install(name: str, how: str) ->
     assert "pip install 'keepstream[client]'" in error
 
 
-@pytest.mark.parametrize("package", ["packaging", "vine"])  # Kombu needs them; the extra should have brought them
+@pytest.mark.parametrize("package", ["pydantic", "pydantic_core"])  # the base requires them
 def test_any_other_missing_package_is_reported_as_it_is(package: str) -> None:
     code = probe({package}) + "\nkeepstream.Client('redis://127.0.0.1:1')"
     error = run(code).stderr.splitlines()[-1]
     assert error == f"ModuleNotFoundError: {package} is not installed in this service" or (
         error.startswith(f"ModuleNotFoundError: {package}.") and "extra" not in error
     )
+
+
+def test_a_client_needs_neither_celery_nor_kombu_nor_the_worker() -> None:
+    refused = {"keepstream_worker", "celery", "kombu", "vine", "billiard", "packaging", "hiredis"}
+    done = run(probe(refused) + "\nkeepstream.Client('redis://127.0.0.1:1', database_url='sqlite:///x.db')")
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_missing_driver_of_postgresql_says_which_extra_to_install() -> None:

@@ -34,7 +34,7 @@ EXTRA_OF: dict[str, str | None] = {
 #: Our packages, and the half of pydantic that is a distribution of its own, pinned by the other.
 NOT_FOREIGN = {"keepstream", "keepstream_worker", "migrations", "pydantic_core"}
 #: What no module of ours imports: Kombu's Redis transport needs `packaging`, SQLAlchemy loads `psycopg` for a URL.
-LOADED_BY_NAME: dict[str | None, set[str]] = {"client": {"packaging"}, "postgres": {"psycopg"}}
+LOADED_BY_NAME: dict[str | None, set[str]] = {"postgres": {"psycopg"}, "worker": {"packaging"}}
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]

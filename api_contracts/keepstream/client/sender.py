@@ -1,62 +1,49 @@
 """The sender: puts jobs on the Celery queue, within seconds or not at all.
 
-In: jobs, from the client and from a worker's sweeper.  Out: messages in Celery's protocol 2 on the queue.
-The only importer of Celery in this package.
+In: jobs, from the client and from a worker's sweeper.  Out: messages in Celery's protocol 2 on the queue, a Redis list.
 
-A plain ``send_task`` would wait without limit for a broker that accepts a connection and then never answers.
+It writes the messages itself, as Celery with Kombu would: a service that only sends jobs needs neither, and their
+pools do not survive a fork.
 """
 
+import base64
+import json
+import os
+import socket
+import uuid
 from collections.abc import Iterable
 from typing import Any, Final
 
-from celery import Celery
-from kombu.exceptions import KombuError, OperationalError
-from kombu.pools import ProducerPool
+import redis
+from redis.backoff import NoBackoff
+from redis.exceptions import AuthenticationError, AuthorizationError, NoPermissionError, RedisError
+from redis.retry import Retry
 
 from keepstream import names
+from keepstream.client.forks import PerProcess
 from keepstream.errors import BrokerUnavailableError, InvalidSettingError
 
-_CONNECT_TIMEOUT: Final = 1.0  #: Seconds; a broker that does not even accept a connection is down.
-_ANSWER_TIMEOUT: Final = 2.0  #: Seconds; a push normally takes microseconds, so this is generous.
-_CONNECTIONS: Final = 10  #: Sends at the same time; further ones wait, at most ``_ANSWER_TIMEOUT``.
+_POOL: Final[dict[str, Any]] = {
+    "socket_connect_timeout": 1.0,  # seconds; a broker that does not even accept a connection is down
+    "socket_timeout": 2.0,  # seconds; a push normally takes microseconds, so this is generous
+    "socket_keepalive": True,
+    "max_connections": 10,  # sends at the same time
+    "timeout": 2.0,  # seconds that further ones wait
+}
 
 
 class Sender:
-    """Sends jobs to one queue. Thread-safe; connects when it is first used.
+    """Sends jobs to one queue. Thread-safe; connects when it is first used, and anew after a fork.
 
     Raises:
         InvalidSettingError: the broker URL cannot be used.
     """
 
     def __init__(self, broker_url: str, queue: str = names.QUEUE) -> None:
-        if "cluster" in broker_url.partition("://")[0]:
-            raise InvalidSettingError(
-                "Celery cannot use a Redis Cluster as its broker: its commands span slots;"
-                " name a single Redis (redis://) or a Sentinel (sentinel://)"
-            )
+        self._broker_url = broker_url
         self._queue = queue
-        self._app = Celery("keepstream-sender", broker=broker_url, set_as_current=False, fixups=[])
-        self._app.conf.update(
-            task_serializer="json",
-            accept_content=["json"],
-            task_protocol=2,
-            task_ignore_result=True,
-            task_publish_retry=False,  # with a database a sweeper resends it; without, the caller decides
-            broker_connection_retry=False,
-            broker_transport_options={
-                "socket_connect_timeout": _CONNECT_TIMEOUT,
-                "socket_timeout": _ANSWER_TIMEOUT,
-                "socket_keepalive": True,
-                "max_retries": 0,  # of a connection; Kombu's own three would take six seconds
-            },
-        )
-        try:
-            connection = self._app.connection_for_write()
-        except (KeyError, ValueError):
-            raise InvalidSettingError("the broker URL cannot be used; it looks like redis://host:6379/0") from None
-        # Not Celery's own pools: those are shared by the whole process, so closing them would hurt others.
-        self._connections = connection.Pool(limit=_CONNECTIONS)
-        self._producers: Any = ProducerPool(self._connections, limit=_CONNECTIONS, Producer=self._app.amqp.Producer)
+        self._connections = PerProcess(self._connect)
+        self._connections.get()
 
     def send(self, job: dict[str, Any]) -> None:
         """Send one job, given as ``Job.to_wire()`` returns it.
@@ -73,23 +60,82 @@ class Sender:
         Raises:
             BrokerUnavailableError: as for ``send``.
         """
+        origin = f"keepstream{os.getpid()}@{socket.gethostname()}"
+        messages = [celery_message(job, self._queue, origin) for job in jobs]
         try:
-            with self._producers.acquire(block=True, timeout=_ANSWER_TIMEOUT) as producer, producer.batch():
-                for job in jobs:
-                    self._app.send_task(
-                        names.TASK,
-                        args=[job],
-                        task_id=job["id"],
-                        queue=self._queue,
-                        producer=producer,
-                        argsrepr=f"({job['id']},)",  # Celery's own repr would show the prompt in logs
-                        kwargsrepr="{}",
-                    )
-        except (KombuError, OperationalError, OSError) as error:
+            with self._connections.get().pipeline(transaction=False) as pipeline:
+                for message in messages:
+                    pipeline.lpush(self._queue, message)
+                pipeline.execute()
+        except (AuthenticationError, AuthorizationError, NoPermissionError) as error:
+            raise BrokerUnavailableError(
+                f"the broker does not let this user send jobs ({type(error).__name__}); check the user and password of"
+                " the broker URL, and that its ACL allows LPUSH on the queue"
+            ) from None
+        except (RedisError, OSError) as error:
             raise BrokerUnavailableError(f"the broker did not take the job ({type(error).__name__})") from None
 
     def close(self) -> None:
         """Close the connections."""
-        self._producers.force_close_all()
-        self._connections.force_close_all()
-        self._app.close()
+        connections = self._connections.take()
+        if connections is not None:
+            connections.close()
+
+    def _connect(self) -> redis.Redis:
+        if "cluster" in self._broker_url.partition("://")[0]:
+            raise InvalidSettingError(
+                "Celery cannot use a Redis Cluster as its broker: its commands span slots;"
+                " name a single Redis (redis://) or a Sentinel (sentinel://)"
+            )
+        try:
+            # Once more, because the server may have closed a connection that has not been used for long; but not after
+            # a time-out, so that the bound holds.
+            retry = Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,))
+            pool = redis.BlockingConnectionPool.from_url(self._broker_url, retry=retry, **_POOL)
+        except ValueError:
+            raise InvalidSettingError("the broker URL cannot be used; it looks like redis://host:6379/0") from None
+        return redis.Redis.from_pool(pool)
+
+
+def celery_message(job: dict[str, Any], queue: str, origin: str) -> str:
+    """Return the message that has a Celery worker run the job: the item that Kombu would put on the Redis list."""
+    job_id = job["id"]
+    shown = {"argsrepr": f"({job_id},)", "kwargsrepr": "{}"}  # Celery's own repr would show the prompt in logs
+    body = [[job], {}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None}]
+    return json.dumps(
+        {
+            "body": base64.b64encode(json.dumps(body).encode()).decode(),
+            "content-encoding": "utf-8",
+            "content-type": "application/json",
+            "headers": {
+                "lang": "py",
+                "task": names.TASK,
+                "id": job_id,
+                "shadow": None,
+                "eta": None,
+                "expires": None,
+                "group": None,
+                "group_index": None,
+                "retries": 0,
+                "timelimit": [None, None],
+                "root_id": job_id,
+                "parent_id": None,
+                **shown,
+                "origin": origin,
+                "ignore_result": None,
+                "replaced_task_nesting": 0,
+                "stamped_headers": None,
+                "stamps": {},
+            },
+            "properties": {
+                "correlation_id": job_id,
+                "reply_to": "",  # no result is sent anywhere
+                **shown,
+                "delivery_mode": 2,
+                "delivery_info": {"exchange": "", "routing_key": queue},
+                "priority": 0,
+                "body_encoding": "base64",
+                "delivery_tag": str(uuid.uuid4()),
+            },
+        }
+    )
