@@ -83,6 +83,10 @@ class JobNotFoundError(KeepstreamError, LookupError):
     """No such job for this tenant, neither in the log nor in the database."""
 
 
+class JobStateError(KeepstreamError):
+    """The job is in a state in which this cannot be done; the message says what can."""
+
+
 class InvalidCursorError(KeepstreamError, ValueError):
     """``after`` is not the id of an event of this job; event ids look like ``2-17``."""
 
@@ -100,7 +104,7 @@ class NotConfiguredError(KeepstreamError):
 
 
 class FollowTimeoutError(KeepstreamError, TimeoutError):
-    """No event of the job arrived for as long as the caller allowed."""
+    """The job did not go on, or did not end, for as long as the caller allowed; the message says what it waits for."""
 
 
 class EventsLostError(KeepstreamError):

@@ -36,6 +36,7 @@ from keepstream.errors import InvalidJobError
 VERSION: Final = 2  #: Of the job's format.
 MAX_JOB_BYTES: Final = 8 * 1024 * 1024  #: Bytes of a job as JSON; images travel inside messages.
 MODEL_CHARACTERS: Final = 256
+PROMPT_START: Final = 160  #: Characters of a prompt that a listing may show.
 
 _KEY_HINT: Final = "cannot be part of a job: it belongs in the worker's configuration; a job names a 'provider'"
 #: What may not be in a request, and what to do instead.
@@ -202,6 +203,13 @@ class Job(BaseModel):
         messages: list[dict[str, Any]] = self.request["messages"]
         return messages
 
+    def prompt_start(self) -> str:
+        """Return the beginning of the last user message on one line, as listings show it; empty if it has no text."""
+        for message in reversed(self.messages):
+            if message.get("role") == "user":
+                return _beginning(message.get("content"))
+        return ""
+
     def request_hash(self) -> str:
         """Return the SHA-256 (hex) by which two jobs of one id are told apart.
 
@@ -240,6 +248,17 @@ class Job(BaseModel):
             except (ValueError, RecursionError):
                 return name
         return "job"  # too deep as a whole
+
+
+def _beginning(content: object) -> str:
+    """Return the beginning of a message's text, which may be one of several parts, as the API has them."""
+    for part in content if isinstance(content, list | tuple) else [content]:
+        text = part.get("text") if isinstance(part, dict) else part
+        if isinstance(text, str) and text.strip():
+            # Neither NUL nor what is no UTF-8 can be stored; cut first, because a prompt may have megabytes.
+            beginning = re.sub(r"[\x00-\x20\x7f\s\ud800-\udfff]+", " ", text.lstrip()[: 2 * PROMPT_START])
+            return beginning.strip()[:PROMPT_START]
+    return ""
 
 
 def parse_job(data: object) -> Job:

@@ -111,6 +111,27 @@ class AttemptResult(_Value):
     usage: Usage | None = None
 
 
+class WaitingFor(_Value):
+    """What a job waits for."""
+
+    cause: str = Field(
+        description=(
+            "worker: none is alive for the queue, or the job's own died. place: every worker is busy. pickup: a worker"
+            " is to take it. retry: its next attempt is not due yet. provider: an attempt runs. redis, database: it"
+            " does not answer. job: no such job is known yet. New causes may be added."
+        )
+    )
+    text: str = Field(description="The same for people; it may change.")
+
+    @property
+    def passes(self) -> bool:
+        """Whether it passes by itself; otherwise somebody should do something."""
+        return self.cause in {"place", "pickup", "retry", "provider"}
+
+    def __str__(self) -> str:
+        return self.text
+
+
 class CompletionResult(_Value):
     """A job with everything that is stored about it."""
 
@@ -119,7 +140,12 @@ class CompletionResult(_Value):
     status: JobStatus
     model: str
     provider: str
+    request: dict[str, Any] | None = Field(
+        default=None, description="The chat-completions body as it was enqueued; null where only the answer was read."
+    )
     metadata: dict[str, Any] = Field(default_factory=dict)
+    retry_of: str | None = Field(default=None, description="Id of the job that this one repeats.")
+    waiting_for: WaitingFor | None = Field(default=None, description="Null: the job runs, or has ended.")
     created_at: datetime
     started_at: datetime | None = None
     finished_at: datetime | None = None
@@ -154,13 +180,32 @@ class JobSummary(_Value):
     status: JobStatus
     model: str
     provider: str
+    prompt_start: str = Field(default="", description="Beginning of the last user message, on one line.")
     metadata: dict[str, Any] = Field(default_factory=dict)
+    retry_of: str | None = Field(default=None, description="Id of the job that this one repeats.")
+    waiting_for: WaitingFor | None = Field(default=None, description="Null: the job runs, or has ended.")
     created_at: datetime
     started_at: datetime | None = None
     finished_at: datetime | None = None
     attempt: int
     usage: Usage | None = None
     error: ErrorInfo | None = None
+
+
+class JobPage(list[JobSummary]):
+    """Jobs of a listing, newest first, and where it goes on.
+
+    A listing looks at a limited number of jobs, so a page may be short, or empty, although older jobs would fit.
+    """
+
+    def __init__(
+        self, jobs: Iterable[JobSummary] = (), *, next_before: str | None = None, looked_back_to: datetime | None = None
+    ) -> None:
+        super().__init__(jobs)
+        #: What to give as ``before`` for the next page; None: there are no more.
+        self.next_before = next_before
+        #: When the last job was created that was looked at; None: all were.
+        self.looked_back_to = looked_back_to
 
 
 def output_sha256(contents: Iterable[str]) -> str:

@@ -128,7 +128,9 @@ jobs: Final = Table(
     Column("provider", String(128), nullable=False),
     Column("job", Text, nullable=False, comment="the whole job as JSON, as it was enqueued"),
     Column("request_hash", String(64), nullable=False, comment="whether a repeated id asks for the same"),
+    Column("prompt_start", Text, nullable=False, comment="beginning of the last user message, for listings"),
     Column("metadata", _JSON, nullable=False),
+    Column("retry_of", String(128), comment="id of the job that this one repeats"),
     Column("created_at", UtcDateTime, nullable=False),
     Column("due_at", UtcDateTime, nullable=False, comment="not to be started before"),
     Column("resend_at", UtcDateTime, nullable=False, comment="when a worker's sweeper sends its message (again)"),
@@ -180,7 +182,8 @@ jobs: Final = Table(
         postgresql_where=text("NOT announced AND finished_at IS NOT NULL"),
         sqlite_where=text("NOT announced AND finished_at IS NOT NULL"),
     ),
-    Index("ix_keepstream_jobs_tenant_created", "tenant", "created_at"),
+    # For listings: a walk through a tenant's jobs by age; the id tells jobs of one moment apart.
+    Index("ix_keepstream_jobs_tenant_created", "tenant", "created_at", "id"),
 )
 
 
@@ -260,6 +263,10 @@ workers: Final = Table(
     Column("id", String(128), primary_key=True),
     Column("started_at", UtcDateTime, nullable=False),
     Column("heartbeat_at", UtcDateTime, nullable=False),
+    Column("lease", Float, nullable=False, comment="seconds without a heartbeat after which it counts as dead"),
+    Column("queue", String(128), nullable=False, comment="where it takes its jobs from"),
+    Column("places", Integer, nullable=False, comment="jobs that it runs at once"),
+    Column("running", Integer, nullable=False, comment="jobs that it ran at its last heartbeat"),
     Index("ix_keepstream_workers_heartbeat", "heartbeat_at"),
 )
 

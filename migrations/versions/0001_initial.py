@@ -30,7 +30,14 @@ def upgrade() -> None:
             nullable=False,
             comment="whether a repeated id asks for the same",
         ),
+        sa.Column(
+            "prompt_start",
+            sa.Text(),
+            nullable=False,
+            comment="beginning of the last user message, for listings",
+        ),
         sa.Column("metadata", sa.JSON(none_as_null=True), nullable=False),
+        sa.Column("retry_of", sa.String(length=128), nullable=True, comment="id of the job that this one repeats"),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("due_at", sa.DateTime(timezone=True), nullable=False, comment="not to be started before"),
         sa.Column(
@@ -81,7 +88,9 @@ def upgrade() -> None:
         postgresql_where=sa.text("status IN ('queued', 'retrying') AND expires_at IS NOT NULL"),
         sqlite_where=sa.text("status IN ('queued', 'retrying') AND expires_at IS NOT NULL"),
     )
-    op.create_index("ix_keepstream_jobs_tenant_created", "keepstream_jobs", ["tenant", "created_at"], unique=False)
+    op.create_index(
+        "ix_keepstream_jobs_tenant_created", "keepstream_jobs", ["tenant", "created_at", "id"], unique=False
+    )
     op.create_index(
         "ix_keepstream_jobs_unannounced",
         "keepstream_jobs",
@@ -127,6 +136,15 @@ def upgrade() -> None:
         sa.Column("id", sa.String(length=128), nullable=False),
         sa.Column("started_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("heartbeat_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column(
+            "lease",
+            sa.Float(),
+            nullable=False,
+            comment="seconds without a heartbeat after which it counts as dead",
+        ),
+        sa.Column("queue", sa.String(length=128), nullable=False, comment="where it takes its jobs from"),
+        sa.Column("places", sa.Integer(), nullable=False, comment="jobs that it runs at once"),
+        sa.Column("running", sa.Integer(), nullable=False, comment="jobs that it ran at its last heartbeat"),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_keepstream_workers")),
     )
     op.create_index("ix_keepstream_workers_heartbeat", "keepstream_workers", ["heartbeat_at"], unique=False)

@@ -19,6 +19,7 @@ from sqlalchemy import Engine, create_engine, inspect, text, update
 
 from keepstream.client import queries
 from keepstream.client.database import ClientDatabase, make_engine
+from keepstream.client.listing import list_jobs
 from keepstream.tables import VERSION_TABLE, jobs, metadata, seconds_from_now
 from keepstream_worker.store import schema
 from keepstream_worker.store.retention import purge
@@ -147,7 +148,7 @@ def enqueue(url: str, job_id: str) -> None:
 
 def job_ids(url: str) -> list[str]:
     with contextlib.closing(ClientDatabase(url)) as database, database.transaction() as connection:
-        return [summary.id for summary in queries.list_jobs(connection, "default")]
+        return [summary.id for summary in list_jobs(connection, "default")]
 
 
 def check_drift(engine: Engine) -> None:

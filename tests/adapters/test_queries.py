@@ -12,6 +12,7 @@ from sqlalchemy import Connection, create_engine, select, update
 from keepstream import tables
 from keepstream.client import queries
 from keepstream.client.database import ClientDatabase
+from keepstream.client.listing import Wanted, list_jobs
 from keepstream.errors import (
     IdempotencyConflictError,
     InvalidSettingError,
@@ -274,7 +275,7 @@ def test_a_tenant_does_not_see_anothers_jobs(connection: Connection) -> None:
     queries.enqueue(connection, job)
     assert queries.get(connection, "b", job.id) is None
     assert queries.get_summary(connection, "b", job.id) is None
-    assert queries.list_jobs(connection, "b") == []
+    assert list_jobs(connection, "b") == []
 
 
 def test_a_listing_goes_through_all_pages_newest_first(connection: Connection) -> None:
@@ -284,7 +285,7 @@ def test_a_listing_goes_through_all_pages_newest_first(connection: Connection) -
         queries.enqueue(connection, made[-1])
     seen: list[str] = []
     before = None
-    while page := queries.list_jobs(connection, "default", before=before, limit=4):
+    while page := list_jobs(connection, "default", before=before, limit=4):
         seen += [summary.id for summary in page]
         before = seen[-1]
         if len(seen) == 8:  # new jobs do not shift the pages
@@ -299,13 +300,13 @@ def test_a_listing_is_filtered(connection: Connection) -> None:
     queries.enqueue(connection, make_job(model="a", provider="x"))
     running(connection, model="b", provider="x")
     running(connection, model="a", provider="y")
-    found = queries.list_jobs(connection, "default", status=JobStatus.RUNNING, model="a", provider="x")
+    found = list_jobs(connection, "default", Wanted([JobStatus.RUNNING], "a", "x"))
     assert [summary.id for summary in found] == [wanted.id]
 
 
 def test_a_listing_cannot_go_on_after_an_unknown_job(connection: Connection) -> None:
     with pytest.raises(JobNotFoundError):
-        queries.list_jobs(connection, "default", before="nothing")
+        list_jobs(connection, "default", before="nothing")
 
 
 # -- the connection --

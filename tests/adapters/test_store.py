@@ -108,7 +108,7 @@ class Store:
             return purge(connection, older_than, **kw)
 
     def alive(self, worker: str = "w1", lease: float = 6.0) -> store.HeartbeatResult:
-        (result,) = self(store.record_heartbeat, Heartbeat(worker, lease))
+        (result,) = self(store.record_heartbeat, Heartbeat(worker, lease, QUEUE, places=10, running=1))
         return result
 
     def dead(self, worker: str = "w1") -> None:

@@ -5,6 +5,7 @@ database that comes and goes, and a clock that costs nothing.
 """
 
 import json
+import math
 import random
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -39,7 +40,7 @@ from keepstream.errors import (
 )
 from keepstream.events import Event, Snapshot
 from keepstream.names import EventId, parse_event_id
-from keepstream.results import AttemptResult, Choice, CompletionResult, JobStatus, JobSummary, output_sha256
+from keepstream.results import AttemptResult, Choice, CompletionResult, JobStatus, JobSummary, WaitingFor, output_sha256
 from keepstream.transcript import Transcript
 from tests.event_texts import attempt_failed, attempt_finished, delta, ended, snapshot, started
 
@@ -76,6 +77,8 @@ class World:
         self.database_is_up = True
         self.committed = False
         self.operations: list[Operation] = []
+        self.waiting_for: WaitingFor | None = None
+        self.reports: list[WaitingFor] = []
 
     def publish(self, count: int = 1) -> None:
         """Publish as the worker does: log and channel in one step, and a snapshot where the log has a hole."""
@@ -123,11 +126,11 @@ class World:
                 return None
             case ReadSummary() | ReadResult():
                 if not self.database_is_up:
-                    raise StoreUnavailableError
+                    raise StoreUnavailableError("the database does not answer")
                 return (self.summary() if isinstance(operation, ReadSummary) else self.result()) if self.row else None
         if not self.redis_is_up or (isinstance(operation, Listen) and not self.subscribed):
             self.disconnect()
-            raise DisconnectedError
+            raise DisconnectedError("it does not answer (Connection refused)")
         match operation:
             case Subscribe():
                 self.disconnect()
@@ -153,7 +156,14 @@ class World:
 
     def summary(self) -> JobSummary:
         return JobSummary(
-            id="j", tenant="t", status=self.status, model="m", provider="p", created_at=NOON, attempt=self.attempt
+            id="j",
+            tenant="t",
+            status=JobStatus.QUEUED if self.waiting_for else self.status,
+            model="m",
+            provider="p",
+            created_at=NOON,
+            attempt=self.attempt,
+            waiting_for=self.waiting_for,
         )
 
     def result(self) -> CompletionResult:
@@ -179,6 +189,8 @@ class World:
             has_database=given.get("has_database", True),
             timeout=timeout,
             not_found_after=not_found_after,
+            report=self.reports.append,
+            total_timeout=given.get("total_timeout", math.inf),
             clock=lambda: self.now,
         )
         run = follower.run()
@@ -472,6 +484,145 @@ def test_an_event_of_the_future_in_the_log_is_made_up_for_by_the_row() -> None:
     world.publish(99)
     world.log[EventId(2, 5)] = '{"v":2,"id":"2-5"}'
     assert ids(world.follow())[-2:] == ["2-12", "2-13"]
+
+
+# -- who waits for what will not come is told so --
+
+NO_WORKER = WaitingFor(cause="worker", text="a worker: none is alive")
+BUSY = WaitingFor(cause="place", text="a free place")
+
+
+def outcome(world: World, **given: Any) -> tuple[Exception, list[tuple[float, str]]]:
+    """Follow a job that never goes on; return the error, and what was reported when (in seconds)."""
+    times: list[tuple[float, str]] = []
+    world.reports = Reports(world, times)
+    with pytest.raises((FollowTimeoutError, JobNotFoundError)) as caught:
+        list(world.follow(**given))
+    return caught.value, times
+
+
+class Reports(list[WaitingFor]):
+    """What was reported, with the time."""
+
+    def __init__(self, world: World, times: list[tuple[float, str]]) -> None:
+        super().__init__()
+        self._world = world
+        self._times = times
+
+    def append(self, reason: WaitingFor) -> None:
+        self._times.append((self._world.now, reason.text))
+
+
+def test_a_job_without_a_worker_is_reported_at_once_and_once() -> None:
+    world = World()
+    world.waiting_for = NO_WORKER
+    error, reports = outcome(world, timeout=20)
+    assert reports == [(0.0, NO_WORKER.text)]
+    assert str(error) == "no event of job job-1 came for 20 s; it waits for a worker: none is alive"
+
+
+def test_what_passes_by_itself_is_reported_after_a_silence() -> None:
+    world = World()
+    world.waiting_for = BUSY
+    _, reports = outcome(world, timeout=20)
+    assert reports == [(3.0, BUSY.text)]
+
+
+def test_a_provider_that_takes_its_time_is_reported_after_a_silence() -> None:
+    world = World()
+    world.publish(3)
+    _, reports = outcome(world, timeout=20)
+    assert reports == [(3.0, "its provider: attempt 1 runs and has nothing new yet")]
+
+
+def test_a_redis_that_is_away_is_reported_at_once_and_named_in_the_error() -> None:
+    world = World()
+    world.redis_is_up = False
+    error, reports = outcome(world, timeout=20)
+    assert reports[0] == (0.0, "Redis: it does not answer (Connection refused)")
+    assert "it waits for Redis: it does not answer (Connection refused)" in str(error)
+
+
+def test_a_connection_that_is_cut_and_made_anew_is_not_worth_a_report() -> None:
+    world = World()
+    events = world.follow()
+    world.publish(1)
+    next(events)
+    world.disconnect()
+    world.publish(3)
+    assert [next(events).id for _ in range(3)] == ALL[1:4]
+    assert world.reports == []
+
+
+def test_a_redis_that_goes_away_later_is_reported() -> None:
+    world = World()
+    events = world.follow(timeout=20)
+    world.publish(1)
+    next(events)
+    world.redis_is_up = False
+    with pytest.raises(FollowTimeoutError):
+        next(events)
+    assert [reason.cause for reason in world.reports] == ["redis", "provider"]
+
+
+def test_a_database_that_is_away_is_reported_if_nothing_comes() -> None:
+    world = World()
+    world.database_is_up = False
+    error, reports = outcome(world, timeout=20)
+    assert reports == [(0.0, "the database: the database does not answer")]
+    assert "the database does not answer" in str(error)
+
+
+def test_what_was_reported_before_an_event_is_reported_again_after_it() -> None:
+    world = World()
+    world.waiting_for = NO_WORKER
+    perform = world.perform
+
+    def once(operation: Operation) -> Any:
+        if world.now > 5 and not world.log:
+            world.publish(1)
+        return perform(operation)
+
+    world.perform = once  # type: ignore[method-assign]
+    with pytest.raises(FollowTimeoutError):
+        list(world.follow(timeout=20))
+    assert world.reports == [NO_WORKER, NO_WORKER]
+
+
+@pytest.mark.parametrize("redis_is_up", [True, False])
+@pytest.mark.parametrize("timeout", [2, 600])
+def test_an_unknown_job_is_not_found_whatever_the_timeout(redis_is_up: bool, timeout: float) -> None:  # noqa: FBT001
+    world = World(row=False)
+    world.redis_is_up = redis_is_up
+    error, reports = outcome(world, timeout=timeout, not_found_after=10)
+    assert isinstance(error, JobNotFoundError)
+    assert world.now <= 13
+    told = [when for when, text in reports if text.startswith("a job of this id")]
+    assert len(told) == 1
+    assert 0 < told[0] <= 3
+
+
+def test_without_a_database_the_silence_about_a_job_is_reported() -> None:
+    error, reports = outcome(World(), has_database=False, timeout=20)
+    assert len(reports) == 1
+    assert reports[0][0] <= 3
+    assert "without a database" in str(error)
+
+
+def test_a_wait_ends_at_its_own_time_however_many_events_come() -> None:
+    world = World([started("1-1"), *(delta(f"1-{n}", "x") for n in range(2, 200))])
+    perform = world.perform
+
+    def steadily(operation: Operation) -> Any:
+        if isinstance(operation, Listen):
+            world.now += 1.0
+            world.publish(1)
+        return perform(operation)
+
+    world.perform = steadily  # type: ignore[method-assign]
+    with pytest.raises(FollowTimeoutError, match="did not end within 30 s"):
+        list(world.follow(timeout=math.inf, total_timeout=30.0))
+    assert 30 <= world.now < 32
 
 
 @settings(max_examples=500, deadline=None)

@@ -6,23 +6,24 @@ in threads.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from functools import partial
 from typing import Any, Final, ParamSpec, Self, TypeVar
 
 from keepstream import names
-from keepstream.client.base import FOLLOW_TIMEOUT, NOT_FOUND_AFTER, BaseClient
+from keepstream.client.base import FOLLOW_TIMEOUT, NOT_FOUND_AFTER, WAIT_TIMEOUT, BaseClient
+from keepstream.client.listing import make_wanted
 from keepstream.client.redis import AsyncRedisConnections
 from keepstream.events import Event
 from keepstream.jobs import Job
-from keepstream.results import CompletionResult, JobStatus, JobSummary
+from keepstream.results import CompletionResult, JobPage, JobStatus, WaitingFor
 
 _MAX_THREADS: Final = 8  #: Database and broker calls of one client at the same time.
 
 P = ParamSpec("P")
 T = TypeVar("T")
-JobSummaries = list[JobSummary]  # inside the class, "list" is the method
 
 
 class AsyncClient(BaseClient):
@@ -74,16 +75,36 @@ class AsyncClient(BaseClient):
     async def list(
         self,
         *,
-        status: JobStatus | None = None,
+        status: JobStatus | Collection[JobStatus] | None = None,
         model: str | None = None,
         provider: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
         before: str | None = None,
         limit: int = 50,
-    ) -> JobSummaries:
+    ) -> JobPage:
         """Return the tenant's jobs, newest first; see ``Client.list``."""
-        return await self._in_thread(
-            self._list, status=status, model=model, provider=provider, before=before, limit=limit
-        )
+        wanted = make_wanted(status, model, provider, metadata, since, until)
+        return await self._in_thread(self._list, wanted, before, limit)
+
+    async def wait(
+        self, job_id: str, *, timeout: float = WAIT_TIMEOUT, not_found_after: float = NOT_FOUND_AFTER
+    ) -> CompletionResult:
+        """Wait until a job has ended, and return its result; see ``Client.wait``."""
+        run = self._run_waiting(job_id, timeout, not_found_after)
+        read = partial(self._in_thread, partial(self._read_for_follower, job_id))
+        async for _ in self._async_redis.follow(run, self._keys(job_id), read):
+            pass
+        return await self._in_thread(self._get_ended, job_id)
+
+    async def waiting_for(self, job_id: str) -> WaitingFor | None:
+        """Return what keeps a job waiting; see ``Client.waiting_for``."""
+        return await self._in_thread(self._waiting_for, job_id)
+
+    async def retry(self, job_id: str, *, force: bool = False) -> str:
+        """Run an ended job again; see ``Client.retry``."""
+        return await self._in_thread(self._retry, job_id, force=force)
 
     async def close(self) -> None:
         """Close all connections."""

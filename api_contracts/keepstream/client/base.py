@@ -6,31 +6,42 @@ cancel, stored results, and the follower's runs, to ``keepstream.client.sync`` a
 
 import contextlib
 import json
+import logging
+import math
 import os
 import re
+import uuid
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, Final, Self
 
 from keepstream import names
 from keepstream.client import queries
 from keepstream.client.database import ClientDatabase
 from keepstream.client.follower import Follower, FollowerRun, ReadResult, ReadSummary, parse_cursor
+from keepstream.client.listing import Wanted, list_jobs
 from keepstream.client.redis import RedisConnections
 from keepstream.client.sender import Sender
 from keepstream.errors import (
     BrokerUnavailableError,
+    ErrorCode,
     InvalidJobError,
     InvalidSettingError,
     JobNotFoundError,
+    JobStateError,
     NotConfiguredError,
     StoreUnavailableError,
 )
 from keepstream.jobs import Job, make_job
-from keepstream.results import CompletionResult, JobStatus, JobSummary
+from keepstream.results import CompletionResult, JobPage, JobStatus, JobSummary, WaitingFor
 
 FOLLOW_TIMEOUT: Final = 600.0  #: Seconds; a reasoning model may be silent for minutes.
 NOT_FOUND_AFTER: Final = 10.0  #: Seconds; a job sent without a row is unknown until a worker claims it.
+WAIT_TIMEOUT: Final = 3600.0  #: Seconds; a worker's own limit for a job is as long.
 
+_CANCEL_TTL: Final = 60  #: Seconds for which a request to cancel that the database has stays on Redis as well.
+_UNCLAIMED_CANCEL_TTL: Final = 86_400  #: The same for one that only Redis has, until a worker claims its job.
+_log: Final = logging.getLogger("keepstream")
 _EXAMPLE_URL: Final = "redis://host:6379/0"
 _VARIABLES: Final = (
     names.ENV_REDIS_URL,
@@ -99,14 +110,17 @@ class BaseClient:
         if self._database is None:
             self._sender.send(accepted.to_wire())
             return accepted.id
-        with self._database.transaction() as connection:
-            is_new = queries.enqueue(connection, accepted, self._queue)
+        return self._store_and_send(self._database, accepted)
+
+    def _store_and_send(self, database: ClientDatabase, accepted: Job, retry_of: str | None = None) -> str:
+        with database.transaction() as connection:
+            is_new = queries.enqueue(connection, accepted, self._queue, retry_of)
         if is_new:
             try:
                 self._sender.send(accepted.to_wire())
             except BrokerUnavailableError:
                 # The row is what counts.  If this fails as well, a sweeper still finds it, half a minute later.
-                with contextlib.suppress(StoreUnavailableError), self._database.transaction() as connection:
+                with contextlib.suppress(StoreUnavailableError), database.transaction() as connection:
                     queries.send_again(connection, accepted.tenant, accepted.id)
         return accepted.id
 
@@ -121,7 +135,15 @@ class BaseClient:
             raise InvalidJobError(f"tenant: the job is of '{job.tenant}', and this client is for '{self.tenant}'")
         return job
 
-    def _run_follower(self, job_id: str, after: str | None, timeout: float, not_found_after: float) -> FollowerRun:
+    def _run_follower(
+        self,
+        job_id: str,
+        after: str | None,
+        timeout: float,
+        not_found_after: float,
+        *,
+        total_timeout: float = math.inf,
+    ) -> FollowerRun:
         """Return the run of a new follower; its operations are performed by the client's Redis connections."""
         return Follower(
             job_id,
@@ -129,7 +151,20 @@ class BaseClient:
             has_database=self._database is not None,
             timeout=timeout,
             not_found_after=not_found_after,
+            report=partial(_log_reason, job_id),
+            total_timeout=total_timeout,
         ).run()
+
+    def _run_waiting(self, job_id: str, timeout: float, not_found_after: float) -> FollowerRun:
+        """Return the run of a follower whose reader waits for the end, and does not look at what comes before."""
+        self._required_database()
+        return self._run_follower(job_id, None, math.inf, not_found_after, total_timeout=timeout)
+
+    def _get_ended(self, job_id: str) -> CompletionResult:
+        result = self._get(job_id)
+        if result is None:
+            raise JobNotFoundError(f"job {job_id} has been deleted since it ended")
+        return result
 
     def _read_for_follower(
         self, job_id: str, operation: ReadSummary | ReadResult
@@ -140,13 +175,17 @@ class BaseClient:
 
     def _cancel(self, job_id: str) -> JobStatus | None:
         keys = self._keys(job_id)
-        status = None
+        status, ttl = None, _UNCLAIMED_CANCEL_TTL
         if self._database is not None:
             with self._database.transaction() as connection:
                 status = queries.cancel(connection, self.tenant, job_id)
+            if status is not None:
+                if status.terminal and status is not JobStatus.CANCELLED:
+                    return status  # it ended before, so nobody has to know
+                ttl = _CANCEL_TTL
         try:
             message = json.dumps({"tenant": self.tenant, "job_id": job_id})
-            self._redis.request_cancel(keys, names.control_channel(self._prefix), message)
+            self._redis.request_cancel(keys, names.control_channel(self._prefix), message, ttl)
         except BrokerUnavailableError:
             if status is None:
                 raise
@@ -157,26 +196,55 @@ class BaseClient:
         if not _can_be_an_id(job_id):
             return None
         with database.transaction() as connection:
-            return queries.get(connection, self.tenant, job_id)
+            return queries.get(connection, self.tenant, job_id, whole=True)
 
-    def _list(
-        self,
-        *,
-        status: JobStatus | None,
-        model: str | None,
-        provider: str | None,
-        before: str | None,
-        limit: int,
-    ) -> list[JobSummary]:
+    def _list(self, wanted: Wanted, before: str | None, limit: int) -> JobPage:
         database = self._required_database()
         if before is not None:
             _check_id(before)
-        if not all(_can_be_stored(text) for text in (status, model, provider) if text is not None):
-            return []
+        if not all(_can_be_stored(text) for text in (wanted.model, wanted.provider) if text is not None):
+            return JobPage()
         with database.transaction() as connection:
-            return queries.list_jobs(
-                connection, self.tenant, status=status, model=model, provider=provider, before=before, limit=limit
-            )
+            return list_jobs(connection, self.tenant, wanted, before=before, limit=limit)
+
+    def _retry(self, job_id: str, *, force: bool) -> str:
+        database = self._required_database()
+        _check_id(job_id)
+        with database.transaction() as connection:
+            found = queries.get_for_retry(connection, self.tenant, job_id)
+        if found is None:
+            raise JobNotFoundError(f"there is no job {job_id} to run again")
+        if not found.status.terminal:
+            raise JobStateError(f"job {job_id} is {found.status} and goes on by itself; cancel it first")
+        if found.error_code == ErrorCode.INVALID_JOB:
+            raise JobStateError(f"job {job_id} was refused because it was not valid; enqueue it anew, corrected")
+        if found.status is JobStatus.COMPLETED and not force:
+            raise JobStateError(f"job {job_id} is completed; to pay for another answer all the same, use force")
+        again = found.job.model_copy(update={"id": uuid.uuid4().hex, "idempotency_key": None, "expires_at": None})
+        if found.queue == self._queue:
+            return self._store_and_send(database, again, retry_of=job_id)
+        with database.transaction() as connection:
+            queries.enqueue(connection, again, found.queue, retry_of=job_id)
+            queries.send_again(connection, again.tenant, again.id)  # by a worker of that queue
+        return again.id
+
+    def _waiting_for(self, job_id: str) -> WaitingFor | None:
+        database = self._required_database()
+        _check_id(job_id)
+        try:
+            with database.transaction() as connection:
+                summary = queries.get_summary(connection, self.tenant, job_id)
+        except StoreUnavailableError as error:
+            return WaitingFor(cause="database", text=f"the database: {error}")
+        if summary is None:
+            raise JobNotFoundError(f"there is no job {job_id} in the database")
+        if summary.waiting_for is None or not summary.waiting_for.passes:
+            return summary.waiting_for
+        try:
+            self._redis.ping()
+        except BrokerUnavailableError as error:
+            return WaitingFor(cause="redis", text=f"Redis: {error}")
+        return summary.waiting_for
 
     def _close(self) -> None:
         self._sender.close()
@@ -195,6 +263,11 @@ class BaseClient:
                 f"{_misspelt(names.ENV_DATABASE_URL)}"
             )
         return self._database
+
+
+def _log_reason(job_id: str, reason: WaitingFor) -> None:
+    level = logging.INFO if reason.passes else logging.WARNING
+    _log.log(level, "job %s waits for %s", job_id, reason.text)
 
 
 def _can_be_an_id(text: str) -> bool:

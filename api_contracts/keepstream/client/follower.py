@@ -8,8 +8,11 @@ then takes what arrives on the channel.  Log and channel carry the same events i
 seen before are dropped by their ids, and none can be missed in between.  The log is read again when an event
 is missing, when the channel has been silent for a while, and after a lost connection.  If the log does not
 help either, the job's row does: for a job that has ended, the events are made from its stored result.
+
+Who waits for what will not come is told so: the follower reports once what is missing, and its last error repeats it.
 """
 
+import math
 import random
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -25,11 +28,12 @@ from keepstream.errors import (
 )
 from keepstream.events import Event, is_terminal, parse_event, snapshot_event, terminal_event
 from keepstream.names import EventId, parse_event_id
-from keepstream.results import CompletionResult, JobSummary
+from keepstream.results import CompletionResult, JobStatus, JobSummary, WaitingFor
 from keepstream.transcript import Place, place_of
 
 LOG_PAGE: Final = 500  #: Log entries read at once: the most that a follower holds in memory.
 CHECK_EVERY: Final = 3.0  #: Seconds of silence after which the log and the row are checked.
+_CHECK_UNKNOWN_EVERY: Final = 1.0  #: The same for a job that is not known yet.
 _FIRST_RECONNECT_DELAY: Final = 0.1  #: Seconds; doubled with every failure.
 _MAX_RECONNECT_DELAY: Final = 2.0  #: Seconds.
 
@@ -64,7 +68,10 @@ class ReadNewest(Operation):
 
 @dataclass(frozen=True, slots=True)
 class ReadSummary(Operation):
-    """Read the job's row without its output. Result: a ``JobSummary``, or None if there is no row."""
+    """Read the job's row without its output, and what it waits for.
+
+    Result: a ``JobSummary``, or None if there is no row.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +94,7 @@ class LogEntry(NamedTuple):
 
 
 class DisconnectedError(Exception):
-    """Thrown into the follower when Redis did not perform an operation."""
+    """Thrown into the follower when Redis did not perform an operation; the text says why."""
 
 
 #: What ``Follower.run`` returns: yields operations, whose results are sent back, and events for the reader.
@@ -117,6 +124,8 @@ class Follower:
         has_database: Whether ``ReadSummary`` and ``ReadResult`` can be performed.
         timeout: Seconds without an event after which to give up.
         not_found_after: Seconds to wait for a job that is neither on Redis nor in the database.
+        report: Told once what the job waits for, until the next event; what passes by itself only after some seconds.
+        total_timeout: Seconds after which to give up in any case.
         clock: Returns monotonic seconds.
     """
 
@@ -128,17 +137,25 @@ class Follower:
         has_database: bool,
         timeout: float,
         not_found_after: float,
+        report: Callable[[WaitingFor], None],
+        total_timeout: float = math.inf,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._job_id = job_id
         self._has_database = has_database
         self._timeout = timeout
+        self._total_timeout = total_timeout
         self._not_found_after = not_found_after
+        self._report = report
         self._clock = clock
         self._last = after
         self._cursor_is_valid = after is None  # True once the job is known to have come as far as ``after``
         self._ahead: Event | None = None  # the newest event that cannot be delivered yet, because others are missing
-        self._log_is_missing = False
+        self._log_is_missing: bool | None = None  # None: not known
+        self._is_connected = False
+        self._waits_for: dict[str, WaitingFor] = {}  # by cause, as it was when last looked at
+        self._reported: set[str] = set()  # causes, since the last event
+        self._began_at = clock()
         self._delivered_at = clock()  # when the reader took the last event
         self._reconnect_delay = _FIRST_RECONNECT_DELAY
         self._ended = False
@@ -148,33 +165,41 @@ class Follower:
 
         Raises:
             EventsLostError: the job has ended, events are missing, and there is no database.
-            FollowTimeoutError: no event came for ``timeout`` seconds.
+            FollowTimeoutError: no event came for ``timeout`` seconds; it says what the job waits for.
             InvalidCursorError: ``after`` is beyond everything known of the job.
             JobNotFoundError: neither log nor row exist.
         """
-        self._delivered_at = self._clock()
+        self._began_at = self._delivered_at = self._clock()
         while not self._ended:
             try:
                 yield Subscribe()
                 yield from self._catch_up()
                 self._reconnect_delay = _FIRST_RECONNECT_DELAY
+                self._is_connected = True
+                self._reported.discard("redis")
                 while not self._ended:
                     was_silent = yield from self._listen()
                     last = self._last
                     yield from self._catch_up()
                     if was_silent and self._last != last:
                         break  # the log grew while the channel was silent: the connection may be dead
-            except DisconnectedError:
-                self._log_is_missing = False  # unknown while Redis is away
+            except DisconnectedError as error:
+                self._log_is_missing = None
+                self._waits_for.clear()
+                # A connection that is cut and made anew is nobody's concern.
+                self._note("redis", f"Redis: {error}", after=math.inf if self._is_connected else 0.0)
+                self._is_connected = False
                 yield from self._ask_database()
                 if not self._ended:
                     self._check_timeout()
                     # Jitter, because a restarted Redis meets all its followers at once.
-                    yield Sleep(self._reconnect_delay * random.uniform(0.5, 1.0))  # noqa: S311
+                    delay = self._reconnect_delay * random.uniform(0.5, 1.0)  # noqa: S311
+                    yield Sleep(min(delay, self._seconds_left()))
                     self._reconnect_delay = min(2 * self._reconnect_delay, _MAX_RECONNECT_DELAY)
 
     def _catch_up(self) -> FollowerRun:
         """Deliver what is in the log; ask the database if the log has nothing new or has gaps."""
+        self._waits_for.clear()
         last = self._last
         position = str(last) if last is not None else None
         while not self._ended:
@@ -196,14 +221,16 @@ class Follower:
             raise EventsLostError(f"job {self._job_id} has ended, but events before its end are lost")
         if not self._ended and (self._last == last or self._end_is_ahead):
             yield from self._ask_database()
+            if self._log_is_missing and not self._has_database:
+                self._note("job", "its first event; without a database nobody knows whether there is such a job")
         if not self._ended:
             self._check_timeout()
 
     def _listen(self) -> Generator[Operation | Event, Any, bool]:
         """Deliver what arrives on the channel; return False when an event is missing, True after a silence."""
-        next_check = self._clock() + CHECK_EVERY
+        next_check = self._clock() + (_CHECK_UNKNOWN_EVERY if "job" in self._waits_for else CHECK_EVERY)
         while not self._ended:
-            seconds = min(next_check, self._delivered_at + self._timeout) - self._clock()
+            seconds = min(next_check - self._clock(), self._seconds_left())
             if seconds <= 0:
                 return True
             payload: bytes | None = yield Listen(seconds)
@@ -235,6 +262,9 @@ class Follower:
     def _deliver(self, event: Event) -> FollowerRun:
         self._last = event.event_id
         self._cursor_is_valid = True
+        self._log_is_missing = False
+        self._waits_for.clear()
+        self._reported.clear()
         self._ended = is_terminal(event)
         yield event
         self._delivered_at = self._clock()  # after the reader came back: its own pauses do not count as silence
@@ -246,13 +276,16 @@ class Follower:
         try:
             summary: JobSummary | None = yield ReadSummary()
             if summary is None:
+                self._note("job", "a job of this id: the database has none", after=_CHECK_UNKNOWN_EVERY)
                 self._check_not_found()
                 return
             self._check_cursor(EventId(summary.attempt + 1, 0))
             if not summary.status.terminal:
+                self._note_reason(summary)
                 return
             result: CompletionResult | None = yield ReadResult()
-        except StoreUnavailableError:
+        except StoreUnavailableError as error:
+            self._note("database", f"the database: {error}", after=0.0)
             return
         if result is None:  # purged just now
             return
@@ -274,13 +307,41 @@ class Follower:
         if not self._cursor_is_valid and self._last is not None and self._last > limit:
             raise InvalidCursorError(f"'after' is {self._last}, and job {self._job_id} has not come that far")
 
+    def _note_reason(self, summary: JobSummary) -> None:
+        if (reason := summary.waiting_for) is not None:
+            self._note(reason.cause, reason.text, after=CHECK_EVERY if reason.passes else 0.0)
+        elif summary.status is JobStatus.RUNNING:
+            self._note("provider", f"its provider: attempt {summary.attempt} runs and has nothing new yet")
+
+    def _note(self, cause: str, text: str, after: float = CHECK_EVERY) -> None:
+        """Remember what the job waits for, and report it once it has been silent for ``after`` seconds."""
+        reason = self._waits_for[cause] = WaitingFor(cause=cause, text=text)
+        if cause not in self._reported and self._clock() - self._delivered_at >= after:
+            self._reported.add(cause)
+            self._report(reason)
+
     def _check_not_found(self) -> None:
-        if self._log_is_missing and self._clock() - self._delivered_at >= self._not_found_after:
-            raise JobNotFoundError(f"there is no job {self._job_id}, neither on Redis nor in the database")
+        if self._log_is_missing is not False and self._clock() - self._delivered_at >= self._not_found_after:
+            raise self._not_found()
+
+    def _not_found(self) -> JobNotFoundError:
+        where = "neither on Redis nor in the database" if self._log_is_missing else "as far as the database knows"
+        return JobNotFoundError(f"there is no job {self._job_id}, {where}")
+
+    def _seconds_left(self) -> float:
+        ends_at = min(self._delivered_at + self._timeout, self._began_at + self._total_timeout)
+        return max(0.0, ends_at - self._clock())
 
     def _check_timeout(self) -> None:
-        if self._clock() - self._delivered_at >= self._timeout:
-            raise FollowTimeoutError(f"no event of job {self._job_id} came for {self._timeout:g} s")
+        if self._seconds_left() > 0:
+            return
+        if "job" in self._waits_for and self._has_database:
+            raise self._not_found()
+        reasons = " and ".join(reason.text for reason in self._waits_for.values())
+        waits = f"; it waits for {reasons}" if reasons else ""
+        if self._clock() - self._began_at >= self._total_timeout:
+            raise FollowTimeoutError(f"job {self._job_id} did not end within {self._total_timeout:g} s{waits}")
+        raise FollowTimeoutError(f"no event of job {self._job_id} came for {self._timeout:g} s{waits}")
 
 
 def _stored_events(result: CompletionResult, last: EventId | None) -> Iterator[Event]:

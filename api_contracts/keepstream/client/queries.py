@@ -1,29 +1,31 @@
-"""The client's statements: a job is enqueued, cancelled, read or listed.
+"""The client's statements: a job is enqueued, cancelled, read or repeated.
 
 In: a connection inside a transaction, and a job or its id, from ``keepstream.client.base``.  Out: rows of new and
-cancelled jobs; stored results.
+cancelled jobs; stored results.  Listings are in ``listing``.
 
 Nothing here commits: the caller's transaction decides what belongs together.  The worker uses ``queued_values``,
 ``cancel`` and ``get`` as well, so that producers and workers write and read the same rows.
 """
 
-from typing import Any
+import json
+from typing import Any, Final, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, Table, and_, func, select, tuple_, update
+from sqlalchemy import ColumnElement, Connection, Table, and_, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from keepstream import names, tables
+from keepstream.client import waiting
 from keepstream.client.endings import CANCELLED_MESSAGE, end_unclaimed
-from keepstream.client.results_from_rows import SUMMARY_COLUMNS, completion_result, job_summary
-from keepstream.errors import ErrorCode, IdempotencyConflictError, JobNotFoundError
-from keepstream.jobs import Job
-from keepstream.results import TERMINAL_STATUSES, CompletionResult, JobStatus, JobSummary
+from keepstream.client.results_from_rows import SUMMARY_COLUMNS, StoredRow, completion_result, job_summary
+from keepstream.errors import ErrorCode, IdempotencyConflictError
+from keepstream.jobs import Job, parse_job
+from keepstream.results import TERMINAL_STATUSES, CompletionResult, JobStatus, JobSummary, WaitingFor
 from keepstream.tables import attempts, choices, jobs, tool_calls
 
 # -- writing --------------------------------------------------------------------------------------
 
 
-def queued_values(job: Job, queue: str = names.QUEUE) -> dict[str, Any]:
+def queued_values(job: Job, queue: str = names.QUEUE, retry_of: str | None = None) -> dict[str, Any]:
     """Return the column values of a new ``queued`` row; its times are the database's own clock."""
     return {
         "tenant": job.tenant,
@@ -33,7 +35,9 @@ def queued_values(job: Job, queue: str = names.QUEUE) -> dict[str, Any]:
         "provider": job.provider,
         "job": job.to_json(),
         "request_hash": job.request_hash(),
+        "prompt_start": job.prompt_start(),
         "metadata": job.metadata,
+        "retry_of": retry_of,
         "created_at": tables.now(),
         "due_at": tables.now(),
         # The message is on its way; if no worker has claimed the job by then, it was lost.
@@ -50,14 +54,16 @@ def queued_values(job: Job, queue: str = names.QUEUE) -> dict[str, Any]:
     }
 
 
-def enqueue(connection: Connection, job: Job, queue: str = names.QUEUE) -> bool:
+def enqueue(connection: Connection, job: Job, queue: str = names.QUEUE, retry_of: str | None = None) -> bool:
     """Write the ``queued`` row of a job whose message is about to be sent; return whether the job is new.
+
+    ``retry_of`` is the id of the job that this one repeats.
 
     Raises:
         IdempotencyConflictError: the id belongs to a different request.
     """
     insert = (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(jobs)
-    statement = insert.values(queued_values(job, queue)).on_conflict_do_nothing().returning(jobs.c.id)
+    statement = insert.values(queued_values(job, queue, retry_of)).on_conflict_do_nothing().returning(jobs.c.id)
     if connection.execute(statement).one_or_none() is not None:
         return True
     stored = connection.scalar(select(jobs.c.request_hash).where(_is(job.tenant, job.id)))
@@ -100,14 +106,27 @@ def cancel(connection: Connection, tenant: str, job_id: str) -> JobStatus | None
 # -- reading --------------------------------------------------------------------------------------
 
 
-def get(connection: Connection, tenant: str, job_id: str) -> CompletionResult | None:
-    """Return a job and everything stored about it, or None."""
+#: Everything but the job as it was enqueued, which may have megabytes.
+_RESULT_COLUMNS: Final = (
+    *(column for column in jobs.columns if column is not jobs.c.job),
+    waiting.SECONDS_UNTIL_DUE,
+)
+
+
+def get(connection: Connection, tenant: str, job_id: str, *, whole: bool = False) -> CompletionResult | None:
+    """Return a job and everything stored about its answer, or None.
+
+    With ``whole`` also its request, and what it waits for.
+    """
     # The job is read first: if it is terminal, what is read after it will not change any more.
-    row = connection.execute(select(jobs).where(_is(tenant, job_id))).one_or_none()
+    columns = (*_RESULT_COLUMNS, jobs.c.job) if whole else _RESULT_COLUMNS
+    row = connection.execute(select(*columns).where(_is(tenant, job_id))).one_or_none()
     if row is None:
         return None
     return completion_result(
         row,
+        request=json.loads(row.job).get("request") if whole else None,
+        waiting_for=_waiting_for(connection, row) if whole else None,
         tool_calls=connection.execute(
             select(tool_calls).where(_of(tool_calls, tenant, job_id)).order_by(tool_calls.c.position)
         ),
@@ -121,41 +140,31 @@ def get(connection: Connection, tenant: str, job_id: str) -> CompletionResult | 
 
 
 def get_summary(connection: Connection, tenant: str, job_id: str) -> JobSummary | None:
-    """Return a job without its output and attempts, or None; one look-up by primary key."""
-    row = connection.execute(select(*SUMMARY_COLUMNS).where(_is(tenant, job_id))).one_or_none()
-    return None if row is None else job_summary(row)
+    """Return a job without its output and attempts, and what it waits for, or None; the cost is that of a few rows."""
+    row = connection.execute(select(*SUMMARY_COLUMNS, *waiting.COLUMNS).where(_is(tenant, job_id))).one_or_none()
+    return None if row is None else job_summary(row, _waiting_for(connection, row))
 
 
-def list_jobs(
-    connection: Connection,
-    tenant: str,
-    *,
-    status: JobStatus | None = None,
-    model: str | None = None,
-    provider: str | None = None,
-    before: str | None = None,
-    limit: int = 50,
-) -> list[JobSummary]:
-    """Return a tenant's jobs, newest first; for the next page, ``before`` is the id of the last one seen.
+def _waiting_for(connection: Connection, row: StoredRow) -> WaitingFor | None:
+    return waiting.waiting_for(row, waiting.look_around(connection)) if waiting.waits(row.status) else None
 
-    Raises:
-        JobNotFoundError: there is no job ``before``.
-    """
-    statement = select(*SUMMARY_COLUMNS).where(jobs.c.tenant == tenant)
-    if status is not None:
-        statement = statement.where(jobs.c.status == status)
-    if model is not None:
-        statement = statement.where(jobs.c.model == model)
-    if provider is not None:
-        statement = statement.where(jobs.c.provider == provider)
-    if before is not None:
-        # The page begins at a place, not at a number of rows: new jobs do not shift it.
-        place = select(jobs.c.created_at, jobs.c.id).where(_is(tenant, before))
-        if connection.execute(place).one_or_none() is None:
-            raise JobNotFoundError(f"there is no job {before} to continue after")
-        statement = statement.where(tuple_(jobs.c.created_at, jobs.c.id) < place.scalar_subquery())
-    statement = statement.order_by(jobs.c.created_at.desc(), jobs.c.id.desc()).limit(limit)
-    return [job_summary(row) for row in connection.execute(statement)]
+
+class Repeatable(NamedTuple):
+    """What is needed of a job to run it again."""
+
+    status: JobStatus
+    job: Job
+    queue: str
+    error_code: str | None
+
+
+def get_for_retry(connection: Connection, tenant: str, job_id: str) -> Repeatable | None:
+    """Return a job as it was enqueued, or None."""
+    columns = (jobs.c.status, jobs.c.job, jobs.c.queue, jobs.c.error_code)
+    row = connection.execute(select(*columns).where(_is(tenant, job_id))).one_or_none()
+    if row is None:
+        return None
+    return Repeatable(JobStatus(row.status), parse_job(json.loads(row.job)), row.queue, row.error_code)
 
 
 def _is(tenant: str, job_id: str) -> ColumnElement[bool]:

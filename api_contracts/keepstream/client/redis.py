@@ -1,7 +1,7 @@
 """The client's connections to Redis: performs a follower's operations and leaves cancellation requests.
 
 In: a follower's run, and requests to cancel, from ``keepstream.client.sync`` and ``keepstream.client.aio``.
-Out: the run's events; keys and messages on Redis.  The only importer of redis-py in this package.
+Out: the run's events; keys and messages on Redis.
 
 Every call is bounded in time.  A lost subscription is reported to the follower: redis-py would reconnect
 silently, and the events in between would be lost.
@@ -18,15 +18,7 @@ import redis
 import redis.asyncio
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
-from redis.exceptions import (
-    AuthenticationError,
-    AuthorizationError,
-    ClusterDownError,
-    NoPermissionError,
-    RedisError,
-    ResponseError,
-    TryAgainError,
-)
+from redis.exceptions import RedisError
 from redis.retry import Retry
 
 from keepstream.client.follower import (
@@ -43,7 +35,8 @@ from keepstream.client.follower import (
     Sleep,
     Subscribe,
 )
-from keepstream.errors import BrokerUnavailableError, InvalidSettingError, KeepstreamError
+from keepstream.client.redis_errors import translate
+from keepstream.errors import BrokerUnavailableError, InvalidSettingError
 from keepstream.events import Event
 from keepstream.names import JobKeys
 
@@ -54,11 +47,7 @@ _TIMEOUTS: Final[dict[str, Any]] = {"socket_connect_timeout": 1.0, "socket_timeo
 _COMMAND_POOL: Final[dict[str, Any]] = {**_TIMEOUTS, "max_connections": 20, "timeout": 5.0}
 #: Each follower has a connection of its own, so that a slow reader delays nobody else.
 _SUBSCRIPTION_POOL: Final[dict[str, Any]] = {**_TIMEOUTS, "max_connections": 100_000}
-_CANCEL_TTL: Final = 86_400  #: Seconds for which a request to cancel waits for its job.
 _BAD_URL: Final = "the Redis URL cannot be used; it looks like redis://host:6379/0"
-
-#: Errors that pass; each is one for the follower to wait out.
-_OUTAGES: Final = (redis.ConnectionError, redis.TimeoutError, ClusterDownError, TryAgainError, OSError)
 
 T = TypeVar("T")
 DatabaseRead = ReadSummary | ReadResult  #: What the database performs, through a function of the client's.
@@ -101,7 +90,7 @@ class RedisConnections:
                     for call, read_reply in session.calls(step):
                         result = read_reply(call())
                 except Exception as error:  # noqa: BLE001  # what the follower does not handle, it raises again
-                    step = run.throw(_translate(error))
+                    step = run.throw(translate(error))
                 else:
                     step = run.send(result)
         except StopIteration:
@@ -109,15 +98,28 @@ class RedisConnections:
         finally:
             session.pubsub.close()
 
-    def request_cancel(self, keys: JobKeys, control_channel: str, message: str) -> None:
+    def ping(self) -> None:
+        """See whether Redis answers.
+
+        Raises:
+            BrokerUnavailableError: it does not.
+        """
+        try:
+            self._commands.ping()
+        except (RedisError, OSError) as error:
+            raise BrokerUnavailableError(str(translate(error))) from None
+
+    def request_cancel(self, keys: JobKeys, control_channel: str, message: str, ttl: int) -> None:
         """Leave a request to cancel for whoever claims the job, and tell the workers to look at once.
+
+        The request stays for ``ttl`` seconds.
 
         Raises:
             BrokerUnavailableError: Redis did not take it.
         """
         try:
             with self._commands.pipeline(transaction=False) as pipeline:
-                pipeline.set(keys.cancel, 1, ex=_CANCEL_TTL)
+                pipeline.set(keys.cancel, 1, ex=ttl)
                 pipeline.publish(control_channel, message)
                 pipeline.execute()
         except (RedisError, OSError) as error:
@@ -171,7 +173,7 @@ class AsyncRedisConnections:
                     for call, read_reply in session.calls(step):
                         result = read_reply(await _cancellable(call()))
                 except Exception as error:  # noqa: BLE001  # what the follower does not handle, it raises again
-                    step = run.throw(_translate(error))
+                    step = run.throw(translate(error))
                 else:
                     step = run.send(result)
         except StopIteration:
@@ -262,14 +264,14 @@ def _unchanged(reply: Any) -> Any:
 
 def _check_confirmed(message: dict[str, Any] | None) -> None:
     if message is None or message["type"] != "subscribe":
-        raise DisconnectedError
+        raise DisconnectedError("it did not confirm the subscription")
 
 
 def _payload(message: dict[str, Any] | None) -> bytes | None:
     if message is None:
         return None
     if message["type"] != "message":  # a second confirmation: redis-py has made a new connection
-        raise DisconnectedError
+        raise DisconnectedError("it has closed the connection")
     return bytes(message["data"])
 
 
@@ -279,28 +281,3 @@ def _entries(reply: Any) -> list[LogEntry]:
 
 def _first_entry(reply: Any) -> LogEntry | None:
     return next(iter(_entries(reply)), None)
-
-
-def _translate(error: Exception) -> Exception:
-    """Return what the follower is thrown: ``DisconnectedError`` for an outage, which it survives.
-
-    What waiting does not mend becomes an ``InvalidSettingError`` that says what to change.
-    """
-    if isinstance(error, KeepstreamError):  # StoreUnavailableError is an OSError too, but not an outage of Redis
-        return error
-    if isinstance(error, AuthenticationError | AuthorizationError | NoPermissionError):
-        return InvalidSettingError(
-            f"Redis does not let this user follow the job ({type(error).__name__}); check the user and password of the"
-            " Redis URL, and that its ACL allows the tenant's log and channel"
-        )
-    # "BUSY": Redis is running somebody's script.
-    if isinstance(error, _OUTAGES) or (isinstance(error, ResponseError) and str(error).startswith("BUSY")):
-        return DisconnectedError()
-    if isinstance(error, RedisError):
-        # Only an error reply is repeated: other messages may quote what was read.
-        reply = f": {str(error)[:200]}" if isinstance(error, ResponseError) else ""
-        return InvalidSettingError(
-            f"Redis cannot be used to follow the job ({type(error).__name__}{reply});"
-            " check the Redis URL and the prefix"
-        )
-    return error

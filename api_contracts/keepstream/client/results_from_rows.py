@@ -10,7 +10,7 @@ from typing import Any, Final, TypeAlias
 from sqlalchemy import Row
 
 from keepstream.errors import ErrorInfo
-from keepstream.results import AttemptResult, Choice, CompletionResult, JobSummary, ToolCall, Usage
+from keepstream.results import AttemptResult, Choice, CompletionResult, JobSummary, ToolCall, Usage, WaitingFor
 from keepstream.tables import jobs
 
 StoredRow: TypeAlias = Row[*tuple[Any, ...]]
@@ -22,7 +22,9 @@ SUMMARY_COLUMNS: Final = (
     jobs.c.status,
     jobs.c.model,
     jobs.c.provider,
+    jobs.c.prompt_start,
     jobs.c.metadata,
+    jobs.c.retry_of,
     jobs.c.created_at,
     jobs.c.started_at,
     jobs.c.finished_at,
@@ -36,9 +38,9 @@ SUMMARY_COLUMNS: Final = (
 )
 
 
-def job_summary(row: StoredRow) -> JobSummary:
+def job_summary(row: StoredRow, waiting_for: WaitingFor | None = None) -> JobSummary:
     """Return a job without its output and attempts."""
-    return JobSummary(**_summary_values(row))
+    return JobSummary(**_summary_values(row), prompt_start=row.prompt_start, waiting_for=waiting_for)
 
 
 def completion_result(
@@ -46,6 +48,9 @@ def completion_result(
     choices: Iterable[StoredRow],
     tool_calls: Iterable[StoredRow],
     attempts: Iterable[StoredRow],
+    *,
+    request: dict[str, Any] | None,
+    waiting_for: WaitingFor | None,
 ) -> CompletionResult:
     """Return a job with everything stored about it.
 
@@ -55,12 +60,16 @@ def completion_result(
             method of the name ``index``.
         tool_calls: Of all choices, in the order of their position.
         attempts: In the order of their number.
+        request: The job's, if it was read.
+        waiting_for: What the job waits for, if that was asked.
     """
     calls: dict[int, list[ToolCall]] = defaultdict(list)
     for call in tool_calls:
         calls[call.choice_index].append(_tool_call(call))
     return CompletionResult(
         **_summary_values(row),
+        request=request,
+        waiting_for=waiting_for,
         partial=row.partial,
         choices=[
             Choice(
@@ -89,6 +98,7 @@ def _summary_values(row: StoredRow) -> dict[str, Any]:
         "model": row.model,
         "provider": row.provider,
         "metadata": row.metadata,
+        "retry_of": row.retry_of,
         "created_at": row.created_at,
         "started_at": row.started_at,
         "finished_at": row.finished_at,

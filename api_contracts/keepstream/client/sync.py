@@ -10,16 +10,16 @@ in the database::
         print(client.get(job_id).text)
 """
 
-from collections.abc import Generator, Mapping
+from collections.abc import Collection, Generator, Mapping
+from datetime import datetime
 from functools import partial
 from typing import Any, Self
 
-from keepstream.client.base import FOLLOW_TIMEOUT, NOT_FOUND_AFTER, BaseClient
+from keepstream.client.base import FOLLOW_TIMEOUT, NOT_FOUND_AFTER, WAIT_TIMEOUT, BaseClient
+from keepstream.client.listing import make_wanted
 from keepstream.events import Event
 from keepstream.jobs import Job
-from keepstream.results import CompletionResult, JobStatus, JobSummary
-
-JobSummaries = list[JobSummary]  # inside the class, "list" is the method
+from keepstream.results import CompletionResult, JobPage, JobStatus, WaitingFor
 
 
 class Client(BaseClient):
@@ -68,7 +68,8 @@ class Client(BaseClient):
     ) -> Generator[Event]:
         """Iterate over a job's events, past and live, each once and in order, to the terminal event.
 
-        Reconnects by itself.  Ending the iteration early releases the connection.
+        Reconnects by itself.  Ending the iteration early releases the connection.  What keeps the job waiting is
+        logged once by the logger ``keepstream``: as a warning what somebody should mend, else as info.
 
         Args:
             job_id: The job.
@@ -79,7 +80,8 @@ class Client(BaseClient):
         Raises:
             InvalidCursorError: ``after`` is no event id of this job.
             JobNotFoundError: there is no such job; only a client with a database can know.
-            FollowTimeoutError: no event came in time; to wait longer, follow again after the last event.
+            FollowTimeoutError: no event came in time, and what the job waits for; to wait longer, follow again after
+                the last event.
             EventsLostError: the log has lost events of an ended job, and there is no database to ask.
             InvalidSettingError: Redis does not accept the URL's user, or cannot be used to follow this job.
         """
@@ -114,19 +116,28 @@ class Client(BaseClient):
     def list(
         self,
         *,
-        status: JobStatus | None = None,
+        status: JobStatus | Collection[JobStatus] | None = None,
         model: str | None = None,
         provider: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
         before: str | None = None,
         limit: int = 50,
-    ) -> JobSummaries:
+    ) -> JobPage:
         """Return the tenant's jobs, newest first.
 
+        With a filter other than the time it looks at 10,000 jobs at most: if the page's ``looked_back_to`` is set,
+        older jobs may fit; its ``next_before`` is the ``before`` to go on with.
+
         Args:
-            status: Only jobs in this state.
+            status: Only jobs in this state, or in one of these.
             model: Only jobs for this model.
             provider: Only jobs for this provider.
-            before: Id of the last job of the page before.
+            metadata: Only jobs whose metadata have these values at these names, compared as text.
+            since: Only jobs created then or later; an aware time.
+            until: Only jobs created before; an aware time.
+            before: ``next_before`` of the page before, or the id of its last job.
             limit: Number of jobs at most.
 
         Raises:
@@ -134,7 +145,55 @@ class Client(BaseClient):
             NotConfiguredError: the client has no database.
             StoreUnavailableError: the database did not answer.
         """
-        return self._list(status=status, model=model, provider=provider, before=before, limit=limit)
+        return self._list(make_wanted(status, model, provider, metadata, since, until), before, limit)
+
+    def wait(
+        self, job_id: str, *, timeout: float = WAIT_TIMEOUT, not_found_after: float = NOT_FOUND_AFTER
+    ) -> CompletionResult:
+        """Wait until a job has ended, and return its result.
+
+        Args:
+            job_id: The job.
+            timeout: Seconds to wait at most.
+            not_found_after: Seconds to wait for a job that is unknown, because it may still be on its way.
+
+        Raises:
+            FollowTimeoutError: it has not ended by then; the message says what it waits for.
+            JobNotFoundError: there is no such job.
+            NotConfiguredError: the client has no database.
+            InvalidSettingError: Redis does not accept the URL's user, or cannot be used to follow this job.
+            StoreUnavailableError: the database did not answer when the job had ended.
+        """
+        run = self._run_waiting(job_id, timeout, not_found_after)
+        for _ in self._redis.follow(run, self._keys(job_id), partial(self._read_for_follower, job_id)):
+            pass
+        return self._get_ended(job_id)
+
+    def waiting_for(self, job_id: str) -> WaitingFor | None:
+        """Return what keeps a job waiting; None: it runs, or has ended.
+
+        Raises:
+            JobNotFoundError: there is no such job.
+            NotConfiguredError: the client has no database.
+        """
+        return self._waiting_for(job_id)
+
+    def retry(self, job_id: str, *, force: bool = False) -> str:
+        """Run an ended job again, as a new job with the same request, metadata and limits; return the new id.
+
+        Each call makes a new job. The idempotency key and ``expires_at`` are not taken over.
+
+        Args:
+            job_id: The job, which stays as it is; the new one's ``retry_of`` names it.
+            force: Whether a completed job is to be run again as well.
+
+        Raises:
+            JobNotFoundError: there is no such job.
+            JobStateError: it has not ended, is completed, or was never valid.
+            NotConfiguredError: the client has no database.
+            StoreUnavailableError: the database did not take it.
+        """
+        return self._retry(job_id, force=force)
 
     def close(self) -> None:
         """Close all connections."""

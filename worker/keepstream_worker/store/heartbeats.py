@@ -19,6 +19,9 @@ class Heartbeat(NamedTuple):
 
     worker_id: str
     lease: float  #: Seconds of silence after which a worker is taken for dead.
+    queue: str  #: Where it takes its jobs from.
+    places: int  #: Jobs that it runs at once.
+    running: int  #: Jobs that it runs now.
 
 
 class HeartbeatResult(NamedTuple):
@@ -37,11 +40,18 @@ def record_heartbeat(connection: Connection, heartbeats: list[Heartbeat]) -> lis
 def _record(connection: Connection, heartbeat: Heartbeat) -> HeartbeatResult:
     worker = workers.c.id == heartbeat.worker_id
     within_lease = workers.c.heartbeat_at > seconds_from_now(-heartbeat.lease)
-    alive = connection.execute(update(workers).where(worker, within_lease).values(heartbeat_at=now())).rowcount
+    sign = {
+        "heartbeat_at": now(),
+        "lease": heartbeat.lease,
+        "queue": heartbeat.queue,
+        "places": heartbeat.places,
+        "running": heartbeat.running,
+    }
+    alive = connection.execute(update(workers).where(worker, within_lease).values(sign)).rowcount
     if not alive:
-        renewed = connection.execute(update(workers).where(worker).values(heartbeat_at=now())).rowcount
+        renewed = connection.execute(update(workers).where(worker).values(sign)).rowcount
         if not renewed:
-            connection.execute(workers.insert().values(id=heartbeat.worker_id, started_at=now(), heartbeat_at=now()))
+            connection.execute(workers.insert().values(id=heartbeat.worker_id, started_at=now(), **sign))
     rows = connection.execute(
         select(jobs.c.tenant, jobs.c.id, jobs.c.attempt, jobs.c.cancel_requested_at.is_not(None)).where(
             jobs.c.worker_id == heartbeat.worker_id

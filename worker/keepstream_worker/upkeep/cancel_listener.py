@@ -24,6 +24,9 @@ from keepstream_worker.values import JobKey
 
 log = get_logger()
 
+#: Seconds for which a request that the database has stays on Redis, where all workers see it at once.
+_REQUEST_KEPT = 60
+
 
 class CancelListener:
     """Listens for cancel requests. Made and used on the event loop."""
@@ -99,9 +102,12 @@ class CancelListener:
     async def _cancel(self, key: JobKey) -> None:
         """Cancel a job for which Redis holds a request; a notice alone cancels nothing, whoever sent it."""
         try:
-            if not await self._client.exists(job_keys(key.tenant, key.id, self._prefix).cancel):
+            request = job_keys(key.tenant, key.id, self._prefix).cancel
+            if not await self._client.exists(request):
                 return
             status = await self._database.run(store.cancel, key)
+            if status is not None:  # the database has the request now; a job that is deleted should leave no trace
+                await self._client.expire(request, _REQUEST_KEPT)
             if status is JobStatus.CANCELLED:
                 await self._announcer.announce(key)
         except StoreUnavailableError as error:

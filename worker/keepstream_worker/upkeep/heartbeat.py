@@ -37,6 +37,8 @@ class WorkerHeartbeat:
     ) -> None:
         self._interval = settings.heartbeat_interval
         self._lease = settings.lease
+        self._queue = settings.queue
+        self._places = settings.concurrency
         self._worker_id = worker_id
         self._database = database
         self._engine = engine
@@ -82,7 +84,8 @@ class WorkerHeartbeat:
         """
         active = self._engine.active
         claimed_before = {(key, job.attempt) for key, job in active.items() if job.attempt}
-        result = await self._database.run(store.record_heartbeat, store.Heartbeat(self._worker_id, self._lease))
+        sign_of_life = store.Heartbeat(self._worker_id, self._lease, self._queue, self._places, len(active))
+        result = await self._database.run(store.record_heartbeat, sign_of_life)
         self._note_confirmed(lapsed=result.lapsed)
         for key in result.cancels:
             self._engine.request_stop(key, Stop.CANCELLED)

@@ -1,0 +1,157 @@
+"""The listing: a tenant's jobs, newest first, at a cost that does not grow with their number.
+
+In: a connection inside a transaction, and what the jobs are to be like, from ``keepstream.client.base``.
+Out: pages of jobs.
+
+A listing walks back through the tenant's jobs by the index on their age, a stretch at a time.  Whatever the filters
+are, it looks at a limited number of rows, and says where it stopped.
+"""
+
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Final
+
+from sqlalchemy import ColumnElement, Connection, Select, select, tuple_
+
+from keepstream.client import waiting
+from keepstream.client.results_from_rows import SUMMARY_COLUMNS, StoredRow, job_summary
+from keepstream.errors import JobNotFoundError
+from keepstream.results import JobPage, JobStatus
+from keepstream.tables import jobs
+
+STRETCH: Final = 1000  #: Jobs that are looked at in one go.
+LOOKED_AT: Final = 10_000  #: Jobs that one listing looks at; filtering so many takes some hundredths of a second.
+
+_NEWEST_FIRST: Final = (jobs.c.created_at.desc(), jobs.c.id.desc())
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What listed jobs are like; None or empty: whatever."""
+
+    statuses: Collection[JobStatus] = ()
+    model: str | None = None
+    provider: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    since: datetime | None = None  #: Created then or later.
+    until: datetime | None = None  #: Created before.
+
+    @property
+    def is_selective(self) -> bool:
+        """Whether there are filters by something other than the time."""
+        return bool(self.statuses or self.model is not None or self.provider is not None or self.metadata)
+
+    def conditions(self) -> list[ColumnElement[bool]]:
+        """Return the filters that the database applies."""
+        conditions: list[ColumnElement[bool]] = []
+        if self.statuses:
+            conditions.append(jobs.c.status.in_(self.statuses))
+        if self.model is not None:
+            conditions.append(jobs.c.model == self.model)
+        if self.provider is not None:
+            conditions.append(jobs.c.provider == self.provider)
+        return conditions
+
+    def fits(self, metadata: Mapping[str, Any]) -> bool:
+        """Tell whether a job's metadata fit.
+
+        Not in SQL: PostgreSQL refuses to look into a JSON text with a NUL in it.
+        """
+        return all(
+            name in metadata and _as_text(metadata[name]) == _as_text(self.metadata[name]) for name in self.metadata
+        )
+
+
+def make_wanted(
+    status: JobStatus | Collection[JobStatus] | None,
+    model: str | None,
+    provider: str | None,
+    metadata: Mapping[str, Any] | None,
+    since: datetime | None,
+    until: datetime | None,
+) -> Wanted:
+    """Return what a client's caller asks for; a status may be given as its word."""
+    statuses = [status] if isinstance(status, str) else status or ()
+    return Wanted(tuple(map(JobStatus, statuses)), model, provider, metadata or {}, since, until)
+
+
+def list_jobs(
+    connection: Connection, tenant: str, wanted: Wanted | None = None, *, before: str | None = None, limit: int = 50
+) -> JobPage:
+    """Return a tenant's jobs, newest first; for the next page, ``before`` is the last page's ``next_before``.
+
+    Raises:
+        JobNotFoundError: there is no job ``before``.
+    """
+    wanted = wanted or Wanted()
+    # A page begins and ends at a job, not at a number of rows: new jobs do not shift it.
+    if before is not None and connection.execute(_place(tenant, before)).one_or_none() is None:
+        raise JobNotFoundError(f"there is no job {before} to continue after")
+    if not wanted.is_selective:
+        rows = connection.execute(_select(tenant, wanted, before, None).limit(limit)).all()
+        return _page(connection, rows, next_before=rows[-1].id if len(rows) == limit else None)
+    found: list[StoredRow] = []
+    end = None
+    for _ in range(LOOKED_AT // STRETCH):
+        end = connection.execute(
+            select(jobs.c.id, jobs.c.created_at)
+            .where(*_stretch(tenant, wanted, before))
+            .order_by(*_NEWEST_FIRST)
+            .offset(STRETCH - 1)
+            .limit(1)
+        ).one_or_none()
+        statement = _select(tenant, wanted, before, end and end.id).where(*wanted.conditions())
+        if not wanted.metadata:
+            statement = statement.limit(limit - len(found))
+        found += [row for row in connection.execute(statement) if wanted.fits(row.metadata)]
+        if len(found) >= limit:
+            return _page(connection, found[:limit], next_before=found[limit - 1].id)
+        if end is None:
+            return _page(connection, found)
+        before = end.id
+    return _page(connection, found, next_before=before, looked_back_to=end and end.created_at)
+
+
+def _select(tenant: str, wanted: Wanted, before: str | None, last: str | None) -> Select[Any]:
+    columns = (*SUMMARY_COLUMNS, *waiting.COLUMNS)
+    return select(*columns).where(*_stretch(tenant, wanted, before, last)).order_by(*_NEWEST_FIRST)
+
+
+def _stretch(tenant: str, wanted: Wanted, before: str | None, last: str | None = None) -> Iterator[ColumnElement[bool]]:
+    """Give the conditions for a stretch of the walk: after the job ``before``, up to and with the job ``last``."""
+    yield jobs.c.tenant == tenant
+    if wanted.since is not None:
+        yield jobs.c.created_at >= wanted.since
+    if wanted.until is not None:
+        yield jobs.c.created_at < wanted.until
+    here = tuple_(jobs.c.created_at, jobs.c.id)
+    # The places are read by the database: SQLite keeps times as texts, which differ from bound ones in their zeros.
+    if before is not None:
+        yield here < _place(tenant, before).scalar_subquery()
+    if last is not None:
+        yield here >= _place(tenant, last).scalar_subquery()
+
+
+def _place(tenant: str, job_id: str) -> Select[Any]:
+    return select(jobs.c.created_at, jobs.c.id).where(jobs.c.tenant == tenant, jobs.c.id == job_id)
+
+
+def _page(
+    connection: Connection,
+    rows: Sequence[StoredRow],
+    *,
+    next_before: str | None = None,
+    looked_back_to: datetime | None = None,
+) -> JobPage:
+    around = waiting.look_around(connection) if any(waiting.waits(row.status) for row in rows) else None
+    return JobPage(
+        (job_summary(row, around and waiting.waiting_for(row, around)) for row in rows),
+        next_before=next_before,
+        looked_back_to=looked_back_to,
+    )
+
+
+def _as_text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
