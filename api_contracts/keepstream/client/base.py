@@ -202,7 +202,9 @@ class BaseClient:
         database = self._required_database()
         if before is not None:
             _check_id(before)
-        if not all(_can_be_stored(text) for text in (wanted.model, wanted.provider) if text is not None):
+        if not all(
+            _can_be_stored(text) for text in (*wanted.statuses, wanted.model, wanted.provider) if text is not None
+        ):
             return JobPage()
         with database.transaction() as connection:
             return list_jobs(connection, self.tenant, wanted, before=before, limit=limit)

@@ -72,9 +72,9 @@ def make_wanted(
     since: datetime | None,
     until: datetime | None,
 ) -> Wanted:
-    """Return what a client's caller asks for; a status may be given as its word."""
-    statuses = [status] if isinstance(status, str) else status or ()
-    return Wanted(tuple(map(JobStatus, statuses)), model, provider, metadata or {}, since, until)
+    """Return what a client's caller asks for."""
+    statuses = (status,) if isinstance(status, str) else tuple(status or ())
+    return Wanted(statuses, model, provider, metadata or {}, since, until)
 
 
 def list_jobs(
