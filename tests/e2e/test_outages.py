@@ -121,7 +121,7 @@ def test_redis_out_of_memory_while_messages_wait_stops_no_worker(cluster: Cluste
     with cluster.redis() as client:
         client.config_set("maxmemory", 1)
         cluster.wait_for(first)
-        worker.wait_to_say("messages_not_noted")
+        worker.wait_to_say("broker_unavailable", waiting_to="note messages", reason="OOM")
         client.config_set("maxmemory", 0)
     for job_id in (first, *waiting):
         check_completed(cluster, cluster.follow(job_id), cluster.wait_for(job_id).text)

@@ -42,6 +42,7 @@ def make_celery(settings: Settings, service: LoopService) -> Celery:
         },
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,  # a worker never gives up on its broker
+        broker_channel_error_retry=True,  # the transport waits by itself; should an error answer pass it by, reconnect
         # A message is acknowledged when the pool reports it accepted: as soon as the claim is committed.
         task_acks_late=False,
         worker_cancel_long_running_tasks_on_connection_loss=False,

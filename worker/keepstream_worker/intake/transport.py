@@ -1,14 +1,18 @@
-"""The transport: Celery's Redis transport with a message filter, and lighter bookkeeping.
+"""The transport: Celery's Redis transport with a message filter, lighter bookkeeping, and patience.
 
 In: items of the queue, from Redis.  Out: readable messages to Celery; records of all others to a Redis
 list, from where upkeep moves them into the database.  One item that kombu or Celery cannot read ends the
-worker (and, put back, the next one); and kombu's bookkeeping of unacknowledged messages, two transactions
-on two new clients for each, costs more than a short job.
+worker (and, put back, the next one); so does any error that Redis answers; and kombu's bookkeeping of
+unacknowledged messages, two transactions on two new clients for each, costs more than a short job.
+
+Whatever Redis answers to any call made here, no message comes for a second, and then it is tried again on
+a new connection, which leads to the new master after a fail-over.
 """
 
 import base64
 import time
 import uuid
+from contextlib import suppress
 from queue import Empty
 from typing import Any, Final
 
@@ -16,13 +20,15 @@ import orjson
 from celery.worker import state
 from kombu.asynchronous import get_event_loop
 from kombu.transport import virtual
-from kombu.transport.redis import Channel, QoS, Transport
+from kombu.transport.redis import Channel, MultiChannelPoller, QoS, Transport
 from kombu.utils.encoding import bytes_to_str
 from redis.exceptions import RedisError, ResponseError
+from typing_extensions import override
 
 from keepstream.names import rejected_list
 from keepstream_worker.intake.message_filter import Unreadable, read_message
 from keepstream_worker.telemetry.logs import get_logger
+from keepstream_worker.telemetry.outages import Outage, Server
 
 log = get_logger()
 
@@ -32,6 +38,8 @@ _KEPT_BYTES: Final = 64 * 1024
 _TAKEN_AT_ONCE: Final = 16
 #: Seconds after which an acknowledgement goes out, with all others until then.
 _ACKNOWLEDGE_WITHIN: Final = 0.05
+#: Seconds after which a call that failed is tried again.
+_PAUSE: Final = 1.0
 
 
 class BatchingQoS(QoS):
@@ -40,34 +48,44 @@ class BatchingQoS(QoS):
     Messages that are taken together are noted together, and acknowledgements that come within a moment go
     out together. No transaction is needed: an entry that is half there is either overlooked or delivered
     once more, and a second delivery finds the job claimed.
+
+    What Redis refuses is kept and tried again.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
         self._client = self.channel._create_client()
+        self._unnoted: dict[str, tuple[dict[str, Any], str]] = {}  # message and queue, by delivery tag
         self._acknowledged: list[str] = []
+        self._noting = Outage(Server.BROKER, "note messages")
+        self._acknowledging = Outage(Server.BROKER, "acknowledge messages")
+        self._restoring = Outage(Server.BROKER, "put messages back")
 
-    def note(self, messages: list[dict[str, Any]]) -> None:
+    def note(self, messages: list[dict[str, Any]], queue: str) -> None:
         """Note messages that were taken from the queue, before they are delivered.
 
         If Redis refuses, out of memory for instance, they are delivered all the same: they are in no
-        queue any more, and an exception here would end the worker.
+        queue any more.
         """
-        now = time.time()
-        entries: dict[str, bytes] = {}
-        for message in messages:
-            properties = message["properties"]
-            delivery = properties["delivery_info"]
-            entries[properties["delivery_tag"]] = orjson.dumps(
-                [message, delivery.get("exchange", ""), delivery.get("routing_key", "")]
-            )
+        self._unnoted |= {message["properties"]["delivery_tag"]: (message, queue) for message in messages}
+        self.flush_notes()
+
+    def flush_notes(self) -> None:
+        """Note what is delivered and not noted yet."""
+        if not self._unnoted:
+            return
+        # To the queue it came from, whatever exchange its sender named.
+        entries = {tag: orjson.dumps([message, "", queue]) for tag, (message, queue) in self._unnoted.items()}
         try:
             with self._client.pipeline(transaction=False) as pipe:
                 pipe.hset(self.unacked_key, mapping=entries)
-                pipe.zadd(self.unacked_index_key, dict.fromkeys(entries, now))
+                pipe.zadd(self.unacked_index_key, dict.fromkeys(entries, time.time()))
                 pipe.execute()
         except (RedisError, OSError) as error:
-            log.warning("messages_not_noted", count=len(entries), reason=type(error).__name__)
+            self._noting.redis_failed(error)
+        else:
+            self._unnoted.clear()
+            self._noting.worked()
 
     def append(self, message: Any, delivery_tag: str) -> None:
         """Remember a message that is delivered; ``note`` has noted it in Redis."""
@@ -76,14 +94,19 @@ class BatchingQoS(QoS):
     def ack(self, delivery_tag: str) -> None:
         """Acknowledge a message; called on Celery's thread."""
         virtual.QoS.ack(self, delivery_tag)
+        self._unnoted.pop(delivery_tag, None)
         self._acknowledged.append(delivery_tag)
+        if len(self._acknowledged) == 1:
+            self._flush_acknowledgements_in(_ACKNOWLEDGE_WITHIN)
+
+    def _flush_acknowledgements_in(self, seconds: float) -> None:
         hub = get_event_loop()
-        if len(self._acknowledged) == 1 and hub is not None:
-            hub.call_later(_ACKNOWLEDGE_WITHIN, self.flush_acknowledgements)
+        if hub is not None:
+            hub.call_later(seconds, self.flush_acknowledgements)
 
     def flush_acknowledgements(self) -> None:
         """Send all acknowledgements to Redis at once."""
-        tags, self._acknowledged = self._acknowledged, []
+        tags = self._acknowledged
         if not tags:
             return
         try:
@@ -92,13 +115,56 @@ class BatchingQoS(QoS):
                 pipe.hdel(self.unacked_key, *tags)
                 pipe.execute()
         except (RedisError, OSError) as error:
-            # They will be delivered again some time, and find their jobs claimed.
-            log.warning("acknowledgements_not_sent", count=len(tags), reason=type(error).__name__)
+            # If this worker dies first, they will be delivered again some time, and find their jobs claimed.
+            self._acknowledging.redis_failed(error)
+            if not self.channel.closed:
+                self._flush_acknowledgements_in(_PAUSE)
+        else:
+            self._acknowledged = []
+            self._acknowledging.worked()
 
     def restore_unacked_once(self, stderr: Any = None) -> None:
-        """Put back what is not acknowledged; called when the channel closes."""
+        """Put back what is not acknowledged; called when the channel closes.
+
+        The parent's way writes what it could not put back, prompts included, to a file for everybody.
+        """
+        self._on_collect.cancel()
+        self._flush()  # type: ignore[no-untyped-call]  # forgets what is acknowledged
         self.flush_acknowledgements()
-        super().restore_unacked_once(stderr)  # type: ignore[no-untyped-call]
+        delivered = list(self._delivered.items())
+        self._delivered.clear()
+        for tag, message in delivered:
+            try:
+                if tag in self._unnoted:  # the only copy is ours
+                    raw, queue = self._unnoted[tag]
+                    self._client.rpush(queue, orjson.dumps(raw))
+                else:
+                    self.channel._restore(message)
+            except (RedisError, OSError) as error:  # what is noted comes back after the visibility time-out
+                self._restoring.redis_failed(error)
+
+    def restore_visible(self, *args: Any, **kwargs: Any) -> None:
+        """Put back what other workers have taken and not acknowledged for long; called by a timer."""
+        try:
+            super().restore_visible(*args, **kwargs)  # type: ignore[no-untyped-call]
+        except (RedisError, OSError) as error:
+            self._restoring.redis_failed(error)
+        else:
+            self._restoring.worked()
+
+    @override
+    def restore_by_tag(self, tag: Any, client: Any = None, leftmost: bool = False) -> None:
+        """Put one message back; an entry that is none of ours is set aside, so that it does not hold up the others."""
+        try:
+            super().restore_by_tag(tag, client, leftmost)  # type: ignore[no-untyped-call]
+        except (RedisError, OSError):
+            raise
+        except Exception as error:
+            log.exception("message_defect", task_id=None)
+            raw = self._client.hget(self.unacked_key, tag)
+            self.channel.set_aside(raw or b"", _unreadable(error))
+            self._client.zrem(self.unacked_index_key, tag)
+            self._client.hdel(self.unacked_key, tag)
 
 
 class FilteringChannel(Channel):
@@ -118,12 +184,71 @@ class FilteringChannel(Channel):
     #: Whether the server knows BLMPOP (Redis 7, Valkey); if not, items come one by one.
     _takes_many = True
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
+    def __init__(self, connection: Any, **kwargs: Any) -> None:
         self._unreadable: list[bytes] = []  # records of unreadable items that Redis has not taken yet
+        self._unbound: list[tuple[Any, ...]] = []  # bindings that Redis has not taken yet
+        self._rests_until = 0.0  #: By the monotonic clock.
+        self._catches_up_at = 0.0
+        self._taking = Outage(Server.BROKER, "take messages")
+        self._recording = Outage(Server.BROKER, "record unreadable messages")
+        self._declaring = Outage(Server.BROKER, "declare the queue")
+        numbers = connection._used_channel_ids[:]
+        try:
+            super().__init__(connection, **kwargs)  # type: ignore[no-untyped-call]
+        except BaseException:
+            connection._used_channel_ids[:] = numbers  # there are 65,535, and an outage may be long
+            raise
+
+    # -- patience --
+
+    @property
+    def rests(self) -> bool:
+        """Whether nothing is to be asked of Redis yet, because the last call failed."""
+        return time.monotonic() < self._rests_until
+
+    def rest(self, error: Exception) -> None:
+        """Take no messages for a moment, and then by a new connection."""
+        if isinstance(error, RedisError | OSError):
+            self._taking.redis_failed(error, queue=" ".join(self.active_queues))
+        else:
+            log.error("broker_defect", exc_info=error)
+        self._rests_until = time.monotonic() + _PAUSE
+        self._in_poll = None  # type: ignore[assignment]  # inferred from its other uses
+        connection = self.client.connection
+        if connection is not None:
+            with suppress(RedisError, OSError):
+                connection.disconnect()
+
+    def _catch_up(self) -> None:
+        """Do what Redis has refused until now."""
+        if time.monotonic() < self._catches_up_at:
+            return
+        self._catches_up_at = time.monotonic() + _PAUSE
+        self.qos.flush_notes()
+        self._flush_unreadable()
+        unbound, self._unbound = self._unbound, []
+        for binding in unbound:
+            self._queue_bind(*binding)
+
+    # -- declaring --
+
+    def _queue_bind(self, *binding: Any) -> None:
+        # Only senders that name an exchange need it, so a Redis that refuses it keeps nobody from taking messages.
+        try:
+            super()._queue_bind(*binding)  # type: ignore[no-untyped-call]
+        except (RedisError, OSError) as error:
+            self._declaring.redis_failed(error)
+            self._unbound.append(binding)
+        else:
+            self._declaring.worked()
+
+    def _size(self, queue: str) -> int:
+        return 0  # asked for when the queue is declared, and read by nobody
+
+    # -- taking --
 
     def _brpop_start(self, timeout: float | None = None) -> None:
-        self._flush_unreadable()
+        self._catch_up()
         if not self._takes_many:
             super()._brpop_start(timeout)  # type: ignore[no-untyped-call]
             return
@@ -140,44 +265,67 @@ class FilteringChannel(Channel):
     def _brpop_read(self, **options: Any) -> bool:
         try:
             queue, items = self._read_items(**options)
-            messages = []
-            for raw in items:
-                message = read_message(raw)
-                if isinstance(message, Unreadable):
-                    self._set_aside(raw, message)
-                else:
-                    messages.append(message)
-            if not messages:
-                raise Empty
-            self.qos.note(messages)
-            for message in messages:
-                self.connection._deliver(message, queue)
+        except Exception as error:  # noqa: BLE001  # whatever it is, it must not end Celery's loop; it is logged
+            self.rest(error)
+            raise Empty from None
         finally:
             self._in_poll = None  # type: ignore[assignment]  # inferred from its other uses
             self._flush_brpop_reauth()  # type: ignore[no-untyped-call]
+        self._taking.worked()
+        messages = self._filter(items)
+        if not messages:
+            raise Empty
+        self.qos.note([message for _, message in messages], queue)
+        for raw, message in messages:
+            self._deliver(raw, message, queue)
         return True
 
     def _read_items(self, **options: Any) -> tuple[str, list[bytes]]:
-        """Return the queue's name and the items taken from it; raise ``Empty`` if there was none in time."""
+        """Return the queue's name and the items taken from it; none if there was none in time."""
         try:
             reply = self.client.parse_response(self.client.connection, "BLMPOP", **options)
         except ResponseError as error:
             if not self._takes_many or "unknown command" not in str(error).lower():
                 raise
             self._takes_many = False
-            raise Empty from None
-        except self.connection_errors:
-            self.client.connection.disconnect()
-            raise
+            return "", []
         if not reply:
-            raise Empty
+            return "", []
         queue = bytes_to_str(reply[0])
         self._queue_cycle.rotate(queue)
         items = reply[1] if isinstance(reply[1], list) else [reply[1]]
         return queue, [item.encode() if isinstance(item, str) else item for item in items]
 
-    def _set_aside(self, raw: bytes, fault: Unreadable) -> None:
-        log.warning("message_unreadable", reason=fault.reason, size=len(raw), task_id=fault.task_id)
+    def _filter(self, items: list[bytes]) -> list[tuple[bytes, dict[str, Any]]]:
+        """Return the items that are messages, with what they hold."""
+        messages = []
+        for raw in items:
+            try:
+                message = read_message(raw)
+            except Exception as error:
+                log.exception("message_defect", task_id=None)
+                message = _unreadable(error)
+            if isinstance(message, Unreadable):
+                log.warning("message_unreadable", reason=message.reason, size=len(raw), task_id=message.task_id)
+                self.set_aside(raw, message)
+            else:
+                messages.append((raw, message))
+        return messages
+
+    def _deliver(self, raw: bytes, message: dict[str, Any], queue: str) -> None:
+        """Hand one message to Celery."""
+        try:
+            self.connection._deliver(message, queue)
+        except Exception as error:
+            task_id = message["headers"]["id"]
+            log.exception("message_defect", task_id=task_id)
+            self.qos.ack(message["properties"]["delivery_tag"])
+            self.set_aside(raw, _unreadable(error, task_id))
+
+    # -- what cannot be read --
+
+    def set_aside(self, raw: bytes, fault: Unreadable) -> None:
+        """Keep the record of an item that cannot be delivered until Redis has taken it."""
         self._unreadable.append(
             orjson.dumps(
                 {
@@ -198,12 +346,66 @@ class FilteringChannel(Channel):
             with self.conn_or_acquire() as client:
                 client.lpush(rejected_list(self.rejected_prefix), *self._unreadable)
         except (RedisError, OSError) as error:
-            log.warning("unreadable_messages_not_recorded", count=len(self._unreadable), reason=type(error).__name__)
+            self._recording.redis_failed(error)
         else:
             self._unreadable.clear()
+            self._recording.worked()
+
+    # -- putting back --
+
+    @override
+    def _do_restore_message(
+        self, payload: Any, exchange: str, routing_key: str, pipe: Any, leftmost: bool = False
+    ) -> None:
+        # The parent's way logs the message, prompt included, and loses it, if its queue cannot be looked up.
+        for queue in self._lookup(exchange, routing_key):  # type: ignore[no-untyped-call]
+            (pipe.lpush if leftmost else pipe.rpush)(queue, orjson.dumps(payload))
+
+    def close(self) -> None:
+        """Put back what is not acknowledged, and close the connections."""
+        self._flush_unreadable()
+        super().close()  # type: ignore[no-untyped-call]
+
+
+def _unreadable(defect: Exception, task_id: str | None = None) -> Unreadable:
+    return Unreadable(f"internal error ({type(defect).__name__}); see the worker's log", task_id)
+
+
+class PatientPoller(MultiChannelPoller):
+    """Asks Redis for messages like its parent; where that raises an error, the channel rests and Celery goes on."""
+
+    def on_poll_start(self) -> None:
+        """Ask for messages where nothing is asked yet; called by Celery's hub before it waits."""
+        try:
+            super().on_poll_start()  # type: ignore[no-untyped-call]
+        except Exception as error:  # noqa: BLE001  # it is logged, and would end the worker
+            for channel in self._channels:
+                channel.rest(error)
+
+    def _register_BRPOP(self, channel: FilteringChannel) -> None:  # noqa: N802  # the parent's name
+        if not channel.rests:
+            super()._register_BRPOP(channel)  # type: ignore[no-untyped-call]
 
 
 class FilteringTransport(Transport):
     """Celery's Redis transport with our channel."""
 
     Channel = FilteringChannel
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self.cycle = PatientPoller()  # type: ignore[assignment, no-untyped-call]
+        self._connecting = Outage(Server.BROKER, "connect")
+
+    def establish_connection(self) -> Any:
+        """Connect; wait for a Redis that is away or answers with an error, until the worker is told to stop."""
+        while True:
+            try:
+                connection = super().establish_connection()  # type: ignore[no-untyped-call]
+            except (RedisError, OSError) as error:
+                self._connecting.redis_failed(error)
+            else:
+                self._connecting.worked()
+                return connection
+            state.maybe_shutdown()
+            time.sleep(_PAUSE)
