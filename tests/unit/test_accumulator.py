@@ -354,6 +354,123 @@ def test_fragments_find_their_call(chunks: list[dict[str, Any]], calls: object):
     assert brief(calls_of(*chunks)) == expected
 
 
+W1, W2 = '{"city":"Oslo"}', '{"city":"Rome"}'
+
+
+@pytest.mark.parametrize(
+    ("chunks", "calls"),
+    [
+        # One index and no ids: a new name, or arguments that begin anew, tell the calls apart.
+        ([call(name="w", arguments=W1), call(name="t", arguments="{}")], [("w", W1), ("t", "{}")]),
+        ([call(name="w", arguments=W1), call(name="w", arguments=W2)], [("w", W1), ("w", W2)]),
+        ([call(id="", name="w", arguments=W1), call(id="null", name="t")], [("w", W1), ("t", "{}")]),
+        ([call(name="w", arguments="{}"), call(name="t", arguments="{}")], [("w", "{}"), ("t", "{}")]),
+        ([call(name="w", arguments={}), call(name="t", arguments={})], [("w", "{}"), ("t", "{}")]),
+        ([call(name="w"), call(name="t")], [("w", "{}"), ("t", "{}")]),
+        ([call(name="get", arguments=W1), call(name="get_all", arguments=W2)], [("get", W1), ("get_all", W2)]),
+        ([call(name="w", arguments='{"city":'), call(arguments='"Oslo"}'), call(name="t")], [("w", W1), ("t", "{}")]),
+        (
+            [call(name="w", arguments='{"city":'), call(arguments='"Oslo"}\n'), call(name="w", arguments=W2)],
+            [("w", W1 + "\n"), ("w", W2)],
+        ),
+        ([call(None, name="w", arguments=W1), call(None, name="t", arguments=W2)], [("w", W1), ("t", W2)]),
+        ([call("missing", name="w", arguments=W1), call("missing", name="w", arguments=W2)], [("w", W1), ("w", W2)]),
+        (
+            [
+                chunk(
+                    {
+                        "tool_calls": [
+                            {"index": 0, "function": {"name": "w", "arguments": W1}},
+                            {"index": 0, "function": {"name": "t", "arguments": ""}},
+                            {"index": 0, "function": {"name": "u"}},
+                        ]
+                    }
+                )
+            ],
+            [("w", W1), ("t", "{}"), ("u", "{}")],
+        ),
+        # An id only in the first piece, in some calls, or the same for all.
+        ([call(id="a", name="w", arguments=W1), call(name="t", arguments=W2)], [("w", W1), ("t", W2)]),
+        ([call(id="a", name="w", arguments=W1), call(name="w", arguments=W2)], [("w", W1), ("w", W2)]),
+        ([call(id="a", name="w", arguments=W1), call(id="a", name="t", arguments=W2)], [("w", W1), ("t", W2)]),
+        ([call(0, id="a", name="w", arguments=W1), call(1, id="a", name="w", arguments=W2)], [("w", W1), ("w", W2)]),
+        # Indexes that restart, or that count the fragments.
+        (
+            [call(0, name="w", arguments=W1), call(1, name="t"), call(0, name="u"), call(1, name="v")],
+            [("w", W1), ("t", "{}"), ("u", "{}"), ("v", "{}")],
+        ),
+        ([call(0, id="a", name="w", arguments='{"city"'), call(1, id="a", arguments=':"Oslo"}')], [("w", W1)]),
+        # An index that comes only later, or only at first.
+        ([call("missing", id="a", name="w", arguments='{"city"'), call(0, arguments=':"Oslo"}')], [("w", W1)]),
+        ([call(0, name="w", arguments='{"city"'), call("missing", arguments=':"Oslo"}')], [("w", W1)]),
+        ([call("missing", name="w", arguments='{"city"'), call("missing", id="a", arguments=':"Oslo"}')], [("w", W1)]),
+        # A name that is repeated with every piece is no new call.
+        ([call(name="w", arguments='{"city"'), call(name="w", arguments=':"Oslo"}')], [("w", W1)]),
+        (
+            [call("missing", name="w", arguments='{"city"'), call("missing", name="w", arguments=':"Oslo"}')],
+            [("w", W1)],
+        ),
+        ([call(name="w", arguments=W1), call(name="w", arguments="")], [("w", W1)]),
+        ([call(name="w", arguments=W1), call(name="w", arguments=W1)], [("w", W1)]),
+        # Placeholders before the first fragment, and what is sent again after the last one.
+        *(
+            (
+                [call(id="a", name="w", arguments=held), call(arguments='{"city"'), call(arguments=':"Oslo"}')],
+                [("w", W1)],
+            )
+            for held in ("{}", '""', "null", "None", " {} ")
+        ),
+        *(([call(id="a", name="w", arguments=held)], [("w", "{}")]) for held in ("{}", '""', "null", "None")),
+        *(([call(id="a", name="w", arguments=W1), call(arguments=end)], [("w", W1)]) for end in ("{}", "null", '""')),
+        ([call(id="a", name="w", arguments="{}"), call(name="w", arguments=W1)], [("w", W1)]),
+        ([call(id="a", name="w", arguments="{}"), call(arguments="{}")], [("w", "{}")]),
+        ([call(id="a", name="w", arguments=W1), call(arguments='{ "city": "Oslo" }')], [("w", W1)]),
+        ([call(id="a", name="w", arguments="null"), call(arguments=",1")], [("w", "null,1")]),
+        (
+            [call(id="a", name="w", arguments='{"a":'), call(arguments="null"), call(arguments="}")],
+            [("w", '{"a":null}')],
+        ),
+        (
+            [call(id="a", name="w", arguments='{"a":'), call(arguments="{}"), call(arguments="}")],
+            [("w", '{"a":{}}')],
+        ),
+        (
+            [call(id="a", name="w", arguments='{"a":"}'), call(arguments="{}"), call(arguments='"}')],
+            [("w", '{"a":"}{}"}')],
+        ),
+    ],
+)
+def test_calls_are_told_apart_by_whatever_differs(chunks: list[dict[str, Any]], calls: list[tuple[str, str]]):
+    assert [(call.name, call.arguments) for call in calls_of(*chunks)] == calls
+
+
+def test_calls_without_ids_get_different_ones():
+    first, second = calls_of(call(name="w", arguments=W1), call(name="w", arguments=W2))
+    assert first.id != second.id
+
+
+@pytest.mark.parametrize("placeholder", ["{}", "null", "None", '""'])
+def test_the_input_of_a_custom_call_is_no_placeholder(placeholder: str):
+    (custom,) = calls_of(
+        chunk({"tool_calls": [{"index": 0, "id": "c", "custom": {"name": "sh", "input": placeholder}}]}),
+        chunk({"tool_calls": [{"index": 0, "custom": {"input": "{}"}}]}),
+    )
+    assert custom.arguments == placeholder + "{}"
+
+
+def test_a_name_repeated_with_every_piece_costs_no_square():
+    def seconds(count: int) -> float:
+        accumulator = Accumulator(Limits())
+        data = [call(name="w", arguments=piece) for piece in ('{"a":"', "} ", "{x")]
+        start = time.process_time()
+        for number in range(count):
+            accumulator.apply(data[0] if not number else data[1 + number % 2], [], 100, lenient=False)
+        return time.process_time() - start
+
+    base = min(seconds(1_000) for _ in range(3))
+    assert min(seconds(16_000) for _ in range(3)) < 80 * base  # 16 times the pieces; the square would be 256
+
+
 def test_an_id_that_is_missing_is_made_up_once_and_for_good():
     stream = Stream().apply(call(0, id="", name="f", arguments="{"), call(1, name="g"), call(0, arguments="}"))
     first, second = (
@@ -408,14 +525,14 @@ def test_calls_are_given_out_as_the_contract_says():
         call(4, id="a", name="get_", arguments=""),
         call(4, name="weather"),
         call(9, id="b", name="f", arguments="{"),
-        call(4, id="a", name="get_weather", arguments="{}"),
+        call(4, id="a", name="get_weather", arguments="{ }"),
         call(9, arguments="}"),
     )
     assert [fields["tool_calls"] for _, fields in stream.deltas] == [
         [{"index": 0, "id": "a", "name": "get_"}],
         [{"index": 0, "name": "get_weather"}],
         [{"index": 1, "id": "b", "name": "f", "arguments": "{"}],
-        [{"index": 0, "arguments": "{}"}],
+        [{"index": 0, "arguments": "{ }"}],
         [{"index": 1, "arguments": "}"}],
     ]
 

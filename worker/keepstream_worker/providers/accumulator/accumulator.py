@@ -88,6 +88,7 @@ class Accumulator:
 
     __slots__ = (
         "_bytes_left",
+        "_call_lists",
         "_call_seed",
         "_calls_left",
         "_choices",
@@ -111,6 +112,7 @@ class Accumulator:
         self._bytes_left = limits.max_output_bytes  # bytes of output; negative once the limit was exceeded
         self._extra_bytes_left = limits.max_extra_bytes
         self._calls_left = limits.max_tool_calls
+        self._call_lists = 0  # lists of call fragments so far
         self._usage: dict[str, Any] | None = None
         self._details: dict[str, Any] = {}
         self._identified = False  # whether the provider's id and model are known
@@ -305,6 +307,7 @@ class Accumulator:
             self._refuse(choice, value, fields)
         elif name == "function_call":
             if type(value) is dict:
+                self._call_lists += 1
                 self._read_call(choice, read_fragment({"function": value}, key=FUNCTION_CALL), fields)
         elif name == "audio":
             choice.has_audio = True
@@ -386,6 +389,7 @@ class Accumulator:
     # -- tool calls -------------------------------------------------------------------------------------
 
     def _read_calls(self, choice: ChoiceBuilder, value: object, fields: dict[str, Any]) -> None:
+        self._call_lists += 1
         for fragment in value if type(value) is list else [value]:
             if type(fragment) is dict:
                 self._read_call(choice, read_fragment(fragment), fields)
@@ -395,7 +399,7 @@ class Accumulator:
         if not (part.id or part.name or part.arguments or part.extra):
             return
         event: dict[str, Any] = {}
-        call = choice.call_for(part)
+        call = choice.call_for(part, self._call_lists)
         if call is None:
             call = self._open_call(choice, part)
             if call is None:
@@ -407,15 +411,17 @@ class Accumulator:
         choice.last_call = call
         if part.key is not None:
             choice.calls_by_key[part.key] = call
+            call.keyed = True
 
         name = joined_name(call.name, safe(part.name))
         if name != call.name and self._reserve(byte_length(name)):
             event["name"] = call.name = name
-        if part.arguments:
-            call.size += byte_length(part.arguments)
+            call.named_in = self._call_lists
+        if part.arguments and (arguments := call.take_arguments(part.arguments)):
+            call.size += byte_length(arguments)
             if call.size > self._limits.max_argument_bytes:
                 self._mark_too_large()
-            if piece := self._append(call.arguments, part.arguments):
+            if piece := self._append(call.arguments, arguments):
                 event["arguments"] = piece
         if part.extra and self._reserve_extra():
             call.extra = merged(call.extra, part.extra)

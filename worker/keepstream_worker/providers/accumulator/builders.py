@@ -2,13 +2,17 @@
 
 In: pieces, from the accumulator.
 Out: the contract's ``Choice`` and ``ToolCall``, to the accumulator.
+
+Providers tell the calls of a choice apart by index, by id, by both or by neither. ``ChoiceBuilder.call_for`` holds the
+rules: an id that differs or a new name begins another call, also at an index that is taken, and so do arguments that
+begin anew after complete ones.
 """
 
 from typing import Any, Final
 
 from keepstream.results import Choice, ToolCall
-from keepstream_worker.providers.accumulator.json_values import is_json, safe, storable
-from keepstream_worker.providers.accumulator.normalization import Fragment
+from keepstream_worker.providers.accumulator.json_values import is_json, safe, same_json, storable
+from keepstream_worker.providers.accumulator.normalization import PLACEHOLDERS, Fragment
 
 _BLOCK: Final = 64  #: Pieces of a text that are joined at once.
 
@@ -54,6 +58,14 @@ class TextBuilder:
         self.pieces.clear()
         return whole
 
+    def ends_with(self, end: str) -> bool:
+        """Return whether the text, without white space at its end, ends with ``end``, a single character."""
+        for pieces in (self.pieces, self.blocks):
+            for piece in reversed(pieces):
+                if rest := piece.rstrip():
+                    return rest.endswith(end)
+        return False
+
     def __bool__(self) -> bool:
         return bool(self.pending_surrogate or self.pieces or self.blocks)
 
@@ -61,17 +73,97 @@ class TextBuilder:
 class ToolCallBuilder:
     """Builds a tool call."""
 
-    __slots__ = ("arguments", "extra", "generated_id", "id", "name", "position", "size", "type")
+    __slots__ = (
+        "arguments",
+        "extra",
+        "generated_id",
+        "id",
+        "keyed",
+        "name",
+        "named_in",
+        "next_look",
+        "placeholder",
+        "position",
+        "size",
+        "type",
+    )
 
     def __init__(self, position: int, call_id: str, kind: str, *, generated_id: bool) -> None:
         self.position = position
         self.id = call_id
-        self.generated_id = generated_id
+        self.generated_id = generated_id  #: Whether the provider has sent no id for it so far.
+        self.keyed = False  #: Whether the provider has sent an index for it.
         self.type = kind
         self.name = ""
+        self.named_in = 0  #: The number of the list of fragments that named it.
         self.arguments = TextBuilder()
-        self.size = 0  # bytes of the arguments
+        self.placeholder = ""  #: What came in place of arguments, held back until it is clear that none follow.
+        self.size = 0  #: Bytes of the arguments.
+        self.next_look = 0  #: The size from which it is worth looking whether the arguments are complete.
         self.extra: dict[str, Any] | None = None
+
+    def take_arguments(self, piece: str) -> str:
+        """Return what of ``piece``, not empty, belongs to the arguments.
+
+        Some providers send ``{}``, ``null`` or the like before the first fragment, or after the last one, and some
+        send the whole arguments again at the end.
+        """
+        if self.type != "function":
+            return piece  # a custom call's input is any text
+        if not self.arguments:
+            if not self.placeholder and piece.strip() in PLACEHOLDERS:
+                self.placeholder = piece
+                return ""
+            if self.placeholder and piece.strip():
+                piece = piece if piece.lstrip().startswith("{") else self.placeholder + piece
+                self.placeholder = ""
+        elif self._repeats(piece):
+            return ""
+        return piece
+
+    def _repeats(self, piece: str) -> bool:
+        """Return whether ``piece`` repeats complete arguments or, after complete ones, stands for none."""
+        text = piece.strip()
+        if text in PLACEHOLDERS:
+            return self._complete()
+        return text[:1] == "{" and text[-1:] == "}" and self._complete() and same_json(self.arguments.value(), text)
+
+    def _complete(self) -> bool:
+        """Return whether the arguments are a JSON object that has ended."""
+        if self.size < self.next_look or not self.arguments.ends_with("}"):
+            return False
+        complete = is_json(self.arguments.value())
+        if not complete:
+            self.next_look = self.size + self.size // 16  # each look reads all of them
+        return complete
+
+    @property
+    def has_whole_arguments(self) -> bool:
+        """Whether the arguments are complete, or something came in place of them."""
+        return self._complete() if self.arguments else bool(self.placeholder)
+
+    def is_followed_by(self, part: Fragment, list_number: int) -> bool:
+        """Return whether ``part``, which by its index or id seems to continue this call, begins another one.
+
+        Args:
+            part: The fragment.
+            list_number: Which list of fragments it is from.
+        """
+        if not part.name:
+            return False
+        repeated = not self.name or part.name == self.name
+        if part.id and part.id == self.id:
+            return not repeated and not part.name.startswith(self.name) and self.has_whole_arguments
+        if repeated:
+            # A repeated name goes on with the call, unless its arguments begin anew after complete ones.
+            begins = part.arguments.lstrip().startswith("{") and part.arguments.strip() not in PLACEHOLDERS
+            return begins and self._complete() and not self._repeats(part.arguments)
+        if self.has_whole_arguments or self.named_in == list_number:
+            return True
+        if part.key is None:
+            return True
+        # Providers that send a name in pieces send an id; those that send no ids send whole names.
+        return self.generated_id and not part.name.startswith(self.name)
 
     def value(self) -> ToolCall:
         """Return the tool call so far."""
@@ -124,20 +216,31 @@ class ChoiceBuilder:
         texts = (self.content, self.reasoning, self.refusal)
         return bool(self.calls) or self.has_audio or any(texts)
 
-    def call_for(self, part: Fragment) -> ToolCallBuilder | None:
-        """Return the call that a fragment continues, or None if it begins a new one."""
-        if part.key is not None:
-            call = self.calls_by_key.get(part.key)
-            if call is None or not part.id or call.generated_id or part.id == call.id:
-                return call
+    def call_for(self, part: Fragment, list_number: int) -> ToolCallBuilder | None:
+        """Return the call that a fragment from this list continues, or None if it begins a new one."""
+        call = self._seeming_call(part)
+        return None if call is None or call.is_followed_by(part, list_number) else call
+
+    def _seeming_call(self, part: Fragment) -> ToolCallBuilder | None:
+        """Return the call that a fragment belongs to by its index, else by its id, else by its place in the stream."""
+        indexed = self.calls_by_key.get(part.key) if part.key is not None else None
+        if indexed is not None:
+            if not part.id or indexed.generated_id or part.id == indexed.id:
+                return indexed
             # A different id at the same index: some providers give every call the index 0.
-            return self._call_with(part.id) or (None if part.name else call)
+            return self._call_with(part.id) or (None if part.name else indexed)
         if part.id:
-            return self._call_with(part.id)
-        return None if part.name else self.last_call
+            call = self._call_with(part.id)
+            # The same id at another index: some providers count the fragments, others give every call one id.
+            if call is not None and (part.key is None or not call.keyed or not part.name):
+                return call
+        last = self.last_call
+        if last is None or (part.id and not last.generated_id) or (part.key is not None and (last.keyed or part.name)):
+            return None
+        return last
 
     def _call_with(self, call_id: str) -> ToolCallBuilder | None:
-        return next((call for call in self.calls if call.id == call_id), None)
+        return next((call for call in reversed(self.calls) if call.id == call_id), None)
 
     def value(self) -> Choice:
         """Return the choice so far."""

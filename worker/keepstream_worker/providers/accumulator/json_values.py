@@ -107,3 +107,11 @@ def is_json(text: str) -> bool:
         except (ValueError, RecursionError):
             return False
     return True
+
+
+def same_json(text: str, other: str) -> bool:
+    """Return whether two texts are valid JSON and mean the same."""
+    try:
+        return bool(orjson.loads(text) == orjson.loads(other))
+    except (orjson.JSONDecodeError, RecursionError):
+        return text == other

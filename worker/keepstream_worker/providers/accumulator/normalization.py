@@ -14,6 +14,8 @@ from keepstream_worker.providers.accumulator.json_values import MAX_DEPTH, numbe
 REASONING_FIELDS: Final = frozenset({"reasoning_content", "reasoning", "reasoning_details"})
 REASONING_PARTS: Final = ("thinking", "reasoning", "reasoning_text", "summary_text")  #: Types of content parts.
 FUNCTION_CALL: Final = "function_call"  #: The key of the single call in the legacy field.
+#: What some providers send as a call's arguments before the first fragment, or if there are none.
+PLACEHOLDERS: Final = frozenset({"{}", '""', "null", "None"})
 _USUAL_CALL_FIELDS: Final = frozenset({"index", "id", "type", "function", "custom"})
 _MAX_TYPE: Final = 32  #: Characters of a call's type.
 
@@ -60,7 +62,7 @@ def _arguments_text(value: object) -> str:
     if type(value) is str:
         return value
     if not value:
-        return ""  # no arguments, or an empty object, which is filled in at the end of the stream
+        return "{}" if type(value) is dict else ""
     try:
         return orjson.dumps(value).decode()
     except TypeError:  # lone surrogates, or integers beyond 64 bits
