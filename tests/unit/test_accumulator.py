@@ -202,6 +202,17 @@ def test_an_audio_answer_ends_with_its_expiry():
         {"success": False, "errors": [{"code": 7009}]},
         {"detail": "Not Found"},
         {"base_resp": {"status_code": 1002}, "choices": []},
+        {"x_groq": {"id": "r", "error": "over_capacity"}, "choices": [{"index": 0, "delta": {}}]},
+        {"x_other": {"error": {"code": 500}}, "choices": []},
+        {"choices": [{"index": 0, "delta": {"content": "", "error": {"message": "x"}}}]},
+        {"choices": [{"index": 0, "message": {"error": "x"}}]},
+        {"choices": [], "object": "error", "message": "x"},
+        {"choices": [], "type": "error", "message": "x"},
+        {"choices": [], "errors": [{"message": "x"}]},
+        {"choices": [], "message": "x", "code": "internal_error"},
+        {"error": ["x"], "choices": []},
+        {"error": True, "choices": []},
+        {"error": {"code": 0, "message": "boom"}},
     ],
 )
 def test_an_error_is_reported_unless_the_answer_was_whole_before(error: dict[str, Any]):
@@ -227,6 +238,15 @@ def test_an_error_is_reported_unless_the_answer_was_whole_before(error: dict[str
         {"base_resp": {"status_code": 0, "status_msg": ""}},
         {"message": "", "code": None},
         {"success": True, "errors": []},
+        {"error": {"message": "", "code": None, "type": ""}, "choices": [{"index": 0, "delta": {"content": "x"}}]},
+        {"error": {"message": "success", "code": 0}, "choices": []},
+        {"error": "null", "choices": []},
+        {"error": False, "choices": []},
+        {"x_groq": {"id": "r", "error": None}, "choices": []},
+        {"x_groq": "odd", "choices": []},
+        {"choices": [{"index": 0, "delta": {"content": "x", "error": None}}]},
+        {"choices": [{"index": 0, "delta": {"content": "x"}, "error": {"message": ""}}]},
+        {"choices": [], "message": "filtered", "moderation": {"flagged": False}},
     ],
 )
 def test_what_is_no_error_is_not_reported_as_one(data: dict[str, Any]):
@@ -589,6 +609,63 @@ def test_extras_are_kept_beside_their_choice():
     }
 
 
+@pytest.mark.parametrize("name", ["reasoning_text", "thinking", "thinking_content", "thought", "thoughts"])
+def test_reasoning_under_another_name_is_reasoning_and_keeps_its_name(name: str):
+    choice = choice_of(chunk({name: "First "}), chunk({name: "think"}), chunk({name: "."}), chunk({"content": "a"}))
+    assert (choice.content, choice.reasoning) == ("a", "First think.")
+    assert choice.extra == {name: "First think."}
+
+
+def test_reasoning_under_two_names_comes_once():
+    choice = choice_of(chunk({"reasoning_content": "r", "thinking": "r"}), chunk({"thought": "s", "reasoning": "s"}))
+    assert choice.reasoning == "rs"
+
+
+def test_an_unknown_text_of_a_delta_is_joined_whatever_its_name():
+    choice = choice_of(
+        chunk({"reasoning_opaque": "b3Bh", "x": {"sig": "AA", "type": "t", "n": 1, "deep": {"sig": "x"}}}),
+        chunk({"reasoning_opaque": "cXVl", "x": {"sig": "BB", "type": "t", "n": 2, "deep": {"sig": "y"}}}),
+        chunk({"reasoning_opaque": "cXVl", "plan": "ha"}),
+        chunk({"reasoning_opaque": "", "plan": "\ud83d"}),
+        chunk({"reasoning_opaque": None, "plan": "\ude00"}),
+    )
+    assert choice.extra == {
+        "reasoning_opaque": "b3BhcXVlcXVl",
+        "x": {"sig": "AABB", "type": "t", "n": 2, "deep": {"sig": "xy"}},
+        "plan": "ha\U0001f600",
+    }
+
+
+def test_a_label_that_comes_with_every_delta_is_no_text():
+    parts = [chunk({"content": "a", "channel": "analysis", "mode": "m", "style": {"tone": "dry"}})] * 3
+    assert choice_of(*parts, chunk({"channel": "final"})).extra == {
+        "channel": "final",
+        "mode": "m",
+        "style": {"tone": "dry"},
+    }
+
+
+def test_a_text_that_begins_with_repeated_pieces_keeps_them():
+    assert choice_of(*(chunk({"plan": piece}) for piece in ("ha", "ha", "!", "ha"))).extra == {"plan": "haha!ha"}
+
+
+@pytest.mark.parametrize(
+    "delta",
+    [
+        {"images": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}]},
+        {"audio": {"data": "AA=="}},
+        {"content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}]},
+    ],
+)
+def test_an_answer_without_text_is_output_as_well(delta: dict[str, Any]):
+    assert Stream().apply(chunk(delta)).accumulator.has_output
+    assert (
+        not Stream()
+        .apply(chunk({"role": "assistant", "annotations": [{"type": "url_citation"}]}))
+        .accumulator.has_output
+    )
+
+
 def test_extras_can_be_stored():
     odd = {"a\x00": "\ud83d\x00", "b": float("nan"), "c": 2**80, "d": [float("inf"), None, True]}
     assert choice_of(chunk({"odd": odd})).extra == {
@@ -611,6 +688,26 @@ def test_the_provider_is_described_by_what_it_last_said():
         "prompt_filter_results": [{"i": 1}],
         "citations": ["https://x.test"],
     }
+
+
+def test_what_later_chunks_say_of_the_provider_counts():
+    usual = {"id": "cc", "object": "chat.completion.chunk", "created": 1, "model": "router"}
+    text = [{"index": 0, "delta": {"content": "a"}}]
+
+    def details(*chunks: dict[str, Any]) -> dict[str, Any] | None:
+        return accumulate(*({"choices": text, **usual, **fields} for fields in chunks)).provider_details
+
+    assert details({}, {"model": "gpt-5-real"}) == {"id": "cc", "created": 1, "model": "gpt-5-real"}
+    assert details({"model": "gpt-5"}, {"model": ""}, {"model": None}) == {"id": "cc", "created": 1, "model": "gpt-5"}
+    assert details({}, {"service_tier": "flex"}, {}, {}) == {**_known(usual), "service_tier": "flex"}
+    assert details({}, {"system_fingerprint": "fp"}, {}) == {**_known(usual), "system_fingerprint": "fp"}
+    assert details({"service_tier": "auto"}, {"service_tier": "flex"}) == {**_known(usual), "service_tier": "flex"}
+    end = {"choices": [], "usage": {"total_tokens": 1}}
+    assert details({"service_tier": "auto"}, {"service_tier": "flex"}, end) == {**_known(usual), "service_tier": "flex"}
+
+
+def _known(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name != "object"}
 
 
 # -- limits -------------------------------------------------------------------------------------------------
@@ -657,7 +754,8 @@ def test_what_comes_too_much_after_the_answer_spoils_nothing():
 
 def test_extras_beyond_the_limit_are_left_out_and_their_absence_is_marked():
     data = chunk({"content": "a"}, logprobs={"content": [{"token": "a"}]})
-    stream = Stream(Limits(max_extra_bytes=2 * len(json.dumps(data)))).apply(data, data, data)
+    size = len('{"content":[{"token":"a"}]}')
+    stream = Stream(Limits(max_extra_bytes=2 * size)).apply(data, data, data)
     choice = stream.end().choices[0]
     assert choice.content == "aaa"
     assert choice.extra == {"logprobs": {"content": [{"token": "a"}] * 2}, "truncated": True}
@@ -665,7 +763,7 @@ def test_extras_beyond_the_limit_are_left_out_and_their_absence_is_marked():
 
 def test_what_is_repeated_with_every_chunk_takes_no_room():
     data = chunk({"content": "a"}, content_filter_results={"hate": {"filtered": False}})
-    stream = Stream(Limits(max_extra_bytes=2 * len(json.dumps(data)))).apply(*[data] * 9)
+    stream = Stream(Limits(max_extra_bytes=30)).apply(*[data] * 9)
     assert stream.end().choices[0].extra == {"content_filter_results": {"hate": {"filtered": False}}}
 
 

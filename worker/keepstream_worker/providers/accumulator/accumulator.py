@@ -14,9 +14,12 @@ from typing import Any, Final
 from keepstream.results import Choice
 from keepstream_worker.providers.accumulator.builders import ChoiceBuilder, TextBuilder, ToolCallBuilder
 from keepstream_worker.providers.accumulator.json_values import (
+    LABELS,
     MAX_FIELDS,
     byte_length,
     has_list,
+    joined,
+    json_size,
     merged,
     merged_usage,
     safe,
@@ -25,10 +28,12 @@ from keepstream_worker.providers.accumulator.json_values import (
 )
 from keepstream_worker.providers.accumulator.normalization import (
     FUNCTION_CALL,
+    KEPT_REASONING,
     REASONING_FIELDS,
     REASONING_PARTS,
     Fragment,
     error_in,
+    is_error,
     joined_name,
     plain_text,
     read_fragment,
@@ -47,7 +52,11 @@ _USUAL_CHUNK_FIELDS: Final = frozenset(
 _USUAL_CHOICE_FIELDS: Final = frozenset({"index", "delta", "finish_reason", "logprobs"})
 _IDENTITY_FIELDS: Final = frozenset({"id", "model", "created", "service_tier", "system_fingerprint"})
 _FIELDS_READ_ELSEWHERE: Final = frozenset({"choices", "usage", "object", "obfuscation", "error"})
-_IGNORED_DELTA_FIELDS: Final = frozenset({"role", "index"})  #: Fields of a delta.
+_IGNORED_DELTA_FIELDS: Final = frozenset({"role", "index", "error"})  #: Fields of a delta.
+_MEDIA_FIELDS: Final = frozenset({"audio", "images", "image", "video", "videos"})  #: Output that is no text.
+_MEDIA_PARTS: Final = frozenset(
+    {"image_url", "image", "output_image", "audio", "input_audio", "output_audio", "video", "video_url"}
+)
 _TOKEN_COUNTS: Final = ("prompt_tokens", "completion_tokens", "total_tokens")
 
 # Bounds on what is kept besides the output, each far above what providers send.
@@ -63,7 +72,7 @@ class Limits:
     max_event_bytes: int = 16 * 1024 * 1024  #: One event, or an entire answer that is not streamed.
     max_output_bytes: int = 16 * 1024 * 1024  #: All texts, call ids, names and arguments of all choices.
     max_argument_bytes: int = 4 * 1024 * 1024  #: One tool call's arguments.
-    max_extra_bytes: int = 4 * 1024 * 1024  #: Chunks whose logprobs, annotations etc. are kept.
+    max_extra_bytes: int = 4 * 1024 * 1024  #: Logprobs, annotations and whatever else is kept besides the output.
     max_choices: int = 128
     max_tool_calls: int = 256  #: Across all choices.
 
@@ -95,9 +104,10 @@ class Accumulator:
         "_chunk_size",
         "_details",
         "_extra_bytes_left",
-        "_identified",
+        "_fields",
         "_lenient",
         "_limits",
+        "_skipped",
         "_unfinished",
         "_usage",
         "too_large",
@@ -115,7 +125,8 @@ class Accumulator:
         self._call_lists = 0  # lists of call fragments so far
         self._usage: dict[str, Any] | None = None
         self._details: dict[str, Any] = {}
-        self._identified = False  # whether the provider's id and model are known
+        self._fields = 0  # how many fields the newest chunk had whose envelope was read, once id and model are known
+        self._skipped: dict[str, Any] | None = None  # the newest chunk, if its envelope was not read
         # Of the current chunk: its size as JSON, and whether it was parsed leniently and may hold lone surrogates.
         self._chunk_size = 0
         self._lenient = False
@@ -163,9 +174,11 @@ class Accumulator:
         self._chunk_size = size
         self._lenient = lenient
         error: object = None
-        if not (self._identified and _USUAL_CHUNK_FIELDS.issuperset(chunk)):
-            error = self._read_envelope(chunk)
         usage = chunk.get("usage")
+        if self._fields == len(chunk) and not usage and _USUAL_CHUNK_FIELDS.issuperset(chunk):
+            self._skipped = chunk
+        else:
+            error = self._read_envelope(chunk)
         if usage and (size <= _MAX_DETAIL or self._usage is None):
             self._usage = merged_usage(self._usage, usage)
         choices = chunk.get("choices")
@@ -184,6 +197,8 @@ class Accumulator:
             delta = item.get("delta")
             if delta and type(delta) is dict:
                 self._read_delta(choice, delta, deltas)
+                if "error" in delta and is_error(delta["error"]) and not self.succeeded:
+                    error = {"error": delta["error"]}
             if not _USUAL_CHOICE_FIELDS.issuperset(item) or item.get("logprobs"):
                 error = self._read_rare_fields(choice, item, usage_known=bool(usage)) or error
             reason = item.get("finish_reason")
@@ -193,6 +208,8 @@ class Accumulator:
 
     def flush(self, deltas: list[Delta]) -> None:
         """Release what was held back: messages of choices that streamed nothing, and lone surrogates."""
+        if self._skipped is not None:
+            self._read_envelope(self._skipped)
         for choice in self._choices.values():
             if choice.message is not None and not choice.has_output:
                 message, self._chunk_size, self._lenient = choice.message
@@ -241,6 +258,9 @@ class Accumulator:
 
     def _read_envelope(self, chunk: dict[str, Any]) -> object:
         """Keep the chunk's own fields (id, model …); return the error it reports, if any."""
+        if self._skipped is not None:
+            skipped, self._skipped = self._skipped, None
+            self._read_envelope(skipped)
         error = error_in(chunk)
         if error and self.succeeded:
             error = None
@@ -255,7 +275,8 @@ class Accumulator:
             # Unknown fields are replaced, not merged, and limited in number, so that they cannot pile up.
             if name in _IDENTITY_FIELDS or (small and (name in details or len(details) < MAX_FIELDS)):
                 details[name] = value
-        self._identified = "id" in details and "model" in details
+        # As long as chunks have no other fields than this one, only the last envelope among them is read.
+        self._fields = len(chunk) if "id" in details and "model" in details else 0
         return error
 
     def _open_choice(self, index: object) -> ChoiceBuilder | None:
@@ -287,8 +308,8 @@ class Accumulator:
                         reasoning = self._read_parts(choice, value, fields) or reasoning
                 elif name in REASONING_FIELDS:
                     reasoning = reasoning or reasoning_in(delta)
-                    if name == "reasoning_details":
-                        self._keep(choice, name, value)  # the next request must return them unchanged
+                    if name in KEPT_REASONING:
+                        self._keep_pieces(choice, name, value)
                 elif name == "tool_calls":
                     self._read_calls(choice, value, fields)
                 elif name not in _IGNORED_DELTA_FIELDS:
@@ -310,12 +331,13 @@ class Accumulator:
                 self._call_lists += 1
                 self._read_call(choice, read_fragment({"function": value}, key=FUNCTION_CALL), fields)
         elif name == "audio":
-            choice.has_audio = True
+            choice.has_media = True
             self._keep(choice, name, [value])
             if type(value) is dict and value.get("expires_at"):
                 self._end(choice)  # marks the end of an audio answer, which may come without a finish reason
         else:
-            self._keep(choice, name, value)
+            choice.has_media = choice.has_media or name in _MEDIA_FIELDS
+            self._keep_pieces(choice, name, value)
 
     def _read_parts(self, choice: ChoiceBuilder, value: object, fields: dict[str, Any]) -> str:
         """Read content that is a list of parts; return the reasoning among them."""
@@ -333,6 +355,7 @@ class Accumulator:
                 elif type(part.get("text")) is str:
                     content.append(part["text"])
                 else:
+                    choice.has_media = choice.has_media or kind in _MEDIA_PARTS
                     self._keep(choice, "content_parts", [part])
         if piece := self._append(choice.content, "".join(content)):
             fields["content"] = piece
@@ -351,12 +374,14 @@ class Accumulator:
             if not value or name in {"index", "delta", "finish_reason"}:
                 continue
             if name == "error":
-                error = None if self.succeeded else value
+                error = {"error": value} if is_error(value) and not self.succeeded else None
             elif name == "usage":
                 if not usage_known:
                     self._usage = merged_usage(self._usage, value)
             elif name == "message":
                 # Some providers repeat the whole text beside the deltas; it is used at the end, if there were none.
+                if type(value) is dict and is_error(value.get("error")) and not self.succeeded:
+                    error = {"error": value["error"]}
                 if type(value) is dict and not choice.has_output:
                     choice.message = (value, self._chunk_size, self._lenient)
             else:
@@ -381,8 +406,21 @@ class Accumulator:
         known = choice.extra.get(name)
         if value == known and not has_list(value):
             return  # some providers repeat it with every token
-        if self._reserve_extra():
+        if self._reserve_extra(value):
             choice.extra[name] = merged(known, value)
+        else:
+            choice.extra["truncated"] = True
+
+    def _keep_pieces(self, choice: ChoiceBuilder, name: str, value: object) -> None:
+        """Keep a field of a delta that is not output: a delta adds to the one before, also where we do not know it."""
+        if name in LABELS or type(value) is list:
+            self._keep(choice, name, value)
+            return
+        if choice.extra is None:
+            choice.extra = {}
+        known = choice.extra.get(name)
+        if self._reserve_extra(value):
+            choice.extra[name] = joined(known, value)
         else:
             choice.extra["truncated"] = True
 
@@ -423,7 +461,7 @@ class Accumulator:
                 self._mark_too_large()
             if piece := self._append(call.arguments, arguments):
                 event["arguments"] = piece
-        if part.extra and self._reserve_extra():
+        if part.extra and self._reserve_extra(part.extra):
             call.extra = merged(call.extra, part.extra)
         if event:
             fields.setdefault("tool_calls", []).append({"index": call.position, **event})
@@ -472,8 +510,10 @@ class Accumulator:
         self._bytes_left = -1
         self.too_large = self.too_large or not self.succeeded
 
-    def _reserve_extra(self) -> bool:
-        if self._chunk_size > self._extra_bytes_left:
+    def _reserve_extra(self, value: object) -> bool:
+        """Count a field's own bytes against what is kept besides the output; return whether they fit."""
+        size = byte_length(value) if type(value) is str else json_size(value)
+        if size > self._extra_bytes_left:
             return False
-        self._extra_bytes_left -= self._chunk_size
+        self._extra_bytes_left -= size
         return True

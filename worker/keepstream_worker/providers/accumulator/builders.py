@@ -188,7 +188,7 @@ class ChoiceBuilder:
         "ended",
         "extra",
         "finish_reason",
-        "has_audio",
+        "has_media",
         "index",
         "last_call",
         "message",
@@ -203,7 +203,7 @@ class ChoiceBuilder:
         self.refusal: TextBuilder | None = None
         self.finish_reason: str | None = None
         self.ended = False
-        self.has_audio = False
+        self.has_media = False  #: Whether images, audio or the like have come, which are kept in ``extra``.
         self.message: tuple[dict[str, Any], int, bool] | None = None  # held back, with its chunk's size and leniency
         self.extra: dict[str, Any] | None = None
         self.calls: list[ToolCallBuilder] = []
@@ -214,7 +214,7 @@ class ChoiceBuilder:
     def has_output(self) -> bool:
         """Whether there is anything a reader could use."""
         texts = (self.content, self.reasoning, self.refusal)
-        return bool(self.calls) or self.has_audio or any(texts)
+        return bool(self.calls) or self.has_media or any(texts)
 
     def call_for(self, part: Fragment, list_number: int) -> ToolCallBuilder | None:
         """Return the call that a fragment from this list continues, or None if it begins a new one."""

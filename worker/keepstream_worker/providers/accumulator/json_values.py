@@ -12,12 +12,27 @@ import orjson
 
 MAX_DEPTH: Final = 32  #: Levels of nesting that are kept.
 MAX_FIELDS: Final = 64  #: Unknown fields of a stream, and fields of one level of usage.
+#: Names of fields whose text names something: the newest counts.
+LABELS: Final = frozenset(
+    {"id", "type", "object", "role", "name", "index", "channel", "recipient", "format", "status", "phase", "model"}
+)
 _MAX_COUNT: Final = 2**63 - 1
 
 
 def byte_length(text: str) -> int:
     """Return the length of ``text`` in UTF-8."""
     return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
+
+
+def json_size(value: object) -> int:
+    """Return the bytes of a decoded value as JSON; more than any limit if it is nested too deeply to be written."""
+    try:
+        return len(orjson.dumps(value))
+    except TypeError:  # lone surrogates, integers beyond 64 bits or deep nesting
+        try:
+            return len(json.dumps(value, separators=(",", ":")))
+        except RecursionError:
+            return _MAX_COUNT
 
 
 def merged(known: Any, new: Any, depth: int = MAX_DEPTH) -> Any:
@@ -30,6 +45,44 @@ def merged(known: Any, new: Any, depth: int = MAX_DEPTH) -> Any:
             known[name] = merged(known.get(name), value, depth - 1)
         return known
     return known if new is None else new
+
+
+class TextPieces:
+    """A text that comes in pieces in a field that we do not know, or a label that comes with every chunk."""
+
+    __slots__ = ("_first", "_pieces", "_repeats")
+
+    def __init__(self, first: str) -> None:
+        self._first = first
+        self._repeats = 1  # how often it came before anything else did
+        self._pieces: list[str] = []
+
+    def append(self, piece: str) -> None:
+        """Append the next piece."""
+        if not self._pieces and piece == self._first:
+            self._repeats += 1
+        else:
+            self._pieces.append(piece)
+
+    def value(self) -> str:
+        """Return the pieces joined; only one of them if all are the same, since no text is like that."""
+        return self._first * self._repeats + "".join(self._pieces) if self._pieces else self._first
+
+
+def joined(known: Any, new: Any, depth: int = MAX_DEPTH) -> Any:
+    """Join two values of one field of a delta: as ``merged`` does, but texts are joined as well."""
+    if type(new) is str:
+        if type(known) is not TextPieces:
+            return TextPieces(new)
+        known.append(new)
+        return known
+    if type(new) is dict and depth:
+        known = known if type(known) is dict else {}
+        for name, value in new.items():
+            join = joined if name not in LABELS else merged
+            known[name] = join(known.get(name), value, depth - 1)
+        return known
+    return merged(known, new, depth)
 
 
 def has_list(value: object, depth: int = MAX_DEPTH) -> bool:
@@ -90,6 +143,8 @@ def storable(value: Any, depth: int = MAX_DEPTH) -> Any:
         return value
     if isinstance(value, int):
         return value if abs(value) <= _MAX_COUNT else None
+    if isinstance(value, TextPieces):
+        return safe(value.value())
     if not depth:
         return None
     if isinstance(value, list):

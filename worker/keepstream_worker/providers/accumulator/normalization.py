@@ -11,7 +11,20 @@ import orjson
 
 from keepstream_worker.providers.accumulator.json_values import MAX_DEPTH, number, safe
 
-REASONING_FIELDS: Final = frozenset({"reasoning_content", "reasoning", "reasoning_details"})
+#: Where providers put reasoning; if it is present twice, the first counts.
+REASONING_NAMES: Final = (
+    "reasoning_content",
+    "reasoning",
+    "reasoning_text",
+    "thinking",
+    "thinking_content",
+    "thought",
+    "thoughts",
+    "reasoning_details",
+)
+REASONING_FIELDS: Final = frozenset(REASONING_NAMES)
+#: Reasoning that is kept as it came, too: the next request must return it under its own name.
+KEPT_REASONING: Final = REASONING_FIELDS - {"reasoning_content", "reasoning"}
 REASONING_PARTS: Final = ("thinking", "reasoning", "reasoning_text", "summary_text")  #: Types of content parts.
 FUNCTION_CALL: Final = "function_call"  #: The key of the single call in the legacy field.
 #: What some providers send as a call's arguments before the first fragment, or if there are none.
@@ -78,23 +91,42 @@ def joined_name(known: str, piece: str) -> str:
 
 def error_in(chunk: dict[str, Any]) -> object:
     """Return the error that a chunk is or contains, in any of the forms providers use, or None."""
-    if chunk.get("error"):
+    if is_error(chunk.get("error")):
         return chunk
     base_resp = chunk.get("base_resp")
     if type(base_resp) is dict and base_resp.get("status_code"):
         return chunk
-    if type(chunk.get("choices")) is list:
+    for name, value in chunk.items():
+        if name.startswith("x_") and type(value) is dict and is_error(value.get("error")):  # Groq: x_groq
+            return {"error": value["error"]}
+    choices = chunk.get("choices")
+    if type(choices) is list and choices:
         return None
-    if chunk.get("object") == "error" or chunk.get("type") == "error" or chunk.get("errors") or chunk.get("detail"):
+    if chunk.get("object") == "error" or chunk.get("type") == "error" or chunk.get("errors"):
         return chunk
-    if chunk.get("code") in (0, "0", 200, "200"):  # a tuple: the code may be unhashable
+    if _is_success(chunk.get("code")):
         return None
-    return chunk if chunk.get("code") or chunk.get("message") else None
+    told, coded = bool(chunk.get("message") or chunk.get("detail")), bool(chunk.get("code"))
+    # An empty list of choices may come with other news, a filter's verdict for instance.
+    return chunk if (told and coded if type(choices) is list else told or coded) else None
+
+
+def is_error(value: object) -> bool:
+    """Return whether the value of an ``error`` field reports one; some providers send it empty beside normal output."""
+    if type(value) is dict:
+        message = value.get("message")
+        fine = type(message) is str and message.lower() in {"success", "ok"} and _is_success(value.get("code"))
+        return not fine and any(value.values())
+    return bool(value) and value not in ("null", "none", "None")
+
+
+def _is_success(code: object) -> bool:
+    return type(code) in (int, str) and code in (0, "0", 200, "200")
 
 
 def reasoning_in(delta: dict[str, Any]) -> str:
     """Return a delta's reasoning. It may be present twice; the details are used only if there is nothing else."""
-    value = delta.get("reasoning_content") or delta.get("reasoning") or delta.get("reasoning_details")
+    value = next((value for name in REASONING_NAMES if (value := delta.get(name))), None)
     return plain_text(value) if value else ""
 
 
