@@ -60,7 +60,7 @@ def error(**fields: object) -> dict[str, object]:
         (498, error(code="capacity_exceeded"), ErrorCode.OVERLOADED),
         (499, None, ErrorCode.CONNECTION),
         (500, '{"error":{"mess', ErrorCode.SERVER_ERROR),
-        (500, error(code="insufficient_quota"), ErrorCode.SERVER_ERROR),
+        (500, error(code="insufficient_quota"), ErrorCode.INSUFFICIENT_QUOTA),
         (501, None, ErrorCode.BAD_REQUEST),
         (502, "<html><h1>502 Bad Gateway</h1></html>", ErrorCode.SERVER_ERROR),
         (503, error(code="server_is_overloaded"), ErrorCode.OVERLOADED),
@@ -83,6 +83,95 @@ def test_a_response_is_named_by_status_and_cause(status: int, body: object, code
     if isinstance(body, dict | list):
         assert failure_from_response(status, {}, json.dumps(body)) == failure
         assert failure_from_response(status, {}, json.dumps(body).encode()) == failure
+
+
+OPENAI_QUOTA = "You exceeded your current quota, please check your plan and billing details."
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "code"),
+    [
+        # No credit, however it is said.
+        (429, error(code="1113", message="Insufficient balance or no resource package."), "insufficient_quota"),
+        (429, error(code="1113", message="x"), "insufficient_quota"),
+        (429, error(code="9", message="余额不足或无可用资源包,请充值。"), "insufficient_quota"),
+        (429, error(type="exceeded_current_quota_error", message="suspended"), "insufficient_quota"),
+        (429, error(message=OPENAI_QUOTA, code=429), "insufficient_quota"),
+        (429, error(message=OPENAI_QUOTA, code=429, status="RESOURCE_EXHAUSTED"), "rate_limited"),
+        (429, error(message=OPENAI_QUOTA + " Please retry in 32.1s.", code=429), "rate_limited"),
+        (400, error(type="invalid_request_error", message="Your credit balance is too low"), "insufficient_quota"),
+        (400, error(code="Arrearage", message="Access denied"), "insufficient_quota"),
+        (403, error(code="insufficient_user_quota", type="new_api_error"), "insufficient_quota"),
+        (500, error(message=f"litellm.RateLimitError: OpenAIException - {OPENAI_QUOTA}"), "insufficient_quota"),
+        (503, error(message="Error code: 429 - {'error': {'code': 'insufficient_quota'}}"), "insufficient_quota"),
+        (502, error(message="x", metadata={"raw": '{"error":{"code":"insufficient_quota"}}'}), "insufficient_quota"),
+        (502, error(message='{"error":{"message":"x","type":"insufficient_quota"}}'), "insufficient_quota"),
+        (500, "upstream: insufficient_quota", "server_error"),
+        (429, error(message="Rate limit reached: no more than 5 requests per day"), "rate_limited"),
+        (429, error(message="limit of 40,000 input tokens per minute exceeded"), "rate_limited"),
+        (
+            429,
+            error(message="Request too large for m on tokens per min (TPM): Limit 3, Requested 5"),
+            "payload_too_large",
+        ),
+        # 402 usually stays; if the provider says how long, the credit is only reserved.
+        (402, error(code=402, message="x", metadata={"headers": {"Retry-After": "1"}}), "rate_limited"),
+        (402, error(code=402, message="Insufficient credits"), "insufficient_quota"),
+        # A key that is not accepted.
+        (400, error(code=400, status="INVALID_ARGUMENT", message="API key not valid."), "auth"),
+        (400, error(code=400, details=[{"@type": "x.ErrorInfo", "reason": "API_KEY_INVALID"}]), "auth"),
+        (500, error(message="litellm.AuthenticationError: AuthenticationError: OpenAIException"), "auth"),
+        (429, error(message="x", type="authentication_error"), "auth"),
+        (403, error(message="x", code="unauthorized"), "permission"),
+        # A filter.
+        (400, error(message="The response was filtered due to Azure's content management policy."), "content_filter"),
+        (400, error(code="data_inspection_failed"), "content_filter"),
+        (400, error(code="1301", message="x"), "content_filter"),
+        (403, error(message="your input was flagged", code=403), "content_filter"),
+        (500, error(message="litellm.ContentPolicyViolationError: content_policy_violation"), "content_filter"),
+        (400, error(message="Your request was rejected by our safety system."), "content_filter"),
+        # A prompt that is too long.
+        (500, error(message="the request exceeds the available context size"), "context_length_exceeded"),
+        (400, error(message="litellm.ContextWindowExceededError: x"), "context_length_exceeded"),
+        (400, error(message="Input is too long for requested model."), "context_length_exceeded"),
+        (400, error(message="The input token count (9) exceeds the maximum number"), "context_length_exceeded"),
+        (400, error(code="1261", message="Prompt exceeds max length"), "context_length_exceeded"),
+        (
+            422,
+            error(message="Prompt contains 9 tokens, too large for model with 8 maximum context length"),
+            "context_length_exceeded",
+        ),
+        # What passes stays what it is, also if a page or a message sounds like one of these.
+        (502, "<html><title>502</title>prompt is too long, insufficient balance</html>", "server_error"),
+        (429, error(message="Too many requests, reduce the length of the prompt"), "rate_limited"),
+        (503, error(message="The model is overloaded. Please try again later."), "overloaded"),
+    ],
+)
+def test_what_no_waiting_removes_is_told_whatever_it_is_wrapped_in(status: int, body: object, code: str):
+    assert failure_from_response(status, {}, body).code == code
+    if isinstance(body, dict):
+        assert failure_from_response(status, {}, json.dumps(body)).code == code
+
+
+def test_a_402_that_says_how_long_to_wait_passes():
+    for headers in ({"retry-after": "1"}, {"retry-after-ms": "250"}):
+        failure = failure_from_response(402, headers, error(code=402, message="in-flight budget"))
+        assert failure.code == ErrorCode.RATE_LIMITED
+        assert failure.retry_after
+    assert failure_from_response(402, {"retry-after": "soon"}, None).code == ErrorCode.INSUFFICIENT_QUOTA
+
+
+@pytest.mark.parametrize(
+    ("headers", "advice"),
+    [
+        ({"x-should-retry": "true"}, True),
+        ({"X-Should-Retry": " False "}, False),
+        ({"x-should-retry": "perhaps"}, None),
+        ({}, None),
+    ],
+)
+def test_the_providers_advice_is_read(headers: dict[str, str], *, advice: bool | None):
+    assert failure_from_response(500, headers, None).should_retry is advice
 
 
 @pytest.mark.parametrize(
@@ -115,6 +204,17 @@ def test_a_response_is_named_by_status_and_cause(status: int, body: object, code
         ([error(status="RESOURCE_EXHAUSTED")], ErrorCode.RATE_LIMITED),
         ({"base_resp": {"status_code": 1002, "status_msg": "rate limit"}}, ErrorCode.RATE_LIMITED),
         ({"base_resp": {"status_code": 1000, "status_msg": "unknown"}}, ErrorCode.PROVIDER_ERROR),
+        ({"base_resp": {"status_code": 2013, "status_msg": "invalid params"}}, ErrorCode.BAD_REQUEST),
+        ({"base_resp": {"status_code": 2013, "status_msg": "context window exceeds limit"}}, "context_length_exceeded"),
+        ({"base_resp": {"status_code": 2049, "status_msg": "invalid api key"}}, ErrorCode.AUTH),
+        ({"base_resp": {"status_code": 1026, "status_msg": "input sensitive"}}, ErrorCode.CONTENT_FILTER),
+        ({"base_resp": {"status_code": 1039, "status_msg": "token limit"}}, ErrorCode.RATE_LIMITED),
+        (error(message="tokens to keep from the prompt is greater than the context length"), "context_length_exceeded"),
+        (error(message="x", code=402, retry_after=2), ErrorCode.RATE_LIMITED),
+        (error(message="input tokens per minute exceeded", type="rate_limit_error"), ErrorCode.RATE_LIMITED),
+        ({"error": "over_capacity"}, ErrorCode.OVERLOADED),
+        ({"error": "insufficient_quota"}, ErrorCode.INSUFFICIENT_QUOTA),
+        ({"error": '{"error":{"code":503}}'}, ErrorCode.OVERLOADED),
         (error(message="x", code="1002"), ErrorCode.PROVIDER_ERROR),
         ({"error": "something went wrong"}, ErrorCode.PROVIDER_ERROR),
         ({"error": {"error": {"code": 503}}}, ErrorCode.OVERLOADED),
@@ -141,6 +241,10 @@ def test_an_error_in_a_stream_is_named_whatever_its_shape(payload: object, code:
         ({"retry-after-ms": "soon", "retry-after": "7"}, 7.0),
         ({"retry-after": formatdate(NOW + 30, usegmt=True)}, 30.0),
         ({"retry-after": formatdate(NOW - 30, usegmt=True)}, None),
+        ({"retry-after": formatdate(NOW + 30, usegmt=True).replace("GMT", "-0000")}, 30.0),
+        ({"retry-after": "Thu, 15 Jan 2027 08:00:30"}, 30.0),
+        ({"retry-after": "Friday, 15-Jan-27 08:00:30 GMT"}, 30.0),
+        ({"retry-after": "1m30s"}, 90.0),
         *(
             ({"retry-after": text}, None)
             for text in ("", "soon", "inf", "nan", "-3", "0", "1e999", "1e300", "3, 4", "Mon, 99 Foo", "\u0663\u0663x")
@@ -180,6 +284,32 @@ def test_the_wait_may_stand_in_the_body():
     assert failure_from_stream_error([google]).retry_after == 32.0
     assert failure_from_stream_error(error(code=429, retry_after=3)).retry_after == 3.0
     assert failure_from_response(429, {"retry-after": "5"}, google).retry_after == 5.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "seconds"),
+    [
+        ({"retry_after_ms": 250}, 0.25),
+        ({"retryAfter": "1m30s"}, 90.0),
+        ({"retry_after_seconds": 7}, 7.0),
+        ({"metadata": {"headers": {"Retry-After": "9"}}}, 9.0),
+        ({"metadata": {"headers": {"X-RateLimit-Reset": "12"}}}, 12.0),
+        ({"message": "Rate limit reached. Please try again in 6.57s. Visit x."}, 6.57),
+        ({"message": "Please try again in 20ms."}, 0.02),
+        ({"message": "Please retry after 12 seconds."}, 12.0),
+        ({"message": "Please retry in 1m2.5s."}, 62.5),
+        ({"message": "Try again in 3 minutes"}, 180.0),
+        ({"message": "try again in a while"}, None),
+        ({"message": "Please try again in 5 parsecs"}, None),
+        ({"message": "Please try again in 1.2.3s"}, None),
+        ({"retry_after": True}, None),
+        ({"retry_after": -1}, None),
+    ],
+)
+def test_a_wait_in_the_body_is_read_in_every_form(fields: dict[str, Any], seconds: float | None):
+    assert failure_from_response(429, {}, error(code=429, **fields)).retry_after == (
+        seconds if seconds is None else pytest.approx(seconds)
+    )
 
 
 @pytest.mark.parametrize(

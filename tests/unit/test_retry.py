@@ -31,10 +31,11 @@ def decide_on(
     remaining: float | None = 1000.0,
     retry_after: float | None = None,
     status: int | None = None,
+    should_retry: bool | None = None,
     random: float = 0.5,
 ) -> RetryDecision:
     return decide(
-        Failure(code=code, message="m", retry_after=retry_after, http_status=status),
+        Failure(code=code, message="m", retry_after=retry_after, http_status=status, should_retry=should_retry),
         tries=tries,
         max_attempts=max_attempts,
         remaining_seconds=remaining,
@@ -49,7 +50,7 @@ def test_every_error_code_has_a_rule() -> None:
 
 @pytest.mark.parametrize("code", ErrorCode)
 def test_the_codes_that_are_retried(code: ErrorCode) -> None:
-    assert is_retryable(code) is (code in RETRIED)
+    assert is_retryable(Failure(code=code, message="m")) is (code in RETRIED)
     assert decide_on(code).retry is (code in RETRIED)
 
 
@@ -92,6 +93,16 @@ def test_attempts_are_bounded(tries: int, max_attempts: int, reason: RetryReason
 def test_some_codes_get_one_retry_only(code: ErrorCode) -> None:
     assert decide_on(code, tries=1).reason is RetryReason.RETRY
     assert decide_on(code, tries=2).reason is RetryReason.ATTEMPTS_USED
+
+
+def test_the_providers_advice_counts_both_ways() -> None:
+    assert decide_on(ErrorCode.BAD_REQUEST, should_retry=True).reason is RetryReason.RETRY
+    assert decide_on(ErrorCode.BAD_REQUEST, should_retry=True, tries=5).reason is RetryReason.ATTEMPTS_USED
+    assert decide_on(ErrorCode.SERVER_ERROR, should_retry=False).reason is RetryReason.NOT_RETRYABLE
+    assert decide_on(ErrorCode.RATE_LIMITED, should_retry=False, retry_after=1.0).reason is RetryReason.NOT_RETRYABLE
+    assert decide_on(ErrorCode.INVALID_RESPONSE, should_retry=True, tries=2).reason is RetryReason.ATTEMPTS_USED
+    assert is_retryable(Failure(code=ErrorCode.BAD_REQUEST, message="m", should_retry=True))
+    assert not is_retryable(Failure(code=ErrorCode.SERVER_ERROR, message="m", should_retry=False))
 
 
 def test_a_request_that_a_proxy_says_we_gave_up_is_retried_once() -> None:

@@ -36,7 +36,7 @@ def named(cases: list[Case]) -> Any:
 def outcome(failure: Failure | None) -> str:
     if failure is None:
         return "completed"
-    return "retry" if is_retryable(failure.code) else "fail"
+    return "retry" if is_retryable(failure) else "fail"
 
 
 def data(*chunks: object) -> bytes:

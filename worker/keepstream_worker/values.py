@@ -45,6 +45,7 @@ class Failure:
     message: str  #: Safe to store, log and show: never a prompt, an output or a key.
     http_status: int | None = None  #: Of the response; None if the failure came without one, or within a 200.
     retry_after: float | None = None  #: Seconds the provider asks to wait, at least.
+    should_retry: bool | None = None  #: The provider's advice (``x-should-retry``), which counts; None: none given.
     provider_request_id: str | None = None
     provider_code: str | None = None  #: The provider's own name for it, if that is a plain identifier.
 

@@ -104,9 +104,17 @@ class RetryDecision:
         return self.reason is RetryReason.RETRY
 
 
-def is_retryable(code: ErrorCode) -> bool:
-    """Tell whether another attempt can help against ``code``, whatever the job's limits say."""
-    return RULES[code].retried
+def is_retryable(failure: Failure) -> bool:
+    """Tell whether another attempt can help against ``failure``, whatever the job's limits say."""
+    return _rule_of(failure).retried
+
+
+def _rule_of(failure: Failure) -> Rule:
+    """Return the rule of the failure's code, unless the provider itself says whether to try again."""
+    rule = RULES[failure.code]
+    if failure.should_retry is None or failure.should_retry == rule.retried:
+        return rule
+    return _RETRY if failure.should_retry else _FAIL
 
 
 def decide(
@@ -128,7 +136,7 @@ def decide(
         policy: How the waits grow.
         random: Gives a number in [0, 1).
     """
-    rule = RULES[failure.code]
+    rule = _rule_of(failure)
     if not rule.retried:
         return RetryDecision(RetryReason.NOT_RETRYABLE)
     most = _RETRY_ONCE.attempts if failure.http_status == _CLIENT_CLOSED_REQUEST else rule.attempts

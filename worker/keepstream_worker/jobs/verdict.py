@@ -80,7 +80,7 @@ def decide(report: AttemptReport, policy: RetryPolicy, random: Callable[[], floa
     ending = replace(
         ending,
         failure=failure,
-        retryable=retry.is_retryable(failure.code),
+        retryable=retry.is_retryable(failure),
         provider_request_id=failure.provider_request_id or report.provider_request_id,
     )
     if report.stop is Stop.CANCELLED or failure.code is ErrorCode.CANCELLED:

@@ -6,6 +6,10 @@ Out: a ``Failure``, for the engine, the retry table, rows and events.
 
 Providers quote prompts, outputs and parts of keys in their error messages, while our messages are stored and logged.
 So ``message`` contains nothing a provider wrote, except an error code that is a plain identifier.
+
+Some causes no waiting removes: no credit, a key that is not accepted, a filter, a prompt that is too long. Providers
+send them with any status, and gateways wrap them in errors of their own. So they are looked for in every layer, by
+codes and types first (``_CAUSES``), then by what the message says (``_TEXTS``).
 """
 
 import math
@@ -13,6 +17,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from typing import Any, Final
@@ -36,13 +41,15 @@ def failure_from_response(
     """
     lowered = {name.lower(): value for name, value in headers.items()}
     report = _Report.of(body)
-    code = _code_of_response(status, report)
     wait = _retry_after(lowered, time.time() if now is None else now)
+    asked_to_wait = wait is not None and bool(lowered.keys() & {"retry-after", "retry-after-ms"})
+    code = _code_of_response(status, report, asked_to_wait=asked_to_wait)
     return Failure(
         code=code,
         message=_sentence(f"HTTP {status}", code, report.provider_code),
         http_status=status,
         retry_after=report.retry_after if wait is None else wait,
+        should_retry=_SHOULD_RETRY.get(lowered.get("x-should-retry", "").strip().lower()),
         provider_request_id=_request_id(lowered),
         provider_code=report.provider_code,
     )
@@ -105,17 +112,34 @@ _BY_STATUS: Final[dict[int, ErrorCode]] = {
     529: ErrorCode.OVERLOADED,
 }
 
-# Codes and types that are more precise than the status. Folded: lower case, letters and digits only.
+# Codes and types that are more precise than the status. Folded: lower case, letters and digits only, and without a
+# trailing "error" or "exception".
 _CAUSES: Final[dict[str, ErrorCode]] = {
     "contextlengthexceeded": ErrorCode.CONTEXT_LENGTH_EXCEEDED,
     "exceedcontextsize": ErrorCode.CONTEXT_LENGTH_EXCEEDED,
     "contextwindowexceeded": ErrorCode.CONTEXT_LENGTH_EXCEEDED,
+    "modelcontextwindowexceeded": ErrorCode.CONTEXT_LENGTH_EXCEEDED,
+    "contextoverflow": ErrorCode.CONTEXT_LENGTH_EXCEEDED,
+    "prompttoolong": ErrorCode.CONTEXT_LENGTH_EXCEEDED,
+    "inputtoolong": ErrorCode.CONTEXT_LENGTH_EXCEEDED,
+    "1261": ErrorCode.CONTEXT_LENGTH_EXCEEDED,  # Z.ai
     "contentfilter": ErrorCode.CONTENT_FILTER,
+    "contentfiltered": ErrorCode.CONTENT_FILTER,
+    "contentpolicy": ErrorCode.CONTENT_FILTER,
     "contentpolicyviolation": ErrorCode.CONTENT_FILTER,
     "responsibleaipolicyviolation": ErrorCode.CONTENT_FILTER,
+    "moderationblocked": ErrorCode.CONTENT_FILTER,
     "datainspectionfailed": ErrorCode.CONTENT_FILTER,
+    "inputsensitive": ErrorCode.CONTENT_FILTER,
+    "1301": ErrorCode.CONTENT_FILTER,  # Z.ai
     "insufficientquota": ErrorCode.INSUFFICIENT_QUOTA,
+    "insufficientuserquota": ErrorCode.INSUFFICIENT_QUOTA,
     "insufficientbalance": ErrorCode.INSUFFICIENT_QUOTA,
+    "insufficientcredits": ErrorCode.INSUFFICIENT_QUOTA,
+    "insufficientfunds": ErrorCode.INSUFFICIENT_QUOTA,
+    "outofcredits": ErrorCode.INSUFFICIENT_QUOTA,
+    "paymentrequired": ErrorCode.INSUFFICIENT_QUOTA,
+    "exceededcurrentquota": ErrorCode.INSUFFICIENT_QUOTA,  # Moonshot
     "creditbalanceexhausted": ErrorCode.INSUFFICIENT_QUOTA,
     "organizationspendlimitexceeded": ErrorCode.INSUFFICIENT_QUOTA,
     "projectspendlimitexceeded": ErrorCode.INSUFFICIENT_QUOTA,
@@ -123,22 +147,34 @@ _CAUSES: Final[dict[str, ErrorCode]] = {
     "billinghardlimitreached": ErrorCode.INSUFFICIENT_QUOTA,
     "billingnotactive": ErrorCode.INSUFFICIENT_QUOTA,
     "billing": ErrorCode.INSUFFICIENT_QUOTA,
+    "budgetexceeded": ErrorCode.INSUFFICIENT_QUOTA,  # LiteLLM
+    "arrearage": ErrorCode.INSUFFICIENT_QUOTA,  # Alibaba
+    "accountoverdue": ErrorCode.INSUFFICIENT_QUOTA,  # Volcengine
+    "1113": ErrorCode.INSUFFICIENT_QUOTA,  # Z.ai
     "toolusefailed": ErrorCode.TOOL_USE_FAILED,
 }
-#: Statuses (None: there is none) for which _CAUSES apply: not a gateway's 5xx, nor statuses that are more precise.
-_CAUSE_STATUSES: Final = frozenset({None, 400, 402, 403, 413, 422, 429})
 
-# Codes and types of errors without a status. Folded as above, and without a trailing "error" or "exception".
+# Codes and types that say that the key is not accepted, where the status does not: see _VAGUE_STATUSES.
+_KEY_CAUSES: Final = frozenset(
+    {
+        "authentication",
+        "unauthenticated",
+        "unauthorized",
+        "invalidapikey",
+        "incorrectapikey",
+        "apikeyinvalid",  # Google, with 400
+        "invalidauthentication",
+        "invalidiamtoken",
+    }
+)
+
+# Codes and types of errors without a status. Folded as above.
 _BY_TYPE: Final[dict[str, ErrorCode]] = {
     "badrequest": ErrorCode.BAD_REQUEST,
     "invalidrequest": ErrorCode.BAD_REQUEST,
     "invalidargument": ErrorCode.BAD_REQUEST,
     "failedprecondition": ErrorCode.BAD_REQUEST,
     "validation": ErrorCode.BAD_REQUEST,
-    "authentication": ErrorCode.AUTH,
-    "unauthenticated": ErrorCode.AUTH,
-    "unauthorized": ErrorCode.AUTH,
-    "invalidapikey": ErrorCode.AUTH,
     "permission": ErrorCode.PERMISSION,
     "permissiondenied": ErrorCode.PERMISSION,
     "forbidden": ErrorCode.PERMISSION,
@@ -155,6 +191,7 @@ _BY_TYPE: Final[dict[str, ErrorCode]] = {
     "slowdown": ErrorCode.RATE_LIMITED,
     "throttling": ErrorCode.RATE_LIMITED,
     "overloaded": ErrorCode.OVERLOADED,
+    "overcapacity": ErrorCode.OVERLOADED,
     "engineoverloaded": ErrorCode.OVERLOADED,
     "modeloverloaded": ErrorCode.OVERLOADED,
     "serverisoverloaded": ErrorCode.OVERLOADED,
@@ -171,33 +208,73 @@ _BY_TYPE: Final[dict[str, ErrorCode]] = {
     "badgateway": ErrorCode.SERVER_ERROR,
     "gatewaytimeout": ErrorCode.SERVER_ERROR,
     # MiniMax's own numbers; see _layers.
+    "baseresp1001": ErrorCode.TIMEOUT,
     "baseresp1002": ErrorCode.RATE_LIMITED,
     "baseresp1004": ErrorCode.AUTH,
     "baseresp1008": ErrorCode.INSUFFICIENT_QUOTA,
+    "baseresp1013": ErrorCode.SERVER_ERROR,
+    "baseresp1024": ErrorCode.SERVER_ERROR,
+    "baseresp1026": ErrorCode.CONTENT_FILTER,
+    "baseresp1027": ErrorCode.CONTENT_FILTER,
+    "baseresp1033": ErrorCode.SERVER_ERROR,
+    "baseresp1039": ErrorCode.RATE_LIMITED,
+    "baseresp1041": ErrorCode.RATE_LIMITED,
+    "baseresp1042": ErrorCode.BAD_REQUEST,
+    "baseresp2013": ErrorCode.BAD_REQUEST,
+    "baseresp2045": ErrorCode.RATE_LIMITED,
+    "baseresp2049": ErrorCode.AUTH,
+    "baseresp2056": ErrorCode.RATE_LIMITED,
 }
 
 _CONTEXT_LENGTH: Final = re.compile(
-    r"maximum context length|max(imum)? context (size|window)|context[ _](length|size|window)[^.]{0,40}exceed"
-    r"|exceed[^.]{0,60}context|(prompt|input) (is )?too long|reduce the length of the (messages|prompt|input)"
-    r"|(input|prompt)[^.]{0,20} tokens?[^.]{0,60}(exceed|must (be|have) (<=|less))|maximum (prompt|input) length",
+    r"maximum context length|max(imum)? context (size|window)|context[ _]?(length|size|window)[^.]{0,40}exceed"
+    r"|exceed[^.]{0,60}context|(greater|longer|larger|more) than the [^.]{0,40}context"
+    r"|(prompt|input) (is )?too long|reduce the length of the (messages|prompt|input)"
+    r"|(input|prompt)[^.]{0,20} tokens?[^.]{0,60}(exceed|must (be|have) (<=|less))|maximum (prompt|input) length"
+    r"|tokens in the (prompt|input)[^.]{0,20}exceed",
     re.IGNORECASE,
 )
-_CONTEXT_LENGTH_STATUSES: Final = frozenset({None, 400, 422})
+_PER_TIME: Final = re.compile(r"per[ -](second|min|hour|day)|\b[TR]P[MD]\b", re.IGNORECASE)
+_TOO_LARGE: Final = re.compile(r"request too large for ", re.IGNORECASE)
+_CONTENT: Final = re.compile(
+    r"content (management|moderation|safety|usage) policy|content[ _]?(filter|policy)|our safety system"
+    r"|inappropriate content|input (was|is) flagged",
+    re.IGNORECASE,
+)
+_NO_CREDIT: Final = re.compile(
+    r"insufficient (account )?(balance|credits?|funds)|(credit|account) balance (is )?(too low|insufficient|exhausted)"
+    r"|(not enough|no|out of) (credits?|funds)\b|please (recharge|top up)|billing (hard )?limit|account is overdue"
+    r"|spend(ing)? limit|余额不足|欠费",
+    re.IGNORECASE,
+)
+#: OpenAI says this if there is no credit, Google also if a limit per minute is reached, which passes.
+_NO_QUOTA: Final = re.compile(r"exceeded your current quota", re.IGNORECASE)
+_BAD_KEY: Final = re.compile(
+    r"(invalid|incorrect|expired) api[ _-]?key|api[ _-]?key (is |not )?(valid|invalid|expired|missing)"
+    r"|no api[ _-]?key|\bAuthenticationError\b",
+    re.IGNORECASE,
+)
+#: Names of causes within a message, in which a gateway quotes the error it received.
+_QUOTED_CODE: Final = re.compile(r"\b[A-Za-z]{2,32}(?:_[a-z]{2,32}){1,5}\b")
+
+#: Statuses (None: there is none) that leave the cause open; the others name it at least as well as a message does.
+_VAGUE_STATUSES: Final = frozenset({None, 400, 402, 403, 422, 429})
 
 
-def _code_of_response(status: int, report: "_Report") -> ErrorCode:
+def _code_of_response(status: int, report: "_Report", *, asked_to_wait: bool) -> ErrorCode:
     if HTTPStatus.OK <= status < HTTPStatus.MULTIPLE_CHOICES and status not in _BY_STATUS:
         return _code_of_report(report) if report.is_error else ErrorCode.INVALID_RESPONSE
-    cause = report.cause(status)
-    return cause or _code_of_status(status)
+    if status == HTTPStatus.PAYMENT_REQUIRED and (asked_to_wait or report.retry_after is not None):
+        return ErrorCode.RATE_LIMITED  # the credit is only reserved by requests that are running
+    return report.cause(status) or _code_of_status(status)
 
 
 def _code_of_report(report: "_Report") -> ErrorCode:
-    cause = report.cause(report.status)
+    if report.status is not None:
+        return _code_of_response(report.status, report, asked_to_wait=False)
+    cause = report.cause(None)
     if cause is not None:
         return cause
-    if report.status is not None:
-        return _code_of_status(report.status)
     for word in report.words:
         code = _BY_TYPE.get(_folded(word))
         if code is not None:
@@ -228,10 +305,14 @@ def _sentence(what: str, code: ErrorCode, provider_code: str | None) -> str:
 _PLAIN_CODE: Final = re.compile(r"[A-Za-z]{1,32}(?:[_.][A-Za-z]{1,32}){0,6}(?:_[0-9]{1,5})?|[0-9]{1,6}")
 _PLAIN_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=\-]{1,128}")
 _MAX_BODY: Final = 1024 * 1024  #: Bytes of an error body that are examined.
-_MAX_WRAPPERS: Final = 5  #: Levels of nesting around an error that are unwrapped.
-_WORD_KEYS: Final = ("code", "type", "status", "error_code", "error_type")
+_MAX_TEXT: Final = 10_000  #: Characters of an error's texts that are examined.
+_MAX_WRAPPERS: Final = 8  #: Levels of nesting around an error that are unwrapped.
+_WORD_KEYS: Final = ("code", "type", "status", "error_code", "error_type", "reason")
 _STATUS_KEYS: Final = ("status_code", "http_code", "status", "code")
-_TEXT_KEYS: Final = ("message", "msg")
+_TEXT_KEYS: Final = ("message", "msg", "detail")
+_INNER_KEYS: Final = ("error", "errors", "detail", "innererror", "metadata", "raw", "message")
+_MAX_DETAILS: Final = 8  #: Entries of a list of details that are looked at.
+_SHOULD_RETRY: Final = {"true": True, "false": False}  #: The provider's own advice.
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,11 +334,12 @@ class _Report:
         statuses = [status for layer in reversed(layers) for key in _STATUS_KEYS if (status := _status(layer.get(key)))]
         texts = [text for layer in layers for key in _TEXT_KEYS if isinstance(text := layer.get(key), str)]
         waits = [wait for layer in reversed(layers) for wait in _waits(layer)]
+        waits += [wait for text in texts if (wait := _wait_in(text[:_MAX_TEXT])) is not None]
         return cls(
             is_error=bool(layers) and not isinstance(decoded, str),
             status=statuses[0] if statuses else None,
             words=tuple(words),
-            text="\n".join(texts)[:10_000],
+            text="\n".join(texts)[:_MAX_TEXT],
             retry_after=waits[0] if waits else None,
         )
 
@@ -268,12 +350,33 @@ class _Report:
 
     def cause(self, status: int | None) -> ErrorCode | None:
         """Return the code that the error's words give, if it is more precise than ``status``."""
-        if status in _CAUSE_STATUSES:
-            for word in self.words:
-                if (code := _CAUSES.get(_folded(word))) is not None:
-                    return code
-        if status in _CONTEXT_LENGTH_STATUSES and _CONTEXT_LENGTH.search(self.text):
+        broken = status is not None and status >= HTTPStatus.INTERNAL_SERVER_ERROR
+        vague = broken or status in _VAGUE_STATUSES
+        readable = vague and (self.is_error or not broken)  # not the page of a gateway
+        quoted = [_folded(word) for word in _QUOTED_CODE.findall(self.text)] if readable else []
+        for word in (*map(_folded, self.words), *quoted):
+            if (code := _CAUSES.get(word)) is not None:
+                return code
+            if vague and word in _KEY_CAUSES and status != HTTPStatus.FORBIDDEN:
+                return ErrorCode.AUTH
+        return self._cause_of_text(status) if readable else None
+
+    def _cause_of_text(self, status: int | None) -> ErrorCode | None:
+        text = self.text
+        if status == HTTPStatus.TOO_MANY_REQUESTS and _TOO_LARGE.search(text):
+            return ErrorCode.PAYLOAD_TOO_LARGE  # larger than what a minute allows: no minute will do
+        rated = status == HTTPStatus.TOO_MANY_REQUESTS or _PER_TIME.search(text)
+        if not rated and _CONTEXT_LENGTH.search(text):
             return ErrorCode.CONTEXT_LENGTH_EXCEEDED
+        if _NO_CREDIT.search(text):
+            return ErrorCode.INSUFFICIENT_QUOTA
+        google = any(_folded(word) == "resourceexhausted" for word in self.words)
+        if _NO_QUOTA.search(text) and not google and self.retry_after is None:
+            return ErrorCode.INSUFFICIENT_QUOTA
+        if not rated and _CONTENT.search(text):
+            return ErrorCode.CONTENT_FILTER
+        if status != HTTPStatus.FORBIDDEN and _BAD_KEY.search(text):
+            return ErrorCode.AUTH
         return None
 
 
@@ -288,11 +391,15 @@ def _decoded(body: object) -> object:
 
 
 def _layers(value: object, depth: int) -> Iterator[Mapping[str, Any]]:
-    """Yield the nested objects of an error, outermost first."""
+    """Yield the nested objects of an error, outermost first; a text may hold the JSON of another error."""
     if not depth:
         return
-    if isinstance(value, str) and value.strip():
-        yield {"message": value}
+    if isinstance(value, str):
+        text = value.strip()
+        if text.startswith(("{", "[")) and not isinstance(inner := _decoded(text), str):
+            yield from _layers(inner, depth - 1)
+        elif text:
+            yield {"code": text} if "_" in text and _PLAIN_CODE.fullmatch(text) else {"message": text}
     elif isinstance(value, list):
         if value:
             yield from _layers(value[0], depth - 1)
@@ -301,8 +408,15 @@ def _layers(value: object, depth: int) -> Iterator[Mapping[str, Any]]:
         base_resp = value.get("base_resp")  # MiniMax; elsewhere the same numbers mean something else
         if isinstance(base_resp, Mapping) and base_resp.get("status_code"):
             yield {"code": f"base_resp_{_word(base_resp['status_code'])}", "message": base_resp.get("status_msg")}
-        for key in ("error", "errors", "detail", "innererror"):
-            yield from _layers(value.get(key), depth - 1)
+        for key in _INNER_KEYS:
+            inner = value.get(key)
+            if isinstance(inner, str) and key in _TEXT_KEYS and not inner.lstrip().startswith(("{", "[")):
+                continue  # the layer's own text
+            yield from _layers(inner, depth - 1)
+        details = value.get("details")  # Google
+        for detail in details[:_MAX_DETAILS] if isinstance(details, list) else ():
+            if isinstance(detail, Mapping):
+                yield detail
 
 
 def _word(value: object) -> str | None:
@@ -322,19 +436,47 @@ def _status(value: object) -> int | None:
 
 def _waits(layer: Mapping[str, Any]) -> Iterator[float]:
     """Yield the waits, in seconds, that an error object asks for."""
-    asked = layer.get("retry_after")
-    if isinstance(asked, int | float | str) and (wait := _seconds(str(asked))) is not None:
-        yield wait
-    details = layer.get("details")  # Google: a RetryInfo among the details
-    for detail in details if isinstance(details, list) else ():
-        delay = detail.get("retryDelay") if isinstance(detail, Mapping) else None
-        if isinstance(delay, str) and (wait := _duration(delay)) is not None:
+    for key, unit in _WAIT_KEYS.items():
+        asked = layer.get(key)
+        if isinstance(asked, int | float | str) and (wait := _seconds(str(asked), unit) or _duration(str(asked))):
             yield wait
+    headers = layer.get("headers")  # OpenRouter, LiteLLM: those of the provider behind them
+    if isinstance(headers, Mapping):
+        lowered = {str(name).lower(): str(value) for name, value in headers.items()}
+        if (wait := _retry_after(lowered, time.time())) is not None:
+            yield wait
+    delay = layer.get("retryDelay")  # Google: a RetryInfo among the details
+    if isinstance(delay, str) and (wait := _duration(delay)) is not None:
+        yield wait
+
+
+def _wait_in(text: str) -> float | None:
+    """Return the seconds that an error's text asks to wait, as in ``Please try again in 6.57s``."""
+    match = _TRY_AGAIN.search(text)
+    if match is None:
+        return None
+    number, unit = match["number"], match["unit"]
+    if unit is None:
+        return _duration(match["duration"]) if match["duration"] else None
+    return _plausible(float(number) * _UNIT_SECONDS["ms" if unit.lower().startswith("mil") else unit[0].lower()])
 
 
 # -- headers --------------------------------------------------------------------------------------
 
 _REQUEST_ID_HEADERS: Final = ("x-request-id", "request-id", "apim-request-id", "x-ms-request-id", "cf-ray")
+#: Fields of an error object that hold a wait, and their unit in seconds.
+_WAIT_KEYS: Final = {
+    "retry_after": 1.0,
+    "retryAfter": 1.0,
+    "retry_after_seconds": 1.0,
+    "retry_after_ms": 0.001,
+    "retryAfterMs": 0.001,
+}
+_TRY_AGAIN: Final = re.compile(
+    r"(?:try again|retry)(?: your request)? (?:in|after) (?:(?P<number>[0-9]{1,6}(?:\.[0-9]{1,9})?) ?"
+    r"(?P<unit>milliseconds?|seconds?|minutes?|hours?)|(?P<duration>(?:[0-9.]{1,12}(?:ms|[dhms]))+))\b",
+    re.IGNORECASE,
+)
 _RESET: Final = "x-ratelimit-reset"
 _REMAINING: Final = "x-ratelimit-remaining"
 _MAX_WAIT: Final = 30 * 86_400.0  #: Seconds; anything longer is a mistake.
@@ -361,7 +503,7 @@ def _retry_after(headers: Mapping[str, str], now: float) -> float | None:
     if milliseconds is not None:
         return milliseconds
     text = headers.get("retry-after", "")
-    asked = _seconds(text) or _until_date(text, now)
+    asked = _seconds(text) or _duration(text) or _until_date(text, now)
     return _until_reset(headers, now) if asked is None else asked
 
 
@@ -375,7 +517,9 @@ def _seconds(text: str, unit: float = 1.0) -> float | None:
 
 def _until_date(text: str, now: float) -> float | None:
     try:
-        return _plausible(parsedate_to_datetime(text).timestamp() - now)
+        date = parsedate_to_datetime(text)
+        # A date without a zone is in UTC; `timestamp` would take it for local time.
+        return _plausible((date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - now)
     except (ValueError, OverflowError, TypeError, IndexError):
         return None
 
