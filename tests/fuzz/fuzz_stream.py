@@ -174,7 +174,7 @@ def _object(rng: random.Random, **fields: Callable[[], Any]) -> dict[str, Any]:
 def _chunk(rng: random.Random) -> Any:
     rare = {
         "error": lambda: _error(rng),
-        "x_groq": lambda: {"usage": _usage(rng)},
+        "x_groq": lambda: {"usage": _usage(rng), "error": rng.choice([None, None, _error(rng)])},
         "code": lambda: rng.choice([0, 400, 500]),
         "message": lambda: _any_text(rng),
         "citations": lambda: ["x"],
@@ -222,6 +222,9 @@ def _delta(rng: random.Random) -> dict[str, Any]:
         "function_call": lambda: {"name": rng.choice(["", "f"]), "arguments": _any_text(rng)},
         "audio": lambda: rng.choice([{"data": "AA"}, {"expires_at": 1}]),
         "annotations": lambda: [{"type": "url_citation"}],
+        "thinking": lambda: rng.choice([_any_text(rng), _any_json(rng)]),
+        "plan": lambda: rng.choice([_any_text(rng), "a", _any_json(rng)]),
+        "images": lambda: [{"type": "image_url"}],
     }
     chosen = rng.choices(["content", "tool_calls", *usual], k=rng.choice([1, 1, 2, 4]))
     return _object(rng, **{name: usual[name] for name in chosen})
@@ -239,7 +242,7 @@ def _fragment(rng: random.Random) -> dict[str, Any]:
     function = _object(
         rng,
         name=lambda: rng.choice(["f", "fg", "g", "", None, _any_text(rng)]),
-        arguments=lambda: rng.choice([_any_text(rng), "{}", "", None, {"a": _any_json(rng)}]),
+        arguments=lambda: rng.choice([_any_text(rng), "{}", '{"a":1}', "null", "", None, {"a": _any_json(rng)}]),
     )
     return _object(
         rng,

@@ -54,8 +54,15 @@ _IDENTITY_FIELDS: Final = frozenset({"id", "model", "created", "service_tier", "
 _FIELDS_READ_ELSEWHERE: Final = frozenset({"choices", "usage", "object", "obfuscation", "error"})
 _IGNORED_DELTA_FIELDS: Final = frozenset({"role", "index", "error"})  #: Fields of a delta.
 _MEDIA_FIELDS: Final = frozenset({"audio", "images", "image", "video", "videos"})  #: Output that is no text.
-_MEDIA_PARTS: Final = frozenset(
-    {"image_url", "image", "output_image", "audio", "input_audio", "output_audio", "video", "video_url"}
+_MEDIA_PARTS: Final = (
+    "image_url",
+    "image",
+    "output_image",
+    "audio",
+    "input_audio",
+    "output_audio",
+    "video",
+    "video_url",
 )
 _TOKEN_COUNTS: Final = ("prompt_tokens", "completion_tokens", "total_tokens")
 
