@@ -26,6 +26,7 @@ from keepstream.client.follower import (
 )
 from keepstream.client.queries import queued_values
 from keepstream.client.redis import AsyncRedisConnections, RedisConnections
+from keepstream.client.redis_url import parse_redis_url
 from keepstream.errors import FollowTimeoutError, InvalidCursorError, InvalidSettingError, JobNotFoundError
 from keepstream.events import Event, parse_event
 from keepstream.names import job_keys
@@ -227,7 +228,9 @@ async def test_followers_whose_connection_is_cut_go_on(
 async def test_a_restart_of_redis_that_loses_the_log_is_healed_by_the_worker() -> None:
     with EmbeddedValkey() as server:
         text = ""
-        publisher = Publisher(server.url, prefix="keepstream", log_ttl=60, buffer_bytes=1_000_000, merge_above=1000)
+        publisher = Publisher(
+            parse_redis_url(server.url), prefix="keepstream", log_ttl=60, buffer_bytes=1_000_000, merge_above=1000
+        )
         publication = publisher.open(
             "default", JOB_ID, 1, lambda: {"choices": [{"index": 0, "content": text}], "finished": False}
         )

@@ -9,6 +9,7 @@ import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from keepstream.client.redis_url import parse_redis_url
 from keepstream.events import Event, parse_event
 from keepstream.names import EventId, job_keys, parse_event_id
 from keepstream.transcript import Transcript
@@ -39,9 +40,14 @@ def client(server: EmbeddedValkey) -> Iterator["redis.Redis"]:
         yield client
 
 
+def make_publisher(server: EmbeddedValkey) -> Publisher:
+    place = parse_redis_url(server.url)
+    return Publisher(place, prefix="keepstream", log_ttl=60, buffer_bytes=BUFFER, merge_above=MERGE_ABOVE)
+
+
 @pytest.fixture
 async def publisher(server: EmbeddedValkey) -> AsyncIterator[Publisher]:
-    publisher = Publisher(server.url, prefix="keepstream", log_ttl=60, buffer_bytes=BUFFER, merge_above=MERGE_ABOVE)
+    publisher = make_publisher(server)
     yield publisher
     await publisher.close(timeout=0)
 
@@ -464,7 +470,7 @@ async def test_announcer_and_worker_at_the_same_time_end_the_log_once(
 
 async def test_closing_sends_what_is_pending_and_never_hangs(server: EmbeddedValkey, client: "redis.Redis") -> None:
     for number in range(100):
-        publisher = Publisher(server.url, prefix="keepstream", log_ttl=60, buffer_bytes=BUFFER, merge_above=MERGE_ABOVE)
+        publisher = make_publisher(server)
         job = Job(publisher, job_id=f"job-{number}")
         assert await job.is_sent()
         job.say("the last ", "words")

@@ -82,8 +82,8 @@ def test_a_variable_that_the_providers_file_names_is_known(tmp_path: Path) -> No
         ("IDLE_TIMEOUT", "0", "must be greater than 0, 180 for instance"),
         ("LOG_LEVEL", "loud", "must be 'debug', 'info', 'warning' or 'error'"),
         ("PREFIX", "a b", "must consist of letters, digits, '.', '_', '-' and ':'"),
-        ("REDIS_URL", "http://x", "must start with redis://"),
-        ("BROKER_URL", "amqp://x", "must start with redis://"),
+        ("REDIS_URL", "http://x", "a Redis URL begins with redis://"),
+        ("BROKER_URL", "amqp://x", "amqp:// is no Redis"),
         ("DATABASE_URL", "mysql://x", "must start with sqlite:// or postgresql://"),
     ],
 )

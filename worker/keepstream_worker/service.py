@@ -14,10 +14,10 @@ import time
 import uuid
 
 import redis.asyncio
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 
 from keepstream.client.database import make_engine
+from keepstream.client.redis_connections import make_async_pool
+from keepstream.client.redis_url import RedisServer
 from keepstream.client.sender import Sender
 from keepstream.errors import ErrorCode, InvalidJobError, StoreUnavailableError
 from keepstream.jobs import Job, parse_job
@@ -71,10 +71,10 @@ class Service:
         self._database = WorkerDatabase(
             make_engine(settings.database_url, "keepstream-worker", pool_size=2, writer=True)
         )
-        self._client = _redis_client(settings.redis_url)
-        self._broker = _redis_client(settings.broker)
+        self._client = _redis_client(settings.redis_server)
+        self._broker = _redis_client(settings.broker_server)
         self._publisher = Publisher(
-            settings.redis_url,
+            settings.redis_server,
             prefix=settings.prefix,
             log_ttl=settings.log_ttl,
             buffer_bytes=settings.publish_buffer,
@@ -208,11 +208,13 @@ def _job_named_in(argument: object) -> Job | None:
         return None
 
 
-def _redis_client(url: str) -> redis.asyncio.Redis:
-    return redis.asyncio.Redis.from_url(
-        url,
-        socket_timeout=15.0,  # more than the longest wait of the cancel listener
-        socket_connect_timeout=2.0,
-        health_check_interval=15,
-        retry=Retry(NoBackoff(), 1),
+def _redis_client(server: RedisServer) -> redis.asyncio.Redis:
+    return redis.asyncio.Redis.from_pool(
+        make_async_pool(
+            server,
+            connect_timeout=2.0,
+            answer_timeout=15.0,  # more than the longest wait of the cancel listener
+            health_check_interval=15,
+            retries=1,
+        )
     )

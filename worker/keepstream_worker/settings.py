@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from keepstream import names
+from keepstream.client.redis_url import RedisServer, parse_redis_url
 
 Seconds = Annotated[float, Field(gt=0)]
 
@@ -139,19 +140,12 @@ class Settings(BaseSettings):
     )
     log_format: Literal["json", "console"] = Field("json", description="json for machines, console for people.")
 
-    @field_validator("redis_url")
+    @field_validator("redis_url", "broker_url")
     @classmethod
-    def _is_redis(cls, value: str) -> str:
-        if not value.startswith(("redis://", "rediss://", "unix://")):
-            raise ValueError("must start with redis://, rediss:// or unix://")
+    def _is_redis(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_redis_url(value)
         return value
-
-    @field_validator("broker_url")
-    @classmethod
-    def _is_supported_broker(cls, value: str | None) -> str | None:
-        if value is None or value.startswith(("redis://", "rediss://")):
-            return value
-        raise ValueError("must start with redis:// or rediss:// (Celery supports no Redis Cluster as broker)")
 
     @field_validator("database_url")
     @classmethod
@@ -170,6 +164,16 @@ class Settings(BaseSettings):
     def broker(self) -> str:
         """The broker's URL."""
         return self.broker_url or self.redis_url
+
+    @property
+    def redis_server(self) -> RedisServer:
+        """The Redis for events, logs and cancel requests."""
+        return parse_redis_url(self.redis_url)
+
+    @property
+    def broker_server(self) -> RedisServer:
+        """The Redis that is Celery's broker."""
+        return parse_redis_url(self.broker)
 
 
 def load_settings(environment: Mapping[str, str] = os.environ) -> Settings:

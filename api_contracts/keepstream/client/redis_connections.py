@@ -135,7 +135,7 @@ class MasterFinder:
         self._addresses = list(server.place.addresses)
         self._arguments = _sentinel_arguments(server)
 
-    def discover_master(self, service: str) -> tuple[str, int]:
+    def discover_master(self, service: str) -> Address:
         """Return the master's address.
 
         Raises:
@@ -145,7 +145,7 @@ class MasterFinder:
         with redis.sentinel.Sentinel(self._addresses, sentinel_kwargs=arguments) as sentinels:
             host, port = sentinels.discover_master(service)
             self._addresses = [_address_of(sentinel) for sentinel in sentinels.sentinels]  # who answered comes first
-        return host, port
+        return Address(host, port)
 
 
 class AsyncMasterFinder:
@@ -156,13 +156,13 @@ class AsyncMasterFinder:
         self._addresses = list(server.place.addresses)
         self._arguments = _sentinel_arguments(server)
 
-    async def discover_master(self, service: str) -> tuple[str, int]:
+    async def discover_master(self, service: str) -> Address:
         """Return the master's address; see ``MasterFinder``."""
         arguments = self._arguments | {"retry": AsyncRetry(NoBackoff(), 0)}
         async with redis.asyncio.sentinel.Sentinel(self._addresses, sentinel_kwargs=arguments) as sentinels:
             host, port = await sentinels.discover_master(service)
             self._addresses = [_address_of(sentinel) for sentinel in sentinels.sentinels]
-        return host, port
+        return Address(host, port)
 
 
 class _BlockingSentinelPool(redis.sentinel.SentinelConnectionPool, redis.BlockingConnectionPool):

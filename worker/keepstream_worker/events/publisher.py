@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
+from keepstream.client.redis_url import RedisServer
 from keepstream_worker.events.log_script import SCRIPT
 from keepstream_worker.events.publication import Publication, PublishError
 from keepstream_worker.events.redis_link import LinkError, RedisLink, pack
@@ -28,18 +29,20 @@ class Publisher:
     Made on the event loop.
 
     Args:
-        url: Where Redis is.
+        server: Where Redis is.
         prefix: Of every key and channel.
         log_ttl: Seconds that a log outlives its last event.
         buffer_bytes: Unsent events kept of one job while Redis is away.
         merge_above: Unsent events of one job above which neighbouring deltas are merged.
     """
 
-    def __init__(self, url: str, *, prefix: str, log_ttl: float, buffer_bytes: int, merge_above: int) -> None:
+    def __init__(
+        self, server: RedisServer, *, prefix: str, log_ttl: float, buffer_bytes: int, merge_above: int
+    ) -> None:
         self.prefix = prefix
         self.merge_above = merge_above
         self.epoch = 0
-        self._url = url
+        self._server = server
         self._ttl_ms = b"%d" % int(log_ttl * 1000)
         self._buffer_bytes = buffer_bytes
         self._link: RedisLink | None = None
@@ -129,7 +132,7 @@ class Publisher:
                     publication.shed_buffer(self._buffer_bytes)
 
     async def _connect(self) -> RedisLink:
-        link = await RedisLink.connect(self._url, timeout=2.0)
+        link = await RedisLink.connect(self._server, timeout=2.0)
         async with asyncio.timeout(_CALL_TIMEOUT):
             (reply,) = await link.call([pack(b"SCRIPT", b"LOAD", SCRIPT)], 1)
         if isinstance(reply, Exception):

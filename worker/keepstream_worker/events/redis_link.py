@@ -1,18 +1,22 @@
 """The publisher's connection to Redis: packed commands out, replies in, nothing between.
 
-In: a Redis URL, and bytes that are whole commands, from the publisher.  Out: their replies, in order.
+In: a Redis server, and bytes that are whole commands, from the publisher.  Out: their replies, in order.
 Everything else in the worker uses redis-py; but the publisher sends thousands of small pipelines a second,
-and redis-py spends more on one awaited reply than all the rest of a delta costs.
+and redis-py spends more on one awaited reply than all the rest of a delta costs.  Where the server is and
+whether it is the right one is found out as by redis-py: by the same Sentinels and the same TLS context.
 """
 
 import asyncio
-import ssl
 from collections import deque
 from collections.abc import Iterable
 from typing import Any, cast
 
 import hiredis
-from redis.asyncio.connection import parse_url
+from redis.exceptions import RedisError
+
+from keepstream.client.redis_connections import AsyncMasterFinder, tls_context
+from keepstream.client.redis_url import RedisServer, Sentinels, UnixSocket
+from keepstream.errors import InvalidSettingError
 
 
 class LinkError(ConnectionError):
@@ -36,34 +40,44 @@ class RedisLink(asyncio.Protocol):
         self._lost: Exception | None = None
 
     @classmethod
-    async def connect(cls, url: str, timeout: float) -> "RedisLink":
-        """Connect, authenticate and select the database that ``url`` names.
+    async def connect(cls, server: RedisServer, timeout: float) -> "RedisLink":
+        """Connect, authenticate and select the database.
+
+        With Sentinels they are asked anew, so that after a fail-over the link leads to the new master.
+
+        Args:
+            server: Where to connect.
+            timeout: Seconds, without those that Sentinels take.
 
         Raises:
-            LinkError: no connection within ``timeout`` seconds, or Redis refused us; the message
-                holds no password.
+            LinkError: no connection in time, or Redis refused us; the message holds no password, and the
+                cause says what was wrong.
         """
-        options: dict[str, Any] = dict(parse_url(url))
-        loop = asyncio.get_running_loop()
+        place = server.place
         try:
+            tls = None if server.tls is None else await asyncio.to_thread(tls_context, server.tls)  # reads files
+            if isinstance(place, Sentinels):
+                place = await AsyncMasterFinder(server).discover_master(place.service)
+            loop = asyncio.get_running_loop()
             async with asyncio.timeout(timeout):
-                if "path" in options:
-                    _, link = await loop.create_unix_connection(cls, options["path"])
+                if isinstance(place, UnixSocket):
+                    _, link = await loop.create_unix_connection(cls, place.path)
                 else:
-                    host, port = options.get("host", "127.0.0.1"), options.get("port", 6379)
-                    _, link = await loop.create_connection(cls, host, port, ssl=_tls(options))
-                await link._greet(options)  # noqa: SLF001  # our own, made by the loop
-        except (OSError, TimeoutError) as error:
+                    _, link = await loop.create_connection(cls, place.host, place.port, ssl=tls)
+                await link._greet(server)  # noqa: SLF001  # our own, made by the loop
+        except LinkError:
+            raise
+        except (OSError, TimeoutError, RedisError, InvalidSettingError) as error:
             raise LinkError(f"no connection to Redis ({type(error).__name__})") from error
         return link
 
-    async def _greet(self, options: dict[str, Any]) -> None:
+    async def _greet(self, server: RedisServer) -> None:
         commands = []
-        if options.get("password"):
-            user = [options["username"]] if options.get("username") else []
-            commands.append(pack("AUTH", *user, options["password"]))
-        if options.get("db"):
-            commands.append(pack("SELECT", options["db"]))
+        if server.username or server.password:
+            user = [server.username] if server.username else []
+            commands.append(pack("AUTH", *user, server.password or ""))
+        if server.db:
+            commands.append(pack("SELECT", server.db))
         for reply in await self.call(commands, len(commands)) if commands else ():
             if isinstance(reply, hiredis.ReplyError):
                 self.close()
@@ -125,15 +139,3 @@ class RedisLink(asyncio.Protocol):
             future, _ = self._expected.popleft()
             if not future.done():
                 future.set_exception(LinkError("the connection to Redis was lost"))
-
-
-def _tls(options: dict[str, Any]) -> ssl.SSLContext | None:
-    if "ssl_cert_reqs" not in options and not options.get("connection_class", type).__name__.startswith("SSL"):
-        return None
-    context = ssl.create_default_context(cafile=options.get("ssl_ca_certs"))
-    if options.get("ssl_certfile"):
-        context.load_cert_chain(options["ssl_certfile"], options.get("ssl_keyfile"))
-    if options.get("ssl_cert_reqs") == "none":
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context

@@ -18,7 +18,9 @@ POOL: Final = "keepstream_worker.intake.pool:LoopPool"
 
 def make_celery(settings: Settings, service: LoopService) -> Celery:
     """Return the Celery app of one worker process."""
-    app = Celery("keepstream", broker=settings.broker, set_as_current=True, fixups=[])
+    server = settings.broker_server
+    # For messages only: where to connect says the transport's option ``server``, whatever Celery reads into a URL.
+    app = Celery("keepstream", broker=str(server), set_as_current=True, fixups=[])
     app.loop_service = service
     app.conf.update(
         # JSON only, in and out.
@@ -28,6 +30,7 @@ def make_celery(settings: Settings, service: LoopService) -> Celery:
         # A message filter in front of Celery, since one unreadable item would end the worker.
         broker_transport="keepstream_worker.intake.transport:FilteringTransport",
         broker_transport_options={
+            "server": server,
             "rejected_prefix": settings.prefix,
             "capacity": settings.concurrency,
             # Only messages whose claim is not committed yet are unacknowledged. They come back after this

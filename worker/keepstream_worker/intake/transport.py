@@ -17,14 +17,18 @@ from queue import Empty
 from typing import Any, Final
 
 import orjson
+import redis
 from celery.worker import state
 from kombu.asynchronous import get_event_loop
 from kombu.transport import virtual
 from kombu.transport.redis import Channel, MultiChannelPoller, QoS, Transport
 from kombu.utils.encoding import bytes_to_str
+from redis.connection import AbstractConnection
 from redis.exceptions import RedisError, ResponseError
 from typing_extensions import override
 
+from keepstream.client.redis_connections import connection_class_for, make_pool
+from keepstream.client.redis_url import RedisServer
 from keepstream.names import rejected_list
 from keepstream_worker.intake.message_filter import Unreadable, read_message
 from keepstream_worker.telemetry.logs import get_logger
@@ -173,10 +177,12 @@ class FilteringChannel(Channel):
     QoS = BatchingQoS
 
     #: Set by ``keepstream_worker.intake.celery_app`` through ``broker_transport_options``.
+    server: RedisServer
     rejected_prefix = "keepstream"
     capacity = 1  #: Jobs that this worker runs at once.
     from_transport_options: tuple[str, ...] = (  # type: ignore[assignment]
         *Channel.from_transport_options,
+        "server",
         "rejected_prefix",
         "capacity",
     )
@@ -244,6 +250,25 @@ class FilteringChannel(Channel):
 
     def _size(self, queue: str) -> int:
         return 0  # asked for when the queue is declared, and read by nobody
+
+    # -- connecting --
+
+    @override
+    def _get_pool(self, asynchronous: bool = False) -> redis.ConnectionPool:
+        """Return a pool of connections, made as all connections to Redis are; kombu would not verify certificates.
+
+        ``asynchronous``: for the connections on which Celery's hub waits.
+        """
+        self.keyprefix_fanout = self.keyprefix_fanout.format(db=self.server.db)
+        made: type[AbstractConnection] = connection_class_for(self.server)
+        return make_pool(
+            self.server,
+            connection_class=_watched(made, self) if asynchronous else made,
+            connect_timeout=self.socket_connect_timeout,  # type: ignore[arg-type]  # inferred from its default
+            answer_timeout=self.socket_timeout,  # type: ignore[arg-type]  # inferred from its default
+            health_check_interval=self.health_check_interval,
+            max_connections=self.max_connections,
+        )
 
     # -- taking --
 
@@ -387,10 +412,23 @@ class PatientPoller(MultiChannelPoller):
             super()._register_BRPOP(channel)  # type: ignore[no-untyped-call]
 
 
+def _watched(base: type[AbstractConnection], channel: FilteringChannel) -> type[AbstractConnection]:
+    """Return a class of connections that tell the channel when they are closed, as kombu's own do."""
+
+    class Watched(base):  # type: ignore[valid-type, misc]  # a class made at run time
+        def disconnect(self, *args: Any, **kwargs: Any) -> None:
+            super().disconnect(*args, **kwargs)
+            if channel._registered:
+                channel._on_connection_disconnect(self)  # type: ignore[no-untyped-call]
+
+    return Watched
+
+
 class FilteringTransport(Transport):
     """Celery's Redis transport with our channel."""
 
     Channel = FilteringChannel
+    can_parse_url = True  # so that kombu makes nothing of it
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
