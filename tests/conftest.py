@@ -18,6 +18,7 @@ from keepstream_worker.dev_stack.embedded import EmbeddedValkey, sqlite_url
 from keepstream_worker.dev_stack.scripted_provider import ScriptedProvider
 from tests.cluster import Cluster
 from tests.fork_server import ForkServer
+from tests.redis_servers import Certificates, RedisTls
 from tests.services import PostgresServer
 
 # A shell that runs us in the background has Ctrl-C ignored, and every process started here would inherit that.
@@ -116,6 +117,26 @@ def redis_url(valkey: EmbeddedValkey) -> str:
     with redis.Redis.from_url(valkey.url) as client:
         client.flushall()
     return valkey.url
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    """An authority that only the tests know."""
+    return Certificates(tmp_path_factory.mktemp("certificates"))
+
+
+@pytest.fixture(scope="session")
+def tls(valkey: EmbeddedValkey, certificates: Certificates) -> Iterator[RedisTls]:
+    """A server whose certificate names localhost only."""
+    with RedisTls(valkey.port, certificates.server_context("localhost")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def strict_tls(valkey: EmbeddedValkey, certificates: Certificates) -> Iterator[RedisTls]:
+    """A server that asks for its clients' certificates."""
+    with RedisTls(valkey.port, certificates.server_context("localhost", clients=True)) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

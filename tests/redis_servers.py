@@ -140,6 +140,14 @@ class ValkeyAtSocket(EmbeddedValkey):
         return [*super()._command(), "--unixsocket", str(self.socket)]
 
 
+class ClusterNode(EmbeddedValkey):
+    """A node of a Redis Cluster, by itself."""
+
+    @override
+    def _command(self) -> list[str]:
+        return [*super()._command(), "--cluster-enabled", "yes"]
+
+
 class ReplicatedValkey(EmbeddedValkey):
     """A Valkey that is the replica of another, or their first master."""
 

@@ -1,7 +1,7 @@
 """Connections of redis-py, made from a URL, reach what the URL names, and nobody else."""
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -57,25 +57,6 @@ def ask(request: pytest.FixtureRequest) -> Link:
 def asked(valkey: EmbeddedValkey, db: int = 0) -> bool:
     with redis.Redis(port=valkey.port, db=db) as client:
         return bool(client.exists("asked"))
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    return Certificates(tmp_path_factory.mktemp("certificates"))
-
-
-@pytest.fixture(scope="module")
-def tls(valkey: EmbeddedValkey, certificates: Certificates) -> Iterator[RedisTls]:
-    """A server whose certificate names localhost only."""
-    with RedisTls(valkey.port, certificates.server_context("localhost")) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def strict_tls(valkey: EmbeddedValkey, certificates: Certificates) -> Iterator[RedisTls]:
-    """A server that asks for its clients' certificates."""
-    with RedisTls(valkey.port, certificates.server_context("localhost", clients=True)) as server:
-        yield server
 
 
 def test_the_database_of_the_url_is_used(ask: Link, valkey: EmbeddedValkey, redis_url: str):
@@ -144,12 +125,6 @@ def test_files_that_are_no_use_are_found_out_at_once(
     file.write_text("no certificate\n")
     with pytest.raises(InvalidSettingError, match=said):
         make(parse_redis_url(f"rediss://localhost?{options.format(directory=tmp_path, file=file)}"))
-
-
-@pytest.fixture(scope="module")
-def sentinels() -> Iterator[SentinelSet]:
-    with SentinelSet(password="server-word", sentinel_password="sentinel-word") as servers:
-        yield servers
 
 
 def test_the_sentinels_lead_to_the_master(ask: Link, sentinels: SentinelSet):

@@ -10,19 +10,20 @@ import threading
 import warnings
 from typing import NoReturn
 
-import redis
 from celery.platforms import SecurityWarning
 from celery.signals import worker_shutting_down
-from redis.exceptions import AuthenticationError, RedisError
 
 from keepstream.client.database import make_engine
 from keepstream.errors import InvalidSettingError
 from keepstream_worker.intake.celery_app import POOL, make_celery
 from keepstream_worker.providers.config import ProviderConfigError, load_providers
+from keepstream_worker.redis_check import RedisFault, check_redis_server
 from keepstream_worker.service import Service
 from keepstream_worker.settings import Settings, SettingsError, load_settings
 from keepstream_worker.store import schema
-from keepstream_worker.telemetry.logs import configure_logging
+from keepstream_worker.telemetry.logs import configure_logging, get_logger
+
+log = get_logger()
 
 
 class StartError(Exception):
@@ -90,21 +91,18 @@ def check_database(settings: Settings) -> None:
 
 
 def check_redis(settings: Settings) -> None:
-    """Check that the broker and the Redis for events answer.
+    """Check that the broker and the Redis for events can be used, by every link that will be.
 
     Raises:
-        StartError: one of them does not, or refuses us.
+        StartError: one of them cannot.
     """
-    for name, url in (("KEEPSTREAM_REDIS_URL", settings.redis_url), ("KEEPSTREAM_BROKER_URL", settings.broker)):
+    for variable, server in settings.redis_servers().items():
         try:
-            with redis.Redis.from_url(url, socket_timeout=3, socket_connect_timeout=3) as client:
-                client.ping()
-        except AuthenticationError:
-            raise StartError(f"Redis refused the user or password in {name}") from None
-        except (RedisError, OSError, ValueError) as error:
-            raise StartError(
-                f"Redis does not answer ({type(error).__name__}); start it, or set {name} to where it is"
-            ) from None
+            check_redis_server(server, variable)
+        except RedisFault as fault:
+            raise StartError(f"Redis {fault.found}; {fault.advice}") from None
+        if server.tls is not None and not server.tls.verified:
+            log.warning("redis_not_verified", variable=variable)
 
 
 def leave(code: int) -> NoReturn:

@@ -175,6 +175,13 @@ class Settings(BaseSettings):
         """The Redis that is Celery's broker."""
         return parse_redis_url(self.broker)
 
+    def redis_servers(self) -> dict[str, RedisServer]:
+        """Return each Redis once, by the variable that names it."""
+        servers = {names.ENV_REDIS_URL: self.redis_server, names.ENV_BROKER_URL: self.broker_server}
+        if self.broker_server == self.redis_server:
+            del servers[names.ENV_BROKER_URL]
+        return servers
+
 
 def load_settings(environment: Mapping[str, str] = os.environ) -> Settings:
     """Return the settings of this process; ``environment`` is looked through for misspelt names.

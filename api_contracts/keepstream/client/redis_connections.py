@@ -123,6 +123,13 @@ def tls_context(tls: Tls) -> ssl.SSLContext:
         ) from None
 
 
+def sentinel_clients(server: RedisServer) -> list[redis.Redis]:
+    """Return a client of each Sentinel, to be closed by the caller."""
+    assert isinstance(server.place, Sentinels)
+    arguments = _sentinel_arguments(server) | {"retry": Retry(NoBackoff(), 0)}
+    return [redis.Redis(host, port, **arguments) for host, port in server.place.addresses]
+
+
 class MasterFinder:
     """Asks the Sentinels for the master; the ``sentinel_manager`` of redis-py's pools.
 

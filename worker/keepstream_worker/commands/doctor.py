@@ -14,15 +14,16 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final
 
-import redis
-from redis.exceptions import AuthenticationError, RedisError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from keepstream import names
 from keepstream.client.database import ClientDatabase, make_engine
+from keepstream.client.redis_url import RedisServer
 from keepstream.errors import InvalidSettingError, StoreUnavailableError
 from keepstream_worker.providers.config import DEFAULT, ProviderConfig, ProviderConfigError, load_providers
+from keepstream_worker.redis_check import RedisFault, check_redis_server
 from keepstream_worker.settings import Settings, SettingsError, load_settings
 from keepstream_worker.store import inspection, schema
 from keepstream_worker.store.inspection import Overview
@@ -30,7 +31,6 @@ from keepstream_worker.store.inspection import Overview
 if TYPE_CHECKING:
     from keepstream_worker.providers.provider import ProviderCheck
 
-_REDIS_TIMEOUT: Final = 3.0  #: Seconds.
 _LONG_WAIT: Final = 30.0  #: Seconds in the queue after which more workers would help.
 
 
@@ -89,7 +89,7 @@ def _quick() -> Iterator[Finding]:
     settings = yield from _settings()
     if settings is None:
         return
-    yield _redis("redis", settings.redis_url, "KEEPSTREAM_REDIS_URL")
+    yield from _redis(settings)
     database = _database(settings)
     yield database
     if database.severity is not Severity.FAIL:
@@ -100,9 +100,7 @@ def _thorough() -> Iterator[Finding]:
     settings = yield from _settings()
     if settings is None:
         return
-    yield _redis("redis", settings.redis_url, "KEEPSTREAM_REDIS_URL")
-    if settings.broker != settings.redis_url:
-        yield _redis("broker", settings.broker, "KEEPSTREAM_BROKER_URL")
+    yield from _redis(settings)
     database = _database(settings)
     yield database
     if database.severity is not Severity.FAIL:
@@ -121,26 +119,29 @@ def _settings() -> Generator[Finding, None, Settings | None]:
     return settings
 
 
-def _redis(check: str, url: str, variable: str) -> Finding:
-    timeouts = {"socket_timeout": _REDIS_TIMEOUT, "socket_connect_timeout": _REDIS_TIMEOUT}
+def _redis(settings: Settings) -> Iterator[Finding]:
+    for variable, server in settings.redis_servers().items():
+        yield _redis_server("redis" if variable == names.ENV_REDIS_URL else "broker", server, variable)
+
+
+def _redis_server(check: str, server: RedisServer, variable: str) -> Finding:
     try:
-        with redis.Redis.from_url(url, decode_responses=True, **timeouts) as client:
-            server, memory = client.info("server"), client.info("memory")
-    except AuthenticationError:
-        return Finding(check, Severity.FAIL, "refuses the user or password", f"correct {variable}")
-    except (RedisError, OSError, ValueError) as error:
-        return Finding(
-            check,
-            Severity.FAIL,
-            f"does not answer ({type(error).__name__})",
-            f"start it, or set {variable} to where it is",
-        )
-    name = "Valkey" if "valkey_version" in server else "Redis"
-    found = f"{name} {server.get('valkey_version') or server.get('redis_version')} answers"
-    policy = memory.get("maxmemory_policy", "noeviction")
-    if policy != "noeviction":
+        facts = check_redis_server(server, variable)
+    except RedisFault as fault:
+        return Finding(check, Severity.FAIL, fault.found, fault.advice)
+    found = f"{facts.version} answers"
+    if server.tls is not None and not server.tls.verified:
+        advice = f"take ssl_cert_reqs and ssl_check_hostname out of {variable}; ssl_ca_certs names an authority"
+        return Finding(check, Severity.WARN, f"{found}; whether it is the right one, nobody checks", advice)
+    if facts.silent_sentinels:
+        silent = _count(facts.silent_sentinels, "Sentinel does", "Sentinels do")
+        return Finding(check, Severity.WARN, f"{found}; {silent} not", "start it, or correct its address in the URL")
+    if facts.eviction is None:
+        advice = "allow +info to its user, so that what it is can be checked"
+        return Finding(check, Severity.WARN, f"{found}; this user may not ask what it is", advice)
+    if facts.eviction != "noeviction":
         advice = "CONFIG SET maxmemory-policy noeviction: an evicted key is a lost message or a hole in a log"
-        return Finding(check, Severity.WARN, f"{found}; its maxmemory-policy is {policy}", advice)
+        return Finding(check, Severity.WARN, f"{found}; its maxmemory-policy is {facts.eviction}", advice)
     return Finding(check, Severity.OK, f"{found}; it evicts nothing")
 
 

@@ -74,8 +74,8 @@ class RedisLink(asyncio.Protocol):
     async def _greet(self, server: RedisServer) -> None:
         commands = []
         if server.username or server.password:
-            user = [server.username] if server.username else []
-            commands.append(pack("AUTH", *user, server.password or ""))
+            # The user is named, as redis-py does: else a Redis that needs no password would refuse one.
+            commands.append(pack("AUTH", server.username or "default", server.password or ""))
         if server.db:
             commands.append(pack("SELECT", server.db))
         for reply in await self.call(commands, len(commands)) if commands else ():
