@@ -47,7 +47,10 @@ class Settings(BaseSettings):
     )
 
     # -- where things are --
-    redis_url: str = Field("redis://127.0.0.1:6379/0", description="Redis for events, logs and cancel requests.")
+    redis_url: str = Field(
+        "redis://127.0.0.1:6379/0",
+        description="Redis for events, logs and cancel requests: redis://, rediss://, unix:// or redis+sentinel://.",
+    )
     broker_url: str | None = Field(None, description="Celery's broker; default: the Redis of KEEPSTREAM_REDIS_URL.")
     database_url: str = Field(
         "sqlite:///keepstream.db",
