@@ -15,6 +15,7 @@ from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, ResourceClosedError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
+from keepstream.client.postgresql import explain_failure, plan_session
 from keepstream.errors import InvalidSettingError, StoreUnavailableError
 from keepstream.names import install_hint
 
@@ -35,11 +36,15 @@ class ClientDatabase:
         Raises:
             StoreUnavailableError: the database did not answer, or has not got our tables.
         """
+        connection = None
         try:
             with self._engine.begin() as connection:
                 yield connection
         except DBAPIError as error:
             cause = describe_error(error.orig)
+            if connection is None:
+                failure = explain_failure(str(error.orig))
+                raise StoreUnavailableError(f"the database {failure.what} ({cause}); {failure.advice}") from None
             missing = "no such table" in cause or 'relation "' in cause
             hint = " (has 'keepstream migrate' been run?)" if missing else ""
             raise StoreUnavailableError(f"the database did not do its work: {cause}{hint}") from None
@@ -80,6 +85,8 @@ def make_engine(url: str, application: str = "keepstream", *, pool_size: int = 5
         elif backend == "sqlite":
             return _sqlite(parsed, writer=writer)
         elif backend == "postgresql":
+            if parsed.host and "@" in parsed.host:  # the driver would show it, and with it the end of the password
+                raise ArgumentError
             return _postgresql(parsed, application, pool_size)
     except ModuleNotFoundError as error:
         if error.name != "psycopg":
@@ -116,6 +123,8 @@ def _sqlite(url: URL, *, writer: bool) -> Engine:
 
 
 def _postgresql(url: URL, application: str, pool_size: int) -> Engine:
+    given = url.query.get("options", os.environ.get("PGOPTIONS", ""))  # as libpq reads it
+    session = plan_session(given if isinstance(given, str) else " ".join(given))
     defaults: dict[str, Any] = {
         "connect_timeout": 5,
         "application_name": application,
@@ -127,26 +136,41 @@ def _postgresql(url: URL, application: str, pool_size: int) -> Engine:
         "keepalives_count": 3,
         "tcp_user_timeout": 20_000,
     }
-    return create_engine(
+    ours: dict[str, Any] = {
+        "options": session.options,  # if empty, it keeps libpq from reading PGOPTIONS once more
+        "autocommit": True,  # the event below opens the transactions
+        "prepare_threshold": None,  # a statement prepared in one session is unknown in a pooler's next one
+    }
+    engine = create_engine(
         url,
         hide_parameters=True,  # they are prompts and outputs
         pool_pre_ping=True,
         pool_timeout=5,
         pool_size=pool_size,
-        connect_args={name: value for name, value in defaults.items() if name not in url.query}
-        | {"options": _options(url)},
+        connect_args={name: value for name, value in defaults.items() if name not in url.query} | ours,
     )
+    begin = session.begin.replace("%", "%%")  # psycopg's sign for a parameter
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        connection.exec_driver_sql(begin)
+
+    return engine
 
 
-def _options(url: URL) -> str:
-    """Return PostgreSQL's start-up options: ours first, because the last one wins, and it is to be the user's."""
-    # A lock or statement that hangs is an outage too.
-    ours = "-c lock_timeout=10000 -c statement_timeout=30000"
-    theirs = url.query.get("options", os.environ.get("PGOPTIONS", ""))  # as libpq reads it
-    return " ".join([ours, *([theirs] if isinstance(theirs, str) else theirs)]).strip()
+#: Most characters of a driver's words that are shown.
+_SHOWN: Final = 300
+
+#: SQLSTATE classes whose sentences may hold a value: of data that does not fit, and of a user's own trigger.
+_WITH_VALUES: Final = frozenset({"22", "P0"})
 
 
 def describe_error(error: BaseException | None) -> str:
     """Return the error's type and what the driver says, without the details, which may hold values."""
-    lines = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}"
+    name = type(error).__name__
+    state = getattr(error, "sqlstate", None)
+    if state is None:  # no answer to a statement: the lines, if there are several, tell of the connection
+        return f"{name}: {' '.join(str(error).split())[:_SHOWN]}"
+    if state[:2] in _WITH_VALUES:
+        return f"{name}, SQLSTATE {state}"
+    return f"{name}: {(str(error).splitlines() or [''])[0][:_SHOWN]}"

@@ -16,6 +16,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
+from keepstream.client.database import describe_error
 from keepstream.errors import KeepstreamError, StoreUnavailableError
 from keepstream_worker.telemetry.logs import get_logger
 
@@ -147,7 +148,7 @@ def _settle(outcomes: list[tuple[_Request, Any, Exception | None]]) -> None:
 def _translate(error: Exception) -> Exception:
     """Tell an outage from a defect; the text of an outage holds no statement and no values."""
     if isinstance(error, DBAPIError) and (error.connection_invalidated or _is_outage(error.orig)):
-        return StoreUnavailableError(f"the database is not available ({type(error.orig).__name__})")
+        return StoreUnavailableError(f"the database is not available ({describe_error(error.orig)})")
     if isinstance(error, SQLAlchemyError) and not isinstance(error, DBAPIError) and "QueuePool" in str(error):
         return StoreUnavailableError("no database connection was free in time")
     if isinstance(error, SQLAlchemyError):

@@ -18,11 +18,16 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 import keepstream_worker
 from keepstream.client.database import describe_error
+from keepstream.client.postgresql import explain_failure
 from keepstream.tables import VERSION_TABLE, metadata
 
 
 class SchemaError(Exception):
     """The database cannot be used as it is; the message is one line and says what to do."""
+
+
+class DatabaseAwayError(SchemaError):
+    """The database cannot be reached now; waiting may mend it."""
 
 
 #: SQLSTATEs of PostgreSQL.
@@ -112,7 +117,7 @@ def _connected(engine: Engine) -> Iterator[Connection]:
             yield connection
     except SQLAlchemyError as error:
         # Outside the transaction, which is rolled back by then.
-        raise SchemaError(_explain(error, connected=connection is not None)) from None
+        raise _explain(error, connected=connection is not None) from None
 
 
 def _check_encoding(connection: Connection) -> None:
@@ -150,12 +155,18 @@ def _revision(connection: Connection) -> str | None:
     return MigrationContext.configure(connection, opts=options).get_current_revision()
 
 
-def _explain(error: SQLAlchemyError, *, connected: bool) -> str:
+def _explain(error: SQLAlchemyError, *, connected: bool) -> SchemaError:
     """Say what is wrong and what to do, in one line without values."""
     cause = error.orig if isinstance(error, DBAPIError) else error
     description = describe_error(cause)
     if not connected or (isinstance(error, DBAPIError) and error.connection_invalidated):
-        return f"the database does not answer ({description}); start it, or set KEEPSTREAM_DATABASE_URL to where it is"
+        failure = explain_failure(str(cause))
+        kind = DatabaseAwayError if failure.passes else SchemaError
+        return kind(f"the database {failure.what} ({description}); {failure.advice}")
+    return SchemaError(_explain_refusal(cause, description))
+
+
+def _explain_refusal(cause: BaseException | None, description: str) -> str:
     state = getattr(cause, "sqlstate", None)
     if state == _NO_RIGHT:
         return f"the database's user lacks a right ({description}); grant it, or use a user that has it"
