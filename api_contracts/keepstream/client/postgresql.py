@@ -1,7 +1,7 @@
 """How Keepstream connects to PostgreSQL, directly or through a pooler, and what it means if it cannot.
 
-In: the start-up options of a database URL, and what the driver says.  Out: what is sent at the start of a connection and
-of a transaction, and advice, to ``keepstream.client.database``.  Nothing is sent from here.
+In: the start-up options of a database URL, and what the driver says.  Out: what is to be sent at the start of a
+connection and of a transaction, and advice, to ``keepstream.client.database``.
 
 A pooler such as PgBouncer gives each transaction another session, and refuses start-up options. So nothing that a
 session would have to remember is relied upon: what holds for a transaction is said at its beginning.
@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 _TIMEOUTS: Final = {"lock_timeout": "10000", "statement_timeout": "30000"}
 
 #: An option as ``-c name=value``, ``-cname=value`` or ``--name=value``; a backslash takes the next character as it is.
-_OPTION: Final = re.compile(r"(?:-c\s*|--)([A-Za-z][\w-]*)=((?:\\.|[^\s\\])*)(?=\s|$)", re.DOTALL)
+_OPTION: Final = re.compile(r"(?<!\S)(?:-c\s*|--)([A-Za-z][\w-]*)=((?:\\.|[^\s\\])*)(?=\s|$)", re.DOTALL)
 
 
 class Session(NamedTuple):
@@ -57,6 +57,12 @@ class Failure(NamedTuple):
 
 
 _AWAY: Final = Failure(True, "does not answer", "start it, or set KEEPSTREAM_DATABASE_URL to where it is")
+_SILENT: Final = Failure(
+    True,
+    "does not answer in time",
+    "start it, or set KEEPSTREAM_DATABASE_URL to where it is; a pooler that cannot reach its server is silent too:"
+    " see its log",
+)
 _BUSY: Final = Failure(True, "takes no connection now", "if that does not pass by itself, see its log and its limits")
 _REFUSED: Final = Failure(
     False,
@@ -81,7 +87,8 @@ _FILE: Final = Failure(False, "cannot be opened", "set KEEPSTREAM_DATABASE_URL t
 #: believed to be away, which costs a wait at most: its sentence is shown all the same.
 _FAILURES: Final = (
     ("unsupported startup parameter", _OPTION_REFUSED),
-    ("starting up|shutting down|recovery|not yet accepting|too many|connection slots|no more connections", _BUSY),
+    ("timeout expired", _SILENT),
+    ("starting up|shutting down|recovery|not (yet )?accepting|too many|connection slots|no more connections", _BUSY),
     ("login has been failing|cannot connect to server|query_wait_timeout|terminating connection|locked", _BUSY),
     ("FATAL|password|authentication|no such user|no such database", _REFUSED),
     ("SSL|TLS|certificate", _TLS),
