@@ -132,7 +132,9 @@ class WorkerProcess(EmbeddedProcess):
             raise AssertionError(f"the worker did not end within {timeout:g} s: {self._log_tail()}") from None
 
     def log_lines(self) -> list[str]:
-        """The worker's log."""
+        """The worker's log, once it has begun one."""
+        if not self._log.exists():
+            return []
         return self._log.read_text(errors="replace").splitlines()
 
     def said(self, event: str, **known: Any) -> list[dict[str, Any]]:

@@ -50,6 +50,7 @@ class PostgresServer(EmbeddedProcess):
         self._binaries = found
         self._data = self.directory / "data"
         self._names = itertools.count(1)
+        self.settings = dict(_SETTINGS)  #: What the next start is to have.
         self.port = free_port()
 
     def url(self, database: str = "postgres") -> str:
@@ -66,6 +67,13 @@ class PostgresServer(EmbeddedProcess):
         """Drop a database, whoever is connected to it."""
         self._execute(f"DROP DATABASE {name} WITH (FORCE)")
 
+    def admit(self, *rules: str) -> None:
+        """Restart with these lines in ``pg_hba.conf`` before the one that lets everybody in."""
+        self.stop()
+        path = self._data / "pg_hba.conf"
+        path.write_text("\n".join([*rules, "host all all 127.0.0.1/32 trust"]) + "\n")
+        self.start()
+
     @override
     def start(self) -> None:
         if not self._data.exists():
@@ -74,7 +82,7 @@ class PostgresServer(EmbeddedProcess):
 
     @override
     def _command(self) -> list[str]:
-        settings = [word for name, value in _SETTINGS.items() for word in ("-c", f"{name}={value}")]
+        settings = [word for name, value in self.settings.items() for word in ("-c", f"{name}={value}")]
         return [str(self._binaries / "postgres"), "-D", str(self._data), "-p", str(self.port), *settings]
 
     @override
@@ -84,7 +92,7 @@ class PostgresServer(EmbeddedProcess):
     @override
     def _is_ready(self) -> bool:
         lines = (self._data / "postmaster.pid").read_text().split()  # A killed server leaves it behind.
-        return lines[:1] == [str(self.pid)] and lines[-1] == "ready"
+        return lines[:1] == [str(self.pid)] and lines[-1] in {"ready", "standby"}
 
     @override
     def _signal(self, signum: signal.Signals) -> None:
@@ -97,6 +105,13 @@ class PostgresServer(EmbeddedProcess):
         if signum == signal.SIGKILL:
             # While one of them lives, the shared memory is in use and the server cannot start.
             psutil.wait_procs(children)
+
+    def become_standby(self) -> None:
+        """Restart as the standby of a server that never comes, so that it is not ready for anybody."""
+        self.stop()
+        (self._data / "standby.signal").touch()
+        self.settings["hot_standby"] = "off"
+        self.start()
 
     def _execute(self, statement: str) -> None:
         with psycopg.connect(

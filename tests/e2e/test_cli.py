@@ -463,7 +463,7 @@ def test_a_missing_providers_file_is_named(cluster: Cluster, tmp_path: Path):
     assert "nowhere.toml" in one_line(done)
 
 
-@pytest.mark.parametrize("command", [["list"], ["worker"], ["migrate"]])
+@pytest.mark.parametrize("command", [["list"], ["migrate"]])
 def test_an_unreachable_database_is_one_line_without_its_password(cluster: Cluster, command: list[str]):
     url = f"postgresql://user:{SECRET}@127.0.0.1:{free_port()}/db"
     done = run(environment(KEEPSTREAM_REDIS_URL=cluster.valkey.url, KEEPSTREAM_DATABASE_URL=url), *command)
