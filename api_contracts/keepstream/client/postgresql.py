@@ -30,8 +30,6 @@ def plan_session(options: str) -> Session:
     The search path and the time-outs are set in each transaction, so that they also hold behind a pooler; all others
     are left to the start of the connection, which PgBouncer refuses.
     """
-    from psycopg.sql import quote  # PostgreSQL's driver is an extra
-
     ours: dict[str, str] = dict(_TIMEOUTS)
 
     def take(option: re.Match[str]) -> str:
@@ -42,10 +40,15 @@ def plan_session(options: str) -> Session:
         return ""
 
     others = " ".join(_OPTION.sub(take, options).split())
-    statements = ["BEGIN", *(f"SET LOCAL {name} = {quote(ours[name])}" for name in _TIMEOUTS)]
+    statements = ["BEGIN", *(f"SET LOCAL {name} = {_quote(ours[name])}" for name in _TIMEOUTS)]
     if "search_path" in ours:  # a list, which SET would take for one name
-        statements.append(f"SELECT set_config('search_path', {quote(ours['search_path'])}, true)")
+        statements.append(f"SELECT set_config('search_path', {_quote(ours['search_path'])}, true)")
     return Session(others, "; ".join(statements))
+
+
+def _quote(value: str) -> str:
+    """Return a literal that means the same whatever ``standard_conforming_strings`` is."""
+    return "E'" + value.replace("\\", "\\\\").replace("'", "''") + "'"
 
 
 class Failure(NamedTuple):
