@@ -9,7 +9,7 @@ import struct
 import subprocess
 import time
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -356,6 +356,11 @@ async def test_a_first_event_is_seen_while_the_stream_goes_on() -> None:
             await anext(stream)
 
 
+def raw_deflate(data: bytes, level: int = 9) -> bytes:
+    compressor = zlib.compressobj(level, wbits=-15)
+    return compressor.compress(data) + compressor.flush()
+
+
 LARGE = b"".join(b'data: {"n":%d}\n\n' % n for n in range(200_000))
 
 
@@ -364,18 +369,48 @@ LARGE = b"".join(b'data: {"n":%d}\n\n' % n for n in range(200_000))
     [
         ("gzip", gzip.compress(EVENT * 3), EVENT * 3),
         ("x-gzip", gzip.compress(LARGE), LARGE),
+        ("GZIP", gzip.compress(LARGE)[:7] + gzip.compress(LARGE)[7:], LARGE),
+        ("gzip", gzip.compress(EVENT) + gzip.compress(EVENT * 2) + gzip.compress(LARGE), EVENT * 3 + LARGE),
         ("deflate", zlib.compress(EVENT), EVENT),
+        ("deflate", zlib.compress(LARGE), LARGE),
+        ("deflate", raw_deflate(EVENT * 9), EVENT * 9),
+        ("deflate", raw_deflate(LARGE), LARGE),
+        ("deflate", raw_deflate(EVENT, level=0), EVENT),
+        ("identity", EVENT, EVENT),
         ("br", EVENT, EVENT),
         ("gzip", gzip.compress(EVENT)[:-8], EVENT),
         ("", b"", b""),
     ],
-    ids=["gzip", "large", "deflate", "plain-labelled-br", "gzip-truncated", "empty"],
+    ids=[
+        "gzip",
+        "large",
+        "capitals",
+        "several-members",
+        "deflate",
+        "deflate-large",
+        "raw-deflate",
+        "raw-deflate-large",
+        "raw-deflate-stored",
+        "identity",
+        "plain-labelled-br",
+        "gzip-truncated",
+        "empty",
+    ],
 )
 async def test_a_compressed_answer_is_inflated(encoding: str, body: bytes, text: bytes) -> None:
     head = STREAM_HEAD + b"content-encoding: %s\r\ntransfer-encoding: chunked\r\n\r\n" % encoding.encode()
-    pieces = [chunk(body[i : i + 40_000]) for i in range(0, len(body), 40_000)]
-    async with RawServer(answering(head, *pieces, END)) as server, provider_at(server.base_url) as provider:
+    beginning = [chunk(body[i : i + 1]) for i in range(min(len(body), 3))]
+    pieces = [chunk(body[i : i + 40_000]) for i in range(3, len(body), 40_000)]
+    async with RawServer(answering(head, *beginning, *pieces, END)) as server, provider_at(server.base_url) as provider:
         assert await read(provider) == text
+
+
+@pytest.mark.parametrize(("encoding", "library"), [("br", "brotli"), ("zstd", "backports.zstd")])
+async def test_a_compression_whose_library_is_installed_is_inflated(encoding: str, library: str) -> None:
+    body = pytest.importorskip(library).compress(LARGE)
+    head = STREAM_HEAD + b"content-encoding: %s\r\ntransfer-encoding: chunked\r\n\r\n" % encoding.encode()
+    async with RawServer(answering(head, chunk(body), END)) as server, provider_at(server.base_url) as provider:
+        assert await read(provider) == LARGE
 
 
 async def test_an_answer_without_a_body_is_an_empty_answer() -> None:
@@ -552,12 +587,10 @@ def refusal(status: int, body: bytes, headers: bytes = b"content-type: applicati
         (301, ErrorCode.BAD_REQUEST),
         (302, ErrorCode.BAD_REQUEST),
         (303, ErrorCode.BAD_REQUEST),
-        (307, ErrorCode.BAD_REQUEST),
-        (308, ErrorCode.BAD_REQUEST),
         (304, ErrorCode.BAD_REQUEST),
         (400, ErrorCode.BAD_REQUEST),
         (401, ErrorCode.AUTH),
-        (402, ErrorCode.INSUFFICIENT_QUOTA),
+        (402, ErrorCode.RATE_LIMITED),
         (403, ErrorCode.PERMISSION),
         (404, ErrorCode.NOT_FOUND),
         (408, ErrorCode.TIMEOUT),
@@ -581,8 +614,104 @@ async def test_a_refusal_is_named_by_its_status_and_asked_once(status: int, code
     failure = await failure_of(behave)
     assert (failure.code, failure.http_status, failure.provider_request_id) == (code, status, "req-9")
     assert failure.retry_after == 7.0
+    assert failure.should_retry is True
     assert "secret" not in failure.message
     assert requests == ["POST /v1/chat/completions HTTP/1.1"]
+
+
+# -- redirects --------------------------------------------------------------------------------------
+
+
+def redirect(status: int, location: str) -> bytes:
+    return refusal(status, b"moved", b"location: %s\r\nx-request-id: req-9\r\n" % location.encode())
+
+
+def sent_on(locations: Sequence[str], status: int, requests: list[tuple[str, Any]]) -> Behaviour:
+    """Answer the first requests by redirects to ``locations``, the next one by a stream; note every request."""
+
+    async def behave(exchange: Exchange) -> None:
+        while True:
+            line, body = await exchange.request()
+            requests.append((line, json.loads(body)))
+            if len(requests) <= len(locations):
+                await exchange.send(redirect(status, locations[len(requests) - 1]))
+            else:
+                await exchange.send(CHUNKED, chunk(EVENT), END)
+
+    return behave
+
+
+@pytest.mark.parametrize("status", [307, 308])
+async def test_a_redirect_on_the_same_host_is_followed_with_method_and_body(status: int) -> None:
+    requests: list[tuple[str, Any]] = []
+    locations = ["/v2/chat/completions?a=1", "completions"]
+    async with (
+        RawServer(sent_on(locations, status, requests)) as server,
+        provider_at(server.base_url) as provider,
+    ):
+        assert await read(provider) == EVENT
+        assert server.connections == 1
+    assert [line.split()[:2] for line, _ in requests] == [
+        ["POST", "/v1/chat/completions"],
+        ["POST", "/v2/chat/completions?a=1"],
+        ["POST", "/v2/chat/completions"],
+    ]
+    assert all(body == requests[0][1] for _, body in requests)
+    assert requests[0][1]["messages"] == REQUEST["messages"]
+
+
+async def test_an_absolute_redirect_on_the_same_host_is_followed() -> None:
+    requests: list[tuple[str, Any]] = []
+    locations: list[str] = []
+    async with (
+        RawServer(sent_on(locations, 307, requests)) as server,
+        provider_at(server.base_url) as provider,
+    ):
+        locations.append(f"http://127.0.0.1:{server.port}/else")
+        assert await read(provider) == EVENT
+    assert requests[1][0].split()[:2] == ["POST", "/else"]
+
+
+async def test_a_redirect_to_another_host_or_port_is_refused_and_never_asked() -> None:
+    async with RawServer(answering(CHUNKED, chunk(EVENT), END)) as other:
+        for host in ("localhost", "127.0.0.1"):
+            requests: list[tuple[str, Any]] = []
+            failure = await failure_of(sent_on([f"http://{host}:{other.port}/v1/x?key=secret"], 307, requests))
+            assert (failure.code, failure.http_status) == (ErrorCode.BAD_REQUEST, 307)
+            assert failure.provider_request_id == "req-9"
+            assert f"redirects to http://{host}:{other.port}" in failure.message
+            assert "secret" not in failure.message
+            assert len(requests) == 1
+        assert other.connections == 0
+
+
+async def test_a_redirect_that_gives_up_tls_is_refused(certificate: Path) -> None:
+    requests: list[tuple[str, Any]] = []
+    locations: list[str] = []
+    async with RawServer(sent_on(locations, 308, requests), tls=server_tls(certificate)) as server:
+        locations.append(f"http://127.0.0.1:{server.port}/v1/chat/completions")
+        tls = ssl.create_default_context(cafile=certificate)
+        provider = Provider(parse_providers(f'[providers.p]\nbase_url = "{server.base_url}"', {})["p"], tls)
+        try:
+            with pytest.raises(ProviderFailure, match="redirects to http://127"):
+                await read(provider)
+        finally:
+            await provider.aclose()
+    assert len(requests) == 1
+
+
+@pytest.mark.parametrize("location", ["ftp://127.0.0.1/x", "http://user:pw@127.0.0.1/x", "http://["])
+async def test_a_redirect_to_nowhere_is_refused(location: str) -> None:
+    failure = await failure_of(sent_on([location], 307, []))
+    assert (failure.code, failure.http_status) == (ErrorCode.BAD_REQUEST, 307)
+
+
+async def test_redirects_in_a_circle_end() -> None:
+    requests: list[tuple[str, Any]] = []
+    failure = await failure_of(sent_on(["/v1/chat/completions"] * 100, 307, requests))
+    assert failure.code is ErrorCode.BAD_REQUEST
+    assert "more than 5 times" in failure.message
+    assert len(requests) == 6
 
 
 def cut(head: bytes, body: bytes = b'{"error":', *, reset: bool = False, stall: bool = False) -> Behaviour:

@@ -275,3 +275,12 @@ def test_logprobs_are_stored_beside_the_choice(any_cluster: Cluster) -> None:
     assert result.text == "Zü"
     assert result.choices[0].extra is not None
     assert result.choices[0].extra["logprobs"]["content"] == tokens
+
+
+def test_a_model_that_thinks_longer_than_the_first_limit_gets_more_time(cluster: Cluster) -> None:
+    cluster.start_worker()
+    limits = {"first_token_timeout": 1.0, "max_attempts": 8}
+    result = cluster.wait_for(cluster.enqueue(limits=limits, text="at last", first_token_delay=1.5))
+    assert (result.status, result.text) == (JobStatus.COMPLETED, "at last")
+    assert result.attempts[0].error is not None
+    assert result.attempts[0].error.code == "timeout"

@@ -6,7 +6,7 @@ publisher while the stream lasts; then the failure that ended it, or None, and a
 
 import asyncio
 import time
-from typing import Any
+from typing import Any, Final
 
 from keepstream.errors import ErrorCode
 from keepstream.jobs import Job
@@ -25,6 +25,8 @@ from keepstream_worker.telemetry.logs import get_logger
 from keepstream_worker.values import Delta, Failure, JobKey
 
 log = get_logger()
+
+_MOST_DOUBLINGS: Final = 32  #: Keeps the power finite; the total time is used up long before.
 
 
 class Attempt:
@@ -128,6 +130,18 @@ class Attempt:
         return snapshot_fields(output.choices, self.usage_of(output), finished=self.finished)
 
 
+def first_token_timeout(first: float, *, tries: int, remaining_seconds: float) -> float:
+    """Return an attempt's first-token time-out: a model that thinks long will think as long again.
+
+    Args:
+        first: The first attempt's, in seconds.
+        tries: Attempts that count against the job's limit, this one included; each doubles the time-out.
+        remaining_seconds: Until the job's total time is used up; a longer time-out means nothing.
+    """
+    doublings = min(max(tries - 1, 0), _MOST_DOUBLINGS)
+    return max(min(first * 2.0**doublings, remaining_seconds), min(first, 1.0))
+
+
 class AttemptStreams:
     """Makes the provider streams of attempts. Used on the event loop."""
 
@@ -154,7 +168,7 @@ class AttemptStreams:
         usage_timer: asyncio.TimerHandle | None = None
         try:
             provider = self._providers.get(job.provider)
-            timeouts = self._timeouts(job, provider.config)
+            timeouts = self._timeouts(job, provider.config, attempt.claim)
             attempt.begin_request()
             async with provider.stream(job.request, timeouts) as response:
                 attempt.provider_request_id = response.provider_request_id
@@ -185,12 +199,16 @@ class AttemptStreams:
                 usage_timer.cancel()
         return None
 
-    def _timeouts(self, job: Job, config: ProviderConfig) -> Timeouts:
+    def _timeouts(self, job: Job, config: ProviderConfig, claim: Claim) -> Timeouts:
         """The job's own limits come first, then the provider's, then the worker's."""
         given, settings = config.timeouts, self._settings
         return Timeouts(
             connect=given.connect or settings.connect_timeout,
-            first_token=job.first_token_timeout or given.first_token or settings.first_token_timeout,
+            first_token=first_token_timeout(
+                job.first_token_timeout or given.first_token or settings.first_token_timeout,
+                tries=claim.tries,
+                remaining_seconds=claim.remaining_seconds,
+            ),
             idle=job.idle_timeout or given.idle or settings.idle_timeout,
         )
 

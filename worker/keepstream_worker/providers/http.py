@@ -9,6 +9,7 @@ without a bound, and does not say when a connection is established.
 
 import asyncio
 import os
+import re
 import ssl
 import zlib
 from collections.abc import AsyncIterator
@@ -19,6 +20,7 @@ from typing import Final
 
 import aiohttp
 import httpx2
+from aiohttp import compression_utils
 from typing_extensions import override
 from yarl import URL
 
@@ -35,7 +37,11 @@ _KEEP_ALIVE_SECONDS: Final = 4.0
 _ERROR_BODY_BYTES: Final = 64 * 1024  #: Reading more of an error page adds nothing.
 _ERROR_BODY_SECONDS: Final = 5.0
 _MAX_INFLATED_BYTES: Final = 1024 * 1024  #: What one read of a compressed body may expand to.
-_FIRST_ERROR_STATUS: Final = 300  #: Redirects are errors too: following a 302 would turn the POST into a GET.
+_ZLIB_HEADER: Final = 2  #: Bytes.
+_FIRST_ERROR_STATUS: Final = 300  #: Other redirects are errors too: following a 302 would turn the POST into a GET.
+_SAME_REQUEST: Final = frozenset({307, 308})  #: Redirects that ask for the same method and body at another address.
+_MAX_REDIRECTS: Final = 5
+_HOST: Final = re.compile(r"[a-z0-9.\-]{1,253}")
 _REQUEST_ID_HEADERS: Final = ("x-request-id", "request-id", "apim-request-id", "x-ms-request-id", "cf-ray")
 _REQUEST_ID_LENGTH: Final = 200
 
@@ -88,6 +94,9 @@ class HttpTransport(httpx2.AsyncBaseTransport):
     async def send(self, head: Head, content: bytes, connect_timeout: float) -> "Body":
         """Send a request; return as soon as the headers of a successful response have arrived.
 
+        A redirect that keeps method and body (307, 308) is followed, as long as the host stays the same and TLS is not
+        given up: the request carries the key.
+
         Args:
             head: Method, URL and headers.
             content: The request body.
@@ -96,11 +105,32 @@ class HttpTransport(httpx2.AsyncBaseTransport):
         Raises:
             ProviderFailure: there is no response, or the provider refused the request.
         """
+        url = head.url
+        redirects = 0
+        while True:
+            response = await self._request(head, url, content, connect_timeout)
+            body = Body(response)
+            if response.status < _FIRST_ERROR_STATUS:
+                return body
+            text = await _error_body(body)
+            location = response.headers.get("location")
+            if response.status not in _SAME_REQUEST or not location:
+                raise ProviderFailure(failure_from_response(response.status, response.headers, text))
+            target = _joined(url, location)
+            if target is None or not _same_place(url, target):
+                raise ProviderFailure(_redirect_refused(body, target))
+            if redirects == _MAX_REDIRECTS:
+                message = f"the provider redirects more than {_MAX_REDIRECTS} times"
+                raise ProviderFailure(_redirect_failure(body, message))
+            redirects += 1
+            url = target
+
+    async def _request(self, head: Head, url: URL, content: bytes, connect_timeout: float) -> aiohttp.ClientResponse:
         slot = _ConnectSlot(self._connecting)
         try:
-            response = await self._session.request(
+            return await self._session.request(
                 head.method,
-                head.url,
+                url,
                 headers=head.headers,
                 data=content or None,
                 allow_redirects=False,
@@ -113,11 +143,6 @@ class HttpTransport(httpx2.AsyncBaseTransport):
             raise ProviderFailure(_failure(error)) from error
         finally:
             slot.release()
-        body = Body(response)
-        if response.status >= _FIRST_ERROR_STATUS:
-            text = await _error_body(body)
-            raise ProviderFailure(failure_from_response(response.status, response.headers, text))
-        return body
 
     @override
     async def aclose(self) -> None:
@@ -131,13 +156,9 @@ class Body(httpx2.AsyncByteStream):
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self._response = response
         self._content = response.content
+        # We ask for no compression, but some servers compress anyway.
         encoding = response.headers.get("content-encoding", "").strip().lower()
-        # We ask for no compression, but some servers compress anyway. What we cannot read (br, zstd) is passed on
-        # as it is: it may be plain text with a wrong label.
-        compressed = encoding in {"gzip", "x-gzip", "deflate"}
-        self._inflate = zlib.decompressobj(zlib.MAX_WBITS | 32) if compressed else None
-        self._pending = b""
-        self._has_more = False
+        self._inflater = _Inflater(encoding) if encoding in _READABLE_ENCODINGS else None
 
     @property
     def status(self) -> int:
@@ -183,22 +204,18 @@ class Body(httpx2.AsyncByteStream):
             ProviderFailure: the connection broke, or the compressed body is corrupt.
         """
         try:
-            if self._inflate is None:
+            if self._inflater is None:
                 return await self._content.readany()
-            return await self._read_inflated(self._inflate)
+            return await self._read_inflated(self._inflater)
         except Exception as error:
             raise ProviderFailure(_failure(error, status=self.status, request_id=self.request_id)) from error
 
-    async def _read_inflated(self, inflate: "zlib._Decompress") -> bytes:
+    async def _read_inflated(self, inflater: "_Inflater") -> bytes:
         while True:
-            if not self._has_more:
-                self._pending = await self._content.readany()
-                if not self._pending:
-                    return b""
-            data = inflate.decompress(self._pending, _MAX_INFLATED_BYTES)
-            self._pending = inflate.unconsumed_tail
-            self._has_more = len(data) == _MAX_INFLATED_BYTES
-            if data:
+            compressed = b""
+            if not inflater.has_more and not (compressed := await self._content.readany()):
+                return b""
+            if data := inflater.inflate(compressed):
                 return data
 
     def close(self) -> None:
@@ -213,6 +230,90 @@ class Body(httpx2.AsyncByteStream):
     @override
     async def aclose(self) -> None:
         self.close()
+
+
+#: What we can decompress. Anything else is passed on as it is: it may be plain text with a wrong label.
+_READABLE_ENCODINGS: Final = frozenset(
+    {"gzip", "x-gzip", "deflate"}
+    | ({"br"} if compression_utils.HAS_BROTLI else set())
+    | ({"zstd"} if compression_utils.HAS_ZSTD else set())
+)
+
+
+class _Inflater:
+    """Decompresses one body, a bounded amount at a time. A gzip or zstd body may have several members."""
+
+    def __init__(self, encoding: str) -> None:
+        self._beginning = b""  # what came before it was clear how to read it
+        self._plain: bool | None = None if encoding == "br" else False  # whether it is text with a wrong label
+        self._decompressor: compression_utils.DecompressionBaseHandler | None = None
+        if encoding == "br":
+            self._decompressor = compression_utils.BrotliDecompressor()
+        elif encoding == "zstd":
+            self._decompressor = compression_utils.ZSTDDecompressor()
+        elif encoding != "deflate":
+            self._decompressor = compression_utils.ZLibDecompressor("gzip")
+
+    @property
+    def has_more(self) -> bool:
+        """Whether ``inflate`` has more to give without further input."""
+        return self._decompressor is not None and not self._plain and self._decompressor.data_available
+
+    def inflate(self, compressed: bytes) -> bytes:
+        """Return the next bytes, perhaps none.
+
+        Raises:
+            Exception: the body is corrupt; the type depends on the library.
+        """
+        if self._decompressor is None:
+            self._beginning += compressed
+            if len(self._beginning) < _ZLIB_HEADER:
+                return b""
+            compressed = self._beginning
+            # "deflate" means the zlib format, but some servers send the raw one, which has no header.
+            headless = compressed[0] & 0x0F != 8 or int.from_bytes(compressed[:_ZLIB_HEADER]) % 31 != 0
+            self._decompressor = compression_utils.ZLibDecompressor("deflate", suppress_deflate_header=headless)
+        if self._plain is not None:
+            return compressed if self._plain else self._decompressor.decompress_sync(compressed, _MAX_INFLATED_BYTES)
+        # Brotli has no mark at its beginning: it is text if it cannot be decompressed.
+        self._beginning += compressed
+        try:
+            data = self._decompressor.decompress_sync(compressed, _MAX_INFLATED_BYTES)
+        except Exception:  # noqa: BLE001  # the library's error, of which there are two
+            self._plain = True
+            return self._beginning
+        if data:
+            self._plain, self._beginning = False, b""
+        return data
+
+
+def _joined(url: URL, location: str) -> URL | None:
+    """Return the address that a redirect names, or None if it is none."""
+    try:
+        target = url.join(URL(location, encoded=True))
+        return target if target.scheme in {"http", "https"} and target.host else None
+    except ValueError:
+        return None
+
+
+def _same_place(url: URL, target: URL) -> bool:
+    """Return whether a redirect leads to the same server, or from plain HTTP to TLS on the same host."""
+    if target.host != url.host or target.user is not None:
+        return False
+    return (target.scheme, target.port) == (url.scheme, url.port) or (url.scheme, target.scheme) == ("http", "https")
+
+
+def _redirect_refused(body: "Body", target: URL | None) -> Failure:
+    host = (target.host or "") if target is not None else ""
+    named = (
+        f"{target.scheme}://{host}:{target.port}" if target is not None and _HOST.fullmatch(host) else "another host"
+    )
+    return _redirect_failure(body, f"the provider redirects to {named}, where the key must not go; correct its URL")
+
+
+def _redirect_failure(body: "Body", message: str) -> Failure:
+    code = ErrorCode.BAD_REQUEST
+    return Failure(code=code, message=message, http_status=body.status, provider_request_id=body.request_id)
 
 
 class _ConnectSlot:
@@ -265,6 +366,7 @@ _ERRORS: Final[tuple[tuple[type[Exception], ErrorCode, str], ...]] = (  # the fi
     (aiohttp.ClientPayloadError, ErrorCode.CONNECTION, "the connection broke before the answer was complete"),
     (aiohttp.ClientResponseError, ErrorCode.CONNECTION, "the provider's answer is not HTTP"),
     (zlib.error, ErrorCode.CONNECTION, "the compressed answer is corrupt"),
+    (compression_utils.TooManyMembersError, ErrorCode.CONNECTION, "the compressed answer is corrupt"),
     (OSError, ErrorCode.CONNECTION, "the connection to the provider failed"),
     (aiohttp.ClientError, ErrorCode.CONNECTION, "the connection to the provider failed"),
     (Exception, ErrorCode.INTERNAL, "unexpected failure of the request to the provider"),
