@@ -1,7 +1,14 @@
 # The worker's image: `docker build -t keepstream .`. The first stage builds; the second holds Python, the worker, and
 # nothing to build or install with.
+#
+# A tag moves with each fix of Python and Debian. To have every build begin with the same bytes, name a digest, which
+# `docker buildx imagetools inspect python:3.13-slim` prints, and renew it as you renew the lock files:
+#
+#   docker build --build-arg PYTHON_IMAGE=python:3.13-slim@sha256:… -t keepstream .
 
-FROM python:3.13-slim AS build
+ARG PYTHON_IMAGE=python:3.13-slim
+
+FROM ${PYTHON_IMAGE} AS build
 
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /src
@@ -20,7 +27,7 @@ RUN pip wheel --no-deps --no-build-isolation --wheel-dir dist . \
  && find /opt/keepstream/bin -type f ! -name keepstream -delete
 
 
-FROM python:3.13-slim
+FROM ${PYTHON_IMAGE}
 
 LABEL org.opencontainers.image.title="Keepstream" \
       org.opencontainers.image.description="A background worker for streaming LLM completions." \
@@ -36,7 +43,8 @@ RUN pip uninstall --yes --root-user-action=ignore pip \
  && useradd --uid 10001 --gid 10001 --home-dir /var/lib/keepstream --create-home --shell /usr/sbin/nologin keepstream
 
 COPY --from=build /opt/keepstream /opt/keepstream
-ENV PATH=/opt/keepstream/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+ENV PATH=/opt/keepstream/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
+    KEEPSTREAM_ALIVE_DIR=/tmp/keepstream
 
 # By number, so that Kubernetes can see that it is not root.
 USER 10001:10001
@@ -47,4 +55,6 @@ STOPSIGNAL SIGTERM
 ENTRYPOINT ["keepstream"]
 CMD ["worker"]
 
-HEALTHCHECK --interval=30s --timeout=15s --start-period=30s --retries=3 CMD ["keepstream", "doctor", "--quick"]
+# Whether this worker hangs, and nothing else: restarting it in an outage of Redis or the database would interrupt its
+# streams. Whether it can work, `keepstream doctor` says.
+HEALTHCHECK --interval=20s --timeout=10s --start-period=60s --retries=3 CMD ["keepstream", "alive"]

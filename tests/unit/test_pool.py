@@ -72,7 +72,7 @@ def service() -> RecordingService:
 @pytest.fixture
 def pool(service: RecordingService) -> Iterator[LoopPool]:
     thresholds, interval = gc.get_threshold(), sys.getswitchinterval()
-    pool = LoopPool(limit=1, app=SimpleNamespace(loop_service=service))
+    pool = LoopPool(limit=1, app=SimpleNamespace(loop_service=service, pulse=None))
     pool.on_start()
     yield pool
     pool.on_stop()

@@ -25,7 +25,9 @@ from keepstream_worker.redis_check import RedisFault, check_redis_server
 from keepstream_worker.service import Service
 from keepstream_worker.settings import Settings, SettingsError, load_settings
 from keepstream_worker.store import schema
+from keepstream_worker.telemetry import pulse
 from keepstream_worker.telemetry.logs import configure_logging, get_logger
+from keepstream_worker.telemetry.pulse import Pulse
 
 log = get_logger()
 
@@ -34,11 +36,13 @@ class StartError(Exception):
     """The worker cannot start; the message is one line that says what to do, and holds no secret."""
 
 
-def run_worker(*, concurrency: int | None = None) -> int:
+def run_worker(*, concurrency: int | None = None, number: int | None = None) -> int:
     """Run one worker process until it is stopped; return its exit code.
 
     Args:
         concurrency: Jobs at once, instead of the setting.
+        number: The process's number among those of a supervisor, which has called ``expect_pulses``; None: it is the
+            only one.
 
     Raises:
         StartError: a setting, the database, Redis or the providers file is not as it must be.
@@ -58,7 +62,10 @@ def run_worker(*, concurrency: int | None = None) -> int:
         raise StartError(str(error)) from None
     check_database(settings)
     check_redis(settings)
-    app = make_celery(settings, Service(settings, providers))
+    if number is None:
+        expect_pulses(settings, 1)
+    own_pulse = Pulse(str(settings.alive_dir), number or 1) if settings.alive_dir else None
+    app = make_celery(settings, Service(settings, providers), own_pulse)
     worker = app.Worker(
         hostname=f"keepstream-{os.getpid()}@%h",
         pool=POOL,
@@ -75,7 +82,23 @@ def run_worker(*, concurrency: int | None = None) -> int:
     worker_shutting_down.connect(lambda **_: shutdown_requested.set(), weak=False)
     worker.start()
     # Celery counts Ctrl-C as a failure; it is how people stop a worker.
-    return 0 if shutdown_requested.is_set() else int(worker.exitcode or 0)
+    code = 0 if shutdown_requested.is_set() else int(worker.exitcode or 0)
+    if own_pulse is not None and code == 0:
+        own_pulse.end()
+    return code
+
+
+def expect_pulses(settings: Settings, processes: int) -> None:
+    """Let `keepstream alive` expect the signs of life of so many processes.
+
+    Raises:
+        StartError: the directory for them cannot be written.
+    """
+    if settings.alive_dir is not None:
+        try:
+            pulse.expect(str(settings.alive_dir), processes)
+        except pulse.PulseError as error:
+            raise StartError(f"KEEPSTREAM_ALIVE_DIR: {error}; name a directory in memory that may be written") from None
 
 
 def check_database(settings: Settings) -> None:
@@ -152,9 +175,9 @@ def leave(code: int) -> NoReturn:
 
 
 def main() -> NoReturn:
-    """Run a worker process: ``python -m keepstream_worker.app``."""
+    """Run a worker process: ``python -m keepstream_worker.app [NUMBER]``, with a number under a supervisor."""
     try:
-        leave(run_worker())
+        leave(run_worker(number=int(sys.argv[1]) if sys.argv[1:] else None))
     except StartError as error:
         raise SystemExit(f"keepstream: {error}") from None
 

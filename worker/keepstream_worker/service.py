@@ -40,7 +40,7 @@ from keepstream_worker.upkeep.cancel_listener import CancelListener
 from keepstream_worker.upkeep.heartbeat import WorkerHeartbeat
 from keepstream_worker.upkeep.sweeper import Sweeper
 from keepstream_worker.upkeep.unreadable_messages import UnreadableMessages
-from keepstream_worker.values import JobKey
+from keepstream_worker.values import JobKey, worker_id
 
 log = get_logger()
 
@@ -67,7 +67,7 @@ class Service:
         """
         settings = self._settings
         # Unique for each start, so that a restarted process is not mistaken for the one before it.
-        self.worker_id = f"{socket.gethostname()[:64]}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self.worker_id = worker_id(socket.gethostname(), os.getpid(), uuid.uuid4().hex[:8])
         self._database = WorkerDatabase(
             make_engine(settings.database_url, "keepstream-worker", pool_size=2, writer=True)
         )

@@ -137,7 +137,11 @@ class Settings(BaseSettings):
     )
     max_event_bytes: int = Field(8 * 1024 * 1024, ge=1024, description="Bytes of one event from the provider.")
 
-    # -- for people --
+    # -- for whoever watches --
+    alive_dir: Path | None = Field(
+        None,
+        description="Directory in memory for signs of life, which `keepstream alive` reads; each worker needs its own.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severity that is logged."
     )

@@ -35,7 +35,8 @@ def python_module(module: str) -> list[str]:
 class _Slot:
     """A slot for a worker process; a process that dies is replaced in its slot."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: int) -> None:
+        self.number = number
         self.process: subprocess.Popen[bytes] | None = None
         self.started = 0.0
         self.pause = FIRST_PAUSE
@@ -45,13 +46,14 @@ class _Slot:
 class Supervisor:
     """Runs ``count`` processes of ``command`` until a signal stops it.
 
+    Each process is given its number, from 1, as its last argument; one that replaces another has the same number.
     Each signal is passed on, also a second one, which shortens the shutdown of a worker.
     """
 
     def __init__(self, command: Sequence[str], count: int, environment: Mapping[str, str]) -> None:
         self._command = list(command)
         self._environment = dict(environment)
-        self._slots = [_Slot() for _ in range(count)]
+        self._slots = [_Slot(number) for number in range(1, count + 1)]
         self._stopping = False
         self._exit_code = 0
 
@@ -69,7 +71,8 @@ class Supervisor:
 
     def _start(self, slot: _Slot) -> None:
         # In a process group of its own, so that Ctrl-C reaches it only through us, once.
-        slot.process = subprocess.Popen(self._command, env=self._environment, process_group=0)
+        command = [*self._command, str(slot.number)]
+        slot.process = subprocess.Popen(command, env=self._environment, process_group=0)
         slot.started = time.monotonic()
         if self._stopping:  # the signal came while the process was being started, and missed it
             slot.process.terminate()

@@ -3,10 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from keepstream.errors import ErrorCode
 from keepstream.results import Choice, JobStatus, Usage
+
+#: Characters of a host's name in the id of its workers.
+_HOST_LENGTH: Final = 64
 
 
 class JobKey(NamedTuple):
@@ -14,6 +17,16 @@ class JobKey(NamedTuple):
 
     tenant: str
     id: str
+
+
+def worker_id(host: str, pid: int, start: str) -> str:
+    """Return the id of a worker process; ``start``, without a hyphen, tells it from the one before it."""
+    return f"{host[:_HOST_LENGTH]}-{pid}-{start}"
+
+
+def is_on_host(worker: str, host: str) -> bool:
+    """Whether a worker, by its id, is one of this host, and not of one whose name begins in the same way."""
+    return worker.rsplit("-", 2)[0] == host[:_HOST_LENGTH]
 
 
 class AttemptReason(StrEnum):

@@ -1,5 +1,5 @@
 """The command line as a module: ``python -m keepstream_worker.commands``."""
 
-from keepstream_worker.commands.main import main
+from keepstream_worker.commands.entry import main
 
 main()

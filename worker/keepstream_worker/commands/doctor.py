@@ -3,7 +3,7 @@
 In: the environment.
 Out: findings, as a table or as JSON, to `keepstream doctor`.
 
-The quick form is the health check of a worker's container.
+The quick form asks whether this host's worker can work now: it fails in an outage, and so is no sign of life.
 """
 
 import asyncio
@@ -27,6 +27,7 @@ from keepstream_worker.redis_check import RedisFault, check_redis_server
 from keepstream_worker.settings import Settings, SettingsError, load_settings
 from keepstream_worker.store import inspection, schema
 from keepstream_worker.store.inspection import Overview
+from keepstream_worker.values import is_on_host
 
 if TYPE_CHECKING:
     from keepstream_worker.providers.provider import ProviderCheck
@@ -176,8 +177,8 @@ def _work(settings: Settings, *checks: Callable[[Overview], Finding]) -> Iterato
 
 
 def _own_worker(overview: Overview) -> Finding:
-    host = socket.gethostname()[:64]
-    alive = sum(name.startswith(f"{host}-") for name in overview.workers)
+    host = socket.gethostname()
+    alive = sum(is_on_host(worker, host) for worker in overview.workers)
     if not alive:
         return Finding("worker", Severity.FAIL, f"none on {host} is alive", "start one: keepstream worker")
     return Finding("worker", Severity.OK, f"{_count(alive, 'process', 'processes')} on {host} alive")

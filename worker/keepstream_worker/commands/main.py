@@ -18,6 +18,7 @@ except ModuleNotFoundError:  # installed for the contract or the client alone
     raise SystemExit(f"keepstream: the command line needs more; {names.install_hint('worker')}") from None
 
 from keepstream_worker.commands import jobs, operate, try_it
+from keepstream_worker.commands.entry import version_line
 from keepstream_worker.commands.exits import (
     EXIT_CODES,
     INTERRUPTED,
@@ -48,13 +49,7 @@ def _keepstream(
     version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
 ) -> None:
     if version:
-        from importlib.metadata import PackageNotFoundError
-        from importlib.metadata import version as installed
-
-        try:
-            typer.echo(f"keepstream {installed(names.DISTRIBUTION)}")
-        except PackageNotFoundError:
-            typer.echo("keepstream, not installed")
+        typer.echo(version_line())
         raise typer.Exit
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())

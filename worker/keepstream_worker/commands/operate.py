@@ -1,4 +1,4 @@
-"""The commands for operators: worker, migrate, doctor, rejected, purge, schema.
+"""The commands for operators: worker, alive, migrate, doctor, rejected, purge, schema.
 
 In: arguments and the settings of a deployment.
 Out: a running worker, changes to the database, or a report on standard output as text or JSON.
@@ -6,23 +6,31 @@ Out: a running worker, changes to the database, or a report on standard output a
 
 import json
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 from keepstream_worker.commands.arguments import AsJson, AsJsonLines, parse_duration
+from keepstream_worker.commands.entry import check_pulses
 from keepstream_worker.commands.environment import settings_from_environment
-from keepstream_worker.commands.exits import INVALID, UNSUCCESSFUL, fail, start_errors
+from keepstream_worker.commands.exits import INVALID, UNSUCCESSFUL, fail, print_error, start_errors
 from keepstream_worker.commands.group import CommandGroup
 from keepstream_worker.commands.output import make_console, print_lines
 from keepstream_worker.commands.worker_processes import run_worker_here, run_workers
+from keepstream_worker.telemetry.pulse import LIMIT
 
 if TYPE_CHECKING:
+    from keepstream.client.database import ClientDatabase
     from keepstream_worker.store.retention import PurgeCounts
 
 group = CommandGroup("Operate")
+
+_PAUSE_AFTER_OUTAGE: Final = 60.0  #: Seconds until a repeated purge that did not reach the database tries again.
 
 
 @group.command("keepstream worker", "keepstream worker --processes 4 --concurrency 500")
@@ -56,6 +64,24 @@ def worker(
 
             leave(end.exit_code)
     run_workers(settings, count, concurrency)
+
+
+@group.command("keepstream alive", "keepstream alive --within 20")
+def alive(
+    *,
+    within: Annotated[
+        float, typer.Option(min=1, metavar="SECONDS", help="Silence after which a process counts as hung.")
+    ] = LIMIT,
+) -> None:
+    """Exit 0 if each process of this container's worker is alive, 1 if one hangs or is gone.
+
+    The liveness check of a container: it costs next to nothing and asks no server, so an outage of Redis or the
+    database is no failure. It reads the signs of life that a worker leaves in KEEPSTREAM_ALIVE_DIR.
+    """
+    directory = settings_from_environment().alive_dir
+    if directory is None:
+        fail("set KEEPSTREAM_ALIVE_DIR to a directory in memory, for the worker and for this command", INVALID)
+    raise typer.Exit(check_pulses(str(directory), within))
 
 
 @group.command("keepstream migrate", "keepstream migrate --check")
@@ -97,7 +123,7 @@ def doctor(
     *,
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="For a container's health check: no providers; is a worker on this host alive?"),
+        typer.Option("--quick", help="Can this host's worker work now? No provider is asked."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -147,6 +173,7 @@ def rejected(
     "keepstream purge --older-than 30d --all-tenants --dry-run",
     "keepstream purge --older-than 30d --all-tenants --yes",
     "keepstream purge --older-than 1h --tenant shop",
+    "keepstream purge --older-than 30d --all-tenants --yes --every 1d",
 )
 def purge(
     *,
@@ -154,19 +181,26 @@ def purge(
     tenant: Annotated[str | None, typer.Option(help="Only what is this tenant's.")] = None,
     all_tenants: Annotated[bool, typer.Option("--all-tenants", help="What is any tenant's.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Delete nothing; say how much would be deleted.")] = False,
+    every: Annotated[
+        str | None, typer.Option(metavar="DURATION", help="Do so again and again, until SIGTERM; needs --yes.")
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask first.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Delete jobs that ended long ago, with their results, and rejected messages of that age.
 
-    What is deleted cannot be restored. If standard input is interactive, the command asks first.
+    What is deleted cannot be restored. If standard input is interactive, the command asks first. With --every it goes
+    on until SIGTERM, and an outage of the database only delays it.
     """
     from keepstream.client.database import ClientDatabase
     from keepstream_worker.store import retention
 
-    seconds, deleted = parse_duration(older_than), retention.PurgeCounts(0, 0)
+    seconds = parse_duration(older_than)
     if (tenant is None) is not all_tenants:
         fail("whose jobs? write either --tenant NAME or --all-tenants", INVALID)
+    pause = None if every is None else parse_duration(every)
+    if pause is not None and (pause < 1 or dry_run or not yes):
+        fail("--every goes with --yes, not with --dry-run, and is at least 1s: it runs where nobody is asked", INVALID)
     ask = sys.stdin.isatty() and not yes and not dry_run
     database = ClientDatabase(settings_from_environment().database_url)
     try:
@@ -178,15 +212,47 @@ def purge(
                 return
             if not typer.confirm(f"Delete {_purge_counts(found)}?", err=True):
                 fail("nothing was deleted", UNSUCCESSFUL)
-        while True:  # in small transactions, so that workers need not wait
-            with database.transaction() as connection:
-                batch = retention.purge(connection, seconds, tenant)
-            if not any(batch):
-                break
-            deleted = retention.PurgeCounts(*map(sum, zip(deleted, batch, strict=True)))
+        for deleted in _purges(database, seconds, tenant, pause):
+            typer.echo(json.dumps(deleted._asdict()) if as_json else f"deleted {_purge_counts(deleted)}")
     finally:
         database.close()
-    typer.echo(json.dumps(deleted._asdict()) if as_json else f"deleted {_purge_counts(deleted)}")
+
+
+def _purges(
+    database: "ClientDatabase", seconds: float, tenant: str | None, pause: float | None
+) -> Iterator["PurgeCounts"]:
+    """Purge once, or, with a pause, again and again until SIGTERM; yield how much each time has deleted."""
+    from keepstream.errors import StoreUnavailableError
+
+    if pause is None:
+        yield _purge(database, seconds, tenant, threading.Event())
+        return
+    told_to_stop = threading.Event()
+    # In a container it is process 1, which a signal without a handler does not end.
+    signal.signal(signal.SIGTERM, lambda *_: told_to_stop.set())
+    while not told_to_stop.is_set():
+        wait = pause
+        try:
+            yield _purge(database, seconds, tenant, told_to_stop)
+        except StoreUnavailableError as error:
+            wait = min(pause, _PAUSE_AFTER_OUTAGE)
+            print_error(f"keepstream: {error}; the next try is in {wait:.0f} s")
+        told_to_stop.wait(wait)
+
+
+def _purge(
+    database: "ClientDatabase", seconds: float, tenant: str | None, told_to_stop: threading.Event
+) -> "PurgeCounts":
+    from keepstream_worker.store import retention
+
+    deleted = retention.PurgeCounts(0, 0)
+    while not told_to_stop.is_set():  # in small transactions, so that workers need not wait
+        with database.transaction() as connection:
+            batch = retention.purge(connection, seconds, tenant)
+        if not any(batch):
+            break
+        deleted = retention.PurgeCounts(*map(sum, zip(deleted, batch, strict=True)))
+    return deleted
 
 
 def _purge_counts(counts: "PurgeCounts") -> str:

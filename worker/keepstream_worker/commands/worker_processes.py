@@ -28,7 +28,7 @@ def run_worker_here(concurrency: int | None = None) -> NoReturn:
 
 def run_workers(settings: "Settings", count: int, concurrency: int | None) -> NoReturn:
     """Run several worker processes."""
-    from keepstream_worker.app import StartError, check_database, check_redis
+    from keepstream_worker.app import StartError, check_database, check_redis, expect_pulses
     from keepstream_worker.supervisor import Supervisor, python_module
     from keepstream_worker.telemetry.logs import configure_logging
 
@@ -37,6 +37,7 @@ def run_workers(settings: "Settings", count: int, concurrency: int | None) -> No
         # Once and here, rather than by each process again and again.
         check_database(settings)
         check_redis(settings)
+        expect_pulses(settings, count)
     except StartError as error:
         fail(str(error), UNAVAILABLE)
     environment = dict(os.environ)

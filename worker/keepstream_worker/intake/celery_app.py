@@ -12,16 +12,18 @@ from celery.signals import setup_logging
 from keepstream import names
 from keepstream_worker.intake.pool import LoopService
 from keepstream_worker.settings import Settings
+from keepstream_worker.telemetry.pulse import Pulse
 
 POOL: Final = "keepstream_worker.intake.pool:LoopPool"
 
 
-def make_celery(settings: Settings, service: LoopService) -> Celery:
-    """Return the Celery app of one worker process."""
+def make_celery(settings: Settings, service: LoopService, pulse: Pulse | None = None) -> Celery:
+    """Return the Celery app of one worker process; ``pulse``: where it gives signs of life, if it is to."""
     server = settings.broker_server
     # For messages only: where to connect says the transport's option ``server``, whatever Celery reads into a URL.
     app = Celery("keepstream", broker=str(server), set_as_current=True, fixups=[])
     app.loop_service = service
+    app.pulse = pulse
     app.conf.update(
         # JSON only, in and out.
         accept_content=["json"],

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import uvloop
 from celery.concurrency.base import BasePool
@@ -23,8 +23,13 @@ from celery.signals import worker_shutting_down
 
 from keepstream.errors import KeepstreamError
 from keepstream_worker.telemetry.logs import get_logger
+from keepstream_worker.telemetry.pulse import INTERVAL, Pulse
 
 log = get_logger()
+
+#: Seconds that one turn of Celery's thread may take. More than redis-py's time-outs and repetitions add up to while
+#: Redis does not answer.
+_LONGEST_TURN: Final = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +92,11 @@ class LoopPool(BasePool):
     def on_start(self) -> None:
         """Start the loop and the service on it; called on Celery's thread."""
         self._service: LoopService = self.app.loop_service
+        self._pulse: Pulse | None = self.app.pulse
+        self._pulse_fails = False
         self._hub: Any = None
+        #: When the hub's present turn began; None: it makes none, because Celery connects, or the pool stops.
+        self._turned_at: float | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._arrived: deque[tuple[Delivery, Callable[[], None]]] = deque()
         self._woken = False
@@ -103,6 +112,8 @@ class LoopPool(BasePool):
             raise SystemExit(1) from None
         worker_shutting_down.connect(self._on_signal)
         _keep_pauses_short()
+        if self._pulse is not None:
+            self._loop.call_soon_threadsafe(self._beat, self._pulse)
 
     def _run_loop(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -112,8 +123,33 @@ class LoopPool(BasePool):
             self._loop.close()
 
     def register_with_event_loop(self, hub: Any) -> None:
-        """Called by Celery with the hub whose thread owns the broker connection."""
+        """Called by Celery, each time it has connected, with the hub whose thread owns the broker connection."""
         self._hub = hub
+        if self._pulse is not None:
+            self._note_turn()
+            hub.on_tick.add(self._note_turn)
+            hub.on_close.add(self._note_pause)
+
+    def _note_turn(self) -> None:
+        """Called on Celery's thread at each turn of its hub, at least every ten seconds."""
+        self._turned_at = time.monotonic()
+
+    def _note_pause(self, _hub: Any) -> None:
+        """Called when the hub stops turning: Celery connects anew, and waits as long as the broker is away."""
+        self._turned_at = None
+
+    def _beat(self, pulse: Pulse) -> None:
+        """Give a sign of life for both threads: here, and unless the other one hangs."""
+        turned_at = self._turned_at
+        if self._signalled or turned_at is None or time.monotonic() - turned_at < _LONGEST_TURN:
+            try:
+                pulse.beat()
+                self._pulse_fails = False
+            except OSError as error:
+                if not self._pulse_fails:
+                    log.warning("pulse_not_written", reason=error.strerror)
+                self._pulse_fails = True
+        self._loop.call_later(INTERVAL, self._beat, pulse)
 
     def on_apply(
         self,
@@ -184,6 +220,7 @@ class LoopPool(BasePool):
         if self._stopped:
             return
         self._stopped = True
+        self._turned_at = None  # until the service has stopped, Celery's thread waits here
         asyncio.run_coroutine_threadsafe(self._service.stop(), self._loop).result()
         self._call_on_loop(self._loop.stop)
         self._thread.join(timeout=5)
