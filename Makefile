@@ -106,7 +106,7 @@ $(VENV)/demo: $(VENV)/python requirements/build.txt requirements/demo.txt pyproj
 	@touch $@
 
 $(VENV)/dev: $(VENV)/demo requirements/dev.txt
-	@echo "Installing what the tests and checks need (75 MB more; about half a minute, once) ..."
+	@echo "Installing what the tests and checks need (100 MB more; about half a minute, once) ..."
 	@$(LOCKED) -r requirements/dev.txt
 	@touch $@
 

@@ -141,7 +141,7 @@ def two_processes(cluster: Cluster, directory: Path) -> Iterator[psutil.Process]
     with log, subprocess.Popen(command, env=cluster.environment(alive_dir=directory), stderr=log) as process:
         supervisor = psutil.Process(process.pid)
         try:
-            wait_until(lambda: alive(directory), "both processes")
+            wait_until(lambda: alive(directory), "both processes", timeout=180)
             yield supervisor
         finally:
             children = supervisor.children()

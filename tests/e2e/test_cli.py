@@ -32,7 +32,7 @@ from tests.cluster import Cluster, wait_until
 OK, UNSUCCESSFUL, INVALID, UNAVAILABLE, NOT_FOUND, INTERRUPTED = 0, 1, 2, 3, 4, 130
 COMMANDS = (
     *("demo", "dev", "submit", "follow", "get", "list", "cancel"),
-    *("worker", "migrate", "doctor", "rejected", "purge", "schema"),
+    *("worker", "alive", "migrate", "doctor", "rejected", "purge", "schema"),
 )
 TEXT = "Grüße, ¡saludos!, 你好 🌊 - a text for the tests of the command line."
 SECRET = "hunter2-secret"  # part of URLs; must never be printed
@@ -620,6 +620,39 @@ def test_purge_asks_first_where_somebody_can_answer(cluster: Cluster, answer: st
     assert done.returncode == code
     assert "Delete 1 jobs and 0 rejected messages?" in done.stderr
     assert keepstream(cluster, "get", job_id, "--tenant", tenant).returncode == left
+
+
+def test_a_repeated_purge_goes_on_until_it_is_told_to_stop(tmp_path: Path):
+    url = sqlite_url(tmp_path / "purged.db")
+    env = environment(KEEPSTREAM_DATABASE_URL=url)
+    assert run(env, "migrate").returncode == OK
+    with started(env, "purge", "--older-than", "1h", "--all-tenants", "--yes", "--every", "1s") as process:
+        assert process.stdout is not None
+        for _ in range(2):
+            assert process.stdout.readline() == "deleted 0 jobs and 0 rejected messages\n"
+        process.terminate()
+        process.communicate(timeout=60)
+        assert process.returncode == OK
+
+
+def test_a_repeated_purge_outlasts_an_outage(tmp_path: Path):
+    env = environment(KEEPSTREAM_DATABASE_URL=f"postgresql://user:{SECRET}@127.0.0.1:{free_port()}/db")
+    with started(env, "purge", "--older-than", "1h", "--all-tenants", "--yes", "--every", "1d") as process:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        assert "the next try is in 60 s" in line
+        assert SECRET not in line
+        assert process.poll() is None
+        process.terminate()
+        process.communicate(timeout=60)
+        assert process.returncode == OK
+
+
+@pytest.mark.parametrize("options", [[], ["--yes", "--dry-run"]])
+def test_a_purge_is_not_repeated_where_somebody_would_be_asked(here: Callable[..., Done], options: list[str]):
+    done = here("purge", "--older-than", "1h", "--all-tenants", "--every", "1d", *options)
+    assert done.returncode == INVALID
+    assert "--every goes with --yes" in one_line(done)
 
 
 def test_the_schemas_are_printed(here: Callable[..., Done]):

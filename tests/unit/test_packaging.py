@@ -9,12 +9,14 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from keepstream_worker.providers.config import parse_providers
 from keepstream_worker.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -35,11 +37,17 @@ EXTRA_OF: dict[str, str | None] = {
 NOT_FOREIGN = {"keepstream", "keepstream_worker", "migrations", "pydantic_core"}
 #: What no module of ours imports: Kombu's Redis transport needs `packaging`, SQLAlchemy loads `psycopg` for a URL.
 LOADED_BY_NAME: dict[str | None, set[str]] = {"postgres": {"psycopg"}, "worker": {"packaging"}}
+KUBERNETES = ("1.32", "1.37")  #: The oldest and the newest whose schemas the manifests have to meet.
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
-OURS = ("migrate", "worker")
+OURS = ("migrate", "worker", "purge")
 LONG_RUNNING = ("redis", "postgres", "worker")
+MANIFESTS: dict[str, dict[str, Any]] = {
+    f"{path.stem} {manifest['kind']} {manifest['metadata']['name']}": manifest
+    for path in sorted((ROOT / "docs" / "operations" / "kubernetes").glob("*.yaml"))
+    for manifest in yaml.safe_load_all(path.read_text())
+}
 
 
 def entries(lock: str) -> list[str]:
@@ -165,9 +173,10 @@ def test_ci_runs_the_command_that_the_documents_name() -> None:
 
 
 def test_the_image_is_built_from_pinned_tags_and_hash_checked_locks() -> None:
-    bases = re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE)
-    assert len(bases) == 2
-    assert all(re.fullmatch(r"[\w/.-]+:\d[\w.-]*", base) for base in bases)
+    """By default; a digest can be named instead, for both stages."""
+    assert re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE) == ["${PYTHON_IMAGE}"] * 2
+    (base,) = re.findall(r"^ARG PYTHON_IMAGE=(\S+)$", DOCKERFILE, re.MULTILINE)
+    assert re.fullmatch(r"[\w/.-]+:\d[\w.-]*(@sha256:[0-9a-f]{64})?", base)
     installs = re.findall(r"install .*-r requirements/\S+", DOCKERFILE)
     assert installs
     assert all("--require-hashes" in install for install in installs)
@@ -192,7 +201,7 @@ def test_the_worker_is_process_1_of_its_container_and_receives_the_signal() -> N
     """A shell form would put a shell there, which does not pass SIGTERM on."""
     assert re.search(r'^ENTRYPOINT \["keepstream"\]$', DOCKERFILE, re.MULTILINE)
     assert re.search(r"^STOPSIGNAL SIGTERM$", DOCKERFILE, re.MULTILINE)
-    assert re.search(r'^HEALTHCHECK .*CMD \["keepstream", ', DOCKERFILE, re.MULTILINE)
+    assert re.search(r'^HEALTHCHECK .*CMD \["keepstream", "alive"\]$', DOCKERFILE, re.MULTILINE)
     assert all(isinstance(SERVICES[name]["command"], list) and not SERVICES[name].get("init") for name in OURS)
 
 
@@ -254,7 +263,124 @@ def test_workers_start_after_the_migrations_have_succeeded() -> None:
     assert SERVICES["worker"]["depends_on"]["redis"]["condition"] == "service_healthy"
 
 
+def test_each_service_is_bounded() -> None:
+    """A log without an end fills the disk; memory without an end takes the neighbours down."""
+    for name, service in SERVICES.items():
+        assert service["logging"]["options"].keys() == {"max-size", "max-file"}, name
+        assert service["mem_limit"], name
+        assert service["pids_limit"] >= 100, name
+        assert "ports" not in service, name
+
+
+def test_redis_asks_for_a_password_that_needs_no_quoting() -> None:
+    """It is an argument of its own for the server, and a variable of its own for everybody else."""
+    password = "${REDIS_PASSWORD:?set REDIS_PASSWORD}"
+    command = SERVICES["redis"]["command"]
+    assert command[command.index("--requirepass") + 1] == password
+    assert SERVICES["redis"]["environment"]["REDISCLI_AUTH"] == password
+    assert all(SERVICES[name]["environment"]["KEEPSTREAM_REDIS_PASSWORD"] == password for name in OURS)
+
+
+def test_only_workers_get_the_providers_keys() -> None:
+    assert "OPENAI_API_KEY" in SERVICES["worker"]["environment"]
+    assert not any("OPENAI_API_KEY" in SERVICES[name]["environment"] for name in ("migrate", "purge"))
+
+
+def test_what_is_old_is_purged_and_nobody_is_asked() -> None:
+    assert SERVICES["purge"]["command"][:2] == ["purge", "--older-than"]
+    assert {"--all-tenants", "--yes", "--every"} <= set(SERVICES["purge"]["command"])
+    assert SERVICES["purge"]["restart"] == "unless-stopped"
+
+
 def test_data_survives_the_containers() -> None:
     assert {volume.partition(":")[0] for name in ("redis", "postgres") for volume in SERVICES[name]["volumes"]} == set(
         COMPOSE["volumes"]
     )
+
+
+# -- Kubernetes --
+
+
+def pods() -> dict[str, dict[str, Any]]:
+    """The pods that the manifests describe, by the manifest's name."""
+    found = {}
+    for name, manifest in MANIFESTS.items():
+        spec = manifest.get("spec", {})
+        template = spec.get("jobTemplate", {}).get("spec", spec).get("template")
+        if template is not None:
+            found[name] = template["spec"]
+    return found
+
+
+@pytest.mark.parametrize("version", KUBERNETES)
+def test_the_manifests_meet_the_schema_of_kubernetes(version: str) -> None:
+    """Strictly: a field that is misspelt would be ignored by some clusters and refused by others."""
+    foreign = set()
+    for name, manifest in MANIFESTS.items():
+        try:
+            kubernetes_validate.validate(manifest, desired_version=version, strict=True)
+        except kubernetes_validate.SchemaNotFoundError:
+            foreign.add(manifest["apiVersion"])
+        except kubernetes_validate.ValidationError as error:
+            pytest.fail(f"{name}: {error.message}")
+    assert foreign == {"keda.sh/v1alpha1"}
+
+
+def test_every_pod_of_kubernetes_runs_our_version_without_rights() -> None:
+    assert len(pods()) == 3
+    for name, pod in pods().items():
+        (container,) = pod["containers"]
+        assert container["image"].endswith(f"/keepstream:{PROJECT['project']['version']}"), name
+        assert pod["securityContext"] == {
+            "runAsNonRoot": True,
+            "runAsUser": 10001,
+            "runAsGroup": 10001,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        }, name
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }, name
+        assert pod["automountServiceAccountToken"] is False, name
+        # A Service named keepstream-x in the namespace would set variables that begin like settings.
+        assert pod["enableServiceLinks"] is False, name
+        assert container["resources"]["requests"].keys() == {"cpu", "memory"}, name
+        assert "memory" in container["resources"]["limits"], name
+        assert "/tmp" in {mount["mountPath"] for mount in container["volumeMounts"]}, name  # the root is read-only
+        assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+
+
+def test_a_pod_of_kubernetes_is_restarted_only_if_its_own_worker_hangs() -> None:
+    pod = pods()["worker Deployment keepstream-worker"]
+    (container,) = pod["containers"]
+    for probe in ("startupProbe", "livenessProbe"):
+        assert container[probe]["exec"] == {"command": ["keepstream", "alive"]}
+    assert "readinessProbe" not in container
+    assert pod["terminationGracePeriodSeconds"] >= Settings.model_fields["shutdown_grace"].default + 30
+
+
+def test_the_manifests_of_kubernetes_name_what_exists() -> None:
+    defined = {(manifest["kind"], manifest["metadata"]["name"]) for manifest in MANIFESTS.values()}
+    for name, pod in pods().items():
+        (container,) = pod["containers"]
+        for source in container["envFrom"]:
+            ((kind, reference),) = source.items()
+            named = {"configMapRef": "ConfigMap", "secretRef": "Secret"}[kind], reference["name"]
+            assert named in defined, name
+        for volume in pod["volumes"]:
+            assert "configMap" not in volume or ("ConfigMap", volume["configMap"]["name"]) in defined, name
+    labels = MANIFESTS["worker Deployment keepstream-worker"]["spec"]["selector"]
+    assert MANIFESTS["worker PodDisruptionBudget keepstream-worker"]["spec"]["selector"] == labels
+    target = MANIFESTS["scaling ScaledObject keepstream-worker"]["spec"]["scaleTargetRef"]["name"]
+    assert ("Deployment", target) in defined
+    known = {f"KEEPSTREAM_{field.upper()}" for field in Settings.model_fields}
+    for kind, field in (("ConfigMap", "data"), ("Secret", "stringData")):
+        used = MANIFESTS[f"config {kind} keepstream"][field].keys()
+        assert {variable for variable in used if variable.startswith("KEEPSTREAM_")} <= known
+
+
+def test_the_providers_file_of_the_manifests_can_be_read() -> None:
+    text = MANIFESTS["config ConfigMap keepstream-providers"]["data"]["providers.toml"]
+    secret = MANIFESTS["config Secret keepstream-providers"]["stringData"]
+    assert parse_providers(text, secret)["openai"].key_missing is False

@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
-from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic import Field, SecretStr, StringConstraints, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from keepstream import names
+from keepstream.client.redis_password import with_password
 from keepstream.client.redis_url import RedisServer, parse_redis_url
 
 Seconds = Annotated[float, Field(gt=0)]
@@ -52,6 +53,10 @@ class Settings(BaseSettings):
         description="Redis for events, logs and cancel requests: redis://, rediss://, unix:// or redis+sentinel://.",
     )
     broker_url: str | None = Field(None, description="Celery's broker; default: the Redis of KEEPSTREAM_REDIS_URL.")
+    redis_password: SecretStr | None = Field(
+        None,
+        description="Password for both, if their URLs have none; as it is, where a URL would need it percent-encoded.",
+    )
     database_url: str = Field(
         "sqlite:///keepstream.db",
         description="Database; sqlite:///file.db and postgresql://user:password@host/name are supported.",
@@ -203,8 +208,17 @@ def load_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         problems += [_complaint(details) for details in error.errors(include_url=False, include_input=False)]
     else:
         if not problems:
-            return settings
+            return _with_password(settings)
     raise SettingsError("; ".join(problems))
+
+
+def _with_password(settings: Settings) -> Settings:
+    """Put the password of Redis into the URLs that have none."""
+    password = settings.redis_password.get_secret_value() if settings.redis_password else None
+    broker_url = settings.broker_url and with_password(settings.broker_url, password)
+    return settings.model_copy(
+        update={"redis_url": with_password(settings.redis_url, password), "broker_url": broker_url}
+    )
 
 
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:

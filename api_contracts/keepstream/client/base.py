@@ -21,6 +21,7 @@ from keepstream.client.database import ClientDatabase
 from keepstream.client.follower import Follower, FollowerRun, ReadResult, ReadSummary, parse_cursor
 from keepstream.client.listing import Wanted, list_jobs
 from keepstream.client.redis import RedisConnections
+from keepstream.client.redis_password import with_password
 from keepstream.client.sender import Sender
 from keepstream.errors import (
     BrokerUnavailableError,
@@ -46,6 +47,7 @@ _EXAMPLE_URL: Final = "redis://host:6379/0"
 _VARIABLES: Final = (
     names.ENV_REDIS_URL,
     names.ENV_BROKER_URL,
+    names.ENV_REDIS_PASSWORD,
     names.ENV_DATABASE_URL,
     names.ENV_PREFIX,
     names.ENV_QUEUE,
@@ -86,6 +88,8 @@ class BaseClient:
     def from_env(cls, tenant: str = names.DEFAULT_TENANT) -> Self:
         """Make a client from ``KEEPSTREAM_REDIS_URL`` and, if set, those for broker, database, prefix and queue.
 
+        ``KEEPSTREAM_REDIS_PASSWORD`` goes into the URLs of Redis and broker that have no password.
+
         Raises:
             NotConfiguredError: ``KEEPSTREAM_REDIS_URL`` is not set.
             InvalidSettingError: a variable's value cannot be used.
@@ -95,9 +99,10 @@ class BaseClient:
             raise NotConfiguredError(
                 f"{names.ENV_REDIS_URL} is not set; it looks like {_EXAMPLE_URL}{_misspelt(names.ENV_REDIS_URL)}"
             )
+        password = os.environ.get(names.ENV_REDIS_PASSWORD)
         return cls(
-            redis_url,
-            broker_url=os.environ.get(names.ENV_BROKER_URL) or None,
+            with_password(redis_url, password),
+            broker_url=with_password(os.environ.get(names.ENV_BROKER_URL) or "", password) or None,
             database_url=os.environ.get(names.ENV_DATABASE_URL) or None,
             tenant=tenant,
             prefix=os.environ.get(names.ENV_PREFIX) or names.PREFIX,

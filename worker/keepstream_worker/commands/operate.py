@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import sys
-import threading
+import time
 from collections.abc import Iterator
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Final
@@ -225,28 +225,25 @@ def _purges(
     from keepstream.errors import StoreUnavailableError
 
     if pause is None:
-        yield _purge(database, seconds, tenant, threading.Event())
+        yield _purge(database, seconds, tenant)
         return
-    told_to_stop = threading.Event()
-    # In a container it is process 1, which a signal without a handler does not end.
-    signal.signal(signal.SIGTERM, lambda *_: told_to_stop.set())
-    while not told_to_stop.is_set():
+    # In a container it is process 1, which a signal without a handler does not end. What is under way is rolled back.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    while True:
         wait = pause
         try:
-            yield _purge(database, seconds, tenant, told_to_stop)
+            yield _purge(database, seconds, tenant)
         except StoreUnavailableError as error:
             wait = min(pause, _PAUSE_AFTER_OUTAGE)
             print_error(f"keepstream: {error}; the next try is in {wait:.0f} s")
-        told_to_stop.wait(wait)
+        time.sleep(wait)
 
 
-def _purge(
-    database: "ClientDatabase", seconds: float, tenant: str | None, told_to_stop: threading.Event
-) -> "PurgeCounts":
+def _purge(database: "ClientDatabase", seconds: float, tenant: str | None) -> "PurgeCounts":
     from keepstream_worker.store import retention
 
     deleted = retention.PurgeCounts(0, 0)
-    while not told_to_stop.is_set():  # in small transactions, so that workers need not wait
+    while True:  # in small transactions, so that workers need not wait
         with database.transaction() as connection:
             batch = retention.purge(connection, seconds, tenant)
         if not any(batch):

@@ -1,0 +1,61 @@
+"""The password of Redis, given apart from the URL: any characters, for the worker and for services."""
+
+from collections.abc import Iterator
+
+import pytest
+import redis
+
+from keepstream import Client
+from keepstream.client.redis_password import with_password
+from keepstream_worker.app import StartError, check_redis
+from keepstream_worker.dev_stack.embedded import EmbeddedValkey
+from keepstream_worker.settings import load_settings
+
+PASSWORD = "s p@c:e/$d?#%41\"'&ü"
+
+
+@pytest.fixture(scope="module")
+def guarded() -> Iterator[EmbeddedValkey]:
+    """A server that asks for a password."""
+    with EmbeddedValkey() as server:
+        with redis.Redis.from_url(server.url) as client:
+            client.config_set("requirepass", PASSWORD)
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def environment(guarded: EmbeddedValkey, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEEPSTREAM_REDIS_URL", guarded.url)
+    monkeypatch.setenv("KEEPSTREAM_BROKER_URL", guarded.url.replace("/0", "/1"))
+
+
+def test_worker_and_service_are_let_in_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StartError, match="Redis"):
+        check_redis(load_settings())
+    monkeypatch.setenv("KEEPSTREAM_REDIS_PASSWORD", PASSWORD)
+    check_redis(load_settings())
+    with Client.from_env() as client:
+        assert client.enqueue(model="m", messages=[{"role": "user", "content": "Hi"}])
+
+
+def test_settings_do_not_show_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEEPSTREAM_REDIS_PASSWORD", PASSWORD)
+    assert PASSWORD not in repr(load_settings().redis_password)
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("redis://host:6379/0", "redis://:p%40%2F@host:6379/0"),
+        ("rediss://worker@host/0?ssl_ca_certs=/a@b", "rediss://worker:p%40%2F@host/0?ssl_ca_certs=/a@b"),
+        ("redis://worker:own@host", "redis://worker:own@host"),
+        ("redis://:own@host", "redis://:own@host"),
+        ("unix:///run/redis.sock?db=1", "unix://:p%40%2F@/run/redis.sock?db=1"),
+        ("redis+sentinel://a:1,b:2/mymaster/0", "redis+sentinel://:p%40%2F@a:1,b:2/mymaster/0"),
+        ("redis://[::1]:6379", "redis://:p%40%2F@[::1]:6379"),
+        ("", ""),
+    ],
+)
+def test_it_goes_where_a_url_has_its_password(url: str, expected: str) -> None:
+    assert with_password(url, "p@/") == expected
+    assert with_password(url, None) == url
