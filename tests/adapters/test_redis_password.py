@@ -1,5 +1,6 @@
 """The password of Redis, given apart from the URL: any characters, for the worker and for services."""
 
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
@@ -7,6 +8,7 @@ import redis
 
 from keepstream import Client
 from keepstream.client.redis_password import with_password
+from keepstream.client.redis_url import parse_redis_url
 from keepstream_worker.app import StartError, check_redis
 from keepstream_worker.dev_stack.embedded import EmbeddedValkey
 from keepstream_worker.settings import load_settings
@@ -44,18 +46,21 @@ def test_settings_do_not_show_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "expected"),
+    "url",
     [
-        ("redis://host:6379/0", "redis://:p%40%2F@host:6379/0"),
-        ("rediss://worker@host/0?ssl_ca_certs=/a@b", "rediss://worker:p%40%2F@host/0?ssl_ca_certs=/a@b"),
-        ("redis://worker:own@host", "redis://worker:own@host"),
-        ("redis://:own@host", "redis://:own@host"),
-        ("unix:///run/redis.sock?db=1", "unix://:p%40%2F@/run/redis.sock?db=1"),
-        ("redis+sentinel://a:1,b:2/mymaster/0", "redis+sentinel://:p%40%2F@a:1,b:2/mymaster/0"),
-        ("redis://[::1]:6379", "redis://:p%40%2F@[::1]:6379"),
-        ("", ""),
+        "redis://host:6379/0",
+        "redis://[::1]:6379",
+        "rediss://worker@host/0?ssl_ca_certs=/a@b",
+        "unix:///run/redis.sock?db=1",
+        "redis+socket:///run/redis.sock",
+        "redis+sentinel://a:1,b:2/mymaster/0",
+        "sentinel://a:1;sentinel://b:2/0?master_name=mymaster",
     ],
 )
-def test_it_goes_where_a_url_has_its_password(url: str, expected: str) -> None:
-    assert with_password(url, "p@/") == expected
-    assert with_password(url, None) == url
+def test_every_url_of_a_redis_takes_it_and_keeps_its_own(url: str) -> None:
+    assert with_password(url, None) == with_password(url, "") == url
+    with_own = with_password(url, "own")
+    assert with_password(with_own, PASSWORD) == with_own
+    server = parse_redis_url(with_password(url, PASSWORD))
+    assert server.password == PASSWORD
+    assert dataclasses.replace(server, password=None) == parse_redis_url(url)
