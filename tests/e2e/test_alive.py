@@ -48,6 +48,14 @@ class HangingWorker(WorkerProcess):
         return [sys.executable, "-c", HANGING]
 
 
+class NumberedWorker(WorkerProcess):
+    """A worker as a supervisor starts it."""
+
+    @override
+    def _command(self) -> list[str]:
+        return [*python_module("keepstream_worker.app"), "1"]
+
+
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     return tmp_path / "alive"
@@ -117,6 +125,38 @@ def test_an_outage_of_redis_and_the_database_is_no_death(postgres_cluster: Clust
     cluster.valkey.start()
     assert cluster.wait_for(cluster.enqueue(deltas=3)).status is JobStatus.COMPLETED
     wait_for_beats(directory)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_worker_that_waits_for_the_database_at_its_start_is_alive(
+    postgres_cluster: Cluster, directory: Path, processes: int
+) -> None:
+    cluster = postgres_cluster
+    cluster.postgres.kill()
+    command = [*python_module("keepstream_worker.commands"), "worker", "--processes", str(processes)]
+    with (
+        (cluster.directory / "worker.log").open("wb") as log,
+        subprocess.Popen(command, env=cluster.environment(alive_dir=directory), stderr=log) as process,
+    ):
+        try:
+            wait_until(lambda: alive(directory), "the first sign of life", timeout=180)
+            wait_for_beats(directory, 2)
+            process.terminate()
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+    cluster.postgres.start()
+
+
+def test_a_process_that_replaces_another_waits_for_a_redis_that_is_away(cluster: Cluster, directory: Path) -> None:
+    pulse.expect(str(directory), 1)  # as its supervisor does
+    cluster.valkey.kill()
+    worker = NumberedWorker(cluster.environment(alive_dir=directory), cluster.directory / "worker-1.log")
+    cluster.workers.append(worker)
+    worker.start()
+    wait_until(lambda: alive(directory), "the first sign of life")
+    cluster.valkey.start()
+    assert cluster.wait_for(cluster.enqueue(deltas=3)).status is JobStatus.COMPLETED
 
 
 def test_a_worker_that_lets_its_streams_finish_is_alive_to_the_end(cluster: Cluster, directory: Path) -> None:

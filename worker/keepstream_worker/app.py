@@ -10,8 +10,8 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from celery.platforms import SecurityWarning
@@ -41,8 +41,8 @@ def run_worker(*, concurrency: int | None = None, number: int | None = None) -> 
 
     Args:
         concurrency: Jobs at once, instead of the setting.
-        number: The process's number among those of a supervisor, which has called ``expect_pulses``; None: it is the
-            only one.
+        number: The process's number among those of a supervisor, which has checked Redis and called
+            ``expect_pulses``; None: it is the only one.
 
     Raises:
         StartError: a setting, the database, Redis or the providers file is not as it must be.
@@ -60,11 +60,12 @@ def run_worker(*, concurrency: int | None = None, number: int | None = None) -> 
         providers = load_providers(settings.providers_file, os.environ)
     except ProviderConfigError as error:
         raise StartError(str(error)) from None
-    check_database(settings)
-    check_redis(settings)
     if number is None:
         expect_pulses(settings, 1)
     own_pulse = Pulse(str(settings.alive_dir), number or 1) if settings.alive_dir else None
+    check_database(settings, [own_pulse] if own_pulse else [])
+    if number is None:  # one that replaces another waits for a Redis that is away, as the others do
+        check_redis(settings)
     app = make_celery(settings, Service(settings, providers), own_pulse)
     worker = app.Worker(
         hostname=f"keepstream-{os.getpid()}@%h",
@@ -88,21 +89,28 @@ def run_worker(*, concurrency: int | None = None, number: int | None = None) -> 
     return code
 
 
-def expect_pulses(settings: Settings, processes: int) -> None:
-    """Let `keepstream alive` expect the signs of life of so many processes.
+def expect_pulses(settings: Settings, processes: int) -> list[Pulse]:
+    """Let `keepstream alive` expect the signs of life of so many processes; return these.
 
     Raises:
         StartError: the directory for them cannot be written.
     """
-    if settings.alive_dir is not None:
-        try:
-            pulse.expect(str(settings.alive_dir), processes)
-        except pulse.PulseError as error:
-            raise StartError(f"KEEPSTREAM_ALIVE_DIR: {error}; name a directory in memory that may be written") from None
+    if settings.alive_dir is None:
+        return []
+    directory = str(settings.alive_dir)
+    try:
+        pulse.expect(directory, processes)
+    except pulse.PulseError as error:
+        raise StartError(f"KEEPSTREAM_ALIVE_DIR: {error}; name a directory in memory that may be written") from None
+    return [Pulse(directory, number) for number in range(1, processes + 1)]
 
 
-def check_database(settings: Settings) -> None:
+def check_database(settings: Settings, pulses: Sequence[Pulse] = ()) -> None:
     """Check that the database has our tables; wait for one that cannot be reached now, until SIGTERM or Ctrl-C.
+
+    Args:
+        settings: Those of the worker.
+        pulses: Signs of life to give meanwhile: who waits is alive.
 
     Raises:
         StartError: it refuses us, has not got our tables, or the URL cannot be used.
@@ -117,6 +125,9 @@ def check_database(settings: Settings) -> None:
                 if str(error) != told:  # once for each reason
                     log.warning("database_unavailable", waiting_to="start", retry_in=pause, reason=str(error))
                 told = str(error)
+                with suppress(OSError):  # said when the worker is at work
+                    for waiting in pulses:
+                        waiting.beat()
             except (InvalidSettingError, schema.SchemaError) as error:
                 raise StartError(str(error)) from None
             else:

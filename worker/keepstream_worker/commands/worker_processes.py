@@ -35,9 +35,8 @@ def run_workers(settings: "Settings", count: int, concurrency: int | None) -> No
     configure_logging(settings.log_level, settings.log_format)
     try:
         # Once and here, rather than by each process again and again.
-        check_database(settings)
+        check_database(settings, expect_pulses(settings, count))
         check_redis(settings)
-        expect_pulses(settings, count)
     except StartError as error:
         fail(str(error), UNAVAILABLE)
     environment = dict(os.environ)
