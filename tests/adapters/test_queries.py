@@ -356,7 +356,7 @@ def test_a_driver_that_is_not_ours_is_an_error_that_names_the_right_url(scheme: 
 @pytest.mark.parametrize("scheme", ["postgresql", "postgres", "postgresql+psycopg", "sqlite", "sqlite+pysqlite"])
 def test_our_drivers_need_not_be_named(scheme: str) -> None:
     database = ClientDatabase(f"{scheme}:///d")
-    assert database._engine.driver in ("psycopg", "pysqlite")
+    assert database._engine.get().driver in ("psycopg", "pysqlite")
     database.close()
 
 

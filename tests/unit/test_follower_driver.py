@@ -213,7 +213,7 @@ class Subscriptions:
 async def first_event_sync(run: FollowerRun, subscriptions: Any) -> Event:
     """Return the first event, and end the iteration early."""
     connections = RedisConnections(NOWHERE)
-    connections._subscriptions = subscriptions
+    connections._links.get().subscriptions = subscriptions
     events = connections.follow(run, KEYS, lambda _: None)
     try:
         return next(events)
@@ -223,7 +223,7 @@ async def first_event_sync(run: FollowerRun, subscriptions: Any) -> Event:
 
 async def first_event_async(run: FollowerRun, subscriptions: Any) -> Event:
     connections = AsyncRedisConnections(NOWHERE)
-    connections._subscriptions = subscriptions
+    (await connections._links()).subscriptions = subscriptions
 
     async def read(_: Operation) -> None:
         return None

@@ -14,8 +14,11 @@ from typing import Any, Final, ParamSpec, Self, TypeVar
 
 from keepstream import names
 from keepstream.client.base import FOLLOW_TIMEOUT, NOT_FOUND_AFTER, WAIT_TIMEOUT, BaseClient
+from keepstream.client.follower import FollowerRun
+from keepstream.client.forks import PerProcess
 from keepstream.client.listing import make_wanted
 from keepstream.client.redis import AsyncRedisConnections
+from keepstream.errors import UnexpectedError
 from keepstream.events import Event
 from keepstream.jobs import Job
 from keepstream.results import CompletionResult, JobPage, JobStatus, WaitingFor
@@ -42,8 +45,8 @@ class AsyncClient(BaseClient):
         super().__init__(
             redis_url, broker_url=broker_url, database_url=database_url, tenant=tenant, prefix=prefix, queue=queue
         )
-        self._async_redis = AsyncRedisConnections(redis_url)
-        self._threads = ThreadPoolExecutor(_MAX_THREADS, thread_name_prefix="keepstream-client")
+        self._async_redis = AsyncRedisConnections(redis_url, self._gate.check)
+        self._threads = PerProcess(partial(ThreadPoolExecutor, _MAX_THREADS, thread_name_prefix="keepstream-client"))
 
     async def enqueue(self, request: Job | Mapping[str, Any] | None = None, /, **fields: Any) -> str:
         """Accept a job; see ``Client.enqueue``."""
@@ -58,11 +61,7 @@ class AsyncClient(BaseClient):
         not_found_after: float = NOT_FOUND_AFTER,
     ) -> AsyncGenerator[Event]:
         """Iterate over a job's events; see ``Client.follow``."""
-        return self._async_redis.follow(
-            self._run_follower(job_id, after, timeout, not_found_after),
-            self._keys(job_id),
-            partial(self._in_thread, partial(self._read_for_follower, job_id)),
-        )
+        return self._events(self._run_follower, job_id, after, timeout, not_found_after)
 
     async def cancel(self, job_id: str) -> JobStatus | None:
         """Cancel a job; see ``Client.cancel``."""
@@ -85,16 +84,14 @@ class AsyncClient(BaseClient):
         limit: int = 50,
     ) -> JobPage:
         """Return the tenant's jobs, newest first; see ``Client.list``."""
-        wanted = make_wanted(status, model, provider, metadata, since, until)
+        wanted = self._perform(make_wanted, status, model, provider, metadata, since, until)
         return await self._in_thread(self._list, wanted, before, limit)
 
     async def wait(
         self, job_id: str, *, timeout: float = WAIT_TIMEOUT, not_found_after: float = NOT_FOUND_AFTER
     ) -> CompletionResult:
         """Wait until a job has ended, and return its result; see ``Client.wait``."""
-        run = self._run_waiting(job_id, timeout, not_found_after)
-        read = partial(self._in_thread, partial(self._read_for_follower, job_id))
-        async for _ in self._async_redis.follow(run, self._keys(job_id), read):
+        async for _ in self._events(self._run_waiting, job_id, timeout, not_found_after):
             pass
         return await self._in_thread(self._get_ended, job_id)
 
@@ -107,10 +104,14 @@ class AsyncClient(BaseClient):
         return await self._in_thread(self._retry, job_id, force=force)
 
     async def close(self) -> None:
-        """Close all connections."""
+        """Close all connections; see ``Client.close``."""
+        loop = asyncio.get_running_loop()
+        with ThreadPoolExecutor(1) as thread:  # one of its own, because the others may all be busy
+            await loop.run_in_executor(thread, self._close)
         await self._async_redis.close()
-        await self._in_thread(self._close)
-        self._threads.shutdown(wait=False)
+        threads = self._threads.take()
+        if threads is not None:
+            threads.shutdown(wait=False)
 
     async def __aenter__(self) -> Self:
         return self
@@ -118,5 +119,17 @@ class AsyncClient(BaseClient):
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
+    def _events(self, make_run: Callable[..., FollowerRun], job_id: str, *arguments: Any) -> AsyncGenerator[Event]:
+        keys = self._perform(self._keys, job_id)
+        run = self._perform(make_run, job_id, *arguments)
+        return self._async_redis.follow(run, keys, partial(self._in_thread, partial(self._read_for_follower, job_id)))
+
     async def _in_thread(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(call, *args, **kwargs))
+        self._gate.check()
+        loop = asyncio.get_running_loop()
+        try:
+            work = loop.run_in_executor(self._threads.get(), partial(self._perform, call, *args, **kwargs))
+        except RuntimeError as error:  # no thread can be started
+            self._gate.check()
+            raise UnexpectedError("no thread could be started for the call") from error
+        return await work

@@ -11,14 +11,16 @@ import math
 import os
 import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, Final, Self
+from typing import Any, Final, ParamSpec, Self, TypeVar
 
 from keepstream import names
 from keepstream.client import queries
 from keepstream.client.database import ClientDatabase
 from keepstream.client.follower import Follower, FollowerRun, ReadResult, ReadSummary, parse_cursor
+from keepstream.client.forks import ForkMember
+from keepstream.client.gate import Gate
 from keepstream.client.listing import Wanted, list_jobs
 from keepstream.client.redis import RedisConnections
 from keepstream.client.redis_password import with_password
@@ -26,12 +28,15 @@ from keepstream.client.sender import Sender
 from keepstream.errors import (
     BrokerUnavailableError,
     ErrorCode,
+    InvalidArgumentError,
     InvalidJobError,
     InvalidSettingError,
     JobNotFoundError,
     JobStateError,
+    KeepstreamError,
     NotConfiguredError,
     StoreUnavailableError,
+    UnexpectedError,
 )
 from keepstream.jobs import Job, make_job
 from keepstream.results import CompletionResult, JobPage, JobStatus, JobSummary, WaitingFor
@@ -54,10 +59,17 @@ _VARIABLES: Final = (
 )
 
 
-class BaseClient:
+#: Seconds that ``close`` and a fork wait for calls under way; each is bounded in time, but for a database that hangs.
+_CALLS_TIMEOUT: Final = 10.0
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class BaseClient(ForkMember):
     """The jobs of one tenant; see ``Client`` for the arguments. Thread-safe.
 
-    Its methods block: the async client calls them in threads.
+    Its methods block: the async client calls them in threads.  Both call them by ``_perform``.
     """
 
     def __init__(
@@ -77,12 +89,14 @@ class BaseClient:
         self.tenant = tenant
         self._prefix = prefix
         self._queue = queue
+        self._gate = Gate()
         with _setting("redis_url", names.ENV_REDIS_URL):
-            self._redis = RedisConnections(redis_url)
+            self._redis = RedisConnections(redis_url, self._gate.check)
         with _setting("broker_url", names.ENV_BROKER_URL) if broker_url else _setting("redis_url", names.ENV_REDIS_URL):
             self._sender = Sender(broker_url or redis_url, queue)
         with _setting("database_url", names.ENV_DATABASE_URL):
             self._database = None if database_url is None else ClientDatabase(database_url)
+        super().__init__()
 
     @classmethod
     def from_env(cls, tenant: str = names.DEFAULT_TENANT) -> Self:
@@ -109,6 +123,40 @@ class BaseClient:
             queue=os.environ.get(names.ENV_QUEUE) or names.QUEUE,
         )
 
+    def _perform(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Make a call of the client's; whatever it raises is one of our errors.
+
+        Raises:
+            ClientClosedError: the client has been closed.
+            UnexpectedError: something failed that nobody foresaw.
+        """
+        try:
+            with self._gate.inside():
+                return call(*args, **kwargs)
+        except KeepstreamError:
+            raise
+        except Exception as error:
+            self._gate.check()  # a connection may have been closed under the call
+            raise UnexpectedError(f"the call failed in an unexpected way ({type(error).__name__})") from error
+
+    # -- forks --
+
+    def before_fork(self) -> None:
+        """Close SQLite's connections: it must not be open across a fork, which would break its locks."""
+        if self._database is not None and self._database.is_file:
+            self._gate.shut(_CALLS_TIMEOUT)
+            self._database.close()
+
+    def after_fork_in_parent(self) -> None:
+        """Let calls go on."""
+        self._gate.open()
+
+    def after_fork_in_child(self) -> None:
+        """Forget the calls of the parent's threads."""
+        self._gate.forget_calls()
+
+    # -- calls --
+
     def _enqueue(self, request: Job | Mapping[str, Any] | None, fields: dict[str, Any]) -> str:
         accepted = self._own_job(request, fields)
         accepted.to_json()  # refuses what is no JSON or too large, before anything is written
@@ -123,9 +171,9 @@ class BaseClient:
         if is_new:
             try:
                 self._sender.send(accepted.to_wire())
-            except BrokerUnavailableError:
+            except Exception:  # noqa: BLE001  # the job is accepted, whatever goes wrong from here on
                 # The row is what counts.  If this fails as well, a sweeper still finds it, half a minute later.
-                with contextlib.suppress(StoreUnavailableError), database.transaction() as connection:
+                with contextlib.suppress(Exception), database.transaction() as connection:
                     queries.send_again(connection, accepted.tenant, accepted.id)
         return accepted.id
 
@@ -254,6 +302,7 @@ class BaseClient:
         return summary.waiting_for
 
     def _close(self) -> None:
+        self._gate.close(_CALLS_TIMEOUT)
         self._sender.close()
         self._redis.close()
         if self._database is not None:
@@ -277,7 +326,9 @@ def _log_reason(job_id: str, reason: WaitingFor) -> None:
     _log.log(level, "job %s waits for %s", job_id, reason.text)
 
 
-def _can_be_an_id(text: str) -> bool:
+def _can_be_an_id(text: object) -> bool:
+    if not isinstance(text, str):
+        raise InvalidArgumentError(f"an id is a text, not {type(text).__name__}")
     return re.fullmatch(names.ID_PATTERN, text) is not None
 
 

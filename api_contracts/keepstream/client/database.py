@@ -9,12 +9,14 @@ and no values.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Final
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, ResourceClosedError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
+from keepstream.client.forks import PerProcess
 from keepstream.client.postgresql import explain_failure, plan_session
 from keepstream.errors import InvalidSettingError, StoreUnavailableError
 from keepstream.names import install_hint
@@ -24,10 +26,12 @@ _DRIVERS: Final = {"sqlite": "pysqlite", "postgresql": "psycopg"}
 
 
 class ClientDatabase:
-    """The database of one client. Thread-safe; connects when it is first used."""
+    """The database of one client. Thread-safe; connects when it is first used, and anew after a fork."""
 
     def __init__(self, url: str) -> None:
-        self._engine = make_engine(url, "keepstream-client")
+        self._engine = PerProcess(partial(make_engine, url, "keepstream-client"))
+        #: Whether it is SQLite, which must not be open across a fork.
+        self.is_file = self._engine.get().dialect.name == "sqlite"
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
@@ -38,7 +42,7 @@ class ClientDatabase:
         """
         connection = None
         try:
-            with self._engine.begin() as connection:
+            with self._engine.get().begin() as connection:
                 yield connection
         except DBAPIError as error:
             cause = describe_error(error.orig)
@@ -52,8 +56,8 @@ class ClientDatabase:
             raise StoreUnavailableError("no database connection was free in time") from None
 
     def close(self) -> None:
-        """Close the connections."""
-        self._engine.dispose()
+        """Close the connections that are not in use."""
+        self._engine.get().dispose()
 
 
 def make_engine(url: str, application: str = "keepstream", *, pool_size: int = 5, writer: bool = False) -> Engine:

@@ -8,8 +8,11 @@ silently, and the events in between would be lost.
 """
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from functools import partial
 from operator import methodcaller
 from typing import Any, Final, TypeVar
@@ -35,8 +38,9 @@ from keepstream.client.follower import (
     Sleep,
     Subscribe,
 )
+from keepstream.client.forks import PerProcess
 from keepstream.client.redis_errors import translate
-from keepstream.errors import BrokerUnavailableError, InvalidSettingError
+from keepstream.errors import BrokerUnavailableError, InvalidSettingError, KeepstreamError, UnexpectedError
 from keepstream.events import Event
 from keepstream.names import JobKeys
 
@@ -47,6 +51,7 @@ _TIMEOUTS: Final[dict[str, Any]] = {"socket_connect_timeout": 1.0, "socket_timeo
 _COMMAND_POOL: Final[dict[str, Any]] = {**_TIMEOUTS, "max_connections": 20, "timeout": 5.0}
 #: Each follower has a connection of its own, so that a slow reader delays nobody else.
 _SUBSCRIPTION_POOL: Final[dict[str, Any]] = {**_TIMEOUTS, "max_connections": 100_000}
+_CONNECTING: Final = 16  #: Followers that connect at once; all at once would keep each other from it.
 _BAD_URL: Final = "the Redis URL cannot be used; it looks like redis://host:6379/0"
 
 T = TypeVar("T")
@@ -55,29 +60,29 @@ DatabaseRead = ReadSummary | ReadResult  #: What the database performs, through 
 _Call = tuple[Callable[[], Any], Callable[[Any], Any]]
 
 
+def _is_open() -> None:
+    """Say that the client has not been closed."""
+
+
 class RedisConnections:
-    """One client's connections to Redis. Thread-safe; connects when first used.
+    """One client's connections to Redis. Thread-safe; connects when first used, and anew after a fork.
+
+    Args:
+        url: The server.
+        check_open: Raises the error that ends all followers, once the client has been closed.
 
     Raises:
         InvalidSettingError: the URL cannot be used.
     """
 
-    def __init__(self, url: str) -> None:
-        try:
-            self._commands = redis.Redis.from_pool(
-                redis.BlockingConnectionPool.from_url(url, retry=Retry(NoBackoff(), 1), **_COMMAND_POOL)
-            )
-            self._subscriptions = redis.Redis.from_pool(
-                redis.ConnectionPool.from_url(url, retry=Retry(NoBackoff(), 0), **_SUBSCRIPTION_POOL)
-            )
-        except ValueError:
-            raise InvalidSettingError(_BAD_URL) from None
+    def __init__(self, url: str, check_open: Callable[[], None] = _is_open) -> None:
+        self._links = PerProcess(partial(_make_links, url))
+        self._links.get()
+        self._check_open = check_open
 
     def follow(self, run: FollowerRun, keys: JobKeys, read: Callable[[DatabaseRead], Any]) -> Generator[Event]:
         """Perform a follower's run and yield its events; ``read`` asks the database."""
-        session = _Session(
-            self._commands, self._subscriptions, keys, read=read, sleep=time.sleep, close=methodcaller("close")
-        )
+        session = _Session(self._links.get, keys, read=read, sleep=time.sleep, close=methodcaller("close"))
         result = None
         try:
             step = next(run)
@@ -87,16 +92,20 @@ class RedisConnections:
                     step = next(run)
                     continue
                 try:
-                    for call, read_reply in session.calls(step):
-                        result = read_reply(call())
+                    self._check_open()
+                    calls = session.calls(step)
+                    with session.links.connecting if isinstance(step, Subscribe) else nullcontext():
+                        for call, read_reply in calls:
+                            result = read_reply(call())
                 except Exception as error:  # noqa: BLE001  # what the follower does not handle, it raises again
-                    step = run.throw(translate(error))
+                    step = run.throw(_explain(error, self._check_open))
                 else:
                     step = run.send(result)
         except StopIteration:
             return
         finally:
-            session.pubsub.close()
+            with suppress(Exception):
+                session.pubsub.close()
 
     def ping(self) -> None:
         """See whether Redis answers.
@@ -127,40 +136,34 @@ class RedisConnections:
 
     def close(self) -> None:
         """Close all connections."""
-        self._commands.close()
-        self._subscriptions.close()
+        links = self._links.take()
+        if links is not None:
+            links.commands.close()
+            links.subscriptions.close()
+
+    @property
+    def _commands(self) -> redis.Redis:
+        commands: redis.Redis = self._links.get().commands
+        return commands
 
 
 class AsyncRedisConnections:
-    """The same for an async client, on its event loop.
+    """The same for an async client: it has connections of their own for each event loop that uses it.
 
-    Raises:
-        InvalidSettingError: the URL cannot be used.
+    They are closed with their loop.
     """
 
-    def __init__(self, url: str) -> None:
-        try:
-            self._commands = redis.asyncio.Redis.from_pool(
-                redis.asyncio.BlockingConnectionPool.from_url(url, retry=AsyncRetry(NoBackoff(), 1), **_COMMAND_POOL)
-            )
-            self._subscriptions = redis.asyncio.Redis.from_pool(
-                redis.asyncio.ConnectionPool.from_url(url, retry=AsyncRetry(NoBackoff(), 0), **_SUBSCRIPTION_POOL)
-            )
-        except ValueError:
-            raise InvalidSettingError(_BAD_URL) from None
+    def __init__(self, url: str, check_open: Callable[[], None] = _is_open) -> None:
+        self._url = url
+        self._check_open = check_open
+        self._loops: PerProcess[dict[asyncio.AbstractEventLoop, _AsyncLinks]] = PerProcess(dict)
 
     async def follow(
         self, run: FollowerRun, keys: JobKeys, read: Callable[[DatabaseRead], Awaitable[Any]]
     ) -> AsyncGenerator[Event]:
         """Perform a follower's run and yield its events; ``read`` asks the database."""
-        session = _Session(
-            self._commands,
-            self._subscriptions,
-            keys,
-            read=read,
-            sleep=asyncio.sleep,
-            close=methodcaller("aclose"),
-        )
+        links = await self._links()
+        session = _Session(lambda: links, keys, read=read, sleep=asyncio.sleep, close=methodcaller("aclose"))
         result = None
         try:
             step = next(run)
@@ -170,21 +173,95 @@ class AsyncRedisConnections:
                     step = next(run)
                     continue
                 try:
-                    for call, read_reply in session.calls(step):
-                        result = read_reply(await _cancellable(call()))
+                    self._check_open()
+                    calls = session.calls(step)
+                    async with links.connecting if isinstance(step, Subscribe) else nullcontext():
+                        for call, read_reply in calls:
+                            result = read_reply(await _cancellable(call()))
                 except Exception as error:  # noqa: BLE001  # what the follower does not handle, it raises again
-                    step = run.throw(translate(error))
+                    step = run.throw(_explain(error, self._check_open))
                 else:
                     step = run.send(result)
         except StopIteration:
             return
         finally:
-            await session.pubsub.aclose()
+            with suppress(Exception):
+                await session.pubsub.aclose()
 
     async def close(self) -> None:
-        """Close all connections."""
-        await self._commands.aclose()
-        await self._subscriptions.aclose()
+        """Close all connections, those of other running loops as well."""
+        here = asyncio.get_running_loop()
+        for loop, links in list(self._loops.get().items()):
+            if loop is here:
+                await links.close()
+            elif loop.is_running():
+                closing = asyncio.run_coroutine_threadsafe(links.close(), loop)
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(asyncio.wrap_future(closing), _ANSWER_TIMEOUT)
+        self._loops.get().clear()
+
+    async def _links(self) -> "_AsyncLinks":
+        """Return the connections of the running loop."""
+        loop = asyncio.get_running_loop()
+        loops = self._loops.get()
+        if loop not in loops:
+            for other in [other for other in loops if other.is_closed()]:
+                loops.pop(other, None)  # one that was not ended as asyncio.run does; nothing on it can be closed
+            loops[loop] = _make_async_links(self._url)
+            await anext(loops[loop].keeper)
+        return loops[loop]
+
+
+@dataclass(slots=True, eq=False)
+class _Links:
+    """The connections of one process."""
+
+    commands: Any
+    subscriptions: Any
+    connecting: Any  #: A semaphore; who waits for it has not begun to connect, so no time-out runs.
+
+
+@dataclass(slots=True, eq=False)
+class _AsyncLinks(_Links):
+    """The connections of one event loop."""
+
+    keeper: AsyncGenerator[None]  #: A loop that ends closes its unfinished async generators, and so the connections.
+
+    async def close(self) -> None:
+        """Close them, once."""
+        with suppress(RuntimeError):  # somebody else does it at this moment
+            await self.keeper.aclose()
+
+
+def _make_links(url: str) -> _Links:
+    try:
+        commands = redis.BlockingConnectionPool.from_url(url, retry=Retry(NoBackoff(), 1), **_COMMAND_POOL)
+        subscriptions = redis.ConnectionPool.from_url(url, retry=Retry(NoBackoff(), 0), **_SUBSCRIPTION_POOL)
+    except ValueError:
+        raise InvalidSettingError(_BAD_URL) from None
+    return _Links(
+        redis.Redis.from_pool(commands),
+        redis.Redis.from_pool(subscriptions),
+        threading.BoundedSemaphore(_CONNECTING),
+    )
+
+
+def _make_async_links(url: str) -> _AsyncLinks:
+    pools = redis.asyncio.BlockingConnectionPool, redis.asyncio.ConnectionPool
+    commands = redis.asyncio.Redis.from_pool(pools[0].from_url(url, retry=AsyncRetry(NoBackoff(), 1), **_COMMAND_POOL))
+    subscriptions = redis.asyncio.Redis.from_pool(
+        pools[1].from_url(url, retry=AsyncRetry(NoBackoff(), 0), **_SUBSCRIPTION_POOL)
+    )
+
+    async def keep() -> AsyncGenerator[None]:
+        try:
+            yield
+        finally:
+            for client in (commands, subscriptions):
+                with suppress(RedisError, OSError):
+                    await client.aclose()
+
+    return _AsyncLinks(commands, subscriptions, asyncio.Semaphore(_CONNECTING), keep())
 
 
 class _Session:
@@ -196,24 +273,32 @@ class _Session:
 
     def __init__(
         self,
-        commands: Any,
-        subscriptions: Any,
+        links: Callable[[], _Links],
         keys: JobKeys,
         *,
         read: Callable[[DatabaseRead], Any],
         sleep: Callable[[float], Any],
         close: Callable[[Any], Any],
     ) -> None:
-        self.pubsub = subscriptions.pubsub()  #: The present subscription; ``follow`` closes it at the end.
-        self._commands = commands
-        self._subscriptions = subscriptions
+        self.links = links()
+        self.pubsub = self.links.subscriptions.pubsub()  #: The present subscription; ``follow`` closes it at the end.
+        self._links_now = links
         self._keys = keys
         self._read = read
         self._sleep = sleep
         self._close = close
 
     def calls(self, operation: Operation) -> tuple[_Call, ...]:
-        """Return the calls that perform ``operation``; the last one gives its result."""
+        """Return the calls that perform ``operation``; the last one gives its result.
+
+        Raises:
+            DisconnectedError: the subscription is the parent's, and this is a child that goes on with an iteration.
+        """
+        links = self._links_now()
+        if self.links is not links:
+            self.links = links
+            self._renew(None)
+            raise DisconnectedError
         match operation:
             case Listen(seconds):
                 return ((partial(self.pubsub.get_message, timeout=seconds), _payload),)
@@ -225,9 +310,9 @@ class _Session:
                 )
             case ReadLog(after):
                 start = "-" if after is None else f"({after}"
-                return ((partial(self._commands.xrange, self._keys.log, start, count=LOG_PAGE), _entries),)
+                return ((partial(self.links.commands.xrange, self._keys.log, start, count=LOG_PAGE), _entries),)
             case ReadNewest():
-                return ((partial(self._commands.xrevrange, self._keys.log, count=1), _first_entry),)
+                return ((partial(self.links.commands.xrevrange, self._keys.log, count=1), _first_entry),)
             case Sleep(seconds):
                 return ((partial(self._sleep, seconds), _ignore),)
             case ReadSummary() | ReadResult():
@@ -236,7 +321,21 @@ class _Session:
 
     def _renew(self, _closed: Any) -> None:
         # Only once the previous one is closed: if that was interrupted, ``follow`` closes it at the end.
-        self.pubsub = self._subscriptions.pubsub()
+        self.pubsub = self.links.subscriptions.pubsub()
+
+
+def _explain(error: Exception, check_open: Callable[[], None]) -> Exception:
+    """Return what the follower is thrown for the error of a call."""
+    try:
+        check_open()  # the error may be a result of that
+    except KeepstreamError as closed:
+        return closed
+    known = translate(error)
+    if isinstance(known, KeepstreamError | DisconnectedError):
+        return known
+    unexpected = UnexpectedError(f"the job cannot be followed ({type(error).__name__})")
+    unexpected.__cause__ = error
+    return unexpected
 
 
 async def _cancellable(work: Awaitable[T]) -> T:

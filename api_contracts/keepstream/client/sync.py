@@ -10,12 +10,13 @@ in the database::
         print(client.get(job_id).text)
 """
 
-from collections.abc import Collection, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from datetime import datetime
 from functools import partial
 from typing import Any, Self
 
 from keepstream.client.base import FOLLOW_TIMEOUT, NOT_FOUND_AFTER, WAIT_TIMEOUT, BaseClient
+from keepstream.client.follower import FollowerRun
 from keepstream.client.listing import make_wanted
 from keepstream.events import Event
 from keepstream.jobs import Job
@@ -56,7 +57,7 @@ class Client(BaseClient):
             StoreUnavailableError: the database did not take it; it is not accepted.
             BrokerUnavailableError: there is no database, and the broker did not take it within seconds.
         """
-        return self._enqueue(request, fields)
+        return self._perform(self._enqueue, request, fields)
 
     def follow(
         self,
@@ -85,11 +86,7 @@ class Client(BaseClient):
             EventsLostError: the log has lost events of an ended job, and there is no database to ask.
             InvalidSettingError: Redis does not accept the URL's user, or cannot be used to follow this job.
         """
-        return self._redis.follow(
-            self._run_follower(job_id, after, timeout, not_found_after),
-            self._keys(job_id),
-            partial(self._read_for_follower, job_id),
-        )
+        return self._events(self._run_follower, job_id, after, timeout, not_found_after)
 
     def cancel(self, job_id: str) -> JobStatus | None:
         """Cancel a job, whatever its state, and return its status after that. May be repeated.
@@ -102,7 +99,7 @@ class Client(BaseClient):
             StoreUnavailableError: the database did not answer.
             BrokerUnavailableError: Redis did not answer, and the database does not know the job or is not configured.
         """
-        return self._cancel(job_id)
+        return self._perform(self._cancel, job_id)
 
     def get(self, job_id: str) -> CompletionResult | None:
         """Return a job with everything stored about it, or None if there is no such job.
@@ -111,7 +108,7 @@ class Client(BaseClient):
             NotConfiguredError: the client has no database.
             StoreUnavailableError: the database did not answer.
         """
-        return self._get(job_id)
+        return self._perform(self._get, job_id)
 
     def list(
         self,
@@ -145,7 +142,8 @@ class Client(BaseClient):
             NotConfiguredError: the client has no database.
             StoreUnavailableError: the database did not answer.
         """
-        return self._list(make_wanted(status, model, provider, metadata, since, until), before, limit)
+        wanted = self._perform(make_wanted, status, model, provider, metadata, since, until)
+        return self._perform(self._list, wanted, before, limit)
 
     def wait(
         self, job_id: str, *, timeout: float = WAIT_TIMEOUT, not_found_after: float = NOT_FOUND_AFTER
@@ -164,10 +162,9 @@ class Client(BaseClient):
             InvalidSettingError: Redis does not accept the URL's user, or cannot be used to follow this job.
             StoreUnavailableError: the database did not answer when the job had ended.
         """
-        run = self._run_waiting(job_id, timeout, not_found_after)
-        for _ in self._redis.follow(run, self._keys(job_id), partial(self._read_for_follower, job_id)):
+        for _ in self._events(self._run_waiting, job_id, timeout, not_found_after):
             pass
-        return self._get_ended(job_id)
+        return self._perform(self._get_ended, job_id)
 
     def waiting_for(self, job_id: str) -> WaitingFor | None:
         """Return what keeps a job waiting; None: it runs, or has ended.
@@ -176,7 +173,7 @@ class Client(BaseClient):
             JobNotFoundError: there is no such job.
             NotConfiguredError: the client has no database.
         """
-        return self._waiting_for(job_id)
+        return self._perform(self._waiting_for, job_id)
 
     def retry(self, job_id: str, *, force: bool = False) -> str:
         """Run an ended job again, as a new job with the same request, metadata and limits; return the new id.
@@ -193,10 +190,10 @@ class Client(BaseClient):
             NotConfiguredError: the client has no database.
             StoreUnavailableError: the database did not take it.
         """
-        return self._retry(job_id, force=force)
+        return self._perform(self._retry, job_id, force=force)
 
     def close(self) -> None:
-        """Close all connections."""
+        """Close all connections, after the calls under way. Iterations of ``follow`` end with ``ClientClosedError``."""
         self._close()
 
     def __enter__(self) -> Self:
@@ -204,3 +201,9 @@ class Client(BaseClient):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _events(self, make_run: Callable[..., FollowerRun], job_id: str, *arguments: Any) -> Generator[Event]:
+        keys = self._perform(self._keys, job_id)
+        run = self._perform(make_run, job_id, *arguments)
+        read = partial(self._read_for_follower, job_id)
+        return self._redis.follow(run, keys, lambda operation: self._perform(read, operation))
