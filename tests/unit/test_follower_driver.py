@@ -31,7 +31,7 @@ from keepstream.client.follower import (
     Subscribe,
 )
 from keepstream.client.redis import AsyncRedisConnections, RedisConnections
-from keepstream.errors import InvalidSettingError, StoreUnavailableError
+from keepstream.errors import InvalidSettingError, StoreUnavailableError, UnexpectedError
 from keepstream.events import Event, parse_event
 from keepstream.names import job_keys
 from tests.event_texts import ended, started
@@ -111,7 +111,7 @@ async def test_a_redis_that_is_away_disconnects_every_operation_and_ends_nothing
         (NoPermissionError("NOPERM"), InvalidSettingError),
         (ResponseError("WRONGTYPE Operation against a key"), InvalidSettingError),
         (InvalidResponse("b'HTTP/1.1 400'"), InvalidSettingError),
-        (ZeroDivisionError(), ZeroDivisionError),  # a defect stays what it is
+        (ZeroDivisionError(), UnexpectedError),  # a defect, which is the cause of that
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else value.__name__,
 )

@@ -149,7 +149,8 @@ class BaseClient(ForkMember):
 
     def after_fork_in_parent(self) -> None:
         """Let calls go on."""
-        self._gate.open()
+        if self._database is not None and self._database.is_file:
+            self._gate.open()
 
     def after_fork_in_child(self) -> None:
         """Forget the calls of the parent's threads."""
