@@ -19,10 +19,7 @@ from typing import Any, Final, TypeVar
 
 import redis
 import redis.asyncio
-from redis.asyncio.retry import Retry as AsyncRetry
-from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
-from redis.retry import Retry
 
 from keepstream.client.follower import (
     LOG_PAGE,
@@ -39,20 +36,30 @@ from keepstream.client.follower import (
     Subscribe,
 )
 from keepstream.client.forks import PerProcess
+from keepstream.client.redis_connections import PoolOptions, make_async_pool, make_pool
 from keepstream.client.redis_errors import translate
-from keepstream.errors import BrokerUnavailableError, InvalidSettingError, KeepstreamError, UnexpectedError
+from keepstream.client.redis_url import RedisServer, parse_redis_url
+from keepstream.errors import BrokerUnavailableError, KeepstreamError, UnexpectedError
 from keepstream.events import Event
 from keepstream.names import JobKeys
 
 #: Seconds; each command is small, so a longer wait means an outage.
 _ANSWER_TIMEOUT: Final = 2.0
-_TIMEOUTS: Final[dict[str, Any]] = {"socket_connect_timeout": 1.0, "socket_timeout": _ANSWER_TIMEOUT}
-#: Connections for commands; a caller that finds all of them busy waits at most ``timeout`` seconds for one.
-_COMMAND_POOL: Final[dict[str, Any]] = {**_TIMEOUTS, "max_connections": 20, "timeout": 5.0}
+#: Connections for commands; a caller that finds all of them busy waits so long for one.
+_COMMAND_POOL: Final[PoolOptions] = {
+    "connect_timeout": 1.0,
+    "answer_timeout": _ANSWER_TIMEOUT,
+    "retries": 1,  # the server may have closed a connection that has not been used for long
+    "max_connections": 20,
+    "wait_for_connection": 5.0,
+}
 #: Each follower has a connection of its own, so that a slow reader delays nobody else.
-_SUBSCRIPTION_POOL: Final[dict[str, Any]] = {**_TIMEOUTS, "max_connections": 100_000}
+_SUBSCRIPTION_POOL: Final[PoolOptions] = {
+    "connect_timeout": 1.0,
+    "answer_timeout": _ANSWER_TIMEOUT,
+    "max_connections": 100_000,
+}
 _CONNECTING: Final = 16  #: Followers that connect at once; all at once would keep each other from it.
-_BAD_URL: Final = "the Redis URL cannot be used; it looks like redis://host:6379/0"
 
 T = TypeVar("T")
 DatabaseRead = ReadSummary | ReadResult  #: What the database performs, through a function of the client's.
@@ -76,7 +83,7 @@ class RedisConnections:
     """
 
     def __init__(self, url: str, check_open: Callable[[], None] = _is_open) -> None:
-        self._links = PerProcess(partial(_make_links, url))
+        self._links = PerProcess(partial(_make_links, parse_redis_url(url)))
         self._links.get()
         self._check_open = check_open
 
@@ -154,7 +161,7 @@ class AsyncRedisConnections:
     """
 
     def __init__(self, url: str, check_open: Callable[[], None] = _is_open) -> None:
-        self._url = url
+        self._server = parse_redis_url(url)
         self._check_open = check_open
         self._loops: PerProcess[dict[asyncio.AbstractEventLoop, _AsyncLinks]] = PerProcess(dict)
 
@@ -207,7 +214,7 @@ class AsyncRedisConnections:
         if loop not in loops:
             for other in [other for other in loops if other.is_closed()]:
                 loops.pop(other, None)  # one that was not ended as asyncio.run does; nothing on it can be closed
-            loops[loop] = _make_async_links(self._url)
+            loops[loop] = _make_async_links(self._server)
             await anext(loops[loop].keeper)
         return loops[loop]
 
@@ -233,25 +240,17 @@ class _AsyncLinks(_Links):
             await self.keeper.aclose()
 
 
-def _make_links(url: str) -> _Links:
-    try:
-        commands = redis.BlockingConnectionPool.from_url(url, retry=Retry(NoBackoff(), 1), **_COMMAND_POOL)
-        subscriptions = redis.ConnectionPool.from_url(url, retry=Retry(NoBackoff(), 0), **_SUBSCRIPTION_POOL)
-    except ValueError:
-        raise InvalidSettingError(_BAD_URL) from None
+def _make_links(server: RedisServer) -> _Links:
     return _Links(
-        redis.Redis.from_pool(commands),
-        redis.Redis.from_pool(subscriptions),
+        redis.Redis.from_pool(make_pool(server, **_COMMAND_POOL)),
+        redis.Redis.from_pool(make_pool(server, **_SUBSCRIPTION_POOL)),
         threading.BoundedSemaphore(_CONNECTING),
     )
 
 
-def _make_async_links(url: str) -> _AsyncLinks:
-    pools = redis.asyncio.BlockingConnectionPool, redis.asyncio.ConnectionPool
-    commands = redis.asyncio.Redis.from_pool(pools[0].from_url(url, retry=AsyncRetry(NoBackoff(), 1), **_COMMAND_POOL))
-    subscriptions = redis.asyncio.Redis.from_pool(
-        pools[1].from_url(url, retry=AsyncRetry(NoBackoff(), 0), **_SUBSCRIPTION_POOL)
-    )
+def _make_async_links(server: RedisServer) -> _AsyncLinks:
+    commands = redis.asyncio.Redis.from_pool(make_async_pool(server, **_COMMAND_POOL))
+    subscriptions = redis.asyncio.Redis.from_pool(make_async_pool(server, **_SUBSCRIPTION_POOL))
 
     async def keep() -> AsyncGenerator[None]:
         try:

@@ -15,20 +15,19 @@ from collections.abc import Iterable
 from typing import Any, Final
 
 import redis
-from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, AuthorizationError, NoPermissionError, RedisError
-from redis.retry import Retry
 
 from keepstream import names
 from keepstream.client.forks import PerProcess
-from keepstream.errors import BrokerUnavailableError, InvalidSettingError
+from keepstream.client.redis_connections import PoolOptions, make_pool
+from keepstream.client.redis_url import parse_redis_url
+from keepstream.errors import BrokerUnavailableError
 
-_POOL: Final[dict[str, Any]] = {
-    "socket_connect_timeout": 1.0,  # seconds; a broker that does not even accept a connection is down
-    "socket_timeout": 2.0,  # seconds; a push normally takes microseconds, so this is generous
-    "socket_keepalive": True,
+_POOL: Final[PoolOptions] = {
+    "connect_timeout": 1.0,  # seconds; a broker that does not even accept a connection is down
+    "answer_timeout": 2.0,  # seconds; a push normally takes microseconds, so this is generous
     "max_connections": 10,  # sends at the same time
-    "timeout": 2.0,  # seconds that further ones wait
+    "wait_for_connection": 2.0,
 }
 
 
@@ -40,7 +39,7 @@ class Sender:
     """
 
     def __init__(self, broker_url: str, queue: str = names.QUEUE) -> None:
-        self._broker_url = broker_url
+        self._server = parse_redis_url(broker_url)
         self._queue = queue
         self._connections = PerProcess(self._connect)
         self._connections.get()
@@ -82,19 +81,7 @@ class Sender:
             connections.close()
 
     def _connect(self) -> redis.Redis:
-        if "cluster" in self._broker_url.partition("://")[0]:
-            raise InvalidSettingError(
-                "Celery cannot use a Redis Cluster as its broker: its commands span slots;"
-                " name a single Redis (redis://) or a Sentinel (sentinel://)"
-            )
-        try:
-            # Once more, because the server may have closed a connection that has not been used for long; but not after
-            # a time-out, so that the bound holds.
-            retry = Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,))
-            pool = redis.BlockingConnectionPool.from_url(self._broker_url, retry=retry, **_POOL)
-        except ValueError:
-            raise InvalidSettingError("the broker URL cannot be used; it looks like redis://host:6379/0") from None
-        return redis.Redis.from_pool(pool)
+        return redis.Redis.from_pool(make_pool(self._server, **_POOL))
 
 
 def celery_message(job: dict[str, Any], queue: str, origin: str) -> str:
