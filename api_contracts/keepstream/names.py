@@ -16,12 +16,21 @@ PREFIX: Final = "keepstream"  #: Default prefix of every Redis key and channel o
 DEFAULT_TENANT: Final = "default"
 RESEND_AFTER: Final = 30.0  #: Seconds after which a queued job that nobody claimed is sent again.
 
+ENVIRONMENT: Final = "KEEPSTREAM_"  #: How our environment variables begin.
 ENV_REDIS_URL: Final = "KEEPSTREAM_REDIS_URL"
 ENV_BROKER_URL: Final = "KEEPSTREAM_BROKER_URL"
 ENV_REDIS_PASSWORD: Final = "KEEPSTREAM_REDIS_PASSWORD"  # noqa: S105  # a name, not a password
 ENV_DATABASE_URL: Final = "KEEPSTREAM_DATABASE_URL"
 ENV_PREFIX: Final = "KEEPSTREAM_PREFIX"
 ENV_QUEUE: Final = "KEEPSTREAM_QUEUE"
+
+#: What Kubernetes sets in each container for a service whose name begins with "keepstream", and Docker for a link:
+#: name and value, written as one. The value tells KEEPSTREAM_REDIS_PORT=6379 and KEEPSTREAM_QUEUE_NAME=mine from these.
+_OF_A_SERVICE: Final = re.compile(
+    r"\w+(_SERVICE_HOST|_SERVICE_PORT(_\w+)?|_PORT_\d+_(TCP|UDP|SCTP)(_\w+)?|_ENV_\w+)=.*"
+    r"|\w+_PORT=\w+://.*|\w+_NAME=/.*",
+    re.DOTALL,
+)
 
 #: Of tenant and job ids: they are parts of key names, so braces, colons and spaces are not allowed.
 ID_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._\-]{0,127}$"
@@ -81,6 +90,11 @@ def nearest(name: str, known: Iterable[str], similarity: float = 0.6) -> str | N
     ``similarity`` is the least ratio, from 0 to 1, as difflib computes it.
     """
     return next(iter(get_close_matches(name, list(known), n=1, cutoff=similarity)), None)
+
+
+def is_set_by_the_platform(variable: str, value: str) -> bool:
+    """Tell whether Kubernetes or Docker has set an environment variable, to describe a service that they run."""
+    return _OF_A_SERVICE.fullmatch(f"{variable.upper()}={value}") is not None
 
 
 def install_hint(extra: str) -> str:

@@ -6,7 +6,6 @@ reason for it; a wrong one stops the start with a clear line.
 """
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
@@ -21,16 +20,9 @@ from keepstream.client.redis_url import RedisServer, parse_redis_url
 
 Seconds = Annotated[float, Field(gt=0)]
 
-_PREFIX: Final = "KEEPSTREAM_"
+_PREFIX: Final = names.ENVIRONMENT
 #: Read by `keepstream demo`, by the scripted provider and by docker-compose.yml.
 _READ_ELSEWHERE: Final = {"KEEPSTREAM_DEMO_MODEL", "KEEPSTREAM_SCRIPTED_API_KEY", "KEEPSTREAM_TAG"}
-#: What Kubernetes sets in each container for a service whose name begins with "keepstream", and Docker for a link:
-#: name and value, written as one. The value tells KEEPSTREAM_REDIS_PORT=6379 and KEEPSTREAM_QUEUE_NAME=mine from these.
-_OF_A_SERVICE: Final = re.compile(
-    r"\w+(_SERVICE_HOST|_SERVICE_PORT(_\w+)?|_PORT_\d+_(TCP|UDP|SCTP)(_\w+)?|_ENV_\w+)=.*"
-    r"|\w+_PORT=\w+://.*|\w+_NAME=/.*",
-    re.DOTALL,
-)
 
 
 class SettingsError(Exception):
@@ -227,7 +219,7 @@ def unknown_variables(environment: Mapping[str, str]) -> list[str]:
     complaints = []
     for name, value in sorted(environment.items()):
         spelling = name.upper()  # names are read in either case
-        if not spelling.startswith(_PREFIX) or spelling in known or _OF_A_SERVICE.fullmatch(f"{spelling}={value}"):
+        if not spelling.startswith(_PREFIX) or spelling in known or names.is_set_by_the_platform(name, value):
             continue
         if _is_named_in_providers_file(name, environment):
             continue

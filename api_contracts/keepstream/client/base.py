@@ -17,6 +17,7 @@ from typing import Any, Final, ParamSpec, Self, TypeVar
 
 from keepstream import names
 from keepstream.client import queries
+from keepstream.client.arguments import check_limit, check_seconds, check_text
 from keepstream.client.database import ClientDatabase
 from keepstream.client.follower import Follower, FollowerRun, ReadResult, ReadSummary, parse_cursor
 from keepstream.client.forks import ForkMember
@@ -28,7 +29,6 @@ from keepstream.client.sender import Sender
 from keepstream.errors import (
     BrokerUnavailableError,
     ErrorCode,
-    InvalidArgumentError,
     InvalidJobError,
     InvalidSettingError,
     JobNotFoundError,
@@ -49,6 +49,8 @@ _CANCEL_TTL: Final = 60  #: Seconds for which a request to cancel that the datab
 _UNCLAIMED_CANCEL_TTL: Final = 86_400  #: The same for one that only Redis has, until a worker claims its job.
 _log: Final = logging.getLogger("keepstream")
 _EXAMPLE_URL: Final = "redis://host:6379/0"
+#: How alike two names are of which one is a typo: QEUE, REDIS_URI; but not REDIS_PORT, which is another.
+_SIMILAR: Final = 0.75
 _VARIABLES: Final = (
     names.ENV_REDIS_URL,
     names.ENV_BROKER_URL,
@@ -82,8 +84,22 @@ class BaseClient(ForkMember):
         prefix: str = names.PREFIX,
         queue: str = names.QUEUE,
     ) -> None:
-        if not _can_be_an_id(tenant):
+        given: dict[str, Any] = {
+            "redis_url": redis_url,
+            "broker_url": broker_url,
+            "database_url": database_url,
+            "tenant": tenant,
+            "prefix": prefix,
+            "queue": queue,
+        }
+        for argument, value in given.items():
+            if value is not None and not isinstance(value, str):
+                raise InvalidSettingError(f"{argument} is a text, not {type(value).__name__}")
+        if not _can_be_an_id(tenant or ""):
             raise InvalidSettingError("a tenant consists of letters, digits, '.', '_' and '-', at most 128 of them")
+        for argument in ("prefix", "queue"):
+            if not given[argument]:
+                raise InvalidSettingError(f"{argument} is empty; leave it out, or give the workers' one")
         if not redis_url:  # or None, from a variable that is not set
             raise InvalidSettingError(f"redis_url ({names.ENV_REDIS_URL}) is missing; it looks like {_EXAMPLE_URL}")
         self.tenant = tenant
@@ -106,13 +122,12 @@ class BaseClient(ForkMember):
 
         Raises:
             NotConfiguredError: ``KEEPSTREAM_REDIS_URL`` is not set.
-            InvalidSettingError: a variable's value cannot be used.
+            InvalidSettingError: a variable's value cannot be used, or its name is nearly one of these.
         """
+        _refuse_misspelt_variables()
         redis_url = os.environ.get(names.ENV_REDIS_URL)
         if not redis_url:
-            raise NotConfiguredError(
-                f"{names.ENV_REDIS_URL} is not set; it looks like {_EXAMPLE_URL}{_misspelt(names.ENV_REDIS_URL)}"
-            )
+            raise NotConfiguredError(f"{names.ENV_REDIS_URL} is not set; it looks like {_EXAMPLE_URL}")
         password = os.environ.get(names.ENV_REDIS_PASSWORD)
         return cls(
             with_password(redis_url, password),
@@ -199,6 +214,11 @@ class BaseClient(ForkMember):
         total_timeout: float = math.inf,
     ) -> FollowerRun:
         """Return the run of a new follower; its operations are performed by the client's Redis connections."""
+        if after is not None:
+            check_text("after", after)
+        check_seconds("timeout", timeout)
+        check_seconds("timeout", total_timeout)
+        check_seconds("not_found_after", not_found_after)
         return Follower(
             job_id,
             parse_cursor(after),
@@ -254,11 +274,10 @@ class BaseClient(ForkMember):
 
     def _list(self, wanted: Wanted, before: str | None, limit: int) -> JobPage:
         database = self._required_database()
+        check_limit(limit)
         if before is not None:
             _check_id(before)
-        if not all(
-            _can_be_stored(text) for text in (*wanted.statuses, wanted.model, wanted.provider) if text is not None
-        ):
+        if not all(_can_be_stored(text) for text in (wanted.model, wanted.provider) if text is not None):
             return JobPage()
         with database.transaction() as connection:
             return list_jobs(connection, self.tenant, wanted, before=before, limit=limit)
@@ -315,10 +334,7 @@ class BaseClient(ForkMember):
 
     def _required_database(self) -> ClientDatabase:
         if self._database is None:
-            raise NotConfiguredError(
-                f"this needs a database: give database_url or set {names.ENV_DATABASE_URL}"
-                f"{_misspelt(names.ENV_DATABASE_URL)}"
-            )
+            raise NotConfiguredError(f"this needs a database: give database_url or set {names.ENV_DATABASE_URL}")
         return self._database
 
 
@@ -327,9 +343,8 @@ def _log_reason(job_id: str, reason: WaitingFor) -> None:
     _log.log(level, "job %s waits for %s", job_id, reason.text)
 
 
-def _can_be_an_id(text: object) -> bool:
-    if not isinstance(text, str):
-        raise InvalidArgumentError(f"an id is a text, not {type(text).__name__}")
+def _can_be_an_id(text: str) -> bool:
+    check_text("an id", text)
     return re.fullmatch(names.ID_PATTERN, text) is not None
 
 
@@ -364,8 +379,20 @@ def _setting(argument: str, variable: str) -> Iterator[None]:
         raise InvalidSettingError(f"{argument} ({variable}): {error}") from None
 
 
-def _misspelt(variable: str) -> str:
-    """Return a hint for an error message if a variable is set whose name is nearly ``variable``."""
-    others = {name.upper(): name for name in os.environ if name not in _VARIABLES}
-    similar = names.nearest(variable, others, 0.85)
-    return f" ({others[similar]} is set: is that the one you mean?)" if similar else ""
+def _refuse_misspelt_variables() -> None:
+    """Raise ``InvalidSettingError`` for a variable whose name is nearly one that a client reads.
+
+    Further ``KEEPSTREAM_`` variables are the worker's, and no business of the client's.
+    """
+    known = [variable.removeprefix(names.ENVIRONMENT) for variable in _VARIABLES]
+    for name, value in os.environ.items():
+        spelling = name.upper()
+        if (
+            name in _VARIABLES
+            or not spelling.startswith(names.ENVIRONMENT)
+            or names.is_set_by_the_platform(name, value)
+        ):
+            continue
+        meant = names.nearest(spelling.removeprefix(names.ENVIRONMENT), known, _SIMILAR)
+        if meant is not None:
+            raise InvalidSettingError(f"{name}: there is no such variable; did you mean {names.ENVIRONMENT}{meant}?")

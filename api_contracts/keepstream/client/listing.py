@@ -16,6 +16,7 @@ from typing import Any, Final
 from sqlalchemy import ColumnElement, Connection, Select, select, tuple_
 
 from keepstream.client import waiting
+from keepstream.client.arguments import check_metadata, check_text, check_time, read_statuses
 from keepstream.client.results_from_rows import SUMMARY_COLUMNS, StoredRow, job_summary
 from keepstream.errors import JobNotFoundError
 from keepstream.results import JobPage, JobStatus
@@ -72,9 +73,18 @@ def make_wanted(
     since: datetime | None,
     until: datetime | None,
 ) -> Wanted:
-    """Return what a client's caller asks for."""
-    statuses = (status,) if isinstance(status, str) else tuple(status or ())
-    return Wanted(statuses, model, provider, metadata or {}, since, until)
+    """Return what a client's caller asks for; a status may be given by its word.
+
+    Raises:
+        InvalidArgumentError: it cannot be asked for.
+    """
+    for name, text in (("model", model), ("provider", provider)):
+        if text is not None:
+            check_text(name, text)
+    check_metadata(metadata)
+    check_time("since", since)
+    check_time("until", until)
+    return Wanted(read_statuses(status), model, provider, metadata or {}, since, until)
 
 
 def list_jobs(

@@ -317,7 +317,12 @@ def _address(text: str, default_port: int) -> Address:
     port = int(found["port"] or default_port)
     if not 0 < port < 65536:
         raise InvalidSettingError("the URL's port is no port: it is a number from 1 to 65535")
-    return Address(unquote(found["ip"] or found["name"]) or "localhost", port)
+    host = unquote(found["ip"] or found["name"]) or "localhost"
+    try:
+        host.encode("idna")  # as every look-up of it does
+    except UnicodeError:
+        raise InvalidSettingError("the URL's host is no host name: its parts have 1 to 63 characters") from None
+    return Address(host, port)
 
 
 def _join(addresses: Iterable[Address]) -> str:
