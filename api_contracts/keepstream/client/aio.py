@@ -6,6 +6,7 @@ in threads.
 """
 
 import asyncio
+import sys
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -18,7 +19,7 @@ from keepstream.client.follower import FollowerRun
 from keepstream.client.forks import PerProcess
 from keepstream.client.listing import make_wanted
 from keepstream.client.redis import AsyncRedisConnections
-from keepstream.errors import UnexpectedError
+from keepstream.errors import InvalidSettingError, UnexpectedError
 from keepstream.events import Event
 from keepstream.jobs import Job
 from keepstream.results import CompletionResult, JobPage, JobStatus, WaitingFor
@@ -30,7 +31,10 @@ T = TypeVar("T")
 
 
 class AsyncClient(BaseClient):
-    """``Client`` for asyncio: the same arguments, and the same methods to be awaited."""
+    """``Client`` for asyncio: the same arguments, and the same methods to be awaited.
+
+    It may be used by several event loops, in turn or at once, and has connections of their own for each.
+    """
 
     def __init__(
         self,
@@ -42,6 +46,11 @@ class AsyncClient(BaseClient):
         prefix: str = names.PREFIX,
         queue: str = names.QUEUE,
     ) -> None:
+        patched = sys.modules.get("gevent.monkey")
+        if patched is not None and patched.is_module_patched("select"):
+            raise InvalidSettingError(
+                "AsyncClient needs asyncio, and gevent has patched this process: use Client in greenlets"
+            )
         super().__init__(
             redis_url, broker_url=broker_url, database_url=database_url, tenant=tenant, prefix=prefix, queue=queue
         )
