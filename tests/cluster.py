@@ -100,10 +100,6 @@ class WorkerProcess(EmbeddedProcess):
             return super()._spawn()
         return self._forks.start("keepstream_worker.app", [], self._environment, self._log)
 
-    def launch(self) -> None:
-        """Start the worker and do not wait until it is at work."""
-        self._process = self._spawn()
-
     @property
     def running(self) -> bool:
         """Whether the process exists."""

@@ -7,15 +7,17 @@ says what is wrong and what to do.
 import os
 import signal
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import NoReturn
+from types import FrameType
+from typing import Any, NoReturn
 
-from celery.platforms import SecurityWarning
+from celery import Celery
+from celery.platforms import EX_OK, SecurityWarning
 from celery.signals import worker_shutting_down
+from celery.worker import state
 
 from keepstream.client.database import make_engine
 from keepstream.errors import InvalidSettingError
@@ -67,7 +69,7 @@ def run_worker(*, concurrency: int | None = None, number: int | None = None) -> 
     if number is None:  # one that replaces another waits for a Redis that is away, as the others do
         check_redis(settings)
     app = make_celery(settings, Service(settings, providers), own_pulse)
-    worker = app.Worker(
+    worker = _worker_class(app)(
         hostname=f"keepstream-{os.getpid()}@%h",
         pool=POOL,
         concurrency=settings.concurrency,
@@ -79,14 +81,42 @@ def run_worker(*, concurrency: int | None = None, number: int | None = None) -> 
         without_heartbeat=True,
         optimization="default",
     )
-    shutdown_requested = threading.Event()
-    worker_shutting_down.connect(lambda **_: shutdown_requested.set(), weak=False)
     worker.start()
-    # Celery counts Ctrl-C as a failure; it is how people stop a worker.
-    code = 0 if shutdown_requested.is_set() else int(worker.exitcode or 0)
+    code = int(worker.exitcode or 0)
     if own_pulse is not None and code == 0:
         own_pulse.end()
     return code
+
+
+def _worker_class(app: Celery) -> Any:
+    """Return Celery's worker, with signal handlers that print nothing.
+
+    Celery's print to standard output, between our lines of JSON, and what they say does not hold for us: Ctrl-C is no
+    failure and does not "terminate all running tasks". They also start the program anew on SIGHUP.
+    """
+
+    class Worker(app.Worker):  # type: ignore[misc]  # made by Celery when asked for
+        def install_platform_tweaks(self, worker: Any) -> None:
+            """Called by Celery before it consumes."""
+
+            def stop(signum: int, _frame: FrameType | None) -> None:
+                now = signum == signal.SIGQUIT
+                worker_shutting_down.send(
+                    sender=worker.hostname,
+                    sig=signal.Signals(signum).name,
+                    how="Cold" if now else "Warm",
+                    exitcode=EX_OK,
+                )
+                if now:
+                    state.should_terminate = EX_OK
+                else:
+                    state.should_stop = EX_OK
+
+            for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+                if signum != signal.SIGHUP or signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup leaves it
+                    signal.signal(signum, stop)
+
+    return Worker
 
 
 def expect_pulses(settings: Settings, processes: int) -> list[Pulse]:
@@ -191,6 +221,8 @@ def main() -> NoReturn:
         leave(run_worker(number=int(sys.argv[1]) if sys.argv[1:] else None))
     except StartError as error:
         raise SystemExit(f"keepstream: {error}") from None
+    except KeyboardInterrupt:  # before the worker was up
+        raise SystemExit(128 + signal.SIGINT) from None
 
 
 if __name__ == "__main__":

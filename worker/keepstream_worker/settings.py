@@ -21,8 +21,8 @@ from keepstream.client.redis_url import RedisServer, parse_redis_url
 Seconds = Annotated[float, Field(gt=0)]
 
 _PREFIX: Final = names.ENVIRONMENT
-#: Read by `keepstream demo`, by the scripted provider and by docker-compose.yml.
-_READ_ELSEWHERE: Final = {"KEEPSTREAM_DEMO_MODEL", "KEEPSTREAM_SCRIPTED_API_KEY", "KEEPSTREAM_TAG"}
+#: Set by `keepstream dev`; read by the scripted provider and by docker-compose.yml.
+_READ_ELSEWHERE: Final = {"KEEPSTREAM_DEV", "KEEPSTREAM_SCRIPTED_API_KEY", "KEEPSTREAM_TAG"}
 
 
 class SettingsError(Exception):

@@ -8,9 +8,11 @@ CPU to import. Here nothing is imported but a little of the standard library.
 
 import os
 import sys
-from typing import NoReturn
+from typing import Final, NoReturn
 
 from keepstream_worker.telemetry import pulse
+
+_INTERRUPTED: Final = 130
 
 
 def main() -> NoReturn:
@@ -21,9 +23,12 @@ def main() -> NoReturn:
     if arguments == ["--version"]:
         sys.stdout.write(f"{version_line()}\n")
         raise SystemExit(0)
-    from keepstream_worker.commands.main import main as command_line
+    try:
+        from keepstream_worker.commands.main import main as command_line
 
-    command_line()
+        command_line()
+    except KeyboardInterrupt:  # also while it is imported, when people do press Ctrl-C
+        raise SystemExit(_INTERRUPTED) from None
 
 
 def check_pulses(directory: str, within: float = pulse.LIMIT) -> int:

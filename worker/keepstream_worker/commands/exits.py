@@ -4,9 +4,11 @@ In: messages and exceptions, from the commands.
 Out: an exit code, to the shell.
 """
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Final, NoReturn
 
 import typer
@@ -26,8 +28,18 @@ def print_error(message: str) -> None:
 
 def fail(message: str, code: int) -> NoReturn:
     """End the command with ``code`` and one line on standard error."""
-    print_error(f"keepstream: {message}")
+    print_error(f"keepstream: {message}{stale_settings_hint() if code == UNAVAILABLE else ''}")
     raise typer.Exit(code)
+
+
+def stale_settings_hint() -> str:
+    """Return what to do if this shell has the settings of a `keepstream dev` that has ended; else an empty text."""
+    from keepstream_worker.commands.dev_directory import DEV_VARIABLE, has_ended
+
+    if not has_ended(os.environ):
+        return ""
+    file = Path(os.environ[DEV_VARIABLE], "env")
+    return f"; this shell has the settings of a `keepstream dev` that has ended: start it again, then source {file}"
 
 
 @contextmanager

@@ -102,14 +102,16 @@ class LiveView:
         after: Show only what comes after this event; None: everything.
         wrap: Whether to break lines between words; by default only if people see them at once, so that a file gets the
             text as it is.
+        output_only: Leave out where attempts run and how the job ends; whoever asks for that says it in its own words.
     """
 
-    def __init__(self, console: Console, after: EventId | None = None, *, wrap: bool | None = None) -> None:
+    def __init__(
+        self, console: Console, after: EventId | None = None, *, wrap: bool | None = None, output_only: bool = False
+    ) -> None:
         self.transcript = Transcript()
         self.transcript.last = after
-        self.first_output_at: int | None = None  #: Time of the first delta, in ms since 1970 by the worker's clock.
-        self.deltas = 0
         self._from_start = after is None
+        self._output_only = output_only
         self._console = console
         self._wrap = console.is_terminal if wrap is None else wrap
         self._output = _WordWrap(console, console.width if self._wrap else None)
@@ -127,9 +129,6 @@ class LiveView:
                 self._from_start = True
                 self._attempt_started(event)
             case DeltaEvent():
-                self.deltas += 1
-                if self.first_output_at is None:
-                    self.first_output_at = event.ts
                 if event.choice == 0:  # the others are shown at the end; live they would be interleaved
                     self._delta(event.delta)
             case Snapshot():
@@ -163,7 +162,8 @@ class LiveView:
         if self._content or self._section:
             self._note((f"- the text starts over: {event.reason}", "yellow"))
         self._content = ""
-        self._note((f"attempt {event.attempt}, {where}", "dim"))
+        if not self._output_only:
+            self._note((f"attempt {event.attempt}, {where}", "dim"))
 
     def _delta(self, delta: Delta) -> None:
         if delta.reasoning:
@@ -224,6 +224,9 @@ class LiveView:
             self._note((f"choice {choice.index}", "dim"))
             self._output.write(choice.content)
             self._show_calls(choice.tool_calls)
+        if self._output_only:
+            self._output.end_line()
+            return
         status = JobStatus(event.status)
         facts = [", ".join(str(reason) for reason in dict.fromkeys(event.finish_reasons.values()) if reason)]
         facts.append(usage_line(event.usage))

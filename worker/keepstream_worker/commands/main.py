@@ -7,7 +7,6 @@ Every expected failure is one line on standard error that says what to do.  Each
 runs, so that help and errors come at once.
 """
 
-import sys
 from typing import Annotated, NoReturn
 
 from keepstream import names
@@ -28,6 +27,7 @@ from keepstream_worker.commands.exits import (
     exit_code_of,
     print_error,
 )
+from keepstream_worker.commands.output import make_streams_tolerant
 
 app = typer.Typer(
     help="Keepstream runs LLM completions in the background: a job from the queue, live deltas on Redis, "
@@ -70,8 +70,7 @@ def _usage_error(error: typer.TyperException) -> str:
 
 def main() -> NoReturn:
     """Run the command that the arguments name."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a console that lacks a character shows "?"
+    make_streams_tolerant()
     try:
         code = app(prog_name="keepstream", standalone_mode=False)
     except typer.TyperException as error:  # a wrong option or value

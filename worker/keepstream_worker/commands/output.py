@@ -4,13 +4,36 @@ In: texts, from the commands.
 Out: standard output.
 """
 
+import codecs
 import os
+import shlex
+import shutil
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+COMMAND: Final = "keepstream"
+
+#: What our own texts show on a console that has only ASCII; any other character that it lacks becomes "?".
+_PLAIN: Final = str.maketrans({"✓": "+", "✗": "x", "·": "-", "…": "~", "→": ">"})
+
+
+def make_streams_tolerant() -> None:
+    """Let standard output and error stand any text, whatever the locale."""
+    codecs.register_error("keepstream", _substitute)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="keepstream")  # type: ignore[union-attr]
+
+
+def _substitute(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    missing = error.object[error.start : error.end].translate(_PLAIN)
+    return "".join(character if character.isascii() else "?" for character in missing), error.end
 
 
 def make_console() -> "Console":
@@ -26,3 +49,14 @@ def print_lines(lines: Iterable[str]) -> None:
     for line in lines:
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
+
+
+def own_command() -> str:
+    """Return how to type our own command in this shell: by its name, or by its path if another or none has the name."""
+    ours = Path(sys.argv[0])
+    if ours.name != COMMAND or not ours.exists():  # run as a module
+        return COMMAND
+    found = shutil.which(COMMAND)
+    if found is not None and Path(found).samefile(ours):
+        return COMMAND
+    return shlex.quote(os.path.relpath(ours) if ours.is_relative_to(Path.cwd()) else str(ours))

@@ -3,7 +3,8 @@
 In: start, stop and faults, from `stack` and the tests.
 Out: URLs of running servers, to the same.
 
-The servers are in sessions of their own, so that Ctrl-C reaches only us: we stop them after those who use them.
+Each server is in a process group of its own, so that Ctrl-C reaches only us: we stop them after those who use them. If
+we are killed, a guard kills them and removes their files.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from typing import Any, Final, Self
 from typing_extensions import override
 
 from keepstream import names
+from keepstream_worker.dev_stack.guard import Guard
 from keepstream_worker.supervisor import python_module
 
 START_TIMEOUT: Final = 60.0  #: Seconds; a start takes one or two, and many times that on an overloaded machine.
@@ -85,10 +87,12 @@ class EmbeddedProcess(ABC):
 
     stop_signal = signal.SIGTERM  #: Asks the server to shut down.
     start_timeout = START_TIMEOUT  #: Seconds.
+    stop_timeout = STOP_TIMEOUT  #: Seconds.
 
     def __init__(self, name: str) -> None:
         self.name = name
         self._process: subprocess.Popen[bytes] | None = None
+        self._guard: Guard | None = None
         self._files = tempfile.TemporaryDirectory(prefix="keepstream-", ignore_cleanup_errors=True)
         self.directory = Path(self._files.name)  #: The server's files, its log among them.
         self._log = self.directory / "log"
@@ -102,11 +106,19 @@ class EmbeddedProcess(ABC):
 
     def start(self) -> None:
         """Start the server and wait until it answers; raise ``EmbeddedServiceError`` if it does not."""
+        self.launch()
+        self.wait_until_ready()
+
+    def launch(self) -> None:
+        """Start the server and do not wait, so that several can start at once."""
         if self._process is not None:
             raise EmbeddedServiceError(f"{self.name} is running already")
         self._process = self._spawn()
+
+    def wait_until_ready(self) -> None:
+        """Wait until the server answers; raise ``EmbeddedServiceError`` if it does not."""
         try:
-            self._wait_until_ready(self._process)
+            self._wait_until_ready()
         except BaseException:  # Ctrl-C, too, must not leave a process behind.
             self.kill()
             raise
@@ -118,11 +130,11 @@ class EmbeddedProcess(ABC):
         self._signal(signal.SIGCONT)  # A frozen process would not see the next signal.
         self._signal(self.stop_signal)
         try:
-            self._process.wait(STOP_TIMEOUT)
+            self._process.wait(self.stop_timeout)
         except subprocess.TimeoutExpired:
             self._signal(signal.SIGKILL)
             self._process.wait()
-        self._process = None
+        self._ended()
 
     def restart(self) -> None:
         """Stop the server if it runs, and start it again."""
@@ -134,7 +146,7 @@ class EmbeddedProcess(ABC):
         if self._process is not None:
             self._signal(signal.SIGKILL)
             self._process.wait()
-            self._process = None
+            self._ended()
 
     def freeze(self) -> None:
         """Suspend the server with its connections open (SIGSTOP)."""
@@ -177,19 +189,37 @@ class EmbeddedProcess(ABC):
         return {}
 
     def _spawn(self) -> subprocess.Popen[bytes]:
-        """Start the process; what it prints is appended to its log."""
-        with self._log.open("ab") as log:
-            return subprocess.Popen(self._command(), stdout=log, stderr=log, start_new_session=True, **self._options())
+        """Start the process under a guard; what it prints is appended to its log."""
+        self._guard = Guard(self.directory)
+        try:
+            with self._log.open("ab") as log:
+                return subprocess.Popen(
+                    self._command(),
+                    **{"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, **self._options()},
+                    process_group=self._guard.group,
+                )
+        except BaseException:
+            self._ended()
+            raise
+
+    def _ended(self) -> None:
+        self._process = None
+        if self._guard is not None:
+            self._guard.release()
+            self._guard = None
 
     def _signal(self, signum: signal.Signals) -> None:
         if self._process is not None:
             self._process.send_signal(signum)
 
-    def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> None:
+    def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + self.start_timeout
         while time.monotonic() < deadline:
-            if process.poll() is not None:
-                raise EmbeddedServiceError(f"{self.name} ended with code {process.returncode}: {self._log_tail()}")
+            if self._process is None:
+                raise EmbeddedServiceError(f"{self.name} is not running")
+            if self._process.poll() is not None:
+                code = self._process.returncode
+                raise EmbeddedServiceError(f"{self.name} ended with code {code}: {self._log_tail()}")
             with contextlib.suppress(OSError):
                 if self._is_ready():
                     return

@@ -1,13 +1,12 @@
 """The dev stack: everything a worker needs, on this machine, for as long as we run.
 
-In: a directory for the database, and the environment, from `demo`, `dev` and the tests.
-Out: running servers, a migrated database and the settings that lead to them; for the demo a worker process as well.
+In: a directory for the database, from `demo`, `dev` and the tests.
+Out: running servers, a migrated database and the settings that lead to them; worker processes for these settings.
 """
 
-import os
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final, NamedTuple
@@ -19,7 +18,7 @@ from keepstream_worker.dev_stack.embedded import EmbeddedProcess, EmbeddedProvid
 from keepstream_worker.store import schema
 from keepstream_worker.supervisor import python_module
 
-_PROVIDER_VARIABLES: Final = ("OPENAI_API_KEY", "OPENAI_BASE_URL")
+SCRIPTED: Final = "scripted"  #: The scripted provider's name in jobs; it is also the default, unless the user has one.
 
 
 class DevStack(NamedTuple):
@@ -27,52 +26,82 @@ class DevStack(NamedTuple):
 
     redis_url: str
     database: Path  #: The SQLite file.
-    provider_url: str | None  #: The scripted provider; None: the user has one.
-    settings: dict[str, str]  #: Environment variables for clients and workers.
+    provider_url: str  #: The scripted provider.
+    own_provider: bool  #: Whether jobs that name no provider go to the user's.
+    settings: dict[str, str]  #: Environment variables for clients and workers; all begin with ``KEEPSTREAM_``.
 
     def environment(self, base: Mapping[str, str]) -> dict[str, str]:
         """Return ``base``, changed so that a process uses these servers."""
-        kept = {name: value for name, value in base.items() if self.provider_url is None or not _is_proxy(name)}
-        return kept | self.settings
+        kept = {name: value for name, value in base.items() if self.own_provider or not name.startswith("OPENAI_")}
+        # A proxy would look for the scripted provider on its own machine.
+        direct = ",".join(filter(None, (base.get("no_proxy") or base.get("NO_PROXY"), "127.0.0.1")))
+        return {**kept, "no_proxy": direct, **self.settings}
 
 
 @contextmanager
-def dev_stack(directory: Path) -> Iterator[DevStack]:
+def dev_stack(directory: Path, *, own_provider: bool = False, providers_file: Path | None = None) -> Iterator[DevStack]:
     """Start the servers; stop them on leaving, which SIGTERM and SIGHUP bring about as well.
+
+    Args:
+        directory: Where the database is kept.
+        own_provider: Whether the default provider is the user's, as the environment describes it.
+        providers_file: The user's further providers, in place of the scripted one.
 
     Raises:
         EmbeddedServiceError: a server did not start.
         SchemaError: the database could not be migrated.
+        OSError: the directory cannot be written.
     """
     with ExitStack() as resources:
         resources.enter_context(_ended_by_sigterm())
-        valkey = resources.enter_context(EmbeddedValkey())
+        valkey = resources.enter_context(closing(EmbeddedValkey()))
+        provider = resources.enter_context(closing(EmbeddedProvider()))
+        for server in (valkey, provider):
+            server.launch()
         database = directory / "keepstream.db"
+        if providers_file is None:
+            providers_file = directory / "providers.toml"
+            providers_file.write_text(_providers(provider.base_url, own_provider=own_provider), encoding="utf-8")
         settings = {
             "KEEPSTREAM_REDIS_URL": valkey.url,
             "KEEPSTREAM_BROKER_URL": valkey.url,  # the user's environment may name another
             "KEEPSTREAM_DATABASE_URL": sqlite_url(database),
+            "KEEPSTREAM_PROVIDERS_FILE": str(providers_file.absolute()),
         }
-        provider_url = None
-        if not any(os.environ.get(name) for name in _PROVIDER_VARIABLES):
-            provider_url = resources.enter_context(EmbeddedProvider()).base_url
-            settings |= {"OPENAI_BASE_URL": provider_url, "OPENAI_API_KEY": "scripted"}
         engine = make_engine(settings["KEEPSTREAM_DATABASE_URL"])
         schema.migrate(engine)
         engine.dispose()
-        yield DevStack(valkey.url, database, provider_url, settings)
+        for server in (valkey, provider):
+            server.wait_until_ready()
+        yield DevStack(valkey.url, database, provider.base_url, own_provider, settings)
 
 
 class WorkerProcess(EmbeddedProcess):
-    """A worker in a process of its own; its log is kept for the case that something goes wrong."""
+    """A worker in a process of its own.
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
+    Args:
+        environment: Its settings.
+        visible: Whether its log goes to our standard error; otherwise it is kept, in case something goes wrong.
+    """
+
+    stop_timeout = 60.0
+
+    def __init__(self, environment: Mapping[str, str], *, visible: bool = False) -> None:
         super().__init__("worker")
         self._environment = dict(environment)
+        self._visible = visible
 
     def log_tail(self) -> str:
         """Return the end of the worker's log."""
         return self._log_tail()
+
+    def wait(self) -> int:
+        """Wait until the worker ends; return its exit code."""
+        return self._process.wait() if self._process is not None else 0
+
+    def terminate(self) -> None:
+        """Ask the worker to stop and do not wait; asked again, it does not let its streams finish."""
+        self._signal(self.stop_signal)
 
     @override
     def _command(self) -> list[str]:
@@ -80,16 +109,17 @@ class WorkerProcess(EmbeddedProcess):
 
     @override
     def _options(self) -> dict[str, Any]:
-        return {"env": self._environment}
+        return {"env": self._environment, **({"stdout": None, "stderr": None} if self._visible else {})}
 
     @override
     def _is_ready(self) -> bool:
         return b"worker_started" in self._log.read_bytes()
 
 
-def _is_proxy(name: str) -> bool:
-    # A proxy would look for the scripted provider on its own machine.
-    return name.lower() in {"http_proxy", "https_proxy", "all_proxy"}
+def _providers(url: str, *, own_provider: bool) -> str:
+    names = [SCRIPTED] if own_provider else [SCRIPTED, "default"]
+    tables = "".join(f'\n[providers.{name}]\nbase_url = "{url}"\n' for name in names)
+    return f"# The scripted provider, which costs nothing. Written by Keepstream at each start.\n{tables}"
 
 
 @contextmanager

@@ -59,6 +59,7 @@ class Attempt:
     attempts: int  #: The number of requests for the key, this one included.
     started_ns: int
     deltas: int = 0  #: Sent so far.
+    first_delta_ns: int | None = None  #: When the first of them was sent.
     ended_ns: int | None = None  #: When the response ended, whichever side ended it.
     client_closed_ns: int | None = None  #: When the client closed the connection before the response had ended.
 
@@ -267,6 +268,7 @@ class Connection(asyncio.Protocol):
         self._counters.deltas_sent += deltas
         if self._attempt is not None:
             self._attempt.deltas += deltas
+            self._attempt.first_delta_ns = self._attempt.first_delta_ns or time.monotonic_ns()
 
     def later(self, seconds: float) -> float:
         """Return the loop time some seconds from now."""

@@ -1,0 +1,88 @@
+"""The command `dev`: everything a service needs, on this machine, until Ctrl-C.
+
+In: a directory, and whether the user's own provider answers.
+Out: what other shells need, on a console; the worker's log on standard error; an exit code.
+"""
+
+import os
+import signal
+from contextlib import closing
+from pathlib import Path
+from typing import NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from keepstream_worker.commands.dev_directory import DevDirectory, DevDirectoryError, dev_directory
+from keepstream_worker.commands.exits import INTERRUPTED, INVALID, UNSUCCESSFUL, fail, print_error, start_errors
+from keepstream_worker.commands.output import own_command
+from keepstream_worker.dev_stack.stack import SCRIPTED, DevStack, WorkerProcess, dev_stack
+
+_ALSO_EXPORTED = ("KEEPSTREAM_PREFIX", "KEEPSTREAM_QUEUE")  #: If set here; clients need the same ones as the worker.
+
+
+def run_dev(console: Console, path: Path, *, own_provider: bool, providers_file: Path | None) -> NoReturn:
+    """Run the servers and a worker until Ctrl-C or SIGTERM.
+
+    Args:
+        console: Where to.
+        path: The directory in which the database is kept.
+        own_provider: Whether jobs go to the user's provider rather than to the scripted one.
+        providers_file: The user's further providers.
+    """
+    command = own_command()
+    try:
+        with start_errors(), dev_directory(path, command) as directory:
+            console.print("Starting Valkey, SQLite and a scripted provider ...", style="dim")
+            with dev_stack(path, own_provider=own_provider, providers_file=providers_file) as stack:
+                exported = {name: os.environ[name] for name in _ALSO_EXPORTED if os.environ.get(name)}
+                directory.publish(exported | stack.settings)
+                _show(console, directory, stack, command)
+                environment = {"KEEPSTREAM_LOG_FORMAT": "console", **stack.environment(os.environ)}
+                with closing(WorkerProcess(environment, visible=True)) as worker:
+                    code = _run(console, worker)
+            console.print(f"Stopped. What was stored stays in {path}; Redis starts empty the next time.", style="dim")
+    except DevDirectoryError as error:
+        fail(str(error), INVALID)
+    raise typer.Exit(code)
+
+
+def _run(console: Console, worker: WorkerProcess) -> int:
+    try:
+        worker.launch()
+        code = worker.wait()
+    except KeyboardInterrupt:
+        console.print("\nStopping. Ctrl-C again interrupts what still streams; it goes on the next time.", style="dim")
+        worker.terminate()
+        try:
+            worker.wait()
+        except KeyboardInterrupt:
+            worker.terminate()
+            worker.wait()
+        return INTERRUPTED
+    print_error(f"keepstream: the worker has ended by itself ({_how(code)}), so everything stops")
+    return UNSUCCESSFUL
+
+
+def _how(code: int) -> str:
+    return f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+
+
+def _show(console: Console, directory: DevDirectory, stack: DevStack, command: str) -> None:
+    provider = f"yours; the scripted one is called {SCRIPTED}" if stack.own_provider else "scripted: no model, no cost"
+    table = Table.grid(padding=(0, 2))
+    for name, value, remark in (
+        ("Redis", stack.redis_url, "Valkey; starts empty each time"),
+        ("database", str(directory.path / stack.database.name), "SQLite; kept, and unfinished jobs go on"),
+        ("provider", "yours" if stack.own_provider else stack.provider_url, provider),
+    ):
+        table.add_row(Text(f"  {name}", "dim"), Text(value), Text(remark, "dim"))
+    console.print(Text("Keepstream runs here until Ctrl-C.", "bold"))
+    console.print(table)
+    console.print(Text("\nIn other shells, in this directory and after each start:", "bold"))
+    model = "MODEL" if stack.own_provider else "scripted-1"
+    for line in (f". {directory.env}", f"{command} submit --model {model} -m 'Hello!' --follow"):
+        console.print(Text(f"  {line}", "cyan"), soft_wrap=True)
+    console.print(Text("\nThe worker's log:", "bold"))
