@@ -34,7 +34,7 @@ def test_a_variable_that_resembles_nothing_is_named_alone() -> None:
     assert complaint == "KEEPSTREAM_QQQQQQQQQQ: there is no such setting; unset it, or rename it if it is yours"
 
 
-@pytest.mark.parametrize("name", ["PATH", "MY_KEEPSTREAM_URL", "KEEPSTREAM_DEMO_MODEL", "KEEPSTREAM_SCRIPTED_API_KEY"])
+@pytest.mark.parametrize("name", ["PATH", "MY_KEEPSTREAM_URL", "KEEPSTREAM_DEV", "KEEPSTREAM_SCRIPTED_API_KEY"])
 def test_what_is_not_ours_or_read_by_another_command_is_let_through(name: str) -> None:
     assert unknown_variables({name: "x"}) == []
 

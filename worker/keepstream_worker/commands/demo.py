@@ -6,6 +6,7 @@ Out: what happens, on a console, and whether everything ended as it must.
 
 import asyncio
 import json
+import logging
 import math
 import os
 import sqlite3
@@ -14,7 +15,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,6 +30,7 @@ from keepstream_worker.commands.demo_crowd import JOBS, ROW_SQL, Crowd, CrowdErr
 from keepstream_worker.commands.formats import printable, usage_line
 from keepstream_worker.commands.live_view import LiveView
 from keepstream_worker.commands.output import own_command
+from keepstream_worker.dev_stack.guard import Guard
 from keepstream_worker.dev_stack.stack import SCRIPTED, DevStack, WorkerProcess, dev_stack
 
 WIDTH: Final = 100  #: Columns, of a wider terminal and of a pipe.
@@ -79,10 +81,12 @@ def run_demo(console: Console, *, own_model: str | None = None, cut: bool = Fals
         EmbeddedServiceError: a service or a worker did not start.
         SchemaError: the database could not be migrated.
     """
+    logging.getLogger("keepstream").addHandler(logging.NullHandler())  # a client that waits would write over the screen
     with ExitStack() as resources:
         starting = console.status("Starting Valkey, SQLite, a scripted provider and two workers ...", spinner="line")
-        with starting if console.is_terminal else ExitStack():
+        with starting if console.is_terminal else nullcontext():
             directory = Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="keepstream-")))
+            resources.callback(Guard(directory).release)
             stack = resources.enter_context(dev_stack(directory, own_provider=own_model is not None))
             # No settings but those of the dev stack, so that the demo is the same everywhere.
             inherited = {name: value for name, value in os.environ.items() if not name.startswith("KEEPSTREAM_")}
@@ -174,14 +178,17 @@ class _Demo:
         scripted = "" if self._own_model is None else " (scripted)"
         self._title(f"2  Forty more at once{scripted} on two workers, and one worker is killed")
         crowd = Crowd(running={worker.pid: 0 for worker in self._workers})
-        with Live(
+        moving = Live(
             console=self._console,
             get_renderable=lambda: Group(*_worker_lines(crowd)),
             refresh_per_second=_FRAMES,
             redirect_stdout=False,
             redirect_stderr=False,
-        ):
+        )
+        with moving if self._console.is_terminal else nullcontext():
             asyncio.run(run_crowd(self._stack, self._workers, crowd))
+        if not self._console.is_terminal:
+            self._console.print(*_worker_lines(crowd), sep="\n")
         self._print(
             ("  ✓ median delay beyond the provider's", "green"),
             f": first delta {first_delta:.1f} ms, later ones {crowd.delay(0.5):.1f} ms",
@@ -225,7 +232,7 @@ class _Demo:
 
 def _worker_lines(crowd: Crowd) -> list[Text]:
     lines = []
-    for pid, streams in crowd.running.items():
+    for pid, streams in sorted(crowd.running.items(), key=lambda worker: worker[0] != crowd.victim):
         line = Text(f"  worker {pid}  ")
         if pid == crowd.victim:
             line.append("✗ killed", "bold red").append(f" (SIGKILL) in the middle of {crowd.interrupted} streams")

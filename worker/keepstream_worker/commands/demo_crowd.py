@@ -31,6 +31,8 @@ _MESSAGE: Final = {"role": "user", "content": "Tell me what happens when a worke
 _RATE: Final = 25.0  #: Deltas a second of each stream.
 _DELTAS: Final = 50
 _KILLED_AT: Final = 12  #: The event of the first job at which its worker is killed ...
+#: Its first stream cannot end before that, however long this process waits for a core: the model pauses.
+_PAUSE: Final[dict[str, Any]] = {"key": "demo-1", "faults": [{"kind": "comments", "after": 24, "for": 60}]}
 _JOINED_AT: Final = 12  #: ... and that of the next attempt at which the late follower joins.
 _WATCH_INTERVAL: Final = 0.1  #: Seconds.
 _CHECK_INTERVAL: Final = 0.01  #: Seconds.
@@ -108,7 +110,8 @@ class _Run:
         followers = [asyncio.create_task(self._enqueue_and_follow(number, shown)) for number in range(JOBS)]
         try:
             await _until(lambda: _has_reached(shown, 1, _KILLED_AT), followers)
-            self._kill_worker_of(crowd.job_id)
+            await _until(lambda: self._owner(crowd.job_id) is not None or shown.terminal is not None, followers)
+            self._kill(self._owner(crowd.job_id))
             await _until(lambda: _has_reached(shown, 2, _JOINED_AT), followers)
             crowd.missed = shown.last.n if shown.last else 0
             await self._follow(crowd.job_id, late)
@@ -133,7 +136,7 @@ class _Run:
 
     async def _enqueue_and_follow(self, number: int, shown: Transcript) -> None:
         """Run one job; the first is the one whose text is shown, the others carry time stamps."""
-        script: dict[str, Any] = {"deltas": _DELTAS, "stamp": True} if number else {"text": _TEXT}
+        script: dict[str, Any] = {"deltas": _DELTAS, "stamp": True} if number else {"text": _TEXT, **_PAUSE}
         request = {"model": "scripted-1", "messages": [_MESSAGE], "script": {**script, "rate": _RATE}}
         job_id = await self._client.enqueue(request, provider=SCRIPTED, id=f"demo-{number + 1}")
         if number == 0:
@@ -157,15 +160,18 @@ class _Run:
                     if crowd.takeover is None and len(self._begun_again) == crowd.interrupted:
                         crowd.takeover = time.monotonic() - self._killed_at
 
-    def _kill_worker_of(self, job_id: str) -> None:
-        """Kill the worker that streams this job, as a crash would."""
-        owner = self._database.execute(_OWNER_SQL, (job_id,)).fetchone()
-        if owner is None:
+    def _owner(self, job_id: str) -> int | None:
+        row = self._database.execute(_OWNER_SQL, (job_id,)).fetchone()
+        return None if row is None else _pid(row[0])
+
+    def _kill(self, victim: int | None) -> None:
+        """Kill a worker in the middle of its streams, as a crash would."""
+        if victim is None:
             raise CrowdError(
                 "this machine is so busy that the streams ended before a worker could be killed; try again"
             )
-        victim = _pid(owner[0])
-        self._crowd.victim, self._crowd.interrupted = victim, self._streams()[victim]
+        self._crowd.victim, self._crowd.interrupted = victim, self._streams().get(victim, 0)
+        self._begun_again.clear()  # on a very busy machine a living worker may have seemed dead
         self._killed_at = time.monotonic()
         self._workers[victim].kill()
 

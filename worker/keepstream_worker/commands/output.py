@@ -40,8 +40,15 @@ def make_console() -> "Console":
     """Return a console on standard output, 120 columns wide if that is a pipe or a file."""
     from rich.console import Console
 
-    # A pipe has no width and should get whole lines.
-    return Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)
+    if "COLUMNS" in os.environ:
+        return Console(highlight=False)
+    try:
+        size = os.get_terminal_size(sys.stdout.fileno())  # which Rich asks only of terminals that can do much
+    except (OSError, ValueError):
+        size = os.terminal_size((0, 0))
+    if sys.stdout.isatty() and size.columns > 0:
+        return Console(highlight=False, width=size.columns, height=size.lines)
+    return Console(highlight=False, width=120)  # a pipe has no width and should get whole lines
 
 
 def print_lines(lines: Iterable[str]) -> None:
