@@ -29,7 +29,7 @@ help: ## Show this list
 	@echo "Keepstream: a background worker for streaming LLM completions."
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
-demo: $(VENV)/demo ## Run jobs through a real worker and watch them, with nothing else installed
+demo: $(VENV)/demo ## Run jobs through real workers, kill one of them and watch, with nothing else installed
 	@$(BIN)/keepstream demo $(ARGS)
 
 # Twice as many processes as cores, because these tests wait much; which of them run together, tests/conftest.py says.
@@ -93,16 +93,16 @@ $(VENV)/python:
 	    echo "Keepstream needs Python 3.11 to 3.14; $${python:-python3} is $$("$${python:-python3}" --version 2>&1)." >&2; \
 	    echo "Name another one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 1; \
 	  fi; \
-	  echo "Creating $(VENV) with $$("$$python" --version) ..."; \
 	  "$$python" -m venv --clear $(VENV) >/dev/null 2>&1 || { \
 	    "$$python" -m venv --clear --without-pip $(VENV) && \
 	    "$$python" -m pip --python $(PY) install -qq pip; }
 	@touch $@
 
 $(VENV)/demo: $(VENV)/python requirements/build.txt requirements/demo.txt pyproject.toml
-	@echo "Installing what the worker and the demo need (30 MB; about half a minute, once) ..."
+	@echo "Installing what workers and demo need with $$($(PY) --version) (30 MB; about a minute, once) ..."
 	@$(LOCKED) -r requirements/build.txt -r requirements/demo.txt
 	@$(PIP_INSTALL) --no-build-isolation --editable .
+	@$(PY) -c 'import keepstream_worker.app, keepstream_worker.commands.demo' # compiled here rather than during the demo
 	@touch $@
 
 $(VENV)/dev: $(VENV)/demo requirements/dev.txt

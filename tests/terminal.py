@@ -92,7 +92,7 @@ class Terminal:
             assert self._read(deadline), f"{text!r} was not written: {self.text}"
 
     def wait(self) -> int:
-        """Read to the end; return the command's exit code, as a shell would show it, and print what is on the screen."""
+        """Read to the end and print the screen; return the command's exit code, as a shell would show it."""
         deadline = time.monotonic() + PATIENCE
         while self._read(deadline):
             pass

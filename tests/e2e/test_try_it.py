@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import psutil
@@ -72,11 +72,10 @@ class Place:
         assert "Traceback" not in done.stderr, done.stderr
         return done
 
-    def terminal(self, *arguments: str, columns: int = 80, rows: int = 24, **environment: str) -> Terminal:
+    def terminal(self, *arguments: str, columns: int = 80, environment: Mapping[str, str] | None = None) -> Terminal:
         """Run `keepstream` on a terminal."""
-        return Terminal(
-            [*COMMAND, *arguments], self.environment | environment, columns=columns, rows=rows, cwd=self.directory
-        )
+        environment = self.environment | dict(environment or {})
+        return Terminal([*COMMAND, *arguments], environment, columns=columns, cwd=self.directory)
 
     @property
     def env_file(self) -> Path:
@@ -146,7 +145,7 @@ def test_the_demo_with_a_retry_fits_on_one_screen_too(place: Place):
 
 
 def test_two_demos_at_once_where_everything_is_missing(place: Place):
-    """No terminal, no home, no locale, a directory that nobody can write, and a provider of one's own, not asked for."""
+    """No terminal, no home, no locale, a directory that nobody can write, and a provider that nobody asked for."""
     poor = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii:strict", "OPENAI_API_KEY": "sk-mine"}
     environment = place.environment | poor | {"OPENAI_BASE_URL": f"http://127.0.0.1:{free_port()}/v1"}
     del environment["HOME"]
@@ -171,7 +170,7 @@ def test_two_demos_at_once_where_everything_is_missing(place: Place):
 
 
 def test_the_demo_on_a_narrow_terminal_without_abilities_breaks_no_word(place: Place):
-    with place.terminal("demo", columns=44, TERM="dumb", NO_COLOR="1") as terminal:
+    with place.terminal("demo", columns=44, environment={"TERM": "dumb", "NO_COLOR": "1"}) as terminal:
         assert terminal.wait() == OK
         assert b"\x1b" not in terminal.written
         words = terminal.text.split()
@@ -234,7 +233,7 @@ def test_the_demo_calls_the_users_provider_only_after_a_yes(place: Place, monkey
         unasked = place.run(*own, **mine)
         assert (unasked.returncode, unasked.stdout) == (INVALID, "")
         assert "add --yes" in unasked.stderr
-        with place.terminal(*own, **mine) as terminal:
+        with place.terminal(*own, environment=mine) as terminal:
             terminal.wait_for("[y/N]")
             terminal.press(b"\n")
             assert terminal.wait() == UNSUCCESSFUL
@@ -282,12 +281,17 @@ def test_dev_is_used_stopped_and_started_again_in_a_shell_that_has_its_settings(
     assert not place.env_file.exists()
     place.wait_until_clean()
 
-    for arguments in (("worker",), ("submit", "--model", "m", "-m", "Hi", "--follow")):
-        stale = place.run(*arguments, **settings)
-        assert stale.returncode == UNAVAILABLE
-        assert f"a `keepstream dev` that has ended: start it again, then source {place.env_file}" in stale.stderr
+    hint = f"the settings of a `keepstream dev` that has ended: start it again, then source {place.env_file}"
+    stale = place.run("worker", **settings)
+    assert stale.returncode == UNAVAILABLE
+    assert hint in stale.stderr
+    with place.terminal("submit", "--model", "m", "-m", "Hi", "--follow", environment=settings) as terminal:
+        terminal.wait_for("waits for Redis")
+        assert hint in terminal.text.replace("\n", "")
+        terminal.press(CTRL_C)
+        assert terminal.wait() == INTERRUPTED
 
-    with place.terminal("dev", **settings) as terminal:
+    with place.terminal("dev", environment=settings) as terminal:
         terminal.wait_for("worker_started")
         listed = place.run("list", "--json", **place.sourced())
         assert submitted.stdout.split()[1] in listed.stdout  # the first run's job
@@ -365,7 +369,7 @@ def test_dev_with_a_provider_of_ones_own(place: Place):
     assert "set OPENAI_API_KEY" in done.stderr
     with EmbeddedProvider() as provider:
         mine = {"OPENAI_API_KEY": "sk-mine", "OPENAI_BASE_URL": provider.base_url}
-        with place.terminal("dev", "--provider", "own", **mine) as terminal:
+        with place.terminal("dev", "--provider", "own", environment=mine) as terminal:
             terminal.wait_for("worker_started")
             submit = ["submit", "--model", "theirs", "-m", "Hi", "--follow"]
             assert place.run(*submit, **place.sourced()).returncode == OK

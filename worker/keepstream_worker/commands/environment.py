@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from keepstream_worker.commands.exits import INVALID, UNAVAILABLE, fail
+from keepstream_worker.commands.exits import INVALID, UNAVAILABLE, fail, print_error, stale_settings_hint
 
 if TYPE_CHECKING:
     from keepstream import Client
@@ -38,6 +38,8 @@ def client_for(tenant: str) -> "Client":
     from keepstream import Client
 
     settings = settings_from_environment()
+    if hint := stale_settings_hint():
+        print_error(f"keepstream: {hint}")
     path = settings.database_url.removeprefix("sqlite:///").partition("?")[0]
     if settings.database_url.startswith("sqlite:///") and path and not Path(path).exists():
         fail(f"there is no database {path}: run `keepstream migrate`, or set KEEPSTREAM_DATABASE_URL", UNAVAILABLE)

@@ -28,7 +28,8 @@ def print_error(message: str) -> None:
 
 def fail(message: str, code: int) -> NoReturn:
     """End the command with ``code`` and one line on standard error."""
-    print_error(f"keepstream: {message}{stale_settings_hint() if code == UNAVAILABLE else ''}")
+    hint = stale_settings_hint() if code == UNAVAILABLE else ""
+    print_error(f"keepstream: {message}{'; ' if hint else ''}{hint}")
     raise typer.Exit(code)
 
 
@@ -39,7 +40,7 @@ def stale_settings_hint() -> str:
     if not has_ended(os.environ):
         return ""
     file = Path(os.environ[DEV_VARIABLE], "env")
-    return f"; this shell has the settings of a `keepstream dev` that has ended: start it again, then source {file}"
+    return f"this shell has the settings of a `keepstream dev` that has ended: start it again, then source {file}"
 
 
 @contextmanager
