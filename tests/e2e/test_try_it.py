@@ -198,7 +198,7 @@ def test_ctrl_c_before_the_program_is_loaded_is_no_traceback(place: Place):
         "    def find_spec(self, name, path=None, target=None):\n"
         "        if name == 'typer': os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.meta_path.insert(0, Slow())\n"
-        "from keepstream_worker.commands.main import main\n"
+        "from keepstream_worker.commands.entry import main\n"
         "main()\n"
     )
     done = subprocess.run(

@@ -65,7 +65,7 @@ def test_the_table_of_settings_is_that_of_the_code() -> None:
 
 
 def test_every_variable_that_a_document_names_exists() -> None:
-    known = {f"KEEPSTREAM_{name.upper()}" for name in Settings.model_fields} | {"KEEPSTREAM_DEMO_MODEL"}
+    known = {f"KEEPSTREAM_{name.upper()}" for name in Settings.model_fields} | {"KEEPSTREAM_DEV"}
     named = {name for document in DOCUMENTS for name in re.findall(r"KEEPSTREAM_[A-Z_]+[A-Z]", document.read_text())}
     assert named - known == set()
 
