@@ -90,6 +90,15 @@ class Choice(_Value):
         return json.loads(self.tool_calls[position].arguments)
 
 
+class ProviderError(_Value):
+    """What the provider itself said of a refusal: cut, and without anything that looks like a key."""
+
+    message: str | None = None
+    type: str | None = None
+    code: str | None = None
+    param: str | None = Field(default=None, description="The part of the request that it refers to.")
+
+
 class AttemptResult(_Value):
     """One provider stream made for the job."""
 
@@ -108,6 +117,7 @@ class AttemptResult(_Value):
     http_status: int | None = None
     retryable: bool | None = None
     provider_request_id: str | None = None
+    provider_error: ProviderError | None = None
     usage: Usage | None = None
 
 

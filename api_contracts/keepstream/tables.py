@@ -249,6 +249,7 @@ attempts: Final = Table(
         Column("http_status", Integer),
         Column("retryable", Boolean),
         Column("provider_request_id", Text),
+        Column("provider_error", _JSON, comment="what the provider said of its refusal: message, type, code, param"),
         Column("prompt_tokens", BigInteger, comment="as reported; unknown is null"),
         Column("completion_tokens", BigInteger),
         Column("total_tokens", BigInteger),

@@ -174,6 +174,12 @@ def upgrade() -> None:
         sa.Column("http_status", sa.Integer(), nullable=True),
         sa.Column("retryable", sa.Boolean(), nullable=True),
         sa.Column("provider_request_id", sa.Text(), nullable=True),
+        sa.Column(
+            "provider_error",
+            sa.JSON(none_as_null=True),
+            nullable=True,
+            comment="what the provider said of its refusal: message, type, code, param",
+        ),
         sa.Column("prompt_tokens", sa.BigInteger(), nullable=True, comment="as reported; unknown is null"),
         sa.Column("completion_tokens", sa.BigInteger(), nullable=True),
         sa.Column("total_tokens", sa.BigInteger(), nullable=True),

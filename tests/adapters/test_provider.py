@@ -17,6 +17,7 @@ from typing import Any, Self
 import pytest
 
 from keepstream.errors import ErrorCode
+from keepstream.results import ProviderError
 from keepstream_worker.dev_stack.scripted_provider import ScriptedProvider
 from keepstream_worker.providers.config import parse_providers
 from keepstream_worker.providers.provider import Provider, ProviderFailure, Providers, Timeouts
@@ -712,6 +713,80 @@ async def test_redirects_in_a_circle_end() -> None:
     assert failure.code is ErrorCode.BAD_REQUEST
     assert "more than 5 times" in failure.message
     assert len(requests) == 6
+
+
+# -- the option that asks for usage -----------------------------------------------------------------
+
+
+def refusing_usage_option(bodies: list[Any], status: int, words: str) -> Behaviour:
+    """Refuse requests that have ``stream_options`` with ``words``, and answer others."""
+
+    async def behave(exchange: Exchange) -> None:
+        while True:
+            bodies.append(json.loads((await exchange.request())[1]))
+            if "stream_options" in bodies[-1]:
+                await exchange.send(refusal(status, words.encode()))
+            else:
+                await exchange.send(CHUNKED, chunk(EVENT), END)
+
+    return behave
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (400, '{"error":{"message":"Unrecognized request argument supplied: stream_options"}}'),
+        (422, '{"detail":[{"loc":["body","stream_options"],"msg":"Extra inputs are not permitted"}]}'),
+        (400, '{"error":{"message":"unknown field","param":"stream_options.include_usage"}}'),
+    ],
+)
+async def test_an_option_that_we_add_and_the_provider_refuses_is_left_out_from_then_on(status: int, words: str) -> None:
+    bodies: list[Any] = []
+    async with (
+        RawServer(refusing_usage_option(bodies, status, words)) as server,
+        provider_at(server.base_url) as provider,
+    ):
+        assert await read(provider) == EVENT
+        assert await read(provider) == EVENT
+        assert await read(provider, REQUEST | {"model": "m-2"}) == EVENT
+    assert [(body["model"], "stream_options" in body) for body in bodies] == [
+        ("m-1", True),
+        ("m-1", False),
+        ("m-1", False),
+        ("m-2", True),
+        ("m-2", False),
+    ]
+
+
+async def test_an_option_of_the_caller_is_never_left_out() -> None:
+    bodies: list[Any] = []
+    behaviour = refusing_usage_option(bodies, 400, '{"error":{"message":"no stream_options"}}')
+    async with RawServer(behaviour) as server, provider_at(server.base_url) as provider:
+        with pytest.raises(ProviderFailure):
+            await read(provider, REQUEST | {"stream_options": {"include_usage": True}})
+    assert len(bodies) == 1
+
+
+async def test_another_refusal_is_no_reason_to_ask_again() -> None:
+    bodies: list[Any] = []
+    behaviour = refusing_usage_option(bodies, 400, '{"error":{"message":"no such parameter: temperature"}}')
+    async with RawServer(behaviour) as server, provider_at(server.base_url) as provider:
+        with pytest.raises(ProviderFailure):
+            await read(provider)
+    assert len(bodies) == 1
+
+
+async def test_the_words_of_a_refusal_are_without_what_the_configuration_holds() -> None:
+    words = b'{"error":{"message":"bad key hello-there for team-blue","param":"hello-there"}}'
+    toml = 'headers = { "X-Team" = "team-blue" }'
+    async with (
+        RawServer(answering(refusal(401, words))) as server,
+        provider_at(server.base_url, toml, {"KEY": "hello-there"}) as provider,
+    ):
+        with pytest.raises(ProviderFailure) as caught:
+            await read(provider)
+        failure = provider.scrubbed(caught.value.failure)
+    assert failure.provider_error == ProviderError(message="bad key [removed] for [removed]", param="[removed]")
 
 
 def cut(head: bytes, body: bytes = b'{"error":', *, reset: bool = False, stall: bool = False) -> Behaviour:

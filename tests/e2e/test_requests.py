@@ -226,7 +226,7 @@ def test_followers_get_the_tool_calls_fragment_by_fragment_as_they_are_stored(an
 
 def test_arguments_that_do_not_parse_are_kept_as_text_and_marked(cluster: Cluster) -> None:
     cluster.start_worker()
-    for arguments in ('{"city": "Zür', "{'city': 'Zürich'}", '{"a": 1}{"a": 1}', "[" * 5000, "plain"):
+    for arguments in ('{"city": "Zür', "{'city': 'Zürich'}", '{"a": 1}{"b": 2}', "[" * 5000, "plain"):
         job_id = cluster.enqueue(text="", tool_calls=[{"name": "get_weather", "id": "call_x", "arguments": arguments}])
         transcript = cluster.follow(job_id).to_the_end()
         result = cluster.result(job_id)
@@ -284,3 +284,20 @@ def test_a_model_that_thinks_longer_than_the_first_limit_gets_more_time(cluster:
     assert (result.status, result.text) == (JobStatus.COMPLETED, "at last")
     assert result.attempts[0].error is not None
     assert result.attempts[0].error.code == "timeout"
+
+
+def test_why_a_provider_refused_stands_with_the_attempt_and_nowhere_else(any_cluster: Cluster) -> None:
+    cluster = any_cluster
+    worker = cluster.start_worker()
+    words = {"message": "n must be 1, not sk-live-abcdefgh", "type": "invalid_request_error", "param": "n"}
+    job_id = cluster.enqueue(raw={"http_status": 400, "chunks": [json.dumps({"error": words})]})
+    result = cluster.wait_for(job_id)
+    assert result.status is JobStatus.FAILED
+    said = result.attempts[0].provider_error
+    assert said is not None
+    assert said.model_dump(exclude_none=True) == {**words, "message": "n must be 1, not [removed]"}
+    assert result.error is not None
+    assert "must be" not in result.error.message
+    events = [event.model_dump_json() for event in cluster.log(job_id)]
+    assert events
+    assert not [text for text in (*events, *worker.log_lines()) if "must be" in text or "sk-live" in text]

@@ -368,6 +368,7 @@ def test_any_body_gives_a_failure_without_the_providers_text(body: object, statu
         failure_from_stream_error(body),
     ):
         assert "sk-proj" not in repr(failure)
+        assert "sk-proj" not in repr(failure.provider_error)
         assert "prompt" not in repr(failure).replace("the prompt", "").replace("refused the prompt", "")
         assert failure.retry_after is None or 0 < failure.retry_after < 1e7
 

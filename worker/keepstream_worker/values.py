@@ -1,12 +1,12 @@
 """Values that the rooms of the worker share: which job, which attempt, how it ended, and why."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final, NamedTuple
 
 from keepstream.errors import ErrorCode
-from keepstream.results import Choice, JobStatus, Usage
+from keepstream.results import Choice, JobStatus, ProviderError, Usage
 
 #: Characters of a host's name in the id of its workers.
 _HOST_LENGTH: Final = 64
@@ -60,6 +60,8 @@ class Failure:
     retry_after: float | None = None  #: Seconds the provider asks to wait, at least.
     should_retry: bool | None = None  #: The provider's advice (``x-should-retry``), which counts; None: none given.
     provider_request_id: str | None = None
+    #: The provider's own words, for the attempt's row: they may quote the prompt, so they go to no event and no log.
+    provider_error: ProviderError | None = field(default=None, repr=False)
     provider_code: str | None = None  #: The provider's own name for it, if that is a plain identifier.
 
 

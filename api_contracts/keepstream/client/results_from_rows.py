@@ -134,6 +134,7 @@ def _attempt(row: StoredRow) -> AttemptResult:
         http_status=row.http_status,
         retryable=row.retryable,
         provider_request_id=row.provider_request_id,
+        provider_error=row.provider_error,
         usage=_usage(row, row.usage),
     )
 

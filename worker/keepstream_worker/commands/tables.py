@@ -93,6 +93,11 @@ def show_attempts(console: Console, result: CompletionResult) -> None:
             Text("" if attempt.error is None else printable(error_line(attempt.error)), "red"),
         )
     console.print(table)
+    for attempt in result.attempts:
+        if attempt.provider_error is not None:
+            said = attempt.provider_error.model_dump(exclude_none=True)
+            words = "; ".join(f"{name}: {text}" for name, text in said.items())
+            console.print(Text(printable(f"attempt {attempt.number}, the provider said: {words}"), "dim"))
 
 
 def show_list(console: Console, summaries: list[JobSummary]) -> None:

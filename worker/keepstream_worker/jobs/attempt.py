@@ -160,7 +160,12 @@ class AttemptStreams:
             timer.cancel()
         failure = attempt.reader.finish(failure)
         attempt.publish_output(attempt.reader.final_deltas)
-        return failure
+        return failure and self._scrubbed(attempt.job, failure)
+
+    def _scrubbed(self, job: Job, failure: Failure) -> Failure:
+        if failure.provider_error is None:
+            return failure
+        return self._providers.get(job.provider).scrubbed(failure)
 
     async def _read(self, active: ActiveJob, attempt: Attempt) -> Failure | None:
         """Read the provider's answer to its end; return why it broke off, or None."""

@@ -5,7 +5,8 @@ reader.
 Out: a ``Failure``, for the engine, the retry table, rows and events.
 
 Providers quote prompts, outputs and parts of keys in their error messages, while our messages are stored and logged.
-So ``message`` contains nothing a provider wrote, except an error code that is a plain identifier.
+So ``message`` contains nothing a provider wrote, except an error code that is a plain identifier. What it did write is
+kept apart, scrubbed, as ``provider_error``: see ``words``.
 
 Some causes no waiting removes: no credit, a key that is not accepted, a filter, a prompt that is too long. Providers
 send them with any status, and gateways wrap them in errors of their own. So they are looked for in every layer, by
@@ -25,6 +26,8 @@ from typing import Any, Final
 import orjson
 
 from keepstream.errors import ErrorCode
+from keepstream.results import ProviderError
+from keepstream_worker.providers.words import provider_error
 from keepstream_worker.values import Failure
 
 
@@ -51,6 +54,7 @@ def failure_from_response(
         retry_after=report.retry_after if wait is None else wait,
         should_retry=_SHOULD_RETRY.get(lowered.get("x-should-retry", "").strip().lower()),
         provider_request_id=_request_id(lowered),
+        provider_error=report.provider_error,
         provider_code=report.provider_code,
     )
 
@@ -63,6 +67,7 @@ def failure_from_stream_error(payload: object) -> Failure:
         code=code,
         message=_sentence("an error in the stream", code, report.provider_code),
         retry_after=report.retry_after,
+        provider_error=report.provider_error,
         provider_code=report.provider_code,
     )
 
@@ -324,6 +329,7 @@ class _Report:
     words: tuple[str, ...]
     text: str
     retry_after: float | None
+    provider_error: ProviderError | None
 
     @classmethod
     def of(cls, body: object) -> "_Report":
@@ -341,6 +347,7 @@ class _Report:
             words=tuple(words),
             text="\n".join(texts)[:_MAX_TEXT],
             retry_after=waits[0] if waits else None,
+            provider_error=provider_error(layers),
         )
 
     @property

@@ -47,11 +47,12 @@ _REQUEST_ID_LENGTH: Final = 200
 
 
 class ProviderFailure(Exception):  # noqa: N818  # it carries a Failure
-    """The provider, or the connection to it, failed. ``failure`` says how."""
+    """The provider, or the connection to it, failed. ``failure`` says how, ``body`` is that of the refusal, if any."""
 
-    def __init__(self, failure: Failure) -> None:
+    def __init__(self, failure: Failure, body: bytes = b"") -> None:
         super().__init__(failure.message)
         self.failure = failure
+        self.body = body
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +116,7 @@ class HttpTransport(httpx2.AsyncBaseTransport):
             text = await _error_body(body)
             location = response.headers.get("location")
             if response.status not in _SAME_REQUEST or not location:
-                raise ProviderFailure(failure_from_response(response.status, response.headers, text))
+                raise ProviderFailure(failure_from_response(response.status, response.headers, text), text)
             target = _joined(url, location)
             if target is None or not _same_place(url, target):
                 raise ProviderFailure(_redirect_refused(body, target))

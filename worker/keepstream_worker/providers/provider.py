@@ -13,7 +13,7 @@ import json
 import ssl
 import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any, Final, NamedTuple, Self, TypeVar, cast
 
@@ -22,9 +22,13 @@ import openai
 import orjson
 
 from keepstream.errors import ErrorCode
+from keepstream_worker.providers import words
 from keepstream_worker.providers.config import ProviderConfig
 from keepstream_worker.providers.http import Body, Head, HttpTransport, ProviderFailure
+from keepstream_worker.telemetry.logs import get_logger
 from keepstream_worker.values import Failure
+
+log = get_logger()
 
 __all__ = ["Provider", "ProviderCheck", "ProviderFailure", "ProviderStream", "Providers", "Timeouts"]
 
@@ -32,6 +36,8 @@ _DRAIN_SECONDS: Final = 0.1  #: To read the end of a body, which follows the las
 _CHECK_INTERVAL: Final = 5.0  #: Seconds for which a connection that aiohttp closed silently may go unnoticed.
 _SECOND_CHECK: Final = 0.05  #: Seconds; on a busy loop, data may be waiting in a socket.
 _CHECK_SECONDS: Final = 10.0
+_REFUSED_REQUEST: Final = frozenset({400, 404, 405, 422, 501})
+_MAX_MODELS: Final = 1024  #: Of which is remembered that a parameter is refused.
 _MAX_HEADS: Final = 256  #: Cached heads; paths differ only by Azure's deployments.
 _SECURITY: Final[Any] = {"bearer_auth": True}  #: Never send the administrator's key, even if the environment holds one.
 _MODEL_LIST_BYTES: Final = 4 * 1024 * 1024
@@ -155,7 +161,13 @@ class Provider:
         self._client = _sdk_client(config, self._transport)
         self._heads: dict[str, Head] = {}  #: What the SDK puts before a body, by path.
         self._headers = _headers(config)
+        self._secrets = [
+            secret.get_secret_value()
+            for secret in (config.api_key, config.proxy, *config.headers.values(), *config.query.values())
+            if secret is not None
+        ]
         self._deployment_per_model = config.kind == "azure" and config.deployment is None
+        self._refuse_usage: set[str] = set()  #: Models with which the provider refuses the option that asks for usage.
         self._draining: set[asyncio.Task[None]] = set()
 
     @contextlib.asynccontextmanager
@@ -170,10 +182,9 @@ class Provider:
                 iterating, if the answer breaks off or stalls.
         """
         self._require_key()
-        content = _encode(request, ask_for_usage=self.config.stream_options)
         watchdog = _Watchdog(timeouts)
         try:
-            watchdog.body = body = await watchdog.wait_for(self._post(request["model"], content, timeouts.connect))
+            watchdog.body = body = await watchdog.wait_for(self._ask(request, timeouts.connect))
             try:
                 yield ProviderStream(body, watchdog)
             except BaseException:
@@ -182,6 +193,22 @@ class Provider:
             self._release(body)
         finally:
             watchdog.stop()
+
+    async def _ask(self, request: dict[str, Any], connect_timeout: float) -> Body:
+        """Send ``request``; if the provider refuses the usage option, which we add, leave it out from then on."""
+        model = request["model"]
+        ask_for_usage = self.config.stream_options and model not in self._refuse_usage
+        try:
+            return await self._post(model, _encode(request, ask_for_usage=ask_for_usage), connect_timeout)
+        except ProviderFailure as error:
+            ours = ask_for_usage and not request.get("stream_options")
+            if not ours or not _refuses_usage_option(error):
+                raise
+        body = await self._post(model, _encode(request, ask_for_usage=False), connect_timeout)
+        if len(self._refuse_usage) < _MAX_MODELS:
+            self._refuse_usage.add(model)
+        log.info("parameter_left_out", provider=self.config.name, model=model, parameter="stream_options")
+        return body
 
     async def _post(self, model: str, content: bytes, connect_timeout: float) -> Body:
         path = "/chat/completions"
@@ -216,6 +243,12 @@ class Provider:
         task = asyncio.create_task(_drain(body))
         self._draining.add(task)
         task.add_done_callback(self._draining.discard)
+
+    def scrubbed(self, failure: Failure) -> Failure:
+        """Return ``failure`` without any value of the configuration, however the provider came to quote it."""
+        if failure.provider_error is None:
+            return failure
+        return replace(failure, provider_error=words.without(failure.provider_error, self._secrets))
 
     async def check(self) -> ProviderCheck:
         """Check the provider free of charge: ask for its list of models."""
@@ -301,6 +334,12 @@ def _encode(request: dict[str, Any], *, ask_for_usage: bool) -> bytes:
         with contextlib.suppress(TypeError, ValueError, RecursionError):
             return json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
     raise ProviderFailure(Failure(code=ErrorCode.INVALID_JOB, message="the request cannot be written as JSON"))
+
+
+def _refuses_usage_option(error: ProviderFailure) -> bool:
+    """Return whether the provider may have refused a request because of the option that asks for usage."""
+    refused = error.failure.http_status in _REFUSED_REQUEST
+    return refused and any(name in error.body for name in (b"stream_options", b"include_usage"))
 
 
 def _sdk_client(config: ProviderConfig, transport: HttpTransport) -> openai.AsyncOpenAI:

@@ -108,6 +108,7 @@ _WRITE_ATTEMPT: Final = (
                 "http_status",
                 "retryable",
                 "provider_request_id",
+                "provider_error",
                 "prompt_tokens",
                 "completion_tokens",
                 "total_tokens",
@@ -140,12 +141,18 @@ def _write_attempts(connection: Connection, endings: list[Ending]) -> None:
                 "http_status": ending.failure and ending.failure.http_status,
                 "retryable": ending.retryable,
                 "provider_request_id": ending.provider_request_id,
+                "provider_error": _provider_error(ending),
                 "usage": ending.usage.details,
                 **usage_columns(ending.usage),
             }
             for ending in endings
         ],
     )
+
+
+def _provider_error(ending: Ending) -> dict[str, Any] | None:
+    words = ending.failure and ending.failure.provider_error
+    return words.model_dump(exclude_none=True) if words else None
 
 
 def _write_outputs(connection: Connection, endings: list[Ending]) -> None:
