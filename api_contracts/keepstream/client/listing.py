@@ -8,7 +8,7 @@ are, it looks at a limited number of rows, and says where it stopped.
 """
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
@@ -24,8 +24,6 @@ from keepstream.tables import jobs
 
 STRETCH: Final = 1000  #: Jobs that are looked at in one go.
 LOOKED_AT: Final = 10_000  #: Jobs that one listing looks at; filtering so many takes some hundredths of a second.
-
-_NEWEST_FIRST: Final = (jobs.c.created_at.desc(), jobs.c.id.desc())
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +42,15 @@ class Wanted:
         """Whether there are filters by something other than the time."""
         return bool(self.statuses or self.model is not None or self.provider is not None or self.metadata)
 
-    def conditions(self) -> list[ColumnElement[bool]]:
-        """Return the filters that the database applies."""
+    def conditions(self, job: Any) -> list[ColumnElement[bool]]:
+        """Return the filters that the database applies to the columns of ``job``."""
         conditions: list[ColumnElement[bool]] = []
         if self.statuses:
-            conditions.append(jobs.c.status.in_(self.statuses))
+            conditions.append(job["status"].in_(self.statuses))
         if self.model is not None:
-            conditions.append(jobs.c.model == self.model)
+            conditions.append(job["model"] == self.model)
         if self.provider is not None:
-            conditions.append(jobs.c.provider == self.provider)
+            conditions.append(job["provider"] == self.provider)
         return conditions
 
     def fits(self, metadata: Mapping[str, Any]) -> bool:
@@ -100,48 +98,49 @@ def list_jobs(
     if before is not None and connection.execute(_place(tenant, before)).one_or_none() is None:
         raise JobNotFoundError(f"there is no job {before} to continue after")
     if not wanted.is_selective:
-        rows = connection.execute(_select(tenant, wanted, before, None).limit(limit)).all()
+        rows = connection.execute(_walk(tenant, wanted, before, limit)).all()
         return _page(connection, rows, next_before=rows[-1].id if len(rows) == limit else None)
     found: list[StoredRow] = []
     end = None
     for _ in range(LOOKED_AT // STRETCH):
-        end = connection.execute(
-            select(jobs.c.id, jobs.c.created_at)
-            .where(*_stretch(tenant, wanted, before))
-            .order_by(*_NEWEST_FIRST)
-            .offset(STRETCH - 1)
-            .limit(1)
-        ).one_or_none()
-        statement = _select(tenant, wanted, before, end and end.id).where(*wanted.conditions())
+        # Filtered around the walk, not in it: a planner that looks for rare jobs might read the whole table.
+        stretch = _walk(tenant, wanted, before, STRETCH).subquery()
+        fitting = (
+            select(stretch)
+            .where(*wanted.conditions(stretch.c))
+            .order_by(stretch.c.created_at.desc(), stretch.c.id.desc())
+        )
         if not wanted.metadata:
-            statement = statement.limit(limit - len(found))
-        found += [row for row in connection.execute(statement) if wanted.fits(row.metadata)]
+            fitting = fitting.limit(limit - len(found))
+        found += [row for row in connection.execute(fitting) if wanted.fits(row.metadata)]
         if len(found) >= limit:
             return _page(connection, found[:limit], next_before=found[limit - 1].id)
+        last = _walk(tenant, wanted, before, 1, columns=(jobs.c.id, jobs.c.created_at)).offset(STRETCH - 1)
+        end = connection.execute(last).one_or_none()
         if end is None:
             return _page(connection, found)
         before = end.id
-    return _page(connection, found, next_before=before, looked_back_to=end and end.created_at)
+    return _page(connection, found, next_before=before, looked_back_to=None if end is None else end.created_at)
 
 
-def _select(tenant: str, wanted: Wanted, before: str | None, last: str | None) -> Select[Any]:
-    columns = (*SUMMARY_COLUMNS, *waiting.COLUMNS)
-    return select(*columns).where(*_stretch(tenant, wanted, before, last)).order_by(*_NEWEST_FIRST)
-
-
-def _stretch(tenant: str, wanted: Wanted, before: str | None, last: str | None = None) -> Iterator[ColumnElement[bool]]:
-    """Give the conditions for a stretch of the walk: after the job ``before``, up to and with the job ``last``."""
-    yield jobs.c.tenant == tenant
+def _walk(
+    tenant: str,
+    wanted: Wanted,
+    before: str | None,
+    limit: int,
+    columns: Sequence[ColumnElement[Any]] = (*SUMMARY_COLUMNS, *waiting.COLUMNS),
+) -> Select[Any]:
+    """Return the statement that reads so many jobs of the tenant and the time, from the job ``before`` backwards."""
+    walk = select(*columns).where(jobs.c.tenant == tenant)
     if wanted.since is not None:
-        yield jobs.c.created_at >= wanted.since
+        walk = walk.where(jobs.c.created_at >= wanted.since)
     if wanted.until is not None:
-        yield jobs.c.created_at < wanted.until
-    here = tuple_(jobs.c.created_at, jobs.c.id)
-    # The places are read by the database: SQLite keeps times as texts, which differ from bound ones in their zeros.
+        walk = walk.where(jobs.c.created_at < wanted.until)
     if before is not None:
-        yield here < _place(tenant, before).scalar_subquery()
-    if last is not None:
-        yield here >= _place(tenant, last).scalar_subquery()
+        here = tuple_(jobs.c.created_at, jobs.c.id)
+        # Read by the database: SQLite keeps times as texts, which differ from bound ones in their zeros.
+        walk = walk.where(here < _place(tenant, before).scalar_subquery())
+    return walk.order_by(jobs.c.created_at.desc(), jobs.c.id.desc()).limit(limit)
 
 
 def _place(tenant: str, job_id: str) -> Select[Any]:

@@ -52,7 +52,7 @@ def translate(error: Exception) -> Exception:
         )
     # What a server answers in an outage has many names, and new ones come; all others pass, as far as one can know.
     if isinstance(error, ResponseError | BusyLoadingError):
-        return DisconnectedError(f"it answers with an error: {str(error)[:200]}")
+        return DisconnectedError(f"it answers with an error ({type(error).__name__}: {str(error)[:200]})")
     if isinstance(error, RedisConnectionError | RedisTimeoutError | OSError):
         return DisconnectedError(f"it does not answer ({_cause(error)})")
     if isinstance(error, InvalidResponse | RedisError):

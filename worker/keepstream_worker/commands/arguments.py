@@ -8,18 +8,23 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from keepstream_worker.commands.exits import INVALID, fail
+
+if TYPE_CHECKING:
+    from keepstream.results import JobStatus
 
 JobId = Annotated[str, typer.Argument(metavar="JOB_ID", help="The id that `keepstream submit` printed.")]
 Tenant = Annotated[str, typer.Option(help="Whose jobs.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 AsJsonLines = Annotated[bool, typer.Option("--json", help="Print one JSON document per line.")]
 
+_DURATION: Final = r"(\d+(?:\.\d+)?)([smhd])"
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 _LONGEST: Final = 36_500 * 86_400  #: Seconds; dates and databases have an end.
 
@@ -78,6 +83,39 @@ def parse_param(text: str) -> tuple[str, Any]:
         return name, value
 
 
+def parse_metadata(text: str) -> tuple[str, str]:
+    """Return name and value of ``NAME=VALUE``, by which jobs are found; values are compared as texts."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        fail(f"--metadata {text}: write NAME=VALUE, conversation=4711 for instance", INVALID)
+    return name, value
+
+
+def parse_statuses(words: Sequence[str]) -> list["JobStatus"]:
+    """Return the statuses that words name; ``active`` and ``ended`` name several."""
+    from keepstream.results import TERMINAL_STATUSES, JobStatus
+
+    classes = {"active": set(JobStatus) - TERMINAL_STATUSES, "ended": set(TERMINAL_STATUSES)}
+    known = classes | {status.value: {status} for status in JobStatus}
+    for word in words:
+        if word not in known:
+            fail(f"--status {word}: choose one of {', '.join([*JobStatus, *classes])}", INVALID)
+    return sorted(status for word in words for status in known[word])
+
+
+def parse_moment(text: str, option: str) -> datetime:
+    """Return the time that a text names: so long ago (2h), or by date and clock (2030-01-31T09:00Z).
+
+    Without an offset it is this machine's local time.
+    """
+    if re.fullmatch(_DURATION, text):
+        return datetime.now(UTC) - timedelta(seconds=parse_duration(text))
+    try:
+        return datetime.fromisoformat(text.upper()).astimezone(UTC)
+    except (ValueError, OverflowError):
+        fail(f"{option} {text}: write how long ago (90s, 15m, 2h, 30d) or when (2030-01-31T09:00Z)", INVALID)
+
+
 def parse_json(text: str, where: str) -> Any:
     """Return a JSON value; ``where`` says in the message of a failure what was read."""
     try:
@@ -89,7 +127,7 @@ def parse_json(text: str, where: str) -> Any:
 
 def parse_duration(text: str) -> float:
     """Return the seconds of a number with a unit: 90s, 15m, 2h or 30d."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
+    match = re.fullmatch(_DURATION, text)
     if match is None:
         fail(f"{text} is no duration; write a number and its unit: 90s, 15m, 2h or 30d", INVALID)
     seconds = float(match[1]) * _UNITS[match[2]]

@@ -1,11 +1,14 @@
-"""The commands for jobs: submit, follow, get, list, cancel.
+"""The commands for jobs: submit, follow, get, list, cancel, retry.
 
 In: arguments, from people and shell scripts.
-Out: jobs, to the client; events and results, to standard output as text or JSON.
+Out: jobs, to the client; events and results, to standard output as text or JSON; what keeps a job waiting, to standard
+error.
 """
 
 import json
-from collections.abc import Iterable
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +22,10 @@ from keepstream_worker.commands.arguments import (
     Tenant,
     parse_duration,
     parse_json,
+    parse_metadata,
+    parse_moment,
     parse_param,
+    parse_statuses,
     read_job,
     read_message,
     read_tools,
@@ -121,13 +127,7 @@ def submit(
             fail("the job needs a message: --message TEXT, or --file FILE", INVALID)
     checked = parse_job(job)
     with client_for(checked.tenant) as client:
-        job_id = client.enqueue(checked)
-        if not follow_:
-            typer.echo(json.dumps({"job_id": job_id}) if as_json else job_id)
-            return
-        if not as_json:
-            make_console().print(f"job {job_id}", style="dim", highlight=False)
-        raise typer.Exit(_follow(client, job_id, None, as_json=as_json))
+        _print_or_follow(client, client.enqueue(checked), follow=follow_, as_json=as_json)
 
 
 @group.command("keepstream follow 3f2a9c7e…", "keepstream follow 3f2a9c7e… --after 1-17", "keepstream follow ID --json")
@@ -163,7 +163,8 @@ def get(
 ) -> None:
     """Show everything that is stored about a job.
 
-    Text, tool calls, usage, times, and each attempt with its outcome and cost.
+    Its request and metadata, text, tool calls, usage, times, and each attempt with its outcome and cost; and what it
+    waits for. Long messages are cut; --json shows them whole.
     """
     with client_for(tenant) as client:
         result = client.get(job_id)
@@ -181,44 +182,72 @@ def get(
 
 @group.command(
     "keepstream list",
-    "keepstream list --status failed --limit 20",
+    "keepstream list --status failed --since 2h --limit 20",
+    "keepstream list --metadata conversation=4711 --status ended",
     "keepstream list --json | jq -r .id",
     name="list",
 )
 def list_(
     *,
     status: Annotated[
-        str | None,
-        typer.Option(help="queued, running, retrying, completed, failed, cancelled or expired."),
+        list[str] | None,
+        typer.Option(
+            help="queued, running, retrying, completed, failed, cancelled or expired; active: any of the first three,"
+            " ended: any of the others; repeatable."
+        ),
     ] = None,
     model: Annotated[str | None, typer.Option(help="Only jobs for this model.")] = None,
     provider: Annotated[str | None, typer.Option(help="Only jobs for this provider.")] = None,
+    metadata: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Only jobs whose metadata have this value; repeatable."),
+    ] = None,
+    since: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Only jobs created since then: 2h ago, or 2030-01-31T09:00Z.")
+    ] = None,
+    until: Annotated[str | None, typer.Option(metavar="TIME", help="Only jobs created before.")] = None,
     before: Annotated[str | None, typer.Option(metavar="JOB_ID", help="Go on after the last job of a page.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=1000, help="Jobs at most.")] = 50,
     tenant: Tenant = "default",
     as_json: AsJsonLines = False,
 ) -> None:
-    """List jobs, the newest first."""
-    from keepstream.results import JobStatus
+    """List jobs, the newest first, each with the beginning of its prompt.
 
-    try:
-        wanted = None if status is None else JobStatus(status)
-    except ValueError:
-        fail(f"--status: choose one of {', '.join(JobStatus)}", INVALID)
+    With filters other than the time, it looks at the newest 10,000 jobs and says how to go on from there.
+    """
+    statuses = parse_statuses(status or ())
+    wanted = dict(parse_metadata(pair) for pair in metadata or ())
+    begin = None if since is None else parse_moment(since, "--since")
+    end = None if until is None else parse_moment(until, "--until")
     with client_for(tenant) as client:
-        summaries = client.list(status=wanted, model=model, provider=provider, before=before, limit=limit)
+        page = client.list(
+            status=statuses,
+            model=model,
+            provider=provider,
+            metadata=wanted,
+            since=begin,
+            until=end,
+            before=before,
+            limit=limit,
+        )
+    more = "" if page.next_before is None else f"There may be more: --before {page.next_before}"
+    if page.looked_back_to is not None:
+        more = (
+            f"Looked back as far as {page.looked_back_to:%Y-%m-%d %H:%M:%S} UTC; to go on: --before {page.next_before}"
+        )
     if as_json:
-        print_lines(summary.model_dump_json() for summary in summaries)
+        print_lines(summary.model_dump_json() for summary in page)
+        if page.looked_back_to is not None:
+            print_error(more)
         return
     from keepstream_worker.commands.tables import show_list
 
     console = make_console()
-    if not summaries:
+    show_list(console, page)
+    if not page:
         console.print("No such jobs.", style="dim")
-        return
-    show_list(console, summaries)
-    if len(summaries) == limit:
-        console.print(f"\nThere may be more: --before {summaries[-1].id}", style="dim", highlight=False)
+    if more:
+        console.print(f"\n{more}", style="dim", highlight=False, soft_wrap=True)
 
 
 @group.command("keepstream cancel 3f2a9c7e…")
@@ -239,23 +268,76 @@ def cancel(job_id: JobId, *, tenant: Tenant = "default", as_json: AsJson = False
         typer.echo(f"{status.value}: its worker has been asked to stop")
 
 
+@group.command("keepstream retry 3f2a9c7e…", "keepstream retry 3f2a9c7e… --follow", "keepstream retry ID --json")
+def retry(
+    job_id: JobId,
+    *,
+    force: Annotated[bool, typer.Option("--force", help="Also if the job is completed.")] = False,
+    follow_: Annotated[bool, typer.Option("--follow", "-f", help="Show the new job's events until it ends.")] = False,
+    tenant: Tenant = "default",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the id as JSON; with --follow the events, one per line.")
+    ] = False,
+) -> None:
+    """Run a job that has ended again, as a new job, and print its id.
+
+    It has the same request, metadata and limits. The old job stays as it is; `get` shows of which job the new one is a
+    retry.
+    """
+    with client_for(tenant) as client:
+        _print_or_follow(client, client.retry(job_id, force=force), follow=follow_, as_json=as_json)
+
+
+def _print_or_follow(client: "Client", job_id: str, *, follow: bool, as_json: bool) -> None:
+    if not follow:
+        typer.echo(json.dumps({"job_id": job_id}) if as_json else job_id)
+        return
+    if not as_json:
+        make_console().print(f"job {job_id}", style="dim", highlight=False, soft_wrap=True)
+    raise typer.Exit(_follow(client, job_id, None, as_json=as_json))
+
+
 def _follow(client: "Client", job_id: str, after: str | None, *, timeout: float = 600.0, as_json: bool) -> int:
     """Show a job's events; return the exit code."""
     if as_json:
-        return _follow_json(client.follow(job_id, after, timeout=timeout))
+        with _reasons_shown():
+            return _follow_json(client.follow(job_id, after, timeout=timeout))
     from keepstream.client.follower import parse_cursor
     from keepstream_worker.commands.live_view import LiveView
 
     view = LiveView(make_console(), parse_cursor(after))
     try:
-        for event in client.follow(job_id, after, timeout=timeout):
-            view.show(event)
+        with _reasons_shown(view.end_line):
+            for event in client.follow(job_id, after, timeout=timeout):
+                view.show(event)
     except KeyboardInterrupt:
         at = f" --after {view.transcript.last}" if view.transcript.last else ""
         print_error(f"\nthe job goes on; to follow it again: keepstream follow {job_id}{at}")
         return INTERRUPTED
     end = view.transcript.terminal
     return OK if end and end.type == "job.completed" and view.matches is not False else UNSUCCESSFUL
+
+
+@contextmanager
+def _reasons_shown(before_each: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Show what the client reports about the job it follows, a line each on standard error."""
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            before_each()
+            print_error(record.getMessage())
+
+    logger, lines = logging.getLogger("keepstream"), Lines()
+    level, propagates = logger.level, logger.propagate
+    logger.addHandler(lines)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(lines)
+        logger.setLevel(level)
+        logger.propagate = propagates
 
 
 def _follow_json(events: "Iterable[Event]") -> int:

@@ -147,9 +147,13 @@ class LiveView:
         end = self.transcript.terminal
         return self.transcript.sha256() == end.output_sha256 if end and self._from_start else None
 
-    def _note(self, *parts: str | tuple[str, str]) -> None:
+    def end_line(self) -> None:
+        """End the current line, because something else is about to be written."""
         self._output.end_line()
         self._section = ""
+
+    def _note(self, *parts: str | tuple[str, str]) -> None:
+        self.end_line()
         self._console.print(Text.assemble(*parts), soft_wrap=not self._wrap)
 
     def _attempt_started(self, event: AttemptStarted) -> None:

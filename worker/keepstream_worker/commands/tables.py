@@ -5,8 +5,8 @@ Out: tables on a console.
 """
 
 import json
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 from rich.console import Console
 from rich.padding import Padding
@@ -17,21 +17,30 @@ from keepstream.results import CompletionResult, JobSummary, output_sha256
 from keepstream_worker.commands.formats import INDENT, error_line, printable, seconds_between, status_text, usage_line
 from keepstream_worker.store.inspection import RejectedMessage
 
-_WIDE_LIST: Final = 100  #: Columns from which a list has more of them.
+_WIDE_LIST: Final = 110  #: Columns from which a job of a list fits on one line.
+_LONG_ID: Final = 40  #: Characters; ids are never cut, so longer ones get a line of their own.
+_SHOWN_MESSAGES: Final = 6  #: The last ones of a request.
+_SHOWN_CHARACTERS: Final = 400  #: Of each message, and of each parameter.
+_LABELS: Final = 9  #: Columns.
 
 
 def show_result(console: Console, result: CompletionResult) -> None:
     """Show a job with everything stored about it."""
+    # On a line of its own: an id that is cut or broken cannot be copied.
+    console.print(Text.assemble((f"{'job':<{_LABELS}}  ", "dim"), (result.id, "bold")), soft_wrap=True)
     facts = Table.grid(padding=(0, 2))
-    facts.add_column(style="dim", no_wrap=True)
+    facts.add_column(style="dim", no_wrap=True, min_width=_LABELS)
     facts.add_column(overflow="fold")
-    facts.add_row("job", Text(result.id, "bold"))
     status = status_text(result.status)
     if result.partial:
         status.append("  (the output is partial)", "yellow")
     facts.add_row("status", status)
     if result.error is not None:
         facts.add_row("error", Text(printable(error_line(result.error)), "red"))
+    if result.waiting_for is not None:
+        facts.add_row("waits for", Text(result.waiting_for.text, "yellow"))
+    if result.retry_of is not None:
+        facts.add_row("retry of", Text(result.retry_of))
     facts.add_row("model", Text(f"{result.model}, provider {result.provider}, tenant {result.tenant}"))
     facts.add_row("times", _times(result))
     facts.add_row("usage", usage_line(result.usage) if result.usage or result.status.terminal else "not known yet")
@@ -41,6 +50,8 @@ def show_result(console: Console, result: CompletionResult) -> None:
         right = result.output_sha256 == output_sha256(choice.content for choice in result.choices)
         facts.add_row("sha256", f"{result.output_sha256} {'✓' if right else '✗ differs from the text'}")
     console.print(facts)
+    if result.request is not None:
+        _show_request(console, result.request)
     for choice in result.choices:
         title = "text" if len(result.choices) == 1 else f"choice {choice.index}"
         console.print()
@@ -54,6 +65,39 @@ def show_result(console: Console, result: CompletionResult) -> None:
         show_attempts(console, result)
 
 
+def _show_request(console: Console, request: Mapping[str, Any]) -> None:
+    """Show the parameters and the last messages, long ones cut."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True, min_width=_LABELS)
+    table.add_column(overflow="fold")
+    for name, value in request.items():
+        if name not in ("model", "messages"):
+            table.add_row(printable(name), _cut(json.dumps(value, ensure_ascii=False)))
+    messages = list(request.get("messages", ()))
+    if len(messages) > _SHOWN_MESSAGES:
+        table.add_row("…", Text(f"{len(messages) - _SHOWN_MESSAGES} earlier messages (all: --json)", "dim"))
+    for message in messages[-_SHOWN_MESSAGES:]:
+        table.add_row(printable(str(message.get("role", "?"))), _cut(_message_text(message)))
+    console.print()
+    console.print(Text("request", "bold"))
+    console.print(Padding(table, (0, 0, 0, INDENT)))
+
+
+def _message_text(message: Mapping[str, Any]) -> str:
+    """Return a message's text, or all of it as JSON if it is more than a text."""
+    content = message.get("content")
+    if isinstance(content, str) and message.keys() <= {"role", "content", "name", "tool_call_id"}:
+        return content
+    return json.dumps({name: value for name, value in message.items() if name != "role"}, ensure_ascii=False)
+
+
+def _cut(text: str) -> Text:
+    shown = Text(printable(text[:_SHOWN_CHARACTERS]).rstrip())
+    if len(text) > _SHOWN_CHARACTERS:
+        shown.append(f" … ({len(text)} characters)", "dim")
+    return shown
+
+
 def show_tool_calls(console: Console, result: CompletionResult) -> None:
     """Show the tool calls of all choices, if there are any."""
     rows = [(choice.index, call) for choice in result.choices for call in choice.tool_calls]
@@ -62,7 +106,7 @@ def show_tool_calls(console: Console, result: CompletionResult) -> None:
     table = _plain_table()
     several = len(result.choices) > 1
     for title in (["choice"] if several else []) + ["tool call", "id"]:
-        table.add_column(title, no_wrap=True)
+        table.add_column(title, overflow="fold")
     table.add_column("arguments", overflow="fold")
     for index, call in rows:
         arguments = Text(printable(call.arguments), "cyan")
@@ -100,26 +144,56 @@ def show_attempts(console: Console, result: CompletionResult) -> None:
             console.print(Text(printable(f"attempt {attempt.number}, the provider said: {words}"), "dim"))
 
 
-def show_list(console: Console, summaries: list[JobSummary]) -> None:
-    """Show jobs, one a line."""
-    wide = console.width >= _WIDE_LIST
+def show_list(console: Console, summaries: Sequence[JobSummary]) -> None:
+    """Show jobs: one a line if there is room, else each with its id on a line of its own."""
+    longest = max((len(job.id) for job in summaries), default=0)
+    if console.width < _WIDE_LIST or longest > _LONG_ID:
+        for job in summaries:
+            _show_in_lines(console, job)
+        return
     table = _plain_table()
-    for title in ("job", "status", "created (UTC)", *(("took", "tokens") if wide else ())):
+    for title in ("job", "status", "created (UTC)", "took", "tokens"):
         table.add_column(title, no_wrap=True)
-    table.add_column("model", overflow="fold")
-    table.add_column("error", overflow="fold")
+    table.add_column("model", overflow="fold", ratio=1)
+    table.add_column("prompt, error", no_wrap=True, ratio=2)
+    table.expand = True
     for job in summaries:
-        tokens = job.usage.total_tokens if job.usage else None
-        took = "-" if job.finished_at is None else seconds_between(job.created_at, job.finished_at)
         table.add_row(
             Text(job.id),
             status_text(job.status),
             f"{job.created_at:%m-%d %H:%M:%S}",
-            *((took, "-" if tokens is None else str(tokens)) if wide else ()),
-            Text(job.model),
-            Text("" if job.error is None else job.error.code, "red"),
+            _took(job),
+            _tokens(job),
+            Text(printable(job.model)),
+            _about(job),
         )
     console.print(table)
+
+
+def _show_in_lines(console: Console, job: JobSummary) -> None:
+    console.print(Text(job.id), soft_wrap=True)
+    facts = [f"{job.created_at:%m-%d %H:%M:%S}", _took(job), printable(job.model)]
+    line = Text("  ").join([status_text(job.status), *(Text(fact) for fact in facts if fact != "-")])
+    console.print(Padding(line, (0, 0, 0, INDENT)))
+    if about := _about(job):
+        about.truncate(max(1, console.width - INDENT), overflow="ellipsis")
+        console.print(Padding(about, (0, 0, 0, INDENT)))
+
+
+def _about(job: JobSummary) -> Text:
+    """Return the error, or what the job waits for, and the beginning of its prompt."""
+    reason = Text("" if job.error is None else job.error.code, "red")
+    if job.waiting_for is not None and not job.waiting_for.passes:
+        reason = Text(f"waits for {job.waiting_for.text}", "yellow")
+    return Text("  ").join(part for part in (reason, Text(printable(job.prompt_start))) if part)
+
+
+def _took(job: JobSummary) -> str:
+    return "-" if job.finished_at is None else seconds_between(job.created_at, job.finished_at)
+
+
+def _tokens(job: JobSummary) -> str:
+    return "-" if job.usage is None or job.usage.total_tokens is None else str(job.usage.total_tokens)
 
 
 def show_rejected(console: Console, messages: Sequence[RejectedMessage]) -> None:
@@ -129,7 +203,7 @@ def show_rejected(console: Console, messages: Sequence[RejectedMessage]) -> None
         return
     table = _plain_table()
     for title in ("rejected (UTC)", "tenant", "job", "bytes"):
-        table.add_column(title, no_wrap=True)
+        table.add_column(title, overflow="fold")
     table.add_column("reason", overflow="fold")
     for message in messages:
         table.add_row(
