@@ -21,6 +21,7 @@ import redis
 
 from keepstream import parse_event
 from keepstream.events import UnknownEvent
+from keepstream.jobs import parse_job
 from keepstream.names import QUEUE, control_channel
 from keepstream.tables import rejected_messages, seconds_from_now
 from keepstream.transcript import Transcript
@@ -31,7 +32,7 @@ from tests.cluster import Cluster, wait_until
 
 OK, UNSUCCESSFUL, INVALID, UNAVAILABLE, NOT_FOUND, INTERRUPTED = 0, 1, 2, 3, 4, 130
 COMMANDS = (
-    *("demo", "dev", "submit", "follow", "get", "list", "cancel"),
+    *("demo", "dev", "submit", "follow", "get", "list", "cancel", "retry"),
     *("worker", "alive", "migrate", "doctor", "rejected", "purge", "schema"),
 )
 TEXT = "Grüße, ¡saludos!, 你好 🌊 - a text for the tests of the command line."
@@ -334,6 +335,93 @@ def test_ctrl_c_ends_following_but_not_the_job(cluster: Cluster):
     cluster.client.cancel(job_id)
 
 
+def test_get_shows_the_request_with_long_messages_cut(cluster: Cluster):
+    turns = [{"role": "user", "content": f"turn {n}"} for n in range(8)]
+    messages = [*turns, {"role": "user", "content": "Hello \x1b[31m" + "long " * 1000}]
+    job = cluster.job(text="Hi")
+    job["request"] |= {"messages": messages, "temperature": 0.25}
+    job_id = cluster.client.enqueue(parse_job(job))
+    cluster.wait_for(job_id)
+    shown = keepstream(cluster, "get", job_id).stdout
+    assert "temperature  0.25" in shown
+    assert "3 earlier messages (all: --json)" in shown
+    assert "turn 3" in shown
+    assert "turn 2" not in shown
+    assert "Hello ␛[31mlong" in shown
+    assert shown.count("long ") < 100
+    whole = json.loads(keepstream(cluster, "get", job_id, "--json").stdout)
+    assert whole["request"]["messages"] == messages
+
+
+def test_list_shows_prompts_and_finds_jobs_by_metadata_and_time(cluster: Cluster):
+    messages = [{"role": "user", "content": "Why is the sky\nblue?"}]
+    job = cluster.job(limits={"metadata": {"conversation": 4711}}, text="Hi")
+    job["request"]["messages"] = messages
+    job_id = cluster.client.enqueue(parse_job(job))
+    cluster.wait_for(job_id)
+    wanted = ["--metadata", "conversation=4711", "--since", "1h", "--status", "ended"]
+    shown = keepstream(cluster, "list", *wanted).stdout
+    assert job_id in shown
+    assert "Why is the sky blue?" in shown
+    (line,) = keepstream(cluster, "list", *wanted, "--json").stdout.splitlines()
+    assert json.loads(line)["prompt_start"] == "Why is the sky blue?"
+    for other in (["--metadata", "conversation=1"], ["--until", "1h"], ["--status", "active", *wanted[:2]]):
+        assert keepstream(cluster, "list", *other).stdout == "No such jobs.\n"
+
+
+@pytest.mark.parametrize("columns", ["40", "80", "200"])
+def test_ids_are_whole_however_narrow_the_terminal(cluster: Cluster, columns: str):
+    job_id = cluster.enqueue(limits={"id": f"{columns:x<128}"}, text="Hi")
+    cluster.wait_for(job_id)
+    env = cluster.environment() | {"COLUMNS": columns}
+    for command in (["list"], ["get", job_id]):
+        assert job_id in run(env, *command).stdout.split()
+    ordinary = cluster.enqueue(text="Hi")
+    shown = run(env, "list", "--limit", "1").stdout
+    assert ordinary in shown.split()
+    assert max(map(len, shown.splitlines())) <= int(columns)
+
+
+def test_a_failed_job_is_run_again(cluster: Cluster):
+    job = scripted(cluster, faults=[{"kind": "status", "status": 400}])
+    job_id = keepstream(cluster, "submit", "--file", "-", stdin=job).stdout.strip()
+    assert cluster.wait_for(job_id).status == "failed"
+    again = keepstream(cluster, "retry", job_id).stdout.strip()
+    assert cluster.wait_for(again).retry_of == job_id
+    assert f"retry of   {job_id}" in keepstream(cluster, "get", again).stdout
+    cluster.wait_for(other := cluster.enqueue(text=TEXT))
+    done = keepstream(cluster, "retry", other)
+    assert done.returncode == INVALID
+    assert "force" in one_line(done)
+    done = keepstream(cluster, "retry", other, "--force", "--follow")
+    assert done.returncode == OK
+    assert TEXT in done.stdout
+
+
+def test_whoever_follows_a_job_that_no_worker_takes_is_told_so(cluster: Cluster):
+    env = cluster.environment() | {"KEEPSTREAM_QUEUE": "nobody"}
+    with started(env, "submit", "--model", "m", "-m", "Hi", "--follow") as process:
+        assert process.stderr is not None
+        assert "waits for a worker: none is alive for the queue 'nobody'" in process.stderr.readline()
+    done = run(env, "submit", "--model", "m", "-m", "Hi")
+    done = run(env, "follow", done.stdout.strip(), "--timeout", "1", "--json")
+    assert done.returncode == UNAVAILABLE
+    told, error = done.stderr.splitlines()
+    assert "waits for a worker" in told
+    assert "no event of job" in error
+    assert "it waits for a worker: none is alive" in error
+    assert "waits for  a worker: none is alive" in keepstream(cluster, "get", told.split()[1]).stdout
+
+
+@pytest.mark.parametrize("timeout", ["1", "600"])
+def test_following_an_unknown_job_is_not_found_even_without_redis(cluster: Cluster, timeout: str):
+    env = cluster.environment() | {"KEEPSTREAM_REDIS_URL": f"redis://127.0.0.1:{free_port()}"}
+    done = run(env, "follow", "nope", "--timeout", timeout)
+    assert done.returncode == NOT_FOUND
+    assert "waits for Redis: it does not answer" in done.stderr
+    assert "there is no job nope" in done.stderr.splitlines()[-1]
+
+
 # -- jobs that do not complete, and wrong input ---------------------------------------------------
 
 
@@ -369,6 +457,8 @@ def test_an_unknown_provider_fails_the_job_and_names_those_there_are(cluster: Cl
         (["submit", "--file", "/nowhere.json"], "cannot be read"),
         (["submit", "--file", "-"], "not valid JSON"),
         (["list", "--status", "done"], "choose one of queued, running"),
+        (["list", "--metadata", "order"], "--metadata order: write NAME=VALUE"),
+        (["list", "--since", "yesterday"], "--since yesterday: write how long ago"),
         (["follow", "job", "--after", "seventeen"], "event ids look like 2-17"),
         (["purge", "--older-than", "long", "--all-tenants"], "no duration"),
         (["purge", "--older-than", "30", "--all-tenants"], "write a number and its unit"),
@@ -418,7 +508,7 @@ def test_a_key_that_belongs_to_another_request_is_refused(cluster: Cluster):
     assert "use a new key" in one_line(done)
 
 
-@pytest.mark.parametrize("command", ["get", "cancel"])
+@pytest.mark.parametrize("command", ["get", "cancel", "retry"])
 def test_an_unknown_job_is_not_found(cluster: Cluster, command: str):
     done = keepstream(cluster, command, "no-such-job")
     assert done.returncode == NOT_FOUND

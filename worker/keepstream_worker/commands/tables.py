@@ -80,7 +80,7 @@ def _show_request(console: Console, request: Mapping[str, Any]) -> None:
         table.add_row(printable(str(message.get("role", "?"))), _cut(_message_text(message)))
     console.print()
     console.print(Text("request", "bold"))
-    console.print(Padding(table, (0, 0, 0, INDENT)))
+    console.print(Padding(table, (0, 0, 0, INDENT), expand=False))
 
 
 def _message_text(message: Mapping[str, Any]) -> str:
@@ -174,10 +174,10 @@ def _show_in_lines(console: Console, job: JobSummary) -> None:
     console.print(Text(job.id), soft_wrap=True)
     facts = [f"{job.created_at:%m-%d %H:%M:%S}", _took(job), printable(job.model)]
     line = Text("  ").join([status_text(job.status), *(Text(fact) for fact in facts if fact != "-")])
-    console.print(Padding(line, (0, 0, 0, INDENT)))
+    console.print(Padding(line, (0, 0, 0, INDENT), expand=False))
     if about := _about(job):
         about.truncate(max(1, console.width - INDENT), overflow="ellipsis")
-        console.print(Padding(about, (0, 0, 0, INDENT)))
+        console.print(Padding(about, (0, 0, 0, INDENT), expand=False))
 
 
 def _about(job: JobSummary) -> Text:
