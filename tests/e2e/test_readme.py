@@ -47,16 +47,29 @@ def environment(cluster: Cluster) -> dict[str, str]:
 
 def test_the_example_of_the_client_streams_queries_and_cancels(cluster: Cluster, tmp_path: Path) -> None:
     cluster.start_worker()
-    example = tmp_path / "example.py"
-    example.write_text(blocks("python")[0])
-    command = [sys.executable, str(example)]
-    done = subprocess.run(command, env=environment(cluster), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = run_example(cluster, tmp_path, blocks("python")[0])
     (summary,) = cluster.client.list()
     result = cluster.result(summary.id)
     assert done.stdout.startswith(result.text)
     assert done.stdout.splitlines()[-2:] == [f"['{summary.id}']", "completed"]
     assert result.metadata == {"conversation": "4711"}
+
+
+def test_the_example_of_waiting_waits_and_lists(cluster: Cluster, tmp_path: Path) -> None:
+    cluster.start_worker()
+    done = run_example(cluster, tmp_path, blocks("python")[1])
+    (summary,) = cluster.client.list()
+    assert done.stdout.splitlines()[-1] == f"{summary.id} completed Hi!"
+
+
+def run_example(cluster: Cluster, directory: Path, text: str) -> subprocess.CompletedProcess[str]:
+    """Run a program of the README, which must not fail."""
+    example = directory / "example.py"
+    example.write_text(text)
+    command = [sys.executable, str(example)]
+    done = subprocess.run(command, env=environment(cluster), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 class Server(TestServer):
@@ -84,7 +97,7 @@ async def browser(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for name, value in environment(cluster).items():
         monkeypatch.setenv(name, value)
     example = tmp_path / "gateway.py"
-    example.write_text(blocks("python")[1])
+    example.write_text(blocks("python")[2])
     make_app = runpy.run_path(str(example))["make_app"]
     monkeypatch.setitem(make_app.__globals__, "SILENCE", 1)
     app = make_app()
@@ -140,7 +153,9 @@ async def test_the_example_of_server_sent_events_sends_comments_until_the_browse
         while not ended:  # noqa: ASYNC110  # the handler notices with its next comment
             await asyncio.sleep(0.05)
     assert ended == [None]
-    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+    complaints = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert [record.getMessage() for record in complaints if record.name != "keepstream"] == []
+    assert "waits for a worker" in complaints[0].getMessage()
 
 
 def _events(body: str) -> list[tuple[str, str]]:
