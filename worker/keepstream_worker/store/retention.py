@@ -39,27 +39,31 @@ def purge(
         tenant: Whose jobs and messages; None: everybody's.
         limit: Jobs at most, and messages at most, so that nobody has to wait for the transaction's locks.
     """
-    # One statement each, because on SQLite a transaction that reads first may find that it cannot write.
+    # One statement each, because on SQLite a transaction that reads first may find that it cannot write.  CTEs, because
+    # PostgreSQL may run a sub-select once for each row it is compared with, each time with a new limit.
     rejected = (
         select(rejected_messages.c.id)
         .where(*_rejected_before(older_than_seconds, tenant))
         .order_by(rejected_messages.c.rejected_at)
         .limit(limit)
         .with_for_update(skip_locked=True)
+        .cte("rejected")
     )
-    delete_rejected = delete(rejected_messages).where(rejected_messages.c.id.in_(rejected))
-    deleted_messages = connection.execute(delete_rejected).rowcount
+    delete_rejected = delete(rejected_messages).where(rejected_messages.c.id.in_(select(rejected.c.id)))
+    deleted_messages = connection.execute(delete_rejected.returning(rejected_messages.c.id)).all()
     ended = (
         select(jobs.c.tenant, jobs.c.id)
         .where(*_ended_before(older_than_seconds, tenant))
         .order_by(jobs.c.finished_at)
         .limit(limit)
         .with_for_update(skip_locked=True)
+        .cte("ended")
     )
     # The foreign keys delete what belongs to the jobs.
-    delete_ended = delete(jobs).where(tuple_(jobs.c.tenant, jobs.c.id).in_(ended))
-    deleted_jobs = connection.execute(delete_ended).rowcount
-    return PurgeCounts(deleted_jobs, deleted_messages)
+    delete_ended = delete(jobs).where(tuple_(jobs.c.tenant, jobs.c.id).in_(select(ended.c.tenant, ended.c.id)))
+    deleted_jobs = connection.execute(delete_ended.returning(jobs.c.id)).all()
+    # Not the cursors' counts: SQLite's driver has none for a statement that begins with WITH.
+    return PurgeCounts(len(deleted_jobs), len(deleted_messages))
 
 
 def _ended_before(seconds: float, tenant: str | None) -> list[ColumnElement[bool]]:

@@ -108,17 +108,19 @@ def _take_due(connection: Connection, request: Sweep) -> list[str]:
 
 def _note_sent(connection: Connection, condition: Any, resend_after: float, limit: int) -> list[str]:
     """Count a message for each job that meets the condition, oldest first; return the jobs."""
+    # A CTE, because PostgreSQL may run a sub-select once for each row it is compared with, each time with a new limit.
     chosen = (
         select(jobs.c.tenant, jobs.c.id)
         .where(condition)
         .order_by(jobs.c.resend_at)
         .limit(limit)
         .with_for_update(skip_locked=True)
+        .cte("chosen")
     )
     return list(
         connection.scalars(
             update(jobs)
-            .where(tuple_(jobs.c.tenant, jobs.c.id).in_(chosen), condition)
+            .where(tuple_(jobs.c.tenant, jobs.c.id).in_(select(chosen.c.tenant, chosen.c.id)), condition)
             .values(sends=jobs.c.sends + 1, resend_at=seconds_from_now(resend_after))
             .returning(jobs.c.job)
         )
