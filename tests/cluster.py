@@ -210,6 +210,7 @@ class Cluster:
         directory: For logs.
         database_url: An empty database; it is migrated.
         persistent: Whether Redis keeps its data when it is killed.
+        valkey: The Redis, not started yet, if it is to be a special one.
         postgres: The server behind ``database_url``, if it may be harmed.
         base: The workers' settings; what is in neither has its default.
         forks: Starts the workers and the provider quickly; without it they are started as in production.
@@ -222,6 +223,7 @@ class Cluster:
         database_url: str,
         *,
         persistent: bool = False,
+        valkey: EmbeddedValkey | None = None,
         postgres: PostgresServer | None = None,
         base: Mapping[str, Any] = FAST,
         forks: ForkServer | None = None,
@@ -232,7 +234,7 @@ class Cluster:
         self._postgres = postgres
         self._forks = forks
         self.settings = {**base, **settings}
-        self.valkey = EmbeddedValkey(persistent=persistent)
+        self.valkey = valkey or EmbeddedValkey(persistent=persistent)
         self.provider = RecordingProviderProcess(forks=forks)
         self.workers: list[WorkerProcess] = []
         self._numbers = itertools.count(1)

@@ -13,7 +13,8 @@ from keepstream.client.database import make_engine
 from keepstream.errors import StoreUnavailableError
 from keepstream.tables import now, workers
 from keepstream_worker.dev_stack.embedded import sqlite_url
-from keepstream_worker.store.database import StoreRefusedError, WorkerDatabase
+from keepstream_worker.store.database import WorkerDatabase
+from keepstream_worker.store.error_answers import StoreRefusedError
 
 
 @contextlib.asynccontextmanager
@@ -56,7 +57,11 @@ async def test_one_bad_member_of_a_group_fails_alone(engine: Engine) -> None:
 
     def fussy(connection: Connection, arguments: list[str]) -> list[None]:
         for worker in arguments:
-            connection.execute(workers.insert().values(id=worker, started_at=now(), heartbeat_at=now()))
+            connection.execute(
+                workers.insert().values(
+                    id=worker, started_at=now(), heartbeat_at=now(), lease=6.0, queue="q", places=1, running=0
+                )
+            )
         if "bad" in arguments:
             raise ValueError("bad")
         return [None] * len(arguments)
@@ -118,7 +123,10 @@ def test_options_of_the_environment_are_kept_as_libpq_keeps_them(
 
 @pytest.mark.parametrize(
     "state",
-    ["53100", "53300", "57014", "57P01", "40001", "40P01", "55P03", "25006", "08006", "58030"],
+    [
+        *("08006", "0A000", "25006", "25P03", "26000", "28P01", "40001", "40P01", "42501", "42703", "42P01"),
+        *("53100", "53300", "55P03", "57014", "57P01", "57P03", "58030", "XX000"),
+    ],
 )
 async def test_what_passes_on_postgresql_is_an_outage(postgres_url: str, state: str) -> None:
     async with opened(postgres_url) as database:
@@ -126,7 +134,7 @@ async def test_what_passes_on_postgresql_is_an_outage(postgres_url: str, state: 
             await database.run(execute, f"DO $$ BEGIN RAISE EXCEPTION 'as it would' USING ERRCODE = '{state}'; END $$")
 
 
-@pytest.mark.parametrize("state", ["22021", "23505", "42501", "42P01", "54000"])
+@pytest.mark.parametrize("state", ["22021", "23505", "42601", "54000", "P0001"])
 async def test_what_stays_on_postgresql_is_a_refusal(postgres_url: str, state: str) -> None:
     async with opened(postgres_url) as database:
         with pytest.raises(StoreRefusedError):

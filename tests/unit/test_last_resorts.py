@@ -1,16 +1,200 @@
-"""A defect in the handling of one job holds up no other job."""
+"""A defect that nobody expected fails one thing, visibly and without a value in the log; everything else goes on.
+
+Each place where one may be met has a function that raises there and checks what goes on.
+"""
 
 import asyncio
-from typing import Any, cast
+import gc
+import io
+import json
+import logging
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from queue import Empty
+from types import SimpleNamespace
+from typing import Any, Final, NamedTuple, cast
 
+import orjson
+import pytest
+import structlog
+from celery.signals import worker_shutting_down
+
+from keepstream.errors import ErrorCode, StoreUnavailableError
+from keepstream.jobs import parse_job
 from keepstream.results import JobStatus
+from keepstream_worker import store, supervisor
+from keepstream_worker.events import log_script, publisher
+from keepstream_worker.events.publication import FlushResult
+from keepstream_worker.events.publisher import Publisher
+from keepstream_worker.intake import transport
+from keepstream_worker.intake.pool import Delivery, LoopPool
+from keepstream_worker.intake.transport import BatchingQoS, FilteringChannel, PatientPoller
 from keepstream_worker.jobs.active_job import Stop
+from keepstream_worker.jobs.engine import Engine
+from keepstream_worker.jobs.recovery import Recovery
+from keepstream_worker.service import Service
 from keepstream_worker.settings import load_settings
+from keepstream_worker.store.database import WorkerDatabase
+from keepstream_worker.supervisor import Supervisor
+from keepstream_worker.telemetry.logs import configure_logging
+from keepstream_worker.upkeep import cancel_listener
 from keepstream_worker.upkeep.cancel_listener import CancelListener
+from keepstream_worker.upkeep.periodic import PeriodicTask
 from keepstream_worker.upkeep.sweeper import Sweeper
-from keepstream_worker.values import JobKey
+from keepstream_worker.upkeep.unreadable_messages import UnreadableMessages
+from keepstream_worker.values import AttemptReason, Ended, Ending, JobKey
 
+SECRET: Final = "the prompt of a customer"
 BAD, GOOD = JobKey("default", "bad"), JobKey("default", "good")
+PATIENCE: Final = 30.0
+NOBODY: Final = cast("Any", None)
+
+
+class Defect(Exception):  # noqa: N818  # what the rules of the log call it
+    """What nobody expected; its text quotes what must not be logged."""
+
+    def __init__(self) -> None:
+        super().__init__(SECRET)
+
+
+def fail(*_: Any, **__: Any) -> Any:
+    raise Defect
+
+
+async def fail_later(*_: Any, **__: Any) -> Any:
+    await asyncio.sleep(0)
+    raise Defect
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait until ``condition`` is true."""
+    async with asyncio.timeout(PATIENCE):
+        while not condition():  # noqa: ASYNC110  # what is waited for sets no event
+            await asyncio.sleep(0.005)
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
+    """The log as it is written in production."""
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    for module, name in (
+        (publisher, "_REFUSED_PAUSE"),
+        (cancel_listener, "_PAUSE"),
+        (transport, "_PAUSE"),
+        (supervisor, "_CHECK_INTERVAL"),
+        (supervisor, "FIRST_PAUSE"),
+    ):
+        monkeypatch.setattr(module, name, 0.01)
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    configure = structlog.configure
+    # Not remembered by the loggers of all modules, which the other tests use as well.
+    monkeypatch.setattr(structlog, "configure", lambda **how: configure(**how | {"cache_logger_on_first_use": False}))
+    configure_logging("info", "json")
+    yield stream
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    structlog.reset_defaults()
+
+
+class Database:
+    """A database that notes what it is asked for, and fails for some."""
+
+    def __init__(self, fails: Callable[[Any], bool] = lambda _: False) -> None:
+        self.written: list[tuple[Any, Any]] = []
+        self._fails = fails
+
+    async def run(self, operation: Any, argument: Any) -> Any:
+        await asyncio.sleep(0)
+        if self._fails(argument):
+            raise Defect
+        self.written.append((operation, argument))
+        return JobStatus.CANCELLED if operation is store.cancel else None
+
+    persist = run
+
+
+# -- messages, on Celery's thread --
+
+
+class Acknowledgements:
+    """The part of the bookkeeping that the channel calls."""
+
+    def __init__(self) -> None:
+        self.acknowledged: list[str] = []
+
+    def ack(self, tag: str) -> None:
+        self.acknowledged.append(tag)
+
+
+def make_channel(**parts: Any) -> FilteringChannel:
+    """Return a channel that is connected to nothing."""
+    channel = object.__new__(FilteringChannel)
+    channel._unreadable = []
+    channel._rests_until = 0.0
+    channel._in_poll = NOBODY
+    channel.__dict__.update(client=SimpleNamespace(connection=None), **parts)
+    return channel
+
+
+def set_aside(channel: FilteringChannel) -> list[dict[str, Any]]:
+    return [orjson.loads(record) for record in channel._unreadable]
+
+
+async def message_is_delivered() -> None:
+    channel = make_channel(connection=SimpleNamespace(_deliver=fail), _qos=(books := Acknowledgements()))
+    message = {"headers": {"id": "job-1"}, "properties": {"delivery_tag": "tag-1"}}
+    channel._deliver(b"{}", message, "completions")
+    assert books.acknowledged == ["tag-1"]
+    (record,) = set_aside(channel)
+    assert (record["task_id"], record["reason"]) == ("job-1", "internal error (Defect); see the worker's log")
+
+
+async def message_is_read() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transport, "read_message", fail)
+        channel = make_channel()
+        assert channel._filter([b"one", b"two"]) == []
+    assert len(set_aside(channel)) == 2
+
+
+async def message_is_put_back() -> None:
+    books = object.__new__(BatchingQoS)
+    removed: list[str] = []
+    channel = make_channel(unacked_key="unacked", unacked_index_key="index", conn_or_acquire=fail)
+    books.channel = channel
+    books._client = SimpleNamespace(
+        hget=lambda *_: b"not one of ours",
+        zrem=lambda _, tag: removed.append(tag),
+        hdel=lambda _, tag: removed.append(tag),
+    )
+    books.restore_by_tag("tag-1")
+    assert removed == ["tag-1", "tag-1"]
+    assert len(set_aside(channel)) == 1
+
+
+async def answer_of_the_broker_is_read() -> None:
+    channel = make_channel(parse_response=fail, _flush_brpop_reauth=lambda: None, _read_items=fail)
+    with pytest.raises(Empty):
+        channel._brpop_read()
+    assert channel.rests
+
+
+async def broker_is_asked() -> None:
+    poller: Any = cast("Any", PatientPoller)()
+    channel = make_channel(active_queues_=[], _qos=SimpleNamespace(can_consume=fail))
+    channel._active_queues = ["completions"]
+    channel.active_fanout_queues = set()
+    poller.add(channel)
+    poller.on_poll_start()
+    assert channel.rests
+
+
+# -- jobs --
 
 
 class Announcer:
@@ -22,35 +206,424 @@ class Announcer:
     async def announce(self, key: JobKey) -> bool:
         await asyncio.sleep(0)
         if key == BAD:
-            raise LookupError("a defect")
+            raise Defect
         self.announced.append(key)
         return True
 
 
-async def test_a_job_that_cannot_be_announced_holds_up_no_other() -> None:
-    announcer, other = Announcer(), cast("Any", None)
-    sweeper = Sweeper(load_settings({}), other, other, cast("Any", announcer), other, other, other)
+async def delivery_is_run() -> None:
+    service = Service(load_settings({}), {})
+    database, announcer = Database(), Announcer()
+    service._database, service._announcer = cast("Any", database), cast("Any", announcer)
+    service.engine = cast("Any", SimpleNamespace(run=fail_later, active={}))
+    acknowledged: list[bool] = []
+    job = {"v": 2, "id": "good", "request": {"model": "m", "messages": [{"role": "user", "content": SECRET}]}}
+    await service.deliver(Delivery("good", [job], lambda: acknowledged.append(True)))
+    (_, rejection), (refuse, refused) = database.written
+    assert acknowledged
+    assert rejection.reason == refused.message == "internal error (Defect)"
+    assert (refuse, refused.code) == (store.refuse, ErrorCode.INTERNAL)
+    assert refused.request_hash == parse_job(job).request_hash()
+    assert announcer.announced == [GOOD]
+
+
+async def attempt_is_made() -> None:
+    claim = store.Claim(1, 1, None, AttemptReason.FIRST, 60.0, expired=False)
+    endings: list[Ending] = []
+
+    class Answers(Database):
+        async def persist(self, operation: Any, argument: Any) -> Any:
+            if operation is store.end:
+                endings.append(argument)
+                return Ended(None, 1)
+            return claim if operation is store.claim else None
+
+    outbox = Publisher(NOBODY, prefix="p", log_ttl=1, buffer_bytes=1, merge_above=1)
+    engine = Engine(
+        load_settings({}),
+        "worker",
+        cast("Any", Answers()),
+        outbox,
+        cast("Any", SimpleNamespace(run=fail_later)),
+        NOBODY,
+    )
+    job = parse_job({"v": 2, "id": "bad", "request": {"model": "m", "messages": [{"role": "user", "content": SECRET}]}})
+    await engine.run(job, lambda: None)
+    (ending,) = endings
+    assert ending.failure is not None
+    assert (ending.status, ending.failure.code) == (JobStatus.FAILED, ErrorCode.INTERNAL)
+    assert engine.active == {}
+    await outbox.close(timeout=0)
+
+
+async def log_of_a_lost_attempt_is_read() -> None:
+    recovery = Recovery(cast("Any", SimpleNamespace(xrange=fail_later)), "p", cast("Any", Database()))
+    attempt: Any = SimpleNamespace(key=GOOD, claim=SimpleNamespace(attempt=2))
+    assert await recovery.look_back(attempt) is None
+
+
+# -- events --
+
+
+class Link:
+    """A link to Redis that takes everything."""
+
+    alive = True
+
+    def __init__(self) -> None:
+        self.calls: list[bytes] = []
+
+    async def call(self, commands: list[bytes], count: int) -> list[bytes]:
+        self.calls += commands
+        return [log_script.OK] * count
+
+    def close(self) -> None:
+        pass
+
+
+def outbox_on(*links: Any) -> Publisher:
+    """Return a publisher that connects by these links, one after the other."""
+    made = iter(links)
+    outbox = Publisher(NOBODY, prefix="p", log_ttl=1, buffer_bytes=1000, merge_above=10)
+
+    async def connect() -> Any:
+        outbox.epoch += 1
+        return next(made)
+
+    outbox._connect = connect  # type: ignore[method-assign]
+    return outbox
+
+
+async def events_are_flushed() -> None:
+    outbox = outbox_on(SimpleNamespace(alive=True, call=fail_later, close=lambda: None), link := Link())
+    publication = outbox.open("default", "good", 1, lambda: {"choices": []})
+    publication.send("delta", {})
+    assert await publication.wait_flushed(PATIENCE) is FlushResult.SENT
+    assert b"snapshot" in link.calls[0]
+    await outbox.close(timeout=0)
+
+
+async def events_of_one_job_are_packed() -> None:
+    outbox = outbox_on(link := Link())
+    bad = outbox.open("default", "bad", 1, fail)
+    good = outbox.open("default", "good", 1, dict)
+    bad.send("delta", {})
+    bad.needs_snapshot = True
+    good.send("delta", {})
+    assert await good.wait_flushed(PATIENCE) is FlushResult.SENT
+    assert await bad.wait_flushed(PATIENCE) is FlushResult.PENDING, "the end is left to the sweeps"
+    bad.send("job.completed", {})
+    assert await bad.wait_flushed(PATIENCE) is FlushResult.PENDING
+    assert len(link.calls) == 1
+    await outbox.close(timeout=0)
+
+
+async def answer_to_one_job_is_acted_on() -> None:
+    class Cancelled(Link):
+        async def call(self, commands: list[bytes], count: int) -> list[bytes]:
+            await super().call(commands, count)
+            return [log_script.CANCEL] * count
+
+    outbox = outbox_on(Cancelled())
+    publication = outbox.open("default", "bad", 1, dict, on_cancel=fail)
+    publication.send("delta", {})
+    assert await publication.wait_flushed(PATIENCE) is FlushResult.SENT
+    await outbox.close(timeout=0)
+
+
+# -- upkeep --
+
+
+async def terminal_event_is_announced() -> None:
+    announcer = Announcer()
+    sweeper = Sweeper(load_settings({}), NOBODY, NOBODY, cast("Any", announcer), NOBODY, NOBODY, NOBODY)
     await sweeper._announce([BAD, GOOD])
     assert announcer.announced == [GOOD]
 
 
-async def test_a_stream_is_stopped_though_its_cancel_meets_a_defect() -> None:
+async def step_of_a_sweep_is_made() -> None:
+    announcer, recorded = Announcer(), []
+
+    class Found:
+        async def run(self, operation: Any, _: Any) -> Any:
+            return store.SweepResult(lost=[], to_send=["not JSON"], unannounced=[GOOD])
+
+    async def record(limit: int) -> None:
+        recorded.append(limit)
+
+    other = SimpleNamespace(record=record)
+    broker = SimpleNamespace(llen=fail_later)
+    heartbeat = SimpleNamespace(unbroken_for_a_lease=True)
+    parts: tuple[Any, ...] = (Found(), heartbeat, announcer, other, NOBODY, broker)
+    sweeper = Sweeper(load_settings({}), *parts)
+    sweeper._queue_length = lambda: asyncio.sleep(0)  # type: ignore[method-assign]
+    await sweeper._sweep()
+    assert announcer.announced == [GOOD]
+    assert recorded
+
+
+async def heartbeat_is_given() -> None:
+    beats = 0
+
+    async def beat() -> None:
+        nonlocal beats
+        beats += 1
+        if beats == 1:
+            raise Defect
+        if beats == 2:
+            raise StoreUnavailableError("away")
+
+    task = PeriodicTask("heartbeat", beat, 0.001, on_outage=fail)
+    await until(lambda: beats > 2)
+    await task.stop()
+
+
+async def cancels_are_heard() -> None:
     class Redis:
-        async def exists(self, _key: str) -> int:
-            return 1
+        tries = 0
 
-    class Database:
-        async def run(self, _operation: object, _key: JobKey) -> JobStatus:
-            return JobStatus.CANCELLED
+        def pubsub(self) -> Any:
+            self.tries += 1
+            raise Defect
 
-    class Engine:
-        def __init__(self) -> None:
-            self.stopped: list[tuple[JobKey, Stop]] = []
+    client = Redis()
+    parts: tuple[Any, ...] = (client, "keepstream", NOBODY, NOBODY, NOBODY)
+    listener = CancelListener(*parts)
+    listener.start()
+    await until(lambda: client.tries > 2)
+    await listener.stop()
 
-        def request_stop(self, key: JobKey, stop: Stop) -> None:
-            self.stopped.append((key, stop))
 
-    engine = Engine()
-    parts: tuple[Any, ...] = (Redis(), "keepstream", Database(), engine, Announcer())
+async def cancel_is_carried_out() -> None:
+    async def one(*_: object) -> int:
+        return 1
+
+    stopped: list[tuple[JobKey, Stop]] = []
+    engine = SimpleNamespace(request_stop=lambda *what: stopped.append(what))
+    client = SimpleNamespace(exists=one, expire=one)
+    parts: tuple[Any, ...] = (client, "keepstream", Database(), engine, Announcer())
     await CancelListener(*parts)._cancel(BAD)
-    assert engine.stopped == [(BAD, Stop.CANCELLED)]
+    assert stopped == [(BAD, Stop.CANCELLED)]
+
+
+async def unreadable_message_is_recorded() -> None:
+    records = [
+        orjson.dumps({"id": name, "reason": "r", "size": 1, "payload": "", "task_id": None}) for name in ("bad", "good")
+    ]
+
+    async def lrange(*_: object) -> list[bytes]:
+        return records
+
+    removed: list[bytes] = []
+
+    async def lrem(_list: str, _count: int, raw: bytes) -> None:
+        removed.append(raw)
+
+    database = Database(fails=lambda rejection: rejection.id == "bad")
+    client: Any = SimpleNamespace(lrange=lrange, lrem=lrem)
+    await UnreadableMessages(client, "p", cast("Any", database)).record(limit=10)
+    assert removed == records
+    assert [rejection.reason for _, rejection in database.written] == [
+        "the record of an unreadable message met an internal error (Defect)",
+        "r",
+    ]
+
+
+# -- the database's thread --
+
+
+async def group_is_executed() -> None:
+    database = WorkerDatabase(cast("Any", SimpleNamespace(dispose=lambda: None)))
+    executed: list[str] = []
+
+    def execute(group: list[Any]) -> Any:
+        if not executed:
+            executed.append("bad")
+            raise Defect
+        return [(request, "answer", None) for request in group]
+
+    database._execute = execute  # type: ignore[method-assign]
+    with pytest.raises(Defect):
+        await database.run(cast("Any", NOBODY), 1)
+    assert await database.run(cast("Any", NOBODY), 2) == "answer"
+    await asyncio.to_thread(database.close)
+
+
+# -- the pool --
+
+
+class PooledService:
+    """A service that fails in everything but the start and what it is given to do."""
+
+    def __init__(self) -> None:
+        self.delivered = threading.Event()
+
+    async def start(self) -> None:
+        pass
+
+    async def deliver(self, delivery: Delivery) -> None:
+        delivery.acknowledge()
+        if delivery.task_id == "bad":
+            raise Defect
+        self.delivered.set()
+
+    drain = force_stop = fail
+    stop = fail_later
+
+
+class Hub:
+    """Celery's hub: calls at once, on the caller's thread."""
+
+    def call_soon(self, function: Any, *args: Any) -> None:
+        function(*args)
+
+
+def in_pool(act: Callable[[LoopPool], None]) -> None:
+    """Let ``act`` raise in a pool; it goes on delivering, and ends."""
+    service = PooledService()
+    thresholds, interval = gc.get_threshold(), sys.getswitchinterval()
+    pool = LoopPool(limit=1, app=SimpleNamespace(loop_service=service))
+    pool.on_start()
+    pool.register_with_event_loop(Hub())
+    act(pool)
+    pool.on_apply(None, ("task", "good", {"args": [{}]}), {}, callback=fail, accept_callback=fail)
+    assert service.delivered.wait(PATIENCE)
+    pool.on_stop()
+    worker_shutting_down.disconnect(pool._on_signal)
+    gc.unfreeze()
+    gc.set_threshold(*thresholds)
+    sys.setswitchinterval(interval)
+    assert pool._loop.is_closed()
+
+
+async def message_is_run_by_the_pool() -> None:
+    def act(pool: LoopPool) -> None:
+        pool.on_apply(None, ("task", "bad", {"args": [{}]}), {}, callback=fail, accept_callback=fail)
+
+    await asyncio.to_thread(in_pool, act)
+
+
+async def call_on_the_loop() -> None:
+    await asyncio.to_thread(in_pool, lambda pool: pool._call_on_loop(fail))
+
+
+async def signal_is_handled() -> None:
+    await asyncio.to_thread(in_pool, lambda pool: pool._on_signal())
+
+
+# -- the service's end --
+
+
+async def service_is_stopped() -> None:
+    service = Service(load_settings({}), {})
+    closed: list[str] = []
+
+    def closing(name: str) -> Callable[..., Awaitable[None]]:
+        async def close(**_: object) -> None:
+            closed.append(name)
+            raise Defect
+
+        return close
+
+    service.worker_id = "worker"
+    service.engine = cast("Any", SimpleNamespace(active={}, wait_for_announcements=closing("announcements")))
+    for part in ("cancel_listener", "publisher", "sweeper", "heartbeat", "providers", "client", "broker"):
+        ends = {name: closing(part) for name in ("stop", "close", "aclose")}
+        setattr(service, f"_{part}", SimpleNamespace(**ends, pause=lambda: None))
+    service._database = service._sender = cast("Any", SimpleNamespace(close=lambda: closed.append("on a thread")))
+    await service.stop()
+    assert len(closed) == 10
+
+
+# -- the supervisor --
+
+
+async def process_is_looked_after() -> None:
+    supervised = Supervisor(["true"], 1, {})
+    starts: list[float] = []
+
+    class Process:
+        pid = 1
+
+        def poll(self) -> int | None:
+            if len(starts) == 2:
+                raise Defect
+            return None
+
+        def send_signal(self, _: int) -> None:
+            raise Defect
+
+        def terminate(self) -> None:
+            raise Defect
+
+    def start(*_: Any, **__: Any) -> Any:
+        starts.append(0.0)
+        if len(starts) == 1:
+            raise Defect
+        return Process()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "Popen", start)
+        slot = supervised._slots[0]
+        for _ in range(3):
+            slot.due = 0.0
+            supervised._tend(slot)
+        supervised._forward(signal.SIGTERM, None)
+    assert len(starts) == 2
+    assert supervised._stopping
+
+
+class Place(NamedTuple):
+    """Where a defect may be met."""
+
+    event: str  #: In the log.
+    met: Callable[[], Awaitable[None]]
+
+
+PLACES: Final = [
+    Place("message_defect", message_is_delivered),
+    Place("message_defect", message_is_read),
+    Place("message_defect", message_is_put_back),
+    Place("broker_defect", answer_of_the_broker_is_read),
+    Place("broker_defect", broker_is_asked),
+    Place("job_defect", delivery_is_run),
+    Place("attempt_defect", attempt_is_made),
+    Place("log_unreadable", log_of_a_lost_attempt_is_read),
+    Place("publisher_defect", events_are_flushed),
+    Place("events_defect", events_of_one_job_are_packed),
+    Place("events_defect", answer_to_one_job_is_acted_on),
+    Place("announcement_defect", terminal_event_is_announced),
+    Place("upkeep_defect", step_of_a_sweep_is_made),
+    Place("upkeep_defect", heartbeat_is_given),
+    Place("cancel_listener_defect", cancels_are_heard),
+    Place("cancel_listener_defect", cancel_is_carried_out),
+    Place("message_defect", unreadable_message_is_recorded),
+    Place("database_defect", group_is_executed),
+    Place("delivery_failed", message_is_run_by_the_pool),
+    Place("pool_defect", message_is_run_by_the_pool),
+    Place("loop_defect", call_on_the_loop),
+    Place("loop_defect", signal_is_handled),
+    Place("stop_defect", service_is_stopped),
+    Place("supervisor_defect", process_is_looked_after),
+]
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: f"{place.met.__name__}: {place.event}")
+async def test_defect_fails_one_thing_and_is_logged_without_values(place: Place, log: io.StringIO) -> None:
+    await place.met()
+    lines = [json.loads(line) for line in log.getvalue().splitlines()]
+    assert [line for line in lines if line["event"] == place.event]
+    assert SECRET not in log.getvalue()
+    if place.event != "log_unreadable":
+        assert any("Defect" in line.get("exception", "") for line in lines if line["event"] == place.event) or (
+            place.met is step_of_a_sweep_is_made
+        )
+
+
+def test_every_defect_in_the_log_has_a_place() -> None:
+    from tests.unit.test_readme import GUIDE
+
+    documented = {word for word in GUIDE.replace("|", " ").split() if word.strip("`").endswith("_defect")}
+    assert {word.strip("`") for word in documented} == {
+        place.event for place in PLACES if place.event.endswith("_defect")
+    }

@@ -55,12 +55,12 @@ class RecordingService:
 
 
 class RecordingHub:
-    """Celery's hub, as far as the pool uses it; notes which functions it is to call."""
+    """Celery's hub, as far as the pool uses it; notes which functions it is to call under guard."""
 
     def __init__(self) -> None:
         self.called: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
-    def call_soon(self, function: Any, *_args: Any) -> None:
+    def call_soon(self, _guard: Any, function: Any, *_args: Any) -> None:
         self.called.put(function)
 
 

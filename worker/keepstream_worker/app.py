@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 from celery import Celery
 from celery.platforms import EX_OK, SecurityWarning
@@ -29,9 +29,13 @@ from keepstream_worker.settings import Settings, SettingsError, load_settings
 from keepstream_worker.store import schema
 from keepstream_worker.telemetry import pulse
 from keepstream_worker.telemetry.logs import configure_logging, get_logger
+from keepstream_worker.telemetry.outages import Outage, Server
 from keepstream_worker.telemetry.pulse import Pulse
 
 log = get_logger()
+
+#: Seconds between two tries to start, while Redis answers with an error.
+_PAUSE: Final = 1.0
 
 
 class StartError(Exception):
@@ -65,9 +69,10 @@ def run_worker(*, concurrency: int | None = None, number: int | None = None) -> 
     if number is None:
         expect_pulses(settings, 1)
     own_pulse = Pulse(str(settings.alive_dir), number or 1) if settings.alive_dir else None
-    check_database(settings, [own_pulse] if own_pulse else [])
+    pulses = [own_pulse] if own_pulse else []
+    check_database(settings, pulses)
     if number is None:  # one that replaces another waits for a Redis that is away, as the others do
-        check_redis(settings)
+        check_redis(settings, pulses)
     app = make_celery(settings, Service(settings, providers), own_pulse)
     worker = _worker_class(app)(
         hostname=f"keepstream-{os.getpid()}@%h",
@@ -146,24 +151,27 @@ def check_database(settings: Settings, pulses: Sequence[Pulse] = ()) -> None:
         StartError: it refuses us, has not got our tables, or the URL cannot be used.
         SystemExit: the worker was told to stop while it waited.
     """
-    pause, told = 0.5, ""
+    outage, pause = Outage(Server.DATABASE, "start"), 0.5
     with _stoppable():
         while True:
             try:
                 _check_schema(settings)
             except schema.DatabaseAwayError as error:
-                if str(error) != told:  # once for each reason
-                    log.warning("database_unavailable", waiting_to="start", retry_in=pause, reason=str(error))
-                told = str(error)
-                with suppress(OSError):  # said when the worker is at work
-                    for waiting in pulses:
-                        waiting.beat()
+                outage.failed(str(error))
             except (InvalidSettingError, schema.SchemaError) as error:
                 raise StartError(str(error)) from None
             else:
+                outage.worked()
                 return
-            time.sleep(pause)
+            _wait(pause, pulses)
             pause = min(pause * 2, 5.0)
+
+
+def _wait(seconds: float, pulses: Sequence[Pulse]) -> None:
+    with suppress(OSError):  # said when the worker is at work
+        for waiting in pulses:
+            waiting.beat()
+    time.sleep(seconds)
 
 
 def _check_schema(settings: Settings) -> None:
@@ -189,17 +197,33 @@ def _stoppable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def check_redis(settings: Settings) -> None:
+def check_redis(settings: Settings, pulses: Sequence[Pulse] = ()) -> None:
     """Check that the broker and the Redis for events can be used, by every link that will be.
 
+    One that answers with an error which may pass is waited for, until SIGTERM or Ctrl-C.
+
+    Args:
+        settings: Those of the worker.
+        pulses: Signs of life to give meanwhile.
+
     Raises:
-        StartError: one of them cannot.
+        StartError: one of them cannot be used.
+        SystemExit: the worker was told to stop while it waited.
     """
     for variable, server in settings.redis_servers().items():
-        try:
-            check_redis_server(server, variable)
-        except RedisFault as fault:
-            raise StartError(f"Redis {fault.found}; {fault.advice}") from None
+        outage = Outage(Server.REDIS, "start")
+        with _stoppable():
+            while True:
+                try:
+                    check_redis_server(server, variable)
+                except RedisFault as fault:
+                    if not fault.passes:
+                        raise StartError(f"Redis {fault.found}; {fault.advice}") from None
+                    outage.failed(fault.found, fault.advice, variable=variable)
+                else:
+                    break
+                _wait(_PAUSE, pulses)
+        outage.worked()
         if server.tls is not None and not server.tls.verified:
             log.warning("redis_not_verified", variable=variable)
 

@@ -19,6 +19,7 @@ from keepstream.client.redis_connections import PoolOptions, make_async_pool, ma
 from keepstream.client.redis_url import RedisServer, Sentinels
 from keepstream.errors import InvalidSettingError
 from keepstream_worker.events.redis_link import RedisLink, pack
+from keepstream_worker.telemetry.outages import PASSING_REASONS, REDIS_REASONS, redis_reason
 
 #: Seconds; a server that needs longer to answer at all is no use for live events.
 _TIMEOUT: Final = 3.0
@@ -43,13 +44,15 @@ class RedisFault(Exception):  # noqa: N818  # a finding, as the doctor's others
         found: What is wrong, as half a sentence about Redis.
         advice: What to do.
         away: Whether it just did not answer.
+        passes: Whether it answered with an error that may pass by itself, or be mended while one waits.
     """
 
-    def __init__(self, found: str, advice: str, *, away: bool = False) -> None:
+    def __init__(self, found: str, advice: str, *, away: bool = False, passes: bool = False) -> None:
         super().__init__(found)
         self.found = found
         self.advice = advice
         self.away = away
+        self.passes = passes
 
 
 def check_redis_server(server: RedisServer, variable: str) -> RedisFacts:
@@ -119,7 +122,10 @@ def _examine(client: redis.Redis, variable: str) -> RedisFacts:
             f"set {variable} to a single Redis, or to Sentinels",
         )
     if facts.get("role") == "slave":
-        raise RedisFault("is a replica, which takes no jobs and no events", f"set {variable} to its master")
+        # It may be about to become the master, or the address to lead to another.
+        raise RedisFault(
+            "is a replica, which takes no jobs and no events", f"set {variable} to its master", passes=True
+        )
     name = "Valkey" if "valkey_version" in facts else "Redis"
     version = facts.get("valkey_version") or facts.get("redis_version")
     return RedisFacts(f"{name} {version}", str(facts.get("maxmemory_policy", "noeviction")))
@@ -127,6 +133,9 @@ def _examine(client: redis.Redis, variable: str) -> RedisFacts:
 
 def _fault(error: BaseException, server: RedisServer, variable: str) -> RedisFault:
     """Return what an error means; its text may quote the URL, so only words of ours and of OpenSSL are repeated."""
+    word = redis_reason(error)
+    if word in PASSING_REASONS:
+        return RedisFault(f"answers with an error ({word})", REDIS_REASONS[word] or "see its own log", passes=True)
     for cause in _causes(error):
         match cause:
             case ssl.SSLCertVerificationError(verify_code=code) if code in _WRONG_NAME:

@@ -33,7 +33,8 @@ from keepstream_worker.providers.config import ProviderConfig
 from keepstream_worker.providers.provider import Providers
 from keepstream_worker.settings import Settings
 from keepstream_worker.store import Refused, Rejection
-from keepstream_worker.store.database import StoreRefusedError, WorkerDatabase
+from keepstream_worker.store.database import WorkerDatabase
+from keepstream_worker.store.error_answers import StoreRefusedError
 from keepstream_worker.telemetry.logs import get_logger
 from keepstream_worker.upkeep.announcer import Announcer
 from keepstream_worker.upkeep.cancel_listener import CancelListener
@@ -58,6 +59,7 @@ class Service:
         self._provider_configs = providers
         self._draining = asyncio.Event()
         self._stop_forced = asyncio.Event()
+        self._reconnecting: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         """Open connections and begin to give signs of life.
@@ -79,6 +81,7 @@ class Service:
             log_ttl=settings.log_ttl,
             buffer_bytes=settings.publish_buffer,
             merge_above=settings.merge_above,
+            on_moved=self._reconnect,
         )
         self._providers = Providers(self._provider_configs)
         self._sender = Sender(settings.broker, settings.queue)
@@ -119,25 +122,34 @@ class Service:
             job = parse_job(argument)
             await self.engine.run(job, delivery.acknowledge)
         except InvalidJobError as error:  # also raised by the claim: the job is too large or too deep to be stored
-            await self._refuse(argument, str(error))
+            log.warning("job_invalid", reason=str(error), **_names(argument))
+            await self._refuse(argument, ErrorCode.INVALID_JOB, str(error))
         except StoreRefusedError as error:  # no outage, for which the engine waits: the database refuses this job
             log.exception("job_unstorable", tenant=job and job.tenant, job_id=job and job.id)
             await self._reject(argument, str(error), job)
+        except Exception as error:  # the last resort: a message that always meets a defect must not come for ever
+            log.exception("job_defect", **_names(argument))
+            reason = f"internal error ({type(error).__name__})"
+            await self._refuse(argument, ErrorCode.INTERNAL, reason, request_hash=_hash_of(job))
         delivery.acknowledge()
 
-    async def _refuse(self, argument: object, reason: str) -> None:
-        """Record a message that is no valid job; if it names a job, that job ends as failed."""
+    async def _refuse(self, argument: object, code: ErrorCode, reason: str, request_hash: str | None = None) -> None:
+        """Record a message that cannot be run.
+
+        If it names a job that has no row, or one that waits and has this ``request_hash``, that job ends as failed.
+        """
         job = _job_named_in(argument)
-        key = JobKey(job.tenant, job.id) if job else None
-        log.warning("job_invalid", reason=reason, tenant=key and key.tenant, job_id=key and key.id)
         await self._reject(argument, reason, job)
-        if job is not None and key is not None:
-            refused = Refused(job, ErrorCode.INVALID_JOB, reason)
-            await self._database.persist(store.refuse, refused, "refused job")
+        if job is not None:
+            key = JobKey(job.tenant, job.id)
+            refused = Refused(job, code, reason, request_hash)
+            await self._database.persist(store.refuse, refused)
             try:
                 await self._announcer.announce(key)
             except StoreUnavailableError:
                 log.warning("announcement_delayed", tenant=key.tenant, job_id=key.id)
+            except Exception:  # the sweeps try it again
+                log.exception("announcement_defect", tenant=key.tenant, job_id=key.id)
 
     async def _reject(self, argument: object, reason: str, job: Job | None) -> None:
         text = json.dumps(argument).encode()
@@ -149,7 +161,14 @@ class Service:
             tenant=job.tenant if job else None,
             job_id=job.id if job else None,
         )
-        await self._database.persist(store.reject, rejection, "rejection")
+        await self._database.persist(store.reject, rejection)
+
+    def _reconnect(self) -> None:
+        """Leave a Redis that is not the master any more; a new connection leads to the one that is."""
+        for client in (self._client, self._broker):
+            task = asyncio.get_running_loop().create_task(client.connection_pool.disconnect())
+            self._reconnecting.add(task)
+            task.add_done_callback(self._reconnecting.discard)
 
     # -- the end --
 
@@ -177,16 +196,22 @@ class Service:
         deadline = time.monotonic() + _INTERRUPT_TIMEOUT
         while self.engine.active and time.monotonic() < deadline:  # noqa: ASYNC110  # the end of the process is no hot path
             await asyncio.sleep(0.02)
-        await self._cancel_listener.stop()
-        await self._publisher.close(timeout=3.0)
-        await self.engine.wait_for_announcements(timeout=3.0)
-        await self._sweeper.stop()
-        await self._heartbeat.stop()
-        await self._providers.aclose()
-        await self._client.aclose()
-        await self._broker.aclose()
-        await asyncio.to_thread(self._database.close)
-        await asyncio.to_thread(self._sender.close)
+        for close in (
+            self._cancel_listener.stop,
+            lambda: self._publisher.close(timeout=3.0),
+            lambda: self.engine.wait_for_announcements(timeout=3.0),
+            self._sweeper.stop,
+            self._heartbeat.stop,
+            self._providers.aclose,
+            self._client.aclose,
+            self._broker.aclose,
+            lambda: asyncio.to_thread(self._database.close),
+            lambda: asyncio.to_thread(self._sender.close),
+        ):
+            try:
+                await close()
+            except Exception:  # what comes after it is to be closed too
+                log.exception("stop_defect")
         log.info("worker_stopped", worker=self.worker_id, interrupted=interrupted, left=len(self.engine.active))
 
 
@@ -195,6 +220,19 @@ def _with_id(argument: object, task_id: str) -> object:
     if isinstance(argument, dict) and "id" not in argument and argument.get("idempotency_key") is None:
         return {**argument, "id": task_id}
     return argument
+
+
+def _hash_of(job: Job | None) -> str | None:
+    try:
+        return job.request_hash() if job else None
+    except Exception:  # the defect that was met may be in here
+        log.exception("job_defect", tenant=job and job.tenant, job_id=job and job.id)
+        return None
+
+
+def _names(argument: object) -> dict[str, str | None]:
+    job = _job_named_in(argument)
+    return {"tenant": job.tenant, "job_id": job.id} if job else {"tenant": None, "job_id": None}
 
 
 def _job_named_in(argument: object) -> Job | None:

@@ -62,17 +62,30 @@ class Supervisor:
         with self._signals_forwarded():
             while not self._stopping or any(slot.process for slot in self._slots):
                 for slot in self._slots:
-                    if slot.process is not None:
-                        self._check(slot, slot.process)
-                    elif not self._stopping and time.monotonic() >= slot.due:
-                        self._start(slot)
+                    self._tend(slot)
                 time.sleep(_CHECK_INTERVAL)
         return self._exit_code
+
+    def _tend(self, slot: _Slot) -> None:
+        """See to one slot, whatever comes up: the other processes need us all the same."""
+        try:
+            if slot.process is not None:
+                self._check(slot, slot.process)
+            elif not self._stopping and time.monotonic() >= slot.due:
+                self._start(slot)
+        except Exception:
+            log.exception("supervisor_defect")
+            self._postpone(slot)
 
     def _start(self, slot: _Slot) -> None:
         # In a process group of its own, so that Ctrl-C reaches it only through us, once.
         command = [*self._command, str(slot.number)]
-        slot.process = subprocess.Popen(command, env=self._environment, process_group=0)
+        try:
+            slot.process = subprocess.Popen(command, env=self._environment, process_group=0)
+        except OSError as error:  # no memory or no process number is left
+            log.error("worker_process_not_started", reason=error.strerror, retry_in=slot.pause)  # noqa: TRY400  # no defect
+            self._postpone(slot)
+            return
         slot.started = time.monotonic()
         if self._stopping:  # the signal came while the process was being started, and missed it
             slot.process.terminate()
@@ -90,14 +103,20 @@ class Supervisor:
         if time.monotonic() - slot.started > SETTLED:
             slot.pause = FIRST_PAUSE
         log.error("worker_process_ended", pid=process.pid, code=code, restart_in=slot.pause)
+        self._postpone(slot)
+
+    def _postpone(self, slot: _Slot) -> None:
         slot.due = time.monotonic() + slot.pause
         slot.pause = min(slot.pause * 2, LONGEST_PAUSE)
 
     def _forward(self, signum: int, _frame: FrameType | None) -> None:
         self._stopping = True
         for slot in self._slots:
-            if slot.process is not None:
-                slot.process.send_signal(signum)
+            try:
+                if slot.process is not None:
+                    slot.process.send_signal(signum)
+            except Exception:  # the others are to hear of it too
+                log.exception("supervisor_defect")
 
     @contextmanager
     def _signals_forwarded(self) -> Iterator[None]:

@@ -17,7 +17,10 @@ import orjson
 
 from keepstream.names import job_keys
 from keepstream_worker.events import log_script
+from keepstream_worker.telemetry.logs import get_logger
 from keepstream_worker.values import Delta
+
+log = get_logger()
 
 #: Events of one job in one script call, so that no call holds Redis up.
 _MAX_CALL: Final = 256
@@ -53,6 +56,7 @@ class Publication:
     """The events of one attempt, in order. Made by ``Publisher.open`` and ``Publisher.resume``."""
 
     __slots__ = (
+        "_abandoned",
         "_attempt",
         "_delta_head",
         "_epoch",
@@ -69,6 +73,7 @@ class Publication:
         "keys",
         "last_n",
         "needs_snapshot",
+        "refused",
     )
 
     def __init__(
@@ -86,6 +91,8 @@ class Publication:
         self.last_n = 0  #: n of the last event handed over.
         self.fenced = False
         self.needs_snapshot = False
+        self.refused = False  #: Whether Redis refused the last call, while it took others.
+        self._abandoned = False
         self._outbox = outbox
         self._attempt = attempt
         self._epoch = outbox.epoch
@@ -113,6 +120,9 @@ class Publication:
 
     def send_deltas(self, deltas: Sequence[Delta]) -> None:
         """Hand over one ``delta`` event for each of ``deltas``."""
+        if self._abandoned:
+            self.last_n += len(deltas)
+            return
         ts = int(time.time() * 1000)
         if len(self._pending) + len(deltas) > self._outbox.merge_above:
             deltas = merge(deltas)
@@ -136,6 +146,18 @@ class Publication:
         self._pending_bytes = 0
         self._outbox.discard(self)
 
+    def fall_back(self) -> bool:
+        """Send a snapshot next, because a defect was met; return whether there is anything left to send.
+
+        If it was met by the snapshot, nothing more is sent: a sweeper will publish the end of the job.
+        """
+        if self.needs_snapshot:
+            self._abandoned = True
+            self.discard()
+            self._wake_waiters()
+        self.needs_snapshot = True
+        return not self._abandoned
+
     def verify_before_next(self) -> None:
         """Verify the log's end before the next event."""
         self._epoch = -1
@@ -146,7 +168,7 @@ class Publication:
 
     async def wait_flushed(self, timeout: float) -> FlushResult:
         """Wait until all events are in the log, at most ``timeout`` seconds."""
-        if self._pending and not self.fenced:
+        if self._pending and not self.fenced and not self._abandoned:
             loop = asyncio.get_running_loop()
             waiter = loop.create_future()
             self._waiters.append(waiter)
@@ -155,13 +177,15 @@ class Publication:
             timer.cancel()
         if self.fenced:
             return FlushResult.FENCED
-        return FlushResult.PENDING if self._pending else FlushResult.SENT
+        return FlushResult.PENDING if self._pending or self._abandoned else FlushResult.SENT
 
     def _encode(self, type_: str, event_id: str, fields: dict[str, Any]) -> bytes:
         event = {**self._head, "type": type_, "id": event_id, "ts": int(time.time() * 1000), **fields}
         return orjson.dumps(event, option=orjson.OPT_NON_STR_KEYS)
 
     def _enqueue(self, event: bytes) -> None:
+        if self._abandoned:
+            return
         self._pending.append(event)
         self._pending_bytes += len(event)
         self._outbox.mark_dirty(self)
@@ -201,9 +225,9 @@ class Publication:
         """
         if answer in (log_script.OK, log_script.CANCEL):
             if answer == log_script.CANCEL:
-                self._on_cancel()
+                self._tell(self._on_cancel)
             self._epoch = epoch
-            self.needs_snapshot = False
+            self.needs_snapshot = self.refused = False
             if covered == len(self._pending):
                 self._pending = []
                 self._pending_bytes = 0
@@ -215,16 +239,25 @@ class Publication:
             self._pending_bytes = 0
             if not self.fenced:
                 self.fenced = True
-                self._on_fenced()
+                self._tell(self._on_fenced)
         elif answer == log_script.HOLE:
             self.needs_snapshot = True
         else:
             raise PublishError(str(answer)[:120])
         if not self._pending:
-            for waiter in self._waiters:
-                _wake(waiter)
-            self._waiters.clear()
+            self._wake_waiters()
         return bool(self._pending)
+
+    def _tell(self, callback: Callable[[], None]) -> None:
+        try:
+            callback()
+        except Exception:  # what it is told of is the job's business; the events of all jobs go on
+            log.exception("events_defect", log_key=self.keys[0].decode())
+
+    def _wake_waiters(self) -> None:
+        for waiter in self._waiters:
+            _wake(waiter)
+        self._waiters.clear()
 
     def shed_buffer(self, limit: int) -> None:
         """Redis is away: keep no more than ``limit`` bytes of events; a snapshot can stand in for the rest."""

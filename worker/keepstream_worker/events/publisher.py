@@ -15,12 +15,15 @@ from keepstream_worker.events.log_script import SCRIPT
 from keepstream_worker.events.publication import Publication, PublishError
 from keepstream_worker.events.redis_link import LinkError, RedisLink, pack
 from keepstream_worker.telemetry.logs import get_logger
+from keepstream_worker.telemetry.outages import Outage, Server, redis_reason
 
 log = get_logger()
 
 _CALL_TIMEOUT: Final = 5.0
 #: Seconds after which events that Redis refused, while it took others, are sent again.
 _REFUSED_PAUSE: Final = 1.0
+#: What Redis says when it is not the master any more.
+_MOVED: Final = frozenset({"READONLY", "MASTERDOWN"})
 
 
 class Publisher:
@@ -34,10 +37,18 @@ class Publisher:
         log_ttl: Seconds that a log outlives its last event.
         buffer_bytes: Unsent events kept of one job while Redis is away.
         merge_above: Unsent events of one job above which neighbouring deltas are merged.
+        on_moved: Called when Redis turns out not to be the master any more.
     """
 
     def __init__(
-        self, server: RedisServer, *, prefix: str, log_ttl: float, buffer_bytes: int, merge_above: int
+        self,
+        server: RedisServer,
+        *,
+        prefix: str,
+        log_ttl: float,
+        buffer_bytes: int,
+        merge_above: int,
+        on_moved: Callable[[], None] = lambda: None,
     ) -> None:
         self.prefix = prefix
         self.merge_above = merge_above
@@ -45,6 +56,8 @@ class Publisher:
         self._server = server
         self._ttl_ms = b"%d" % int(log_ttl * 1000)
         self._buffer_bytes = buffer_bytes
+        self._on_moved = on_moved
+        self._outage = Outage(Server.REDIS, "publish events")
         self._link: RedisLink | None = None
         self._dirty: dict[Publication, None] = {}
         self._in_flight = False  #: Whether Redis still owes the answer to a flush.
@@ -118,18 +131,36 @@ class Publisher:
                 if self._link is None or not self._link.alive:
                     self._link = await self._connect()
                 await self._flush(self._link)
+                self._outage.worked()
                 delay = 0.05
-            except (LinkError, TimeoutError, PublishError) as error:
-                if self._link is not None:
-                    self._link.close()
-                    self._link = None
-                for publication in self._dirty:
-                    publication.shed_buffer(self._buffer_bytes)
-                log.warning("redis_unavailable", waiting=len(self._dirty), retry_in=delay, reason=str(error))
+            except Exception as error:  # noqa: BLE001  # whatever it is, the events of all jobs depend on this loop
+                self._note_failure(error)
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, 1.0)
                 for publication in self._dirty:
                     publication.shed_buffer(self._buffer_bytes)
+
+    def _note_failure(self, error: Exception) -> None:
+        """Begin anew with another connection, and with snapshots after a defect."""
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+        if isinstance(error, LinkError | TimeoutError | PublishError):
+            self._outage.redis_failed(error)
+            if redis_reason(error) in _MOVED:
+                self._tell_moved()
+        else:
+            log.error("publisher_defect", exc_info=error)
+            for publication in self._dirty:
+                publication.needs_snapshot = True
+        for publication in self._dirty:
+            publication.shed_buffer(self._buffer_bytes)
+
+    def _tell_moved(self) -> None:
+        try:
+            self._on_moved()
+        except Exception:
+            log.exception("publisher_defect")
 
     async def _connect(self) -> RedisLink:
         link = await RedisLink.connect(self._server, timeout=2.0)
@@ -149,26 +180,43 @@ class Publisher:
             return
         self._in_flight = True
         try:
-            calls = [publication.next_call(self.epoch, self._ttl_ms) for publication in batch]
+            calls = {publication: call for publication in batch if (call := self._next_call(publication))}
+            if not calls:
+                return
             # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the answer.
             async with asyncio.timeout(_CALL_TIMEOUT):
-                answers = await link.call([command for command, _ in calls], len(calls))
+                answers = await link.call([command for command, _ in calls.values()], len(calls))
         except BaseException:
             self._dirty = dict.fromkeys(batch) | self._dirty
             raise
         finally:
             self._in_flight = False
         refused: dict[Publication, PublishError] = {}
-        for publication, (_, covered), answer in zip(batch, calls, answers, strict=True):
+        for (publication, (_, covered)), answer in zip(calls.items(), answers, strict=True):
             try:
                 if publication.handle_answer(answer, covered, self.epoch):
                     self._dirty[publication] = None
             except PublishError as error:
                 refused[publication] = error
-        if len(refused) == len(batch):  # no job's own fault, as far as we can see
+        if len(refused) == len(calls):  # no job's own fault, as far as we can see
             self._dirty = dict.fromkeys(refused) | self._dirty
-            raise refused[batch[0]]
+            raise next(iter(refused.values()))
         for publication, refusal in refused.items():
-            log.warning("events_refused", log_key=publication.keys[0].decode(), reason=str(refusal))
+            if not publication.refused:
+                publication.refused = True
+                log.warning("events_refused", log_key=publication.keys[0].decode(), reason=redis_reason(refusal))
             publication.shed_buffer(self._buffer_bytes)
-            asyncio.get_running_loop().call_later(_REFUSED_PAUSE, self.mark_dirty, publication)
+            self._mark_dirty_later(publication)
+
+    def _next_call(self, publication: Publication) -> tuple[bytes, int] | None:
+        """Return a publication's call, or None after a defect, which must not hold up the events of other jobs."""
+        try:
+            return publication.next_call(self.epoch, self._ttl_ms)
+        except Exception:
+            log.exception("events_defect", log_key=publication.keys[0].decode())
+            if publication.fall_back():
+                self._mark_dirty_later(publication)
+            return None
+
+    def _mark_dirty_later(self, publication: Publication) -> None:
+        asyncio.get_running_loop().call_later(_REFUSED_PAUSE, self.mark_dirty, publication)

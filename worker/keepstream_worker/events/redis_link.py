@@ -81,7 +81,7 @@ class RedisLink(asyncio.Protocol):
         for reply in await self.call(commands, len(commands)) if commands else ():
             if isinstance(reply, hiredis.ReplyError):
                 self.close()
-                raise LinkError("Redis refused the user, the password or the database number")
+                raise LinkError("Redis refused the user, the password or the database number") from reply
 
     def call(self, commands: Iterable[bytes], count: int) -> "asyncio.Future[list[Any]]":
         """Send ``commands``; the future gives their ``count`` replies, with errors as values among them."""

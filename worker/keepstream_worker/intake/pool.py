@@ -82,6 +82,19 @@ def _keep_pauses_short() -> None:
     sys.setswitchinterval(0.001)
 
 
+def _guarded(function: Callable[..., Any], *args: Any) -> None:
+    """Call ``function``; on Celery's thread, an exception would end the worker."""
+    try:
+        function(*args)
+    except Exception:
+        log.exception("pool_defect")
+
+
+def _log_defect(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Called by the event loop with what a callback or a forgotten task raised; asyncio's own way shows values."""
+    log.error("loop_defect", what=str(context.get("message", "")), exc_info=context.get("exception"))
+
+
 class LoopPool(BasePool):
     """Celery's pool on one event loop in a thread of its own."""
 
@@ -103,6 +116,7 @@ class LoopPool(BasePool):
         self._signalled = False
         self._stopped = False
         self._loop = uvloop.new_event_loop()
+        self._loop.set_exception_handler(_log_defect)
         self._thread = threading.Thread(target=self._run_loop, name="streams", daemon=True)
         self._thread.start()
         try:
@@ -191,7 +205,7 @@ class LoopPool(BasePool):
     def _call_on_hub(self, function: Callable[..., Any], *args: Any) -> None:
         """Call ``function`` on Celery's thread."""
         if self._hub is not None:
-            self._hub.call_soon(function, *args)
+            self._hub.call_soon(_guarded, function, *args)
 
     def _spawn_arrived(self) -> None:
         self._woken = False  # before looking, so that what arrives from here on wakes us again
@@ -221,7 +235,7 @@ class LoopPool(BasePool):
             return
         self._stopped = True
         self._turned_at = None  # until the service has stopped, Celery's thread waits here
-        asyncio.run_coroutine_threadsafe(self._service.stop(), self._loop).result()
+        _guarded(asyncio.run_coroutine_threadsafe(self._service.stop(), self._loop).result)
         self._call_on_loop(self._loop.stop)
         self._thread.join(timeout=5)
 

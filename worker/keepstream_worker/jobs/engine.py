@@ -29,7 +29,8 @@ from keepstream_worker.jobs.recovery import Recovery
 from keepstream_worker.jobs.retry import BackoffPolicy
 from keepstream_worker.settings import Settings
 from keepstream_worker.store import Claim, ClaimRequest, NotEnded, Refusal
-from keepstream_worker.store.database import StoreRefusedError, WorkerDatabase
+from keepstream_worker.store.database import WorkerDatabase
+from keepstream_worker.store.error_answers import StoreRefusedError
 from keepstream_worker.telemetry.logs import get_logger
 from keepstream_worker.values import AttemptReason, Ended, Ending, Failure, JobKey, Outcome
 
@@ -84,13 +85,13 @@ class Engine:
                     await self._handle_refusal(job, claim)
                     return
                 active.attempt = claim.attempt
-                retry_in = await self._run_attempt(active, Attempt(job, claim, self._publisher, active))
+                retry_in = await self._attempt(active, Attempt(job, claim, self._publisher, active))
                 if retry_in is None or retry_in > self._settings.sleep_limit:
                     return
                 active.attempt = 0
                 await active.interruptibly(_sleep(retry_in))
                 if active.stop is Stop.INTERRUPTED:
-                    await self._database.persist(store.requeue, key, "requeue")
+                    await self._database.persist(store.requeue, key)
                 if active.stopping:
                     return
         finally:
@@ -113,7 +114,18 @@ class Engine:
     async def _claim(self, job: Job) -> Claim | Refusal:
         settings = self._settings
         request = ClaimRequest(job, self._worker_id, settings.queue, job.total_timeout or settings.total_timeout)
-        return await self._database.persist(store.claim, request, "claim")
+        return await self._database.persist(store.claim, request)
+
+    async def _attempt(self, active: ActiveJob, attempt: Attempt) -> float | None:
+        """Make one attempt; a defect of ours, which would be met again, ends its job as failed."""
+        try:
+            return await self._run_attempt(active, attempt)
+        except StoreRefusedError:
+            raise
+        except Exception as error:
+            log.exception("attempt_defect", **_ids(attempt))
+            ending = verdict.defective(attempt.key, attempt.claim.attempt, self._worker_id, type(error).__name__)
+            return await self._commit(attempt, ending)
 
     async def _run_attempt(self, active: ActiveJob, attempt: Attempt) -> float | None:
         """Make one attempt; return the seconds to the next one, or None if there is none to make here."""
@@ -175,7 +187,7 @@ class Engine:
                 ahead = len(closing_events(ending, announced=publication.last_n > 0)) + 1
                 ending = replace(ending, terminal_event_id=publication.next_id(ahead))
             try:
-                answer = await self._database.persist(store.end, ending, "result")
+                answer = await self._database.persist(store.end, ending)
             except StoreRefusedError as error:
                 if not ending.choices:
                     raise
@@ -192,14 +204,14 @@ class Engine:
         if await publication.wait_flushed(_ANNOUNCE_TIMEOUT) is FlushResult.PENDING:
             publication.discard()  # a long outage must not fill the memory with outputs that are stored anyway
         else:
-            await self._database.persist(store.mark_announced, key, "announcement")
+            await self._database.persist(store.mark_announced, key)
 
     async def _abandon(self, attempt: Attempt) -> None:
         """Leave the job to the worker that has taken it over; what this attempt cost is stored all the same."""
         log.warning("attempt_superseded", **_ids(attempt))
         spent = attempt.usage_of(attempt.reader.output())
         late_usage = store.LateUsage(attempt.key, attempt.claim.attempt, spent)
-        await self._database.persist(store.record_usage, late_usage, "usage")
+        await self._database.persist(store.record_usage, late_usage)
 
     async def _handle_refusal(self, job: Job, refusal: Refusal) -> None:
         if refusal is Refusal.OTHER_REQUEST:
@@ -210,7 +222,7 @@ class Engine:
                 tenant=job.tenant,
                 job_id=job.id,
             )
-            await self._database.persist(store.reject, rejection, "rejection")
+            await self._database.persist(store.reject, rejection)
         log.info("claim_refused", tenant=job.tenant, job_id=job.id, reason=refusal)
 
     def _max_attempts(self, attempt: Attempt) -> int:

@@ -147,6 +147,19 @@ def cancelled(ending: Ending) -> Ending:
     )
 
 
+def defective(key: JobKey, attempt: int, worker_id: str, error: str) -> Ending:
+    """A defect of ours was met outside the stream; what the attempt has brought is not to be trusted."""
+    return Ending(
+        key=key,
+        attempt=attempt,
+        worker_id=worker_id,
+        outcome=Outcome.FAILED,
+        status=JobStatus.FAILED,
+        failure=Failure(code=ErrorCode.INTERNAL, message=f"internal error ({error})"),
+        retryable=False,
+    )
+
+
 def unstorable(ending: Ending, reason: str) -> Ending:
     """The database refuses a value of the output: the job fails without it, and what it cost is kept."""
     return replace(

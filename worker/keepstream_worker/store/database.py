@@ -9,16 +9,17 @@ one writer at a time, and on any database a commit costs more than the statement
 
 import asyncio
 import threading
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Final, NamedTuple, TypeVar
 
 from sqlalchemy import Connection, Engine
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from keepstream.client.database import describe_error
-from keepstream.errors import KeepstreamError, StoreUnavailableError
+from keepstream.errors import StoreUnavailableError
+from keepstream_worker.store.error_answers import DatabaseOutageError, translate
 from keepstream_worker.telemetry.logs import get_logger
+from keepstream_worker.telemetry.outages import Outage, Server
 
 log = get_logger()
 
@@ -29,16 +30,8 @@ Operation = Callable[[Connection, list[Argument]], list[Result]]
 #: Rows of one transaction at most, so that a long backlog does not hold locks for long.
 MAX_GROUP = 200
 
-
-#: SQLSTATE classes of what passes, by itself or when an operator acts: connections, conflicts between
-#: transactions, resources such as the disk, shutdowns, input and output.
-_PASSING_CLASSES: Final = frozenset({"08", "40", "53", "57", "58"})
-#: Likewise: a server that is read-only (during a fail-over), an idle transaction cut off, a lock not granted.
-_PASSING_STATES: Final = frozenset({"25006", "25P03", "55P03"})
-
-
-class StoreRefusedError(KeepstreamError):
-    """The database answers and refuses a statement or a value; repeating it would change nothing."""
+#: Seconds without a failure after which an outage is over, though what failed was not tried again.
+_SETTLED: Final = 15.0
 
 
 class _Request(NamedTuple):
@@ -48,19 +41,22 @@ class _Request(NamedTuple):
 
 
 class WorkerDatabase:
-    """Runs the store's functions for the event loop; created on the loop that it serves."""
+    """Runs the store's functions for the event loop; created on the loop that it serves.
 
-    def __init__(self, engine: Engine, threads: int = 1) -> None:
+    It says when the database does not do its work, and when it does again; whoever asked need not.
+    """
+
+    def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self._outage = Outage(Server.DATABASE, "read and write")
+        self._failing: set[Operation[Any, Any]] = set()  # what the database answered with an error
+        self._failed_at = 0.0
         self._loop = asyncio.get_running_loop()
         self._requests: deque[_Request] = deque()
         self._wake = threading.Condition()
         self._closing = False
-        self._threads = [
-            threading.Thread(target=self._serve, name=f"database-{number}", daemon=True) for number in range(threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._thread = threading.Thread(target=self._serve, name="database", daemon=True)
+        self._thread.start()
 
     async def run(self, operation: Operation[Argument, Result], argument: Argument) -> Result:
         """Run ``operation`` for ``argument``, together with others that arrive at the same time.
@@ -69,6 +65,7 @@ class WorkerDatabase:
             StoreUnavailableError: the database did not answer; nothing was changed, or, if the
                 commit itself was cut, everything: operations must allow being repeated.
             StoreRefusedError: the database refused it.
+            Exception: a defect in ``operation``.
         """
         future: asyncio.Future[Result] = self._loop.create_future()
         with self._wake:
@@ -76,24 +73,22 @@ class WorkerDatabase:
             self._wake.notify()
         return await future
 
-    async def persist(self, operation: Operation[Argument, Result], argument: Argument, what: str) -> Result:
-        """Like ``run``, repeated until the database answers; ``what`` names the write in the log."""
+    async def persist(self, operation: Operation[Argument, Result], argument: Argument) -> Result:
+        """Like ``run``, repeated until the database answers."""
         delay = 0.1
         while True:
             try:
                 return await self.run(operation, argument)
-            except StoreUnavailableError as error:
-                log.warning("database_unavailable", waiting_to=what, retry_in=delay, reason=str(error))
+            except StoreUnavailableError:
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, 2.0)
 
     def close(self) -> None:
-        """End the threads after what was already asked for; then close the connections."""
+        """End the thread after what was already asked for; then close the connections."""
         with self._wake:
             self._closing = True
             self._wake.notify_all()
-        for thread in self._threads:
-            thread.join(timeout=10)
+        self._thread.join(timeout=10)
         self.engine.dispose()
 
     def _serve(self) -> None:
@@ -104,7 +99,11 @@ class WorkerDatabase:
                 if not self._requests:
                     return
                 group = [self._requests.popleft() for _ in range(min(len(self._requests), MAX_GROUP))]
-            outcomes = self._execute(group)
+            try:
+                outcomes = self._execute(group)
+            except Exception as defect:  # the thread goes on, or nothing would be stored any more
+                log.exception("database_defect")
+                outcomes = [(request, None, defect) for request in group]
             try:
                 self._loop.call_soon_threadsafe(_settle, outcomes)
             except RuntimeError:  # the loop has ended; nobody waits for the answers
@@ -114,7 +113,9 @@ class WorkerDatabase:
         try:
             return [(request, result, None) for request, result in self._transact(group)]
         except Exception as cause:  # noqa: BLE001  # whatever it is, those who wait for an answer get it
-            error = _translate(cause)
+            error = translate(cause)
+            if isinstance(error, DatabaseOutageError):
+                self._note_outage(error, {request.operation for request in group})
             if len(group) == 1 or isinstance(error, StoreUnavailableError):
                 return [(request, None, error) for request in group]
         # One member broke the transaction for all: run each on its own, so that only that one fails.
@@ -132,7 +133,25 @@ class WorkerDatabase:
             for operation, requests in by_operation.items():
                 results = operation(connection, [request.argument for request in requests])
                 answered.extend(zip(requests, results, strict=True))
+        self._note_success(by_operation.keys())
         return answered
+
+    def _note_outage(self, error: DatabaseOutageError, operations: set[Operation[Any, Any]]) -> None:
+        self._outage.failed(error.reason, error.advice)
+        self._failed_at = time.monotonic()
+        if error.answered:
+            self._failing |= operations
+        if not error.conflict:  # a new connection may lead elsewhere, or have other rights
+            self.engine.dispose()
+
+    def _note_success(self, operations: Collection[Operation[Any, Any]]) -> None:
+        """Note that these worked: one that needs no room on a full disk says nothing of those that do."""
+        if not self._outage.lasts:
+            return
+        self._failing.difference_update(operations)
+        if not self._failing or time.monotonic() - self._failed_at > _SETTLED:
+            self._failing.clear()
+            self._outage.worked()
 
 
 def _settle(outcomes: list[tuple[_Request, Any, Exception | None]]) -> None:
@@ -143,25 +162,3 @@ def _settle(outcomes: list[tuple[_Request, Any, Exception | None]]) -> None:
             request.future.set_exception(error)
         else:
             request.future.set_result(result)
-
-
-def _translate(error: Exception) -> Exception:
-    """Tell an outage from a defect; the text of an outage holds no statement and no values."""
-    if isinstance(error, DBAPIError) and (error.connection_invalidated or _is_outage(error.orig)):
-        return StoreUnavailableError(f"the database is not available ({describe_error(error.orig)})")
-    if isinstance(error, SQLAlchemyError) and not isinstance(error, DBAPIError) and "QueuePool" in str(error):
-        return StoreUnavailableError("no database connection was free in time")
-    if isinstance(error, SQLAlchemyError):
-        refusal = StoreRefusedError(f"the database refused it ({type(getattr(error, 'orig', error)).__name__})")
-        refusal.__cause__ = error
-        return refusal
-    return error
-
-
-def _is_outage(error: BaseException | None) -> bool:
-    state = getattr(error, "sqlstate", None)
-    if state is not None:  # PostgreSQL has answered
-        return state[:2] in _PASSING_CLASSES or state in _PASSING_STATES
-    # No connection, none in time, or SQLite: locks, full disks and input/output errors.  A missing table is
-    # an OperationalError too on SQLite, but there the schema is checked at the start.
-    return any(base.__name__ in {"OperationalError", "InterfaceError"} for base in type(error).__mro__)

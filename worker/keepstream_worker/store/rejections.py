@@ -6,7 +6,7 @@ the message named one.
 
 from dataclasses import dataclass
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from keepstream.client.endings import end_unclaimed
@@ -15,6 +15,8 @@ from keepstream.errors import ErrorCode
 from keepstream.jobs import Job
 from keepstream.results import JobStatus
 from keepstream.tables import jobs, now, rejected_messages
+from keepstream_worker.store.conditions import WAITING, is_job
+from keepstream_worker.values import JobKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +58,33 @@ class Refused:
     job: Job
     code: ErrorCode
     message: str
+    request_hash: str | None = None  #: What a row that waits must have to be ended as well.
 
 
 def refuse(connection: Connection, refusals: list[Refused]) -> list[None]:
-    """Store invalid jobs as failed, so that whoever waits for them learns of it; a job that has a row is left alone."""
+    """Store jobs that cannot be run as failed, so that whoever waits for them learns of it.
+
+    A job that has a row is left alone, unless it waits and is the very one that was refused.
+    """
     insert = (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(jobs)
     for refused in refusals:
-        values = queued_values(refused.job)
+        job = refused.job
+        values = queued_values(job)
         created = connection.execute(insert.values(values).on_conflict_do_nothing().returning(jobs.c.id)).one_or_none()
-        if created is not None:
-            job = refused.job
-            end_unclaimed(
-                connection, job.tenant, job.id, values["attempt"], JobStatus.FAILED, refused.code, refused.message
-            )
+        attempt = values["attempt"] if created is not None else _waiting_attempt(connection, refused)
+        if attempt is not None:
+            end_unclaimed(connection, job.tenant, job.id, attempt, JobStatus.FAILED, refused.code, refused.message)
     return [None] * len(refusals)
+
+
+def _waiting_attempt(connection: Connection, refused: Refused) -> int | None:
+    row = connection.execute(
+        select(jobs.c.attempt)
+        .where(
+            is_job(JobKey(refused.job.tenant, refused.job.id)),
+            jobs.c.status.in_(WAITING),
+            jobs.c.request_hash == refused.request_hash,
+        )
+        .with_for_update()
+    ).one_or_none()
+    return None if row is None else int(row.attempt)

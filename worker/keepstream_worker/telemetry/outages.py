@@ -35,20 +35,31 @@ REDIS_REASONS: Final[dict[str, str | None]] = {
     "WRONGTYPE": "something else lies under a name that is ours: rename or delete it",
     "NOAUTH": "it wants a password: set it in the URL and restart the worker",
     "WRONGPASS": "it refuses the user or password: set the right one in the URL and restart the worker",
+    "SSLCertVerificationError": "its certificate is not trusted, is for another host, or has run out",
     "MAXCLIENTS": "it has no connection left: raise maxclients, or find who holds them",
 }
+#: Those that may pass, or be mended, without a change of ours.
+PASSING_REASONS: Final = frozenset(
+    {"READONLY", "UNBLOCKED", "MASTERDOWN", "LOADING", "BUSY", "OOM", "MISCONF", "NOREPLICAS", "MAXCLIENTS"}
+)
 _CODE: Final = re.compile(r"\b(" + "|".join(REDIS_REASONS) + r")\b")
 
 
 def redis_reason(error: BaseException) -> str:
     """Return Redis' word for what is wrong, else the kind of error; never its text, which may hold arguments."""
-    given = getattr(error, "status_code", None)  # redis-py takes the words that it knows out of the text
-    text = str(error)
-    if "max number of clients" in text:
-        return "MAXCLIENTS"
-    # A script that was refused says so in the middle: "ERR Error running script …: -READONLY You can't …".
-    found = _CODE.search(f"{given} {text}")
-    return found[1] if found else type(error).__name__
+    root = error
+    cause: BaseException | None = error
+    while cause is not None:
+        root = cause
+        given = getattr(cause, "status_code", None)  # redis-py takes the words that it knows out of the text
+        if "max number of clients" in str(cause):
+            return "MAXCLIENTS"
+        # A script that was refused says so in the middle: "ERR Error running script …: -READONLY You can't …".
+        found = _CODE.search(f"{given} {cause}")
+        if found:
+            return found[1]
+        cause = cause.__cause__ or cause.__context__
+    return type(root).__name__
 
 
 class Server(StrEnum):

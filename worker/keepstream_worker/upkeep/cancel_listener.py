@@ -6,10 +6,12 @@ heartbeat finds the request in the database a little later.
 """
 
 import asyncio
+from contextlib import suppress
+from typing import Final
 
 import orjson
 import redis.asyncio
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from keepstream.errors import StoreUnavailableError
 from keepstream.names import control_channel, job_keys
@@ -19,13 +21,18 @@ from keepstream_worker.jobs.active_job import Stop
 from keepstream_worker.jobs.engine import Engine
 from keepstream_worker.store.database import WorkerDatabase
 from keepstream_worker.telemetry.logs import get_logger
+from keepstream_worker.telemetry.outages import Outage, Server
 from keepstream_worker.upkeep.announcer import Announcer
 from keepstream_worker.values import JobKey
 
 log = get_logger()
 
 #: Seconds for which a request that the database has stays on Redis, where all workers see it at once.
-_REQUEST_KEPT = 60
+_REQUEST_KEPT: Final = 60
+#: Seconds after which it is tried again to listen.
+_PAUSE: Final = 1.0
+#: Seconds for Redis to confirm the subscription.
+_ANSWER_TIMEOUT: Final = 5.0
 
 
 class CancelListener:
@@ -40,6 +47,8 @@ class CancelListener:
         self._database = database
         self._engine = engine
         self._announcer = announcer
+        self._hearing = Outage(Server.REDIS, "hear of cancels")
+        self._looking = Outage(Server.REDIS, "look at a cancel request")
         self._listening: asyncio.Task[None] | None = None
         self._cancels: set[asyncio.Task[None]] = set()
 
@@ -59,21 +68,33 @@ class CancelListener:
     async def _listen(self) -> None:
         while True:
             try:
-                async with self._client.pubsub(ignore_subscribe_messages=True) as pubsub:
-                    await pubsub.subscribe(self._channel)
+                async with self._client.pubsub() as pubsub:
+                    await self._subscribe(pubsub)
                     await self._cancel_requested_meanwhile()
+                    self._hearing.worked()
                     while True:
-                        message = await pubsub.get_message(timeout=10.0)
-                        if message is None:
-                            await pubsub.ping()  # finds out about a connection that died silently
-                        elif message["type"] == "message":
-                            self._handle_notice(message["data"])
+                        await self._hear(pubsub)
             except (RedisError, OSError) as error:
-                log.warning("cancel_listener_unavailable", reason=type(error).__name__)
-                await asyncio.sleep(1.0)
+                self._hearing.redis_failed(error)
             except Exception:  # a defect met once must not end the listening
                 log.exception("cancel_listener_defect")
-                await asyncio.sleep(1.0)
+            await asyncio.sleep(_PAUSE)
+
+    async def _subscribe(self, pubsub: redis.asyncio.client.PubSub) -> None:
+        await pubsub.subscribe(self._channel)
+        if await pubsub.get_message(timeout=_ANSWER_TIMEOUT) is None:
+            raise TimeoutError
+
+    async def _hear(self, pubsub: redis.asyncio.client.PubSub) -> None:
+        """Wait for a notice, for a while."""
+        try:
+            message = await pubsub.get_message(timeout=10.0)
+        except ResponseError:
+            return  # to the PING below, which is refused while Redis cannot save; the connection is alive
+        if message is None:
+            await pubsub.ping()  # finds out about a connection that died silently
+        elif message["type"] == "message":
+            self._handle_notice(message["data"])
 
     async def _cancel_requested_meanwhile(self) -> None:
         """Cancel the jobs that run here and whose request came while nobody listened."""
@@ -101,20 +122,26 @@ class CancelListener:
 
     async def _cancel(self, key: JobKey) -> None:
         """Cancel a job for which Redis holds a request; a notice alone cancels nothing, whoever sent it."""
+        request = job_keys(key.tenant, key.id, self._prefix).cancel
         try:
-            request = job_keys(key.tenant, key.id, self._prefix).cancel
             if not await self._client.exists(request):
                 return
-            status = await self._database.run(store.cancel, key)
-            if status is not None:  # the database has the request now; a job that is deleted should leave no trace
-                await self._client.expire(request, _REQUEST_KEPT)
-            if status is JobStatus.CANCELLED:
-                await self._announcer.announce(key)
-        except StoreUnavailableError as error:
-            log.warning("database_unavailable", waiting_to="cancel", reason=str(error))
         except (RedisError, OSError) as error:
-            log.warning("redis_unavailable", waiting_to="cancel", reason=type(error).__name__)
-            return
+            self._looking.redis_failed(error)
+            return  # the heartbeat finds the request, if the database has it
+        self._looking.worked()
+        try:
+            await self._cancel_in_database(key, request)
+        except StoreUnavailableError:
+            pass  # the stream is stopped all the same, and its ending waits for the database
         except Exception:  # whatever it is, the stream is stopped: the request was there
             log.exception("cancel_listener_defect", tenant=key.tenant, job_id=key.id)
         self._engine.request_stop(key, Stop.CANCELLED)
+
+    async def _cancel_in_database(self, key: JobKey, request: str) -> None:
+        status = await self._database.run(store.cancel, key)
+        if status is not None:  # the database has the request now; a job that is deleted should leave no trace
+            with suppress(RedisError, OSError):  # it goes by itself some time later
+                await self._client.expire(request, _REQUEST_KEPT)
+        if status is JobStatus.CANCELLED:
+            await self._announcer.announce(key)

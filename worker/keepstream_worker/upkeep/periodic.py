@@ -37,9 +37,9 @@ class PeriodicTask:
             # Jitter keeps the workers apart.
             await asyncio.sleep(self._interval * random.uniform(0.8, 1.2))  # noqa: S311  # no secret
             try:
-                await self._action()
-            except StoreUnavailableError as error:
-                self._on_outage()
-                log.warning("database_unavailable", waiting_to=self._name, reason=str(error))
+                try:
+                    await self._action()
+                except StoreUnavailableError:
+                    self._on_outage()
             except Exception:  # one failure must not end the repetition
                 log.exception("upkeep_defect", task=self._name)

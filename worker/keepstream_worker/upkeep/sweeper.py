@@ -8,6 +8,7 @@ depends on one process: every worker sweeps, the statements are atomic, and any 
 import asyncio
 import json
 import time
+from collections.abc import Coroutine
 from typing import Any, Final
 
 import redis.asyncio
@@ -19,6 +20,7 @@ from keepstream_worker import store
 from keepstream_worker.settings import Settings
 from keepstream_worker.store.database import WorkerDatabase
 from keepstream_worker.telemetry.logs import get_logger
+from keepstream_worker.telemetry.outages import Outage, Server
 from keepstream_worker.upkeep.announcer import Announcer
 from keepstream_worker.upkeep.heartbeat import WorkerHeartbeat
 from keepstream_worker.upkeep.periodic import PeriodicTask
@@ -52,6 +54,7 @@ class Sweeper:
         self._unreadable_messages = unreadable_messages
         self._sender = sender
         self._broker = broker
+        self._sending = Outage(Server.BROKER, "send jobs again")
         self._paused = False
         self._task: PeriodicTask | None = None
 
@@ -90,10 +93,18 @@ class Sweeper:
         for key in found.lost:
             log.warning("worker_lost", tenant=key.tenant, job_id=key.id)
         if found.to_send:
-            # As they were stored: a job of a newer version, which this one would refuse, must not hold up the others.
-            await self._send([json.loads(text) for text in found.to_send])
-        await self._announce(found.unannounced)
-        await self._unreadable_messages.record(limit=_LIMIT)
+            await self._apart("send jobs again", self._send(found.to_send))
+        await self._apart("announce", self._announce(found.unannounced))
+        await self._apart("record unreadable messages", self._unreadable_messages.record(limit=_LIMIT))
+
+    async def _apart(self, name: str, step: Coroutine[Any, Any, None]) -> None:
+        """Await one step of the sweep; a defect in it must not keep the next from being made."""
+        try:
+            await step
+        except StoreUnavailableError:
+            raise
+        except Exception:
+            log.exception("upkeep_defect", task=name)
 
     async def _queue_length(self) -> int | None:
         try:
@@ -101,12 +112,15 @@ class Sweeper:
         except (RedisError, OSError):
             return None
 
-    async def _send(self, jobs: list[dict[str, Any]]) -> None:
+    async def _send(self, texts: list[str]) -> None:
+        # As they were stored: a job of a newer version, which this one would refuse, must not hold up the others.
+        jobs = [json.loads(text) for text in texts]
         try:
             await asyncio.to_thread(self._sender.send_many, jobs)
+            self._sending.worked()
             log.info("jobs_sent_again", count=len(jobs))
         except BrokerUnavailableError as error:
-            log.warning("broker_unavailable", waiting_to="send jobs again", reason=str(error))
+            self._sending.failed(str(error))
             for job in jobs:
                 await self._database.run(store.schedule_resend, JobKey(job["tenant"], job["id"]))
 

@@ -13,10 +13,12 @@ import orjson
 import redis.asyncio
 from redis.exceptions import RedisError
 
+from keepstream.errors import StoreUnavailableError
 from keepstream.names import ID_PATTERN, rejected_list
 from keepstream_worker import store
 from keepstream_worker.store.database import WorkerDatabase
 from keepstream_worker.telemetry.logs import get_logger
+from keepstream_worker.telemetry.outages import Outage, Server
 
 log = get_logger()
 
@@ -31,6 +33,7 @@ class UnreadableMessages:
         self._client = client
         self._list = rejected_list(prefix)
         self._database = database
+        self._outage = Outage(Server.REDIS, "record unreadable messages")
 
     async def record(self, limit: int) -> None:
         """Move at most ``limit`` records.
@@ -41,11 +44,23 @@ class UnreadableMessages:
         try:
             records: list[Any] = await self._client.lrange(self._list, -limit, -1)
             for raw in records:
-                await self._database.run(store.reject, _rejection(raw))
+                await self._record_one(raw)
                 # Removed only when recorded; two sweepers that record the same one write one row.
                 await self._client.lrem(self._list, -1, raw)
         except (RedisError, OSError) as error:
-            log.warning("redis_unavailable", waiting_to="record unreadable messages", reason=type(error).__name__)
+            self._outage.redis_failed(error)
+        else:
+            self._outage.worked()
+
+    async def _record_one(self, raw: bytes) -> None:
+        try:
+            await self._database.run(store.reject, _rejection(raw))
+        except StoreUnavailableError:
+            raise
+        except Exception as error:  # one record must not hold up those behind it
+            log.exception("message_defect", task_id=None)
+            fault = f"the record of an unreadable message met an internal error ({type(error).__name__})"
+            await self._database.run(store.reject, _unrecorded(raw, fault))
 
 
 def _rejection(raw: bytes) -> store.Rejection:
@@ -61,9 +76,13 @@ def _rejection(raw: bytes) -> store.Rejection:
         )
     except (ValueError, KeyError, TypeError):
         # Not one of our records. It is recorded itself, so that what lies behind it is recorded too.
-        return store.Rejection(
-            id=hashlib.sha256(raw).hexdigest(),
-            reason="an entry of the list of unreadable messages is not a record of one",
-            size=len(raw),
-            payload=base64.b64encode(raw[:_KEPT_BYTES]).decode(),
-        )
+        return _unrecorded(raw, "an entry of the list of unreadable messages is not a record of one")
+
+
+def _unrecorded(raw: bytes, reason: str) -> store.Rejection:
+    return store.Rejection(
+        id=hashlib.sha256(raw).hexdigest(),
+        reason=reason,
+        size=len(raw),
+        payload=base64.b64encode(raw[:_KEPT_BYTES]).decode(),
+    )
