@@ -42,6 +42,7 @@ MOST_PROCESSES: Final = 8
 #: Modules with long tests. These begin first, so that none of them is left over at the end.
 LONGEST: Final = (
     "test_chaos",
+    "test_error_answers",
     "test_outages",
     "test_recovery",
     "test_shutdown",

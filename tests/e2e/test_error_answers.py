@@ -196,14 +196,14 @@ def restarted(cluster: Cluster, **settings: str) -> Iterator[None]:
 def loading(cluster: Cluster) -> Iterator[None]:
     """Restart Redis with so much data that it takes long to load."""
     with control(cluster) as client:
-        client.mset({f"filler:{number}": "x" * 100 for number in range(2000)})
+        client.mset({f"filler:{number}": "x" * 100 for number in range(4000)})
         try:
-            with restarted(cluster, **{"key-load-delay": "100000", "loading-process-events-interval-bytes": "1024"}):
+            with restarted(cluster, **{"key-load-delay": "10000", "loading-process-events-interval-bytes": "1024"}):
                 yield
         finally:
             pass
     with control(cluster) as client:
-        client.delete(*(f"filler:{number}" for number in range(2000)))
+        client.delete(*(f"filler:{number}" for number in range(4000)))
 
 
 @contextmanager
@@ -266,6 +266,27 @@ def test_redis_answers_with_an_error(redis_cluster: Cluster, fault: Fault) -> No
     (worker,) = redis_cluster.workers
     events = ("broker_unavailable", "redis_unavailable")
     check_survived(redis_cluster, worker, fault, events, lambda: redis_cluster.enqueue(deltas=3))
+
+
+#: What a Redis says to the checks with which a worker starts, and may pass.
+MET_AT_THE_START: Final = ("READONLY", "MASTERDOWN", "LOADING", "MISCONF", "BUSY", "MAXCLIENTS")
+
+
+@pytest.mark.parametrize(
+    "fault", [fault for fault in REDIS_FAULTS if fault.name in MET_AT_THE_START], ids=lambda fault: fault.name
+)
+def test_worker_that_starts_waits_while_redis_answers_with_an_error(redis_cluster: Cluster, fault: Fault) -> None:
+    cluster = redis_cluster
+    assert isinstance(cluster.valkey, HarmedValkey)
+    worker = cluster.new_worker(redis_url=cluster.valkey.worker_url)
+    with fault.make(cluster):
+        worker.launch()
+        wait_until(
+            lambda: worker.log.exists() and worker.said("redis_unavailable", waiting_to="start"), "the worker to wait"
+        )
+        assert worker.running
+    worker.wait_to_say("worker_started")
+    worker.stop()
 
 
 def test_each_answer_of_redis_is_documented_and_tried() -> None:

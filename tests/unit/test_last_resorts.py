@@ -29,6 +29,7 @@ from keepstream_worker import store, supervisor
 from keepstream_worker.events import log_script, publisher
 from keepstream_worker.events.publication import FlushResult
 from keepstream_worker.events.publisher import Publisher
+from keepstream_worker.intake import pool as pool_module
 from keepstream_worker.intake import transport
 from keepstream_worker.intake.pool import Delivery, LoopPool
 from keepstream_worker.intake.transport import BatchingQoS, FilteringChannel, PatientPoller
@@ -482,7 +483,7 @@ def in_pool(act: Callable[[LoopPool], None]) -> None:
     """Let ``act`` raise in a pool; it goes on delivering, and ends."""
     service = PooledService()
     thresholds, interval = gc.get_threshold(), sys.getswitchinterval()
-    pool = LoopPool(limit=1, app=SimpleNamespace(loop_service=service))
+    pool = LoopPool(limit=1, app=SimpleNamespace(loop_service=service, pulse=None))
     pool.on_start()
     pool.register_with_event_loop(Hub())
     act(pool)
@@ -505,6 +506,25 @@ async def message_is_run_by_the_pool() -> None:
 
 async def call_on_the_loop() -> None:
     await asyncio.to_thread(in_pool, lambda pool: pool._call_on_loop(fail))
+
+
+async def sign_of_life_is_given() -> None:
+    beats: list[int] = []
+    again = threading.Event()
+
+    def beat() -> None:
+        beats.append(1)
+        if len(beats) > 1:
+            again.set()
+        raise Defect
+
+    def act(pool: LoopPool) -> None:
+        pool._call_on_loop(lambda: pool._beat(cast("Any", SimpleNamespace(beat=beat))))
+        assert again.wait(PATIENCE)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool_module, "INTERVAL", 0.001)
+        await asyncio.to_thread(in_pool, act)
 
 
 async def signal_is_handled() -> None:
@@ -603,6 +623,7 @@ PLACES: Final = [
     Place("pool_defect", message_is_run_by_the_pool),
     Place("loop_defect", call_on_the_loop),
     Place("loop_defect", signal_is_handled),
+    Place("loop_defect", sign_of_life_is_given),
     Place("stop_defect", service_is_stopped),
     Place("supervisor_defect", process_is_looked_after),
 ]

@@ -35,8 +35,9 @@ def run_workers(settings: "Settings", count: int, concurrency: int | None) -> No
     configure_logging(settings.log_level, settings.log_format)
     try:
         # Once and here, rather than by each process again and again.
-        check_database(settings, expect_pulses(settings, count))
-        check_redis(settings)
+        pulses = expect_pulses(settings, count)
+        check_database(settings, pulses)
+        check_redis(settings, pulses)
     except StartError as error:
         fail(str(error), UNAVAILABLE)
     environment = dict(os.environ)

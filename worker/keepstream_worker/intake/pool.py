@@ -154,6 +154,7 @@ class LoopPool(BasePool):
 
     def _beat(self, pulse: Pulse) -> None:
         """Give a sign of life for both threads: here, and unless the other one hangs."""
+        self._loop.call_later(INTERVAL, self._beat, pulse)  # first, so that whatever comes up below, the next is given
         turned_at = self._turned_at
         if self._signalled or turned_at is None or time.monotonic() - turned_at < _LONGEST_TURN:
             try:
@@ -163,7 +164,6 @@ class LoopPool(BasePool):
                 if not self._pulse_fails:
                     log.warning("pulse_not_written", reason=error.strerror)
                 self._pulse_fails = True
-        self._loop.call_later(INTERVAL, self._beat, pulse)
 
     def on_apply(
         self,
