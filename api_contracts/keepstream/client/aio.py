@@ -15,14 +15,14 @@ from typing import Any, Final, ParamSpec, Self, TypeVar
 
 from keepstream import names
 from keepstream.client.base import FOLLOW_TIMEOUT, NOT_FOUND_AFTER, WAIT_TIMEOUT, BaseClient
-from keepstream.client.follower import FollowerRun
+from keepstream.client.follower import FollowerRun, ReadSummary
 from keepstream.client.forks import PerProcess
 from keepstream.client.listing import make_wanted
-from keepstream.client.redis import AsyncRedisConnections
+from keepstream.client.redis import AsyncRedisConnections, DatabaseRead
 from keepstream.errors import InvalidSettingError, UnexpectedError
 from keepstream.events import Event
 from keepstream.jobs import Job
-from keepstream.results import CompletionResult, JobPage, JobStatus, WaitingFor
+from keepstream.results import CompletionResult, JobPage, JobStatus, JobSummary, WaitingFor
 
 _MAX_THREADS: Final = 8  #: Database and broker calls of one client at the same time.
 
@@ -131,7 +131,14 @@ class AsyncClient(BaseClient):
     def _events(self, make_run: Callable[..., FollowerRun], job_id: str, *arguments: Any) -> AsyncGenerator[Event]:
         keys = self._perform(self._keys, job_id)
         run = self._perform(make_run, job_id, *arguments)
-        return self._async_redis.follow(run, keys, partial(self._in_thread, partial(self._read_for_follower, job_id)))
+        question = self._summaries.join(job_id)
+
+        async def read(operation: DatabaseRead) -> JobSummary | CompletionResult | None:
+            if isinstance(operation, ReadSummary):
+                return await asyncio.wrap_future(question.ask())
+            return await self._in_thread(self._read_result, job_id)
+
+        return self._async_redis.follow(run, keys, read)
 
     async def _in_thread(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         self._gate.check()

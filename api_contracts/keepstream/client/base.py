@@ -19,13 +19,14 @@ from keepstream import names
 from keepstream.client import queries
 from keepstream.client.arguments import check_limit, check_seconds, check_text
 from keepstream.client.database import ClientDatabase
-from keepstream.client.follower import Follower, FollowerRun, ReadResult, ReadSummary, parse_cursor
+from keepstream.client.follower import Follower, FollowerRun, parse_cursor
 from keepstream.client.forks import ForkMember
 from keepstream.client.gate import Gate
 from keepstream.client.listing import Wanted, list_jobs
 from keepstream.client.redis import RedisConnections
 from keepstream.client.redis_password import with_password
 from keepstream.client.sender import Sender
+from keepstream.client.summaries import SummaryReader
 from keepstream.errors import (
     BrokerUnavailableError,
     ErrorCode,
@@ -112,6 +113,7 @@ class BaseClient(ForkMember):
             self._sender = Sender(broker_url or redis_url, queue)
         with _setting("database_url", names.ENV_DATABASE_URL):
             self._database = None if database_url is None else ClientDatabase(database_url)
+        self._summaries = SummaryReader(self._read_summaries)
         super().__init__()
 
     @classmethod
@@ -240,12 +242,16 @@ class BaseClient(ForkMember):
             raise JobNotFoundError(f"job {job_id} has been deleted since it ended")
         return result
 
-    def _read_for_follower(
-        self, job_id: str, operation: ReadSummary | ReadResult
-    ) -> JobSummary | CompletionResult | None:
+    def _read_summaries(self, job_ids: list[str]) -> dict[str, JobSummary]:
+        def read() -> dict[str, JobSummary]:
+            with self._required_database().transaction() as connection:
+                return queries.get_summaries(connection, self.tenant, job_ids)
+
+        return self._perform(read)
+
+    def _read_result(self, job_id: str) -> CompletionResult | None:
         with self._required_database().transaction() as connection:
-            query = queries.get_summary if isinstance(operation, ReadSummary) else queries.get
-            return query(connection, self.tenant, job_id)
+            return queries.get(connection, self.tenant, job_id)
 
     def _cancel(self, job_id: str) -> JobStatus | None:
         keys = self._keys(job_id)

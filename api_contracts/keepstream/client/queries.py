@@ -8,6 +8,7 @@ Nothing here commits: the caller's transaction decides what belongs together.  T
 """
 
 import json
+from collections.abc import Collection
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, Table, and_, func, select, update
@@ -143,6 +144,17 @@ def get_summary(connection: Connection, tenant: str, job_id: str) -> JobSummary 
     """Return a job without its output and attempts, and what it waits for, or None; the cost is that of a few rows."""
     row = connection.execute(select(*SUMMARY_COLUMNS, *waiting.COLUMNS).where(_is(tenant, job_id))).one_or_none()
     return None if row is None else job_summary(row, _waiting_for(connection, row))
+
+
+def get_summaries(connection: Connection, tenant: str, job_ids: Collection[str]) -> dict[str, JobSummary]:
+    """Return the same for those of some jobs that there are."""
+    columns = (*SUMMARY_COLUMNS, *waiting.COLUMNS)
+    rows = connection.execute(select(*columns).where(jobs.c.tenant == tenant, jobs.c.id.in_(job_ids))).all()
+    around = waiting.look_around(connection) if any(waiting.waits(row.status) for row in rows) else None
+    return {
+        row.id: job_summary(row, waiting.waiting_for(row, around) if around and waiting.waits(row.status) else None)
+        for row in rows
+    }
 
 
 def _waiting_for(connection: Connection, row: StoredRow) -> WaitingFor | None:

@@ -12,15 +12,15 @@ in the database::
 
 from collections.abc import Callable, Collection, Generator, Mapping
 from datetime import datetime
-from functools import partial
 from typing import Any, Self
 
 from keepstream.client.base import FOLLOW_TIMEOUT, NOT_FOUND_AFTER, WAIT_TIMEOUT, BaseClient
-from keepstream.client.follower import FollowerRun
+from keepstream.client.follower import FollowerRun, ReadSummary
 from keepstream.client.listing import make_wanted
+from keepstream.client.redis import DatabaseRead
 from keepstream.events import Event
 from keepstream.jobs import Job
-from keepstream.results import CompletionResult, JobPage, JobStatus, WaitingFor
+from keepstream.results import CompletionResult, JobPage, JobStatus, JobSummary, WaitingFor
 
 
 class Client(BaseClient):
@@ -205,5 +205,11 @@ class Client(BaseClient):
     def _events(self, make_run: Callable[..., FollowerRun], job_id: str, *arguments: Any) -> Generator[Event]:
         keys = self._perform(self._keys, job_id)
         run = self._perform(make_run, job_id, *arguments)
-        read = partial(self._read_for_follower, job_id)
-        return self._redis.follow(run, keys, lambda operation: self._perform(read, operation))
+        question = self._summaries.join(job_id)
+
+        def read(operation: DatabaseRead) -> JobSummary | CompletionResult | None:
+            if isinstance(operation, ReadSummary):
+                return question.ask().result()
+            return self._perform(self._read_result, job_id)
+
+        return self._redis.follow(run, keys, read)
