@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -33,13 +34,18 @@ def database(postgres_url: str) -> str:
     return postgres_url
 
 
+async def until_subscribed(log: redis.asyncio.Redis, followers: int) -> None:
+    while (await log.info("clients"))["pubsub_clients"] != followers:  # noqa: ASYNC110  # the server tells nobody
+        await asyncio.sleep(0.1)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("form", [Client, AsyncClient])
+@pytest.mark.parametrize(("form", "crowd"), [(Client, CROWD), (AsyncClient, 2 * CROWD)])
 async def test_a_crowd_of_followers_connects_at_the_first_try(
-    redis_url: str, form: type[Client] | type[AsyncClient]
+    redis_url: str, form: type[Client] | type[AsyncClient], crowd: int
 ) -> None:
     """A connection that the client itself had given up would be made again."""
-    keys = job_keys(form.__name__, "job-1")  # not the channel whose subscribers are just leaving
+    keys = job_keys("default", "job-1")
 
     def follow_sync(client: Client) -> list[str]:
         return [event.id for event in client.follow("job-1")]
@@ -50,29 +56,46 @@ async def test_a_crowd_of_followers_connects_at_the_first_try(
     async def connections_made(log: redis.asyncio.Redis) -> int:
         return int((await log.info("stats"))["total_connections_received"])
 
-    client = form(redis_url, tenant=form.__name__)
+    client = form(redis_url)
     async with redis.asyncio.Redis.from_url(redis_url, single_connection_client=True) as log:
         await append(log, keys, started("1-1"))
+        await until_subscribed(log, 0)  # the followers of the test before have left
         before = await connections_made(log)
-        with ThreadPoolExecutor(CROWD) as threads:
+        with ThreadPoolExecutor(crowd) as threads:
             loop = asyncio.get_running_loop()
             followers = [
                 loop.run_in_executor(threads, follow_sync, client)
                 if isinstance(client, Client)
                 else asyncio.ensure_future(follow_async(client))
-                for _ in range(CROWD)
+                for _ in range(crowd)
             ]
-            while (await log.pubsub_numsub(keys.channel))[0][1] < CROWD:  # noqa: ASYNC110  # the server tells nobody
-                await asyncio.sleep(0.1)
+            await until_subscribed(log, crowd)
             made = await connections_made(log) - before
             await append(log, keys, delta("1-2", "a"))
             await append(log, keys, ended("1-3", "completed", "a"))
-            assert await asyncio.gather(*followers) == [["1-1", "1-2", "1-3"]] * CROWD
+            assert await asyncio.gather(*followers) == [["1-1", "1-2", "1-3"]] * crowd
     closing = client.close()
     if closing is not None:
         await closing
     for_commands = 20
-    assert CROWD <= made <= CROWD + for_commands
+    assert crowd <= made <= crowd + for_commands
+
+
+@pytest.mark.slow
+async def test_a_crowd_is_told_together_of_a_server_that_does_not_answer(caplog: pytest.LogCaptureFixture) -> None:
+    """Its members connect in turn, and each turn takes seconds; but who waits learns what happened to the others."""
+    with socket.create_server(("127.0.0.1", 0), backlog=1000) as silent:
+        client = AsyncClient(f"redis://127.0.0.1:{silent.getsockname()[1]}")
+
+        async def follow(n: int) -> None:
+            with pytest.raises(FollowTimeoutError, match="Redis"):
+                await anext(client.follow(f"job-{n}", timeout=0.1))
+
+        began = time.monotonic()
+        await asyncio.gather(*(follow(n) for n in range(CROWD)))
+        took = time.monotonic() - began
+        await client.close()
+    assert took < 20, "in turns of 16 it would be 40 seconds"
 
 
 @contextlib.contextmanager

@@ -10,9 +10,9 @@ silently, and the events in between would be lost.
 import asyncio
 import threading
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from operator import methodcaller
 from typing import Any, Final, TypeVar
@@ -101,7 +101,8 @@ class RedisConnections:
                 try:
                     self._check_open()
                     calls = session.calls(step)
-                    with session.links.connecting if isinstance(step, Subscribe) else nullcontext():
+                    attempt = session.links.attempt() if isinstance(step, Subscribe) else nullcontext()
+                    with session.links.turns if isinstance(step, Subscribe) else nullcontext(), attempt:
                         for call, read_reply in calls:
                             result = read_reply(call())
                 except Exception as error:  # noqa: BLE001  # what the follower does not handle, it raises again
@@ -182,9 +183,11 @@ class AsyncRedisConnections:
                 try:
                     self._check_open()
                     calls = session.calls(step)
-                    async with links.connecting if isinstance(step, Subscribe) else nullcontext():
-                        for call, read_reply in calls:
-                            result = read_reply(await _cancellable(call()))
+                    attempt = links.attempt() if isinstance(step, Subscribe) else nullcontext()
+                    async with links.turns if isinstance(step, Subscribe) else nullcontext():
+                        with attempt:
+                            for call, read_reply in calls:
+                                result = read_reply(await _cancellable(call()))
                 except Exception as error:  # noqa: BLE001  # what the follower does not handle, it raises again
                     step = run.throw(_explain(error, self._check_open))
                 else:
@@ -225,14 +228,35 @@ class _Links:
 
     commands: Any
     subscriptions: Any
-    connecting: Any  #: A semaphore; who waits for it has not begun to connect, so no time-out runs.
+    turns: Any  #: A semaphore of those who subscribe; who waits for it has not begun to, so no time-out runs.
+    failures: list[tuple[float, str]] = field(default_factory=list)  #: The last attempt that failed: when, and why.
+
+    def attempt(self) -> AbstractContextManager[None]:
+        """Surround an attempt to subscribe that begins now to wait for its turn.
+
+        An outage that another attempt met meanwhile is its own as well: it will meet the same.
+        """
+        return self._attempt(time.monotonic())
+
+    @contextmanager
+    def _attempt(self, waiting_since: float) -> Iterator[None]:
+        if self.failures and self.failures[0][0] > waiting_since:
+            raise DisconnectedError(self.failures[0][1])
+        try:
+            yield
+        except Exception as error:
+            outage = translate(error)
+            if isinstance(outage, DisconnectedError):
+                self.failures[:] = [(time.monotonic(), str(outage))]
+            raise
 
 
 @dataclass(slots=True, eq=False)
 class _AsyncLinks(_Links):
     """The connections of one event loop."""
 
-    keeper: AsyncGenerator[None]  #: A loop that ends closes its unfinished async generators, and so the connections.
+    #: A loop that ends closes its unfinished async generators, and so the connections.
+    keeper: AsyncGenerator[None] = field(kw_only=True)
 
     async def close(self) -> None:
         """Close them, once."""
@@ -260,7 +284,7 @@ def _make_async_links(server: RedisServer) -> _AsyncLinks:
                 with suppress(RedisError, OSError):
                     await client.aclose()
 
-    return _AsyncLinks(commands, subscriptions, asyncio.Semaphore(_CONNECTING), keep())
+    return _AsyncLinks(commands, subscriptions, asyncio.Semaphore(_CONNECTING), keeper=keep())
 
 
 class _Session:
