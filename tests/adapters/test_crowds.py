@@ -18,6 +18,7 @@ from keepstream import AsyncClient, Client, tables
 from keepstream.client.summaries import SummaryReader
 from keepstream.errors import FollowTimeoutError, StoreUnavailableError
 from keepstream.names import job_keys
+from keepstream.results import JobStatus
 from tests.cluster import wait_until
 from tests.event_texts import delta, ended, started
 from tests.live_join import append
@@ -96,6 +97,21 @@ async def test_a_crowd_is_told_together_of_a_server_that_does_not_answer(caplog:
         took = time.monotonic() - began
         await client.close()
     assert took < 20, "in turns of 16 it would be 40 seconds"
+
+
+@pytest.mark.slow
+def test_fifty_threads_use_one_client(redis_url: str, database: str) -> None:
+    def use(client: Client, n: int) -> None:
+        job_id = client.enqueue(REQUEST, metadata={"n": n})
+        found = client.get(job_id)
+        assert found is not None
+        assert found.metadata == {"n": n}
+        assert client.cancel(job_id) is JobStatus.CANCELLED
+        assert [event.type for event in client.follow(job_id)] == ["job.cancelled"]
+
+    with Client(redis_url, database_url=database) as client, ThreadPoolExecutor(50) as threads:
+        for done in [threads.submit(use, client, n) for n in range(200)]:
+            done.result()
 
 
 @contextlib.contextmanager
