@@ -28,6 +28,8 @@ from typing_extensions import override
 
 from keepstream import Client
 from keepstream.client.database import make_engine
+from keepstream.client.redis_connections import make_pool
+from keepstream.client.redis_url import parse_redis_url
 from keepstream.client.sender import Sender
 from keepstream.events import Event, parse_event
 from keepstream.jobs import parse_job
@@ -213,6 +215,7 @@ class Cluster:
         valkey: The Redis, not started yet, if it is to be a special one.
         postgres: The server behind ``database_url``, if it may be harmed.
         base: The workers' settings; what is in neither has its default.
+        redis_url: Of the Redis to be used instead of a Valkey of its own.
         forks: Starts the workers and the provider quickly; without it they are started as in production.
         settings: The workers' settings, over ``base``.
     """
@@ -226,6 +229,7 @@ class Cluster:
         valkey: EmbeddedValkey | None = None,
         postgres: PostgresServer | None = None,
         base: Mapping[str, Any] = FAST,
+        redis_url: str | None = None,
         forks: ForkServer | None = None,
         **settings: Any,
     ) -> None:
@@ -235,6 +239,8 @@ class Cluster:
         self._forks = forks
         self.settings = {**base, **settings}
         self.valkey = valkey or EmbeddedValkey(persistent=persistent)
+        self._has_own_valkey = redis_url is None
+        self.redis_url = redis_url or self.valkey.url
         self.provider = RecordingProviderProcess(forks=forks)
         self.workers: list[WorkerProcess] = []
         self._numbers = itertools.count(1)
@@ -243,7 +249,8 @@ class Cluster:
 
     def __enter__(self) -> Self:
         try:
-            self.valkey.start()
+            if self._has_own_valkey:
+                self.valkey.start()
             self.provider.start()
             engine = make_engine(self.database_url)
             schema.migrate(engine)
@@ -279,7 +286,7 @@ class Cluster:
             name: value for name, value in os.environ.items() if not name.startswith(("KEEPSTREAM_", "OPENAI_"))
         }
         return inherited | {
-            "KEEPSTREAM_REDIS_URL": self.valkey.url,
+            "KEEPSTREAM_REDIS_URL": self.redis_url,
             "KEEPSTREAM_DATABASE_URL": self.database_url,
             "OPENAI_BASE_URL": self.provider.base_url,
             "OPENAI_API_KEY": "scripted",
@@ -344,7 +351,9 @@ class Cluster:
 
     def make_client(self, *, database: bool = True, tenant: str = "default") -> Client:
         """Return a client, which is closed with the cluster."""
-        client = Client(self.valkey.url, database_url=self.database_url if database else None, tenant=tenant)
+        database_url = self.database_url if database else None
+        broker_url = self.settings.get("broker_url")
+        client = Client(self.redis_url, broker_url=broker_url, database_url=database_url, tenant=tenant)
         self._clients.append(client)
         return client
 
@@ -401,7 +410,7 @@ class Cluster:
 
     def log(self, job_id: str, tenant: str = "default") -> list[Event]:
         """Return the events in a job's log."""
-        with redis.Redis.from_url(self.valkey.url) as client:
+        with self.redis() as client:
             entries: Any = client.xrange(job_keys(tenant, job_id).log)
         return [parse_event(fields[b"event"]) for _, fields in entries]
 
@@ -416,7 +425,7 @@ class Cluster:
     @contextmanager
     def redis(self) -> Iterator["redis.Redis"]:
         """Give a connection to Redis."""
-        with redis.Redis.from_url(self.valkey.url) as client:
+        with redis.Redis.from_pool(make_pool(parse_redis_url(self.redis_url), retries=1)) as client:
             yield client
 
     @property
@@ -427,7 +436,7 @@ class Cluster:
 
     def send(self, *jobs: dict[str, Any]) -> None:
         """Put the message of each job on the queue, and write no row."""
-        sender = Sender(self.valkey.url)
+        sender = Sender(self.settings.get("broker_url") or self.redis_url)
         try:
             sender.send_many(jobs)
         finally:

@@ -71,7 +71,8 @@ class RedisTls:
         self._loop = asyncio.new_event_loop()
         self._server: asyncio.Server | None = None
         self._thread = threading.Thread(target=self._loop.run_forever, name="tls", daemon=True)
-        self._connections: set[asyncio.Task[None]] = set()
+        self._connections: dict[asyncio.StreamWriter, asyncio.Task[None]] = {}
+        self.served = 0  #: Clients that have accepted the present certificate.
 
     def url(self, host: str = "localhost", *, db: int = 0, user: str = "", **options: str) -> str:
         """Return the URL, with these options; ``user``: what stands before the ``@``."""
@@ -87,9 +88,17 @@ class RedisTls:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
+        asyncio.run_coroutine_threadsafe(self._end_rest(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    def use(self, context: ssl.SSLContext) -> None:
+        """End all connections, and serve new ones by another context: with another certificate, for instance."""
+        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
+        self._context = context
+        self.served = 0
+        asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result()
 
     async def _listen(self) -> None:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, ssl=self._context)
@@ -97,14 +106,22 @@ class RedisTls:
     async def _close(self) -> None:
         assert self._server is not None
         self._server.close()
-        for connection in self._connections:
-            connection.cancel()
-        await asyncio.gather(*self._connections, return_exceptions=True)
+        for writer in self._connections:
+            writer.transport.abort()
+        await asyncio.gather(*self._connections.values(), return_exceptions=True)
+
+    async def _end_rest(self) -> None:
+        """End what had no connection yet, in the middle of its handshake for instance."""
+        rest = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in rest:
+            task.cancel()
+        await asyncio.gather(*rest, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
-        self._connections.add(task)
+        self._connections[writer] = task
+        self.served += 1
         try:
             target_reader, target_writer = await asyncio.open_connection("127.0.0.1", self._target)
             try:
@@ -116,7 +133,7 @@ class RedisTls:
         except* OSError:
             pass  # either side is gone, and so is the other now
         finally:
-            self._connections.discard(task)
+            del self._connections[writer]
             writer.transport.abort()
 
 

@@ -251,8 +251,8 @@ def _redis_client(server: RedisServer) -> redis.asyncio.Redis:
         make_async_pool(
             server,
             connect_timeout=2.0,
-            answer_timeout=15.0,  # more than the longest wait of the cancel listener
-            health_check_interval=15,
+            answer_timeout=5.0,  # of a command; the cancel listener says how long it waits
+            health_check_interval=10,
             retries=1,
         )
     )

@@ -31,7 +31,7 @@ class PoolOptions(TypedDict, total=False):
 
     connect_timeout: float  #: Seconds.
     answer_timeout: float  #: Seconds for the answer to a command, or to send it.
-    retries: int  #: How often a command is repeated after a lost connection; 0 by default.
+    retries: int  #: How often a command is repeated after a lost connection, but not after a time-out; 0 by default.
     health_check_interval: float  #: Seconds of silence after which a connection is tried before it is used.
     max_connections: int
     wait_for_connection: float  #: Seconds; how long to wait when all connections are busy, which else is an error.
@@ -53,7 +53,7 @@ def make_pool(
     _check(server.tls)
     arguments = _arguments(server, options) | {
         "connection_class": connection_class or connection_class_for(server),
-        "retry": Retry(NoBackoff(), options.get("retries", 0)),
+        "retry": Retry(NoBackoff(), options.get("retries", 0), supported_errors=(redis.ConnectionError,)),
     }
     waits = "wait_for_connection" in options
     if isinstance(server.place, Sentinels):
@@ -70,7 +70,9 @@ def make_async_pool(server: RedisServer, **options: Unpack[PoolOptions]) -> redi
         InvalidSettingError: a file of certificates or a key cannot be used.
     """
     _check(server.tls)
-    arguments = _arguments(server, options) | {"retry": AsyncRetry(NoBackoff(), options.get("retries", 0))}
+    arguments = _arguments(server, options) | {
+        "retry": AsyncRetry(NoBackoff(), options.get("retries", 0), supported_errors=(redis.ConnectionError,))
+    }
     waits = "wait_for_connection" in options
     match server.place:
         case Sentinels(service=service):

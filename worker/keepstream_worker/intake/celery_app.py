@@ -38,10 +38,10 @@ def make_celery(settings: Settings, service: LoopService, pulse: Pulse | None = 
             # Only messages whose claim is not committed yet are unacknowledged. They come back after this
             # time if their worker dies; a message that comes back too early finds its job claimed.
             "visibility_timeout": 120,
-            "socket_timeout": 10,  # more than the second a BRPOP waits; a dead connection is noticed
+            "socket_timeout": 5,  # more than the second a BRPOP waits; a dead connection is noticed
             "socket_connect_timeout": 5,
             "socket_keepalive": True,
-            "health_check_interval": 15,
+            "health_check_interval": 10,
             "priority_steps": [0],  # one list per queue; classes of jobs get queues of their own
             "max_connections": 20,
         },
