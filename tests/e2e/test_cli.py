@@ -699,7 +699,9 @@ def test_purge_asks_first_where_somebody_can_answer(cluster: Cluster, answer: st
     job_id = keepstream(cluster, "submit", "--model", "m", "-m", "Hi", "--tenant", tenant).stdout.strip()
     keepstream(cluster, "follow", job_id, "--tenant", tenant)
     options = ["purge", "--older-than", "0s", "--tenant", tenant]
-    wait_until(lambda: "would delete 1 jobs" in keepstream(cluster, *options, "--dry-run").stdout, "the announcement")
+    wait_until(
+        lambda: "would delete 1 job and" in keepstream(cluster, *options, "--dry-run").stdout, "the announcement"
+    )
     parent, child = pty.openpty()
     os.write(parent, answer.encode())
     done = subprocess.run(
@@ -708,7 +710,7 @@ def test_purge_asks_first_where_somebody_can_answer(cluster: Cluster, answer: st
     os.close(child)
     os.close(parent)
     assert done.returncode == code
-    assert "Delete 1 jobs and 0 rejected messages?" in done.stderr
+    assert "Delete 1 job and 0 rejected messages?" in done.stderr
     assert keepstream(cluster, "get", job_id, "--tenant", tenant).returncode == left
 
 

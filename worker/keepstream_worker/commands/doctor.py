@@ -22,6 +22,7 @@ from keepstream import names
 from keepstream.client.database import ClientDatabase, make_engine
 from keepstream.client.redis_url import RedisServer
 from keepstream.errors import InvalidSettingError, StoreUnavailableError
+from keepstream_worker.commands.formats import count
 from keepstream_worker.providers.config import DEFAULT, ProviderConfig, ProviderConfigError, load_providers
 from keepstream_worker.redis_check import RedisFault, check_redis_server
 from keepstream_worker.settings import Settings, SettingsError, load_settings
@@ -135,7 +136,7 @@ def _redis_server(check: str, server: RedisServer, variable: str) -> Finding:
         advice = f"take ssl_cert_reqs and ssl_check_hostname out of {variable}; ssl_ca_certs names an authority"
         return Finding(check, Severity.WARN, f"{found}; whether it is the right one, nobody checks", advice)
     if facts.silent_sentinels:
-        silent = _count(facts.silent_sentinels, "Sentinel does", "Sentinels do")
+        silent = count(facts.silent_sentinels, "Sentinel does", "Sentinels do")
         return Finding(check, Severity.WARN, f"{found}; {silent} not", "start it, or correct its address in the URL")
     if facts.eviction is None:
         advice = "allow +info to its user, so that what it is can be checked"
@@ -181,12 +182,12 @@ def _own_worker(overview: Overview) -> Finding:
     alive = sum(is_on_host(worker, host) for worker in overview.workers)
     if not alive:
         return Finding("worker", Severity.FAIL, f"none on {host} is alive", "start one: keepstream worker")
-    return Finding("worker", Severity.OK, f"{_count(alive, 'process', 'processes')} on {host} alive")
+    return Finding("worker", Severity.OK, f"{count(alive, 'process', 'processes')} on {host} alive")
 
 
 def _workers(overview: Overview) -> Finding:
     if overview.workers:
-        return Finding("workers", Severity.OK, f"{_count(len(overview.workers), 'process', 'processes')} alive")
+        return Finding("workers", Severity.OK, f"{count(len(overview.workers), 'process', 'processes')} alive")
     waiting = overview.backlog.oldest_wait is not None
     severity = Severity.FAIL if waiting else Severity.WARN
     found = "none is alive, and jobs wait" if waiting else "none is alive"
@@ -198,12 +199,15 @@ def _jobs(overview: Overview) -> Finding:
     found = f"{jobs.queued} queued, {jobs.running} running, {jobs.retrying} waiting to retry"
     if jobs.oldest_wait is not None and jobs.oldest_wait > _LONG_WAIT:
         found += f"; the oldest has been due for {jobs.oldest_wait:.0f} s"
-        return Finding("jobs", Severity.WARN, found, "start more workers, or raise KEEPSTREAM_CONCURRENCY")
+        more = (
+            "start more workers, or raise KEEPSTREAM_CONCURRENCY" if overview.workers else "start a worker: see above"
+        )
+        return Finding("jobs", Severity.WARN, found, more)
     return Finding("jobs", Severity.OK, found)
 
 
 def _rejected(overview: Overview) -> Finding:
-    found = f"{_count(overview.rejected, 'message', 'messages')} in the last 24 hours"
+    found = f"{count(overview.rejected, 'message', 'messages')} in the last 24 hours"
     if overview.rejected:
         return Finding(
             "rejected",
@@ -236,14 +240,10 @@ async def _try_providers(configs: dict[str, ProviderConfig]) -> list[Finding]:
     return [_provider(config, check, len(configs)) for config, check in zip(configs.values(), checks, strict=True)]
 
 
-def _provider(config: ProviderConfig, check: "ProviderCheck", count: int) -> Finding:
+def _provider(config: ProviderConfig, check: "ProviderCheck", providers: int) -> Finding:
     name = f"provider {config.name}"
     if check.ok:
         return Finding(name, Severity.OK, check.line)
-    if config.name == DEFAULT and config.key_missing and count > 1:
+    if config.name == DEFAULT and config.key_missing and providers > 1:
         return Finding(name, Severity.WARN, check.line, "only needed for jobs that name no other provider")
     return Finding(name, Severity.FAIL, check.line, "until then, jobs for this provider fail")
-
-
-def _count(number: int, singular: str, plural: str) -> str:
-    return f"{number} {singular if number == 1 else plural}"

@@ -45,6 +45,11 @@ def status_text(status: JobStatus) -> Text:
     return Text(status.value, style=STATUS_STYLES[status])
 
 
+def count(number: int, singular: str, plural: str) -> str:
+    """Return a number with what is counted, in the right form."""
+    return f"{number} {singular if number == 1 else plural}"
+
+
 def usage_line(usage: Usage | None) -> str:
     """Return tokens in words; what is unknown is said to be unknown."""
     if usage is None or (usage.total_tokens is None and usage.completion_tokens is None):

@@ -29,7 +29,7 @@ from keepstream.events import (
 from keepstream.names import EventId
 from keepstream.results import JobStatus
 from keepstream.transcript import Transcript
-from keepstream_worker.commands.formats import INDENT, STATUS_STYLES, error_line, printable, usage_line
+from keepstream_worker.commands.formats import INDENT, STATUS_STYLES, count, error_line, printable, usage_line
 
 _WIDE: Final = "\u2e80-\u9fff\uac00-\ud7ff\uf900-\ufaff\uff00-\uffef\U0001f000-\U0003ffff"
 #: A line feed, spaces, a character after which any line may end, or a word.
@@ -117,6 +117,7 @@ class LiveView:
         self._output = _WordWrap(console, console.width if self._wrap else None)
         self._section = ""  #: The kind of output being written: reasoning, content, a call, ...
         self._content = ""  #: The first choice's text, as far as it has been shown.
+        self._calls_shown = False  #: Whether its tool calls have been shown.
         self._started_at: int | None = None
         self._error: ErrorInfo | None = None  #: The last error shown.
 
@@ -166,6 +167,7 @@ class LiveView:
         if self._content or self._section:
             self._note((f"- the text starts over: {event.reason}", "yellow"))
         self._content = ""
+        self._calls_shown = False
         if not self._output_only:
             self._note((f"attempt {event.attempt}, {where}", "dim"))
 
@@ -181,6 +183,7 @@ class LiveView:
             self._enter("refusal")
             self._output.write(delta.refusal, "magenta")
         for call in delta.tool_calls or ():
+            self._calls_shown = True
             self._enter(f"call {call.index}")
             if call.name:
                 self._output.write(f"calls {call.name} ", "cyan")
@@ -203,7 +206,7 @@ class LiveView:
                 self._note(("- the whole text so far:", "yellow"))
             self._content = ""
             self._delta(Delta(reasoning=choice.reasoning if choice else None, content=content))
-        if choice and not self._section.startswith("call"):
+        if choice and not self._calls_shown:
             self._show_calls(choice.tool_calls)
 
     def _show_calls(self, calls: Iterable[Any]) -> None:
@@ -213,15 +216,17 @@ class LiveView:
             self._output.end_line()
 
     def _attempt_failed(self, event: AttemptFailed) -> None:
-        dropped = "; the text above is void" if self._content or self._section else ""
-        retry = "" if event.retry_in is None else f"; next attempt in {event.retry_in:.1f} s"
+        last = event.retry_in is None  # the text stays: a snapshot repeats it, as the job's partial output
+        dropped = "; the text above is void" if (self._content or self._section) and not last else ""
+        retry = "" if last else f"; next attempt in {event.retry_in:.1f} s"
         self._note(
             (f"✗ attempt {event.attempt} failed: ", "red"),
             printable(error_line(event.error)),
             (dropped + retry, "yellow"),
         )
         self._error = event.error
-        self._content = ""
+        if not last:
+            self._content = ""
 
     def _ended(self, event: TerminalEvent) -> None:
         for choice in self.transcript.choices[1:]:
@@ -234,10 +239,12 @@ class LiveView:
         status = JobStatus(event.status)
         facts = [", ".join(str(reason) for reason in dict.fromkeys(event.finish_reasons.values()) if reason)]
         facts.append(usage_line(event.usage))
-        facts.append(f"{event.attempts} attempt{'s' * (event.attempts != 1)}")
+        facts.append(count(event.attempts, "attempt", "attempts"))
         if self._started_at is not None:
             facts.append(f"{(event.ts - self._started_at) / 1000:.2f} s")
-        if self.matches:
+        if self.matches and (
+            status is JobStatus.COMPLETED or any(choice.content for choice in self.transcript.choices)
+        ):
             facts.append("sha256 matches")
         mark = "✓" if status is JobStatus.COMPLETED else "✗"
         self._note((f"{mark} {status.value}", f"bold {STATUS_STYLES[status]}"), " · ", " · ".join(filter(None, facts)))

@@ -253,7 +253,10 @@ def _purge(database: "ClientDatabase", seconds: float, tenant: str | None) -> "P
 
 
 def _purge_counts(counts: "PurgeCounts") -> str:
-    return f"{counts.jobs} jobs and {counts.rejected_messages} rejected messages"
+    from keepstream_worker.commands.formats import count
+
+    messages = count(counts.rejected_messages, "rejected message", "rejected messages")
+    return f"{count(counts.jobs, 'job', 'jobs')} and {messages}"
 
 
 @group.command("keepstream schema job > job.schema.json", "keepstream schema asyncapi", "keepstream schema --check")

@@ -274,7 +274,7 @@ class Provider:
             count = len(orjson.loads(text)["data"])
         except (ValueError, KeyError, TypeError):
             return ProviderCheck(False, f"{self.config.url} answers, but not like an OpenAI-compatible provider")
-        return ProviderCheck(True, f"{self.config.url} answers and lists {count} models")
+        return ProviderCheck(True, f"{self.config.url} answers and lists {count} model{'s' * (count != 1)}")
 
     def _require_key(self) -> None:
         if self.config.key_missing:
