@@ -145,12 +145,17 @@ def test_the_help_lists_every_command_and_needs_no_heavy_library(here: Callable[
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["list", "--limit", "0"], "'--limit'"),
+        (["list", "--limit", "0"], "invalid value for '--limit': must be at least 1 (see: keepstream list --help)"),
+        (["list", "--limit", "2000"], "invalid value for '--limit': must be at most 1000 (see"),
+        (["worker", "--processes", "many"], "invalid value for '--processes': must be a whole number (see"),
+        (["follow", "x", "--timeout", "never"], "invalid value for '--timeout': must be a number (see"),
+        (["demo", "--provider", "mine"], "invalid value for '--provider': 'mine' is not one of 'scripted', 'own' (see"),
+        (["dev", "--port", "99"], "there is no option --port (see: keepstream dev --help)"),
         (["list", "--limit"], "'--limit' requires an argument"),
         (["list", "--limt", "1"], "there is no option --limt; did you mean --limit? (see: keepstream list --help)"),
-        (["sumbit"], "did you mean 'submit'?"),
+        (["sumbit"], "there is no command 'sumbit'; did you mean 'submit'? (see: keepstream --help)"),
         (["follow"], "missing argument 'JOB_ID'"),
-        (["cancel", "one", "two"], "unexpected extra argument"),
+        (["cancel", "one", "two"], "unexpected argument (two)"),
     ],
 )
 def test_a_usage_error_is_one_line_like_all_others(here: Callable[..., Done], arguments: list[str], message: str):
@@ -450,7 +455,7 @@ def test_an_unknown_provider_fails_the_job_and_names_those_there_are(cluster: Cl
         (["submit", "--file", "-", "-m", "-"], "only one of them"),
         (["submit", "--model", "m", "-m", "Hi", "--param", "stream=true"], "'stream' is set by the worker"),
         (["submit", "--model", "m", "-m", "Hi", "--param", "temperature"], "write NAME=VALUE"),
-        (["submit", "--model", "m", "-m", "Hi", "--max-attempts", "0"], "max_attempts: "),
+        (["submit", "--model", "m", "-m", "Hi", "--max-attempts", "0"], "max_attempts: must be at least 1"),
         (["submit", "--model", "m", "-m", "Hi", "--metadata", "{a"], "--metadata: this is not valid JSON"),
         (["submit", "--model", "m", "-m", "Hi", "--expires-in", "soon"], "no duration"),
         (["submit", "--model", "m", "-m", "Hi", "--tool", "/nowhere.json"], "cannot be read"),

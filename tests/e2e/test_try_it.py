@@ -291,8 +291,9 @@ def test_dev_is_used_stopped_and_started_again_in_a_shell_that_has_its_settings(
         terminal.press(CTRL_C)
         assert terminal.wait() == INTERRUPTED
 
-    with place.terminal("dev", environment=settings) as terminal:
+    with place.terminal("dev", environment=settings | {"NO_COLOR": "1", "TERM": "dumb"}) as terminal:
         terminal.wait_for("worker_started")
+        assert b"\x1b" not in terminal.written
         listed = place.run("list", "--json", **place.sourced())
         assert submitted.stdout.split()[1] in listed.stdout  # the first run's job
         again = place.run("submit", "--model", "scripted-1", "-m", "Hello!", "--follow", **place.sourced())

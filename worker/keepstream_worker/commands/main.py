@@ -7,7 +7,8 @@ Every expected failure is one line on standard error that says what to do.  Each
 runs, so that help and errors come at once.
 """
 
-from typing import Annotated, NoReturn
+import re
+from typing import Annotated, Final, NoReturn
 
 from keepstream import names
 
@@ -56,14 +57,37 @@ def _keepstream(
         raise typer.Exit(INVALID)
 
 
+#: What pydantic says of a value, and the same for people who have never heard of it.
+_PLAIN_WORDS: Final = (
+    (r"Value error, ", ""),
+    (r"Input should be a valid integer\b.*?(?=$| \(|;)", "must be a whole number"),
+    (r"Input should be a valid number\b.*?(?=$| \(|;)", "must be a number"),
+    (r"(?:Input|String) should (?:be|have) greater than or equal to ", "must be at least "),
+    (r"Input should be less than or equal to ", "must be at most "),
+    (r"Input should be greater than ", "must be more than "),
+    (r"Input should be less than ", "must be less than "),
+    (r"(?:Input|String) should ", "must "),
+)
+
+
+def _in_plain_words(message: str) -> str:
+    for pattern, words in _PLAIN_WORDS:
+        message = re.sub(pattern, words, message)
+    return message
+
+
 def _usage_error(error: typer.TyperException) -> str:
     """Return what is wrong with the arguments, on one line, in the form of all other messages."""
     option, nearest = getattr(error, "option_name", None), getattr(error, "possibilities", None)
     if nearest:
         message = f"there is no option {option}; did you mean {' or '.join(sorted(nearest))}?"
     else:
-        message = " ".join(error.format_message().rstrip(".").split())
+        message = _in_plain_words(" ".join(error.format_message().rstrip(".").split()))
         message = message[:1].lower() + message[1:]
+        message = message.replace("no such option: ", "there is no option ").replace(
+            "no such command", "there is no command"
+        )
+        message = message.replace("extra argument(s)", "argument").replace(". Did you mean", "; did you mean")
     context = getattr(error, "ctx", None)
     return message if context is None else f"{message} (see: {context.command_path} --help)"
 
@@ -83,6 +107,6 @@ def main() -> NoReturn:
         if code is None:
             raise
         hint = "; to see what is wrong: keepstream doctor" if code == UNAVAILABLE else ""
-        print_error(f"keepstream: {error}{hint}")
+        print_error(f"keepstream: {_in_plain_words(str(error))}{hint}")
         raise SystemExit(code) from None
     raise SystemExit(code or OK)

@@ -9,6 +9,7 @@ quotes them.  A log that cannot be written (a full disk, a closed pipe) disturbs
 """
 
 import logging
+import os
 import sys
 import traceback
 from contextlib import suppress
@@ -39,7 +40,7 @@ def configure_logging(level: str, style: Literal["json", "console"]) -> None:
     renderer = (
         structlog.processors.JSONRenderer()
         if style == "json"
-        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        else structlog.dev.ConsoleRenderer(colors=_shows_colours())
     )
     stream = cast("TextIO", _PatientStream(sys.stderr))
     severity = logging.getLevelNamesMapping()[level.upper()]
@@ -61,6 +62,10 @@ def configure_logging(level: str, style: Literal["json", "console"]) -> None:
     root.setLevel(max(severity, logging.WARNING))
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _shows_colours() -> bool:
+    return sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def get_logger() -> FilteringBoundLogger:
