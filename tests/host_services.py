@@ -54,7 +54,7 @@ def application(environ: dict[str, Any], start_response: _Respond) -> Iterable[b
     return [body]
 
 
-app: Final = Celery(broker=os.environ.get("HOST_BROKER_URL"), backend=os.environ.get("HOST_BROKER_URL"))
+app: Final = Celery("host", broker=os.environ.get("HOST_BROKER_URL"), backend=os.environ.get("HOST_BROKER_URL"))
 app.task(answer, name="answer")
 
 answer("Is anybody there?")

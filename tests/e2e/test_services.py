@@ -141,7 +141,19 @@ def test_celery_prefork(cluster: Cluster, environment: dict[str, str]):
         answer: dict[str, Any] = caller.send_task("answer", [question]).get(timeout=120)
         return answer
 
-    command = ["celery", "--app", "tests.host_services", "worker", "--pool", "prefork", "--concurrency", "4"]
+    command = [
+        "celery",
+        "--app",
+        "tests.host_services",
+        "worker",
+        "--pool",
+        "prefork",
+        "--concurrency",
+        "4",
+        "--loglevel",
+        "INFO",
+    ]
+    environment["PYTHONWARNINGS"] = "ignore:You're running the worker with superuser"  # as a container may
     with HostService(command, environment, lambda said: " ready." in said) as service:
         check(cluster, service, ask, processes=4)
     caller.close()
