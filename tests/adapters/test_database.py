@@ -111,6 +111,18 @@ def test_what_the_url_sets_is_kept_beside_our_time_outs(postgres_url: str, query
     assert settings(postgres_url + query) == settings(postgres_url) | OURS | changed
 
 
+@pytest.mark.parametrize(("query", "prepared"), [("", False), ("?prepare_threshold=3", True)])
+def test_nothing_is_prepared_unless_the_url_says_so(postgres_url: str, query: str, *, prepared: bool) -> None:
+    engine = make_engine(postgres_url + query)
+    try:
+        with engine.begin() as connection:
+            for number in range(10):
+                connection.execute(text("SELECT CAST(:number AS int)"), {"number": number})
+            assert bool(connection.scalar(text("SELECT count(*) FROM pg_prepared_statements"))) is prepared
+    finally:
+        engine.dispose()
+
+
 def test_options_of_the_environment_are_kept_as_libpq_keeps_them(
     postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

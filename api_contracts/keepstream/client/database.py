@@ -66,6 +66,7 @@ def make_engine(url: str, application: str = "keepstream", *, pool_size: int = 5
     Args:
         url: SQLAlchemy URL of a SQLite or PostgreSQL database, without a driver or with ours. What it sets itself, in
             its query or by ``options``, wins over our time-outs and is otherwise kept: a search path, for instance.
+            ``prepare_threshold=5`` has PostgreSQL prepare what is executed for the fifth time, which no pooler allows.
         application: Name under which PostgreSQL lists the connections.
         pool_size: Connections that are kept.
         writer: Whether each transaction is to take SQLite's write lock at its beginning: one that reads
@@ -144,7 +145,8 @@ def _postgresql(url: URL, application: str, pool_size: int) -> Engine:
     ours: dict[str, Any] = {
         "options": session.options,  # if empty, it keeps libpq from reading PGOPTIONS once more
         "autocommit": True,  # the event below opens the transactions
-        "prepare_threshold": None,  # a statement prepared in one session is unknown in a pooler's next one
+        # What one session has prepared, a pooler's next one does not know; whether there is a pooler, the URL may say.
+        "prepare_threshold": int(str(url.query["prepare_threshold"])) if "prepare_threshold" in url.query else None,
     }
     engine = create_engine(
         url,
