@@ -43,6 +43,7 @@ MOST_PROCESSES: Final = 8
 LONGEST: Final = (
     "test_chaos",
     "test_error_answers",
+    "test_services",
     "test_outages",
     "test_recovery",
     "test_shutdown",
