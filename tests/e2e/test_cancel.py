@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
+from keepstream import Client
 from keepstream.errors import ErrorCode
 from keepstream.jobs import parse_job
-from keepstream.names import QUEUE
+from keepstream.names import QUEUE, control_channel, job_keys
 from keepstream.results import CompletionResult, JobStatus, UsageSource
 from tests.cluster import Cluster, Following, wait_until
 
@@ -179,3 +180,17 @@ def test_cancelled_job_never_turns_completed(any_cluster: Cluster) -> None:
         assert ends[job_id] is expected
         check = cluster.follow(job_id)
         assert check.to_the_end().sha256() == cluster.result(job_id).output_sha256
+
+
+def test_a_cancel_by_a_client_without_a_database_leaves_nothing_for_long(cluster: Cluster) -> None:
+    worker = cluster.start_worker()
+    job_id = cluster.enqueue(deltas=1)
+    cluster.wait_for(job_id)
+    key = job_keys("default", job_id).cancel
+    with Client(cluster.valkey.url) as bare, cluster.redis() as client:
+        wait_until(lambda: client.pubsub_numsub(control_channel())[0][1], "the worker to listen")
+        assert bare.cancel(job_id) is None
+        assert client.exists(key)
+        wait_until(lambda: client.ttl(key) <= 60, "the worker to shorten the request's time")
+    assert cluster.result(job_id).status is JobStatus.COMPLETED
+    assert worker.running
