@@ -23,7 +23,7 @@ from keepstream.results import JobPage, JobStatus
 from keepstream.tables import jobs
 
 STRETCH: Final = 1000  #: Jobs that are looked at in one go.
-LOOKED_AT: Final = 10_000  #: Jobs that one listing looks at; filtering so many takes some hundredths of a second.
+LOOKED_AT: Final = 10_000  #: Jobs that one listing looks at; by metadata that takes a few tenths of a second.
 
 
 @dataclass(frozen=True, slots=True)

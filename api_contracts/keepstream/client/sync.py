@@ -31,7 +31,7 @@ class Client(BaseClient):
         broker_url: Redis server with the queue; by default ``redis_url``.
         database_url: SQLAlchemy URL of the database with the results.  With it, ``enqueue`` writes the job's
             row first, so that a job survives a broker that is down at that moment.  Without it there is no
-            ``get`` and no ``list``, and ``follow`` knows nothing of a job whose log has expired.
+            ``get``, ``list``, ``wait`` and ``retry``, and ``follow`` knows nothing of a job whose log has expired.
         tenant: Whose jobs.
         prefix: Prefix of the Redis names, as configured for the workers.
         queue: Queue of the workers.
