@@ -40,6 +40,7 @@ from keepstream_worker.dev_stack.embedded import EmbeddedProcess, EmbeddedValkey
 from keepstream_worker.store import schema
 from tests.fork_server import ForkServer
 from tests.recording_provider import RecordingProviderProcess
+from tests.redis_servers import SentinelSet
 from tests.services import PostgresServer
 
 T = TypeVar("T")
@@ -214,6 +215,7 @@ class Cluster:
         persistent: Whether Redis keeps its data when it is killed.
         valkey: The Redis, not started yet, if it is to be a special one.
         postgres: The server behind ``database_url``, if it may be harmed.
+        sentinels: Started servers to use instead of a Valkey of the cluster's own.
         base: The workers' settings; what is in neither has its default.
         redis_url: Of the Redis to be used instead of a Valkey of its own.
         forks: Starts the workers and the provider quickly; without it they are started as in production.
@@ -228,6 +230,7 @@ class Cluster:
         persistent: bool = False,
         valkey: EmbeddedValkey | None = None,
         postgres: PostgresServer | None = None,
+        sentinels: SentinelSet | None = None,
         base: Mapping[str, Any] = FAST,
         redis_url: str | None = None,
         forks: ForkServer | None = None,
@@ -238,9 +241,10 @@ class Cluster:
         self._postgres = postgres
         self._forks = forks
         self.settings = {**base, **settings}
-        self.valkey = valkey or EmbeddedValkey(persistent=persistent)
-        self._has_own_valkey = redis_url is None
-        self.redis_url = redis_url or self.valkey.url
+        self._valkey = valkey or EmbeddedValkey(persistent=persistent)
+        self._sentinels = sentinels
+        self._has_own_valkey = redis_url is None and sentinels is None
+        self.redis_url = sentinels.url if sentinels else redis_url or self._valkey.url
         self.provider = RecordingProviderProcess(forks=forks)
         self.workers: list[WorkerProcess] = []
         self._numbers = itertools.count(1)
@@ -250,7 +254,7 @@ class Cluster:
     def __enter__(self) -> Self:
         try:
             if self._has_own_valkey:
-                self.valkey.start()
+                self._valkey.start()
             self.provider.start()
             engine = make_engine(self.database_url)
             schema.migrate(engine)
@@ -275,7 +279,7 @@ class Cluster:
             client.close()
         self._engine.dispose()
         self.provider.close()
-        self.valkey.close()
+        self._valkey.close()
 
     # -- workers --
 
@@ -427,6 +431,17 @@ class Cluster:
         """Give a connection to Redis."""
         with redis.Redis.from_pool(make_pool(parse_redis_url(self.redis_url), retries=1)) as client:
             yield client
+
+    @property
+    def valkey(self) -> EmbeddedValkey:
+        """The Redis server; with Sentinels, their master."""
+        return self._valkey if self._sentinels is None else self._sentinels.master
+
+    @property
+    def sentinels(self) -> SentinelSet:
+        """The servers that can fail over."""
+        assert self._sentinels is not None
+        return self._sentinels
 
     @property
     def postgres(self) -> PostgresServer:

@@ -7,6 +7,7 @@ Out: their URLs, to the tests; faults: a certificate that is not right, a fail-o
 import asyncio
 import contextlib
 import os
+import resource
 import shutil
 import ssl
 import threading
@@ -166,21 +167,36 @@ class ClusterNode(EmbeddedValkey):
 
 
 class ReplicatedValkey(EmbeddedValkey):
-    """A Valkey that is the replica of another, or their first master."""
+    """A Valkey that is the replica of another, or their first master. It remembers which over restarts."""
 
-    def __init__(self, master: EmbeddedValkey | None = None, password: str | None = None) -> None:
-        super().__init__()
-        self._master_port = master.port if master else None
+    def __init__(
+        self, master: EmbeddedValkey | None = None, password: str | None = None, *, persistent: bool = False
+    ) -> None:
+        super().__init__(persistent=persistent)
         self.password = password
+        lines = [
+            f"port {self.port}",
+            "bind 127.0.0.1",
+            f"dir {self.directory}",
+            'save ""',
+            f"appendonly {'yes' if persistent else 'no'}",
+            "repl-diskless-sync-delay 0",
+            "repl-ping-replica-period 1",
+        ]
+        if master is not None:
+            lines.append(f"replicaof 127.0.0.1 {master.port}")
+        if password is not None:
+            lines += [f"requirepass {password}", f"masterauth {password}"]
+        self._file = self.directory / "valkey.conf"  # Sentinels have it keep there what it has become
+        self._file.write_text("\n".join(lines) + "\n")
 
     @override
     def _command(self) -> list[str]:
-        options = ["--repl-diskless-sync-delay", "0", "--repl-ping-replica-period", "1"]
-        if self._master_port is not None:
-            options += ["--replicaof", "127.0.0.1", str(self._master_port)]
-        if self.password is not None:
-            options += ["--requirepass", self.password, "--masterauth", self.password]
-        return [*super()._command(), *options]
+        return [str(self._binary), str(self._file)]
+
+    @override
+    def _options(self) -> dict[str, Any]:
+        return {"restore_signals": False}  # so that a full disk is an error, and not SIGXFSZ
 
     @override
     def _is_ready(self) -> bool:
@@ -193,6 +209,14 @@ class ReplicatedValkey(EmbeddedValkey):
     def client(self) -> redis.Redis:
         """Return a client of this very server."""
         return redis.Redis(port=self.port, password=self.password, socket_timeout=5, decode_responses=True)
+
+    def fill_disk(self) -> None:
+        """Let no file of the server grow any more, as if its disk were full (Linux only)."""
+        resource.prlimit(self.pid, resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
+
+    def free_disk(self) -> None:
+        """End ``fill_disk``."""
+        resource.prlimit(self.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
 class Sentinel(EmbeddedProcess):
@@ -246,13 +270,22 @@ class SentinelSet:
 
     Args:
         replicas: Servers besides the master.
+        persistent: Whether each write is in a file before it is acknowledged.
         password: Of the servers.
         sentinel_password: Of the Sentinels.
     """
 
-    def __init__(self, *, replicas: int = 1, password: str | None = None, sentinel_password: str | None = None) -> None:
-        first = ReplicatedValkey(password=password)
-        self.servers = [first, *(ReplicatedValkey(first, password) for _ in range(replicas))]
+    def __init__(
+        self,
+        *,
+        replicas: int = 1,
+        persistent: bool = False,
+        password: str | None = None,
+        sentinel_password: str | None = None,
+    ) -> None:
+        first = ReplicatedValkey(password=password, persistent=persistent)
+        others = (ReplicatedValkey(first, password, persistent=persistent) for _ in range(replicas))
+        self.servers = [first, *others]
         self.sentinels = [Sentinel(first, quorum=2, password=sentinel_password) for _ in range(3)]
         self._password = password
         self._sentinel_password = sentinel_password
@@ -263,7 +296,7 @@ class SentinelSet:
                 server.start()
             with ThreadPoolExecutor(len(self.sentinels)) as threads:
                 list(threads.map(Sentinel.start, self.sentinels))
-            self._wait(self._agreed, "the Sentinels to know each other and the replicas")
+            self.wait_until_settled()
         except BaseException:
             self.close()
             raise
@@ -296,12 +329,21 @@ class SentinelSet:
                 return next(server for server in self.servers if server.port == port)
         raise AssertionError("no Sentinel answers")
 
-    def hand_over(self) -> ReplicatedValkey:
-        """Let a replica take over from a living master, which becomes a replica; return the new master."""
+    def wait_until_settled(self) -> None:
+        """Wait until the Sentinels know each other and the replicas, and these are in step with a living master."""
+        self._wait(self._agreed, "the Sentinels to know each other and the replicas")
+
+    def order_fail_over(self) -> ReplicatedValkey:
+        """Have the Sentinels replace a living master, which learns of it only seconds later; return the new master."""
         old = self.master
         with self.sentinels[0].client() as client:
             client.execute_command("SENTINEL", "FAILOVER", SERVICE)
-        self.wait_for_new_master(old)
+        return self.wait_for_new_master(old)
+
+    def hand_over(self) -> ReplicatedValkey:
+        """Let a replica take over from a living master, which becomes a replica; return the new master."""
+        old = self.master
+        self.order_fail_over()
         # Until it knows, it goes on taking writes, which it will forget.
         self._wait(lambda: _role(old) == "slave", "the old master to know that it is a replica")
         return self.master
@@ -331,12 +373,12 @@ class SentinelSet:
             and state["num-slaves"] == len(self.servers) - 1
             and state["flags"] == "master"
             for state in states
-        ) and all(self._in_step(server) for server in self.servers[1:])
+        ) and all(self._in_step(server) for server in self.servers if server.port != states[0]["port"])
 
     @staticmethod
     def _in_step(replica: ReplicatedValkey) -> bool:
         with replica.client() as client:
-            return bool(client.info("replication")["master_link_status"] == "up")
+            return bool(client.info("replication").get("master_link_status") == "up")
 
     @staticmethod
     def _wait(condition: Callable[[], bool], what: str) -> None:

@@ -13,12 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from tests.chaos import chaos, deploy, garbage, live_join, times, zombie
+from tests.chaos import chaos, deploy, failover, garbage, live_join, times, zombie
 from tests.chaos.report import Report
 from tests.chaos.sandbox import Sandbox
 
 ITEMS: Final[dict[str, Callable[[Sandbox, int, int], Report]]] = {
     "chaos": chaos.run,
+    "failover": failover.run,
     "live-join": live_join.run,
     "times": times.run,
     "deploy": deploy.run,

@@ -89,7 +89,7 @@ def run(sandbox: Sandbox, seed: int, jobs: int) -> Report:
     workload = [make_job(f"chaos-{number}", random.Random(f"{seed} {number}"), dealt) for number in range(jobs)]
     seconds = jobs * SECONDS_PER_JOB
     faults = plan(dice, seconds, MEAN_PAUSE, sandbox.database)
-    with sandbox.cluster("chaos", persistent=True, **SETTINGS) as cluster:
+    with sandbox.cluster("chaos", sentinels=True, **SETTINGS) as cluster:
         began = time.monotonic()
         saboteur = Saboteur(cluster, WORKERS)
         testimony = asyncio.run(_play(cluster, workload, saboteur, faults, seconds, seed))
@@ -108,7 +108,7 @@ async def _play(
     cluster: Cluster, workload: list[ScriptedJob], saboteur: Saboteur, faults: Any, seconds: float, seed: int
 ) -> Testimony:
     testimony = Testimony()
-    async with AsyncClient(cluster.valkey.url, database_url=cluster.database_url) as client:
+    async with AsyncClient(cluster.redis_url, database_url=cluster.database_url) as client:
         subscriber = asyncio.create_task(_overhear(cluster, client, testimony))
         sabotage = asyncio.create_task(asyncio.to_thread(saboteur.play, faults))
         actors: list[asyncio.Task[None]] = []
@@ -213,7 +213,8 @@ async def _overhear(cluster: Cluster, client: AsyncClient, testimony: Testimony)
     looks: set[asyncio.Task[None]] = set()
     while True:
         try:
-            async with redis.asyncio.Redis.from_url(cluster.valkey.url) as connection, connection.pubsub() as pubsub:
+            url = await asyncio.to_thread(lambda: cluster.valkey.url)  # it asks the Sentinels
+            async with redis.asyncio.Redis.from_url(url) as connection, connection.pubsub() as pubsub:
                 await pubsub.psubscribe("keepstream:*:events")
                 async for message in pubsub.listen():
                     if message["type"] != "pmessage":

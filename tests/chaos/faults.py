@@ -17,6 +17,7 @@ from sqlalchemy import update
 
 from keepstream.tables import workers
 from tests.cluster import Cluster, WorkerProcess, wait_until
+from tests.redis_servers import SentinelSet
 
 _WEIGHTS: Final = {
     "worker SIGKILL": 6,
@@ -24,6 +25,9 @@ _WEIGHTS: Final = {
     "worker SIGTERM twice": 1,
     "Redis killed, comes back empty": 2,
     "Redis killed, comes back with its data": 2,
+    "Redis fails over, its master dead": 1,
+    "Redis fails over, its master alive": 1,
+    "Redis' disk full": 2,
     "Redis frozen": 1,
     "Redis connections cut": 1,
     "database killed": 2,
@@ -78,6 +82,9 @@ class Saboteur:
             "worker SIGTERM twice": self._terminate_worker_twice,
             "Redis killed, comes back empty": lambda fault: self._kill_redis(fault, empty=True),
             "Redis killed, comes back with its data": lambda fault: self._kill_redis(fault, empty=False),
+            "Redis fails over, its master dead": self._kill_master,
+            "Redis fails over, its master alive": self._replace_master,
+            "Redis' disk full": self._fill_disk_of_redis,
             "Redis frozen": self._freeze_redis,
             "Redis connections cut": self._cut_redis,
             "database killed": self._kill_database,
@@ -137,16 +144,42 @@ class Saboteur:
         self._ending[-1].terminate()
 
     def _kill_redis(self, fault: Fault, *, empty: bool) -> None:
-        self._cluster.valkey.kill()
-        if empty:
-            self._cluster.valkey.wipe()
+        servers = self._settled_redis().servers
+        for server in servers:
+            server.kill()
+            if empty:
+                server.wipe()
         time.sleep(fault.lasts)
-        self._cluster.valkey.start()
+        for server in servers:
+            server.start()
+
+    def _kill_master(self, fault: Fault) -> None:
+        redis = self._settled_redis()
+        dead = redis.master
+        dead.kill()
+        redis.wait_for_new_master(dead)
+        time.sleep(fault.lasts)
+        dead.start()
+
+    def _replace_master(self, fault: Fault) -> None:
+        self._settled_redis().order_fail_over()
+
+    def _fill_disk_of_redis(self, fault: Fault) -> None:
+        master = self._settled_redis().master
+        master.fill_disk()
+        time.sleep(2 * fault.lasts)
+        master.free_disk()
 
     def _freeze_redis(self, fault: Fault) -> None:
-        self._cluster.valkey.freeze()
+        master = self._settled_redis().master
+        master.freeze()
         time.sleep(fault.lasts)
-        self._cluster.valkey.thaw()
+        master.thaw()
+
+    def _settled_redis(self) -> SentinelSet:
+        """Return the Redis servers once they have got over the fault before."""
+        self._cluster.sentinels.wait_until_settled()
+        return self._cluster.sentinels
 
     def _cut_redis(self, fault: Fault) -> None:
         with self._cluster.redis() as client:

@@ -5,13 +5,14 @@ Out: clusters with servers of their own, which may be harmed.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from keepstream_worker.dev_stack.embedded import sqlite_url
 from tests.cluster import Cluster
+from tests.redis_servers import SentinelSet
 from tests.services import PostgresServer
 
 
@@ -23,17 +24,16 @@ class Sandbox:
     database: str = "postgresql"
 
     @contextmanager
-    def cluster(self, item: str, *, persistent: bool = False, **settings: Any) -> Iterator[Cluster]:
-        """Yield a cluster with servers of its own and no worker."""
+    def cluster(self, item: str, *, sentinels: bool = False, **settings: Any) -> Iterator[Cluster]:
+        """Yield a cluster with servers of its own and no worker; with ``sentinels``, its Redis can fail over."""
         directory = self.directory / item
         directory.mkdir(parents=True)
-        if self.database == "sqlite":
-            with Cluster(
-                directory, sqlite_url(directory / "keepstream.db"), persistent=persistent, **settings
-            ) as cluster:
-                yield cluster
-            return
-        with PostgresServer() as postgres:
-            url = postgres.url(postgres.create_database())
-            with Cluster(directory, url, postgres=postgres, persistent=persistent, **settings) as cluster:
+        with ExitStack() as servers:
+            postgres = None
+            url = sqlite_url(directory / "keepstream.db")
+            if self.database == "postgresql":
+                postgres = servers.enter_context(PostgresServer())
+                url = postgres.url(postgres.create_database())
+            redis = servers.enter_context(SentinelSet(persistent=True)) if sentinels else None
+            with Cluster(directory, url, postgres=postgres, sentinels=redis, **settings) as cluster:
                 yield cluster
