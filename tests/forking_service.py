@@ -7,6 +7,7 @@ Out: one line of JSON with what parent and children found wrong, which is to be 
 import asyncio
 import atexit
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -23,7 +24,7 @@ from sqlalchemy import text
 from keepstream import AsyncClient, Client, KeepstreamError
 
 JOBS: Final = 20
-CALLS: Final = 100  #: Of ``get``, by each process.
+CALLS: Final = 100  #: Of ``get`` by each process, where many are at work at once.
 CHILDREN: Final = 8
 T = TypeVar("T")
 REQUEST: Final = {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}
@@ -31,6 +32,7 @@ PATIENCE: Final = 60.0  #: Seconds for a child; one that hangs is an error.
 
 #: Made at import, as services do, and inherited or made anew by children of every kind.
 CLIENT: Final = Client.from_env() if "KEEPSTREAM_REDIS_URL" in os.environ else None
+logging.getLogger("keepstream").disabled = True  # it says that no worker is alive, which is so
 if CLIENT is not None:
     atexit.register(CLIENT.close)
 
@@ -40,7 +42,7 @@ def make_jobs(client: Client) -> dict[str, int]:
     return {client.enqueue(REQUEST, metadata={"n": n}): n for n in range(JOBS)}
 
 
-def mistakes(client: Client, jobs: dict[str, int], calls: int = CALLS) -> list[str]:
+def mistakes(client: Client, jobs: dict[str, int], calls: int = 20) -> list[str]:
     """Use a client's methods, and return what was wrong about their answers."""
     wrong = []
     ids = list(jobs)
@@ -96,8 +98,8 @@ def used_before(client: Client) -> list[str]:
     with ThreadPoolExecutor(5) as threads:  # as many connections
         answers = threads.map(lambda _: mistakes(client, jobs, 10), range(5))
     wrong = [problem for found in answers for problem in found]
-    children = [in_child(partial(mistakes, client, jobs)) for _ in range(CHILDREN // 2)]
-    wrong += mistakes(client, jobs)
+    children = [in_child(partial(mistakes, client, jobs, CALLS)) for _ in range(CHILDREN // 2)]
+    wrong += mistakes(client, jobs, CALLS)
     for wait in children:
         wrong += wait()
     return wrong + mistakes(client, jobs)
@@ -117,7 +119,7 @@ def used_in_threads(client: Client) -> list[str]:
     for thread in threads:
         thread.start()
     for _ in range(CHILDREN // 2):
-        children = [in_child(lambda: mistakes(client, jobs)) for _ in range(2)]
+        children = [in_child(partial(mistakes, client, jobs, CALLS)) for _ in range(2)]
         for wait in children:
             wrong += wait()
     stop.set()
