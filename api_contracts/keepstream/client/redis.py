@@ -205,9 +205,13 @@ class AsyncRedisConnections:
             if loop is here:
                 await links.close()
             elif loop.is_running():
-                closing = asyncio.run_coroutine_threadsafe(links.close(), loop)
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(asyncio.wrap_future(closing), _ANSWER_TIMEOUT)
+                closing = links.close()
+                try:
+                    done = asyncio.run_coroutine_threadsafe(closing, loop)
+                except RuntimeError:  # it has ended just now, and closed them itself
+                    closing.close()
+                else:
+                    await asyncio.wait([asyncio.wrap_future(done)], timeout=_ANSWER_TIMEOUT)
         self._loops.get().clear()
 
     async def _links(self) -> "_AsyncLinks":
