@@ -166,10 +166,10 @@ async def message_is_read() -> None:
 async def message_is_put_back() -> None:
     books = object.__new__(BatchingQoS)
     removed: list[str] = []
-    channel = make_channel(unacked_key="unacked", unacked_index_key="index", conn_or_acquire=fail)
+    channel = make_channel(unacked_key="unacked", unacked_index_key="index", _lookup=fail)
     books.channel = channel
     books._client = SimpleNamespace(
-        hget=lambda *_: b"not one of ours",
+        hget=lambda *_: b'[{}, "", "completions"]',
         zrem=lambda _, tag: removed.append(tag),
         hdel=lambda _, tag: removed.append(tag),
     )

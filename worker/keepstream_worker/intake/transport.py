@@ -24,7 +24,7 @@ from kombu.transport import virtual
 from kombu.transport.redis import Channel, MultiChannelPoller, QoS, Transport
 from kombu.utils.encoding import bytes_to_str
 from redis.connection import AbstractConnection
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import InvalidResponse, RedisError, ResponseError
 from typing_extensions import override
 
 from keepstream.client.redis_connections import connection_class_for, make_pool
@@ -158,17 +158,27 @@ class BatchingQoS(QoS):
 
     @override
     def restore_by_tag(self, tag: Any, client: Any = None, leftmost: bool = False) -> None:
-        """Put one message back; an entry that is none of ours is set aside, so that it does not hold up the others."""
-        try:
-            super().restore_by_tag(tag, client, leftmost)  # type: ignore[no-untyped-call]
-        except (RedisError, OSError):
-            raise
-        except Exception as error:
-            log.exception("message_defect", task_id=None)
-            raw = self._client.hget(self.unacked_key, tag)
-            self.channel.set_aside(raw or b"", _unreadable(error))
-            self._client.zrem(self.unacked_index_key, tag)
-            self._client.hdel(self.unacked_key, tag)
+        """Put one message back; an entry that is none of ours is set aside, so that it does not hold up the others.
+
+        It is removed only when it is in the queue again. The parent does both in one transaction, which Redis does
+        not take back when a part of it fails, so that the message would be lost.
+        """
+        client = client or self._client
+        entry = client.hget(self.unacked_key, tag)
+        if entry:
+            message, queues = None, []
+            try:
+                message, exchange, routing_key = orjson.loads(entry)
+                queues = self.channel._lookup(exchange, routing_key)
+            except (RedisError, OSError):
+                raise
+            except Exception as error:
+                log.exception("message_defect", task_id=None)
+                self.channel.set_aside(entry, _unreadable(error))
+            for queue in queues:
+                (client.lpush if leftmost else client.rpush)(queue, orjson.dumps(message))
+        client.zrem(self.unacked_index_key, tag)
+        client.hdel(self.unacked_key, tag)
 
 
 class FilteringChannel(Channel):
@@ -316,9 +326,13 @@ class FilteringChannel(Channel):
             return "", []
         if not reply:
             return "", []
+        if not (isinstance(reply, list | tuple) and len(reply) == 2):
+            raise InvalidResponse("neither a queue with items nor nothing")
+        items = reply[1] if isinstance(reply[1], list) else [reply[1]]
+        if not all(isinstance(item, bytes | str) for item in (reply[0], *items)):
+            raise InvalidResponse("a queue or an item that is no text")
         queue = bytes_to_str(reply[0])
         self._queue_cycle.rotate(queue)
-        items = reply[1] if isinstance(reply[1], list) else [reply[1]]
         return queue, [item.encode() if isinstance(item, str) else item for item in items]
 
     def _filter(self, items: list[bytes]) -> list[tuple[bytes, dict[str, Any]]]:
@@ -379,12 +393,8 @@ class FilteringChannel(Channel):
     # -- putting back --
 
     @override
-    def _do_restore_message(
-        self, payload: Any, exchange: str, routing_key: str, pipe: Any, leftmost: bool = False
-    ) -> None:
-        # The parent's way logs the message, prompt included, and loses it, if its queue cannot be looked up.
-        for queue in self._lookup(exchange, routing_key):  # type: ignore[no-untyped-call]
-            (pipe.lpush if leftmost else pipe.rpush)(queue, orjson.dumps(payload))
+    def _restore(self, message: Any, leftmost: bool = False) -> None:
+        self.qos.restore_by_tag(message.delivery_tag, leftmost=leftmost)
 
     def close(self) -> None:
         """Put back what is not acknowledged, and close the connections."""
@@ -406,6 +416,17 @@ class PatientPoller(MultiChannelPoller):
         except Exception as error:  # noqa: BLE001  # it is logged, and would end the worker
             for channel in self._channels:
                 channel.rest(error)
+
+    def on_readable(self, fileno: Any) -> Any:
+        """Read what Redis has sent; called by Celery's hub."""
+        try:
+            return super().on_readable(fileno)  # type: ignore[no-untyped-call]
+        except Empty:
+            raise  # nothing came; the hub knows
+        except Exception as error:  # noqa: BLE001  # it is logged, and would end the worker
+            for channel in self._channels:
+                channel.rest(error)
+            return None
 
     def _register_BRPOP(self, channel: FilteringChannel) -> None:  # noqa: N802  # the parent's name
         if not channel.rests:
