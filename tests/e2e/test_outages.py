@@ -141,6 +141,24 @@ def test_lost_connections_start_nothing_twice(cluster: Cluster) -> None:
         check_completed(cluster, following, "word " * 60)
 
 
+def test_fail_over_runs_nothing_twice(cluster: Cluster) -> None:
+    workers = cluster.start_workers(2)
+    job_ids = [cluster.enqueue(deltas=160, rate=20) for _ in range(10)]
+    for job_id in job_ids:
+        cluster.wait_for_deltas(job_id, 5)
+    with cluster.redis() as client:
+        client.execute_command("REPLICAOF", "127.0.0.1", "1")
+        for worker in workers:
+            worker.wait_to_say("broker_unavailable", reason="READONLY")
+        for job_id in job_ids:
+            cluster.wait_for_deltas(job_id, 90)
+        client.execute_command("REPLICAOF", "NO", "ONE")
+    for job_id in job_ids:
+        check_completed(cluster, cluster.follow(job_id), "word " * 160)
+        assert len(cluster.result(job_id).attempts) == 1
+    assert all(worker.running for worker in workers)
+
+
 # -- the database --
 
 
