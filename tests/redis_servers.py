@@ -113,10 +113,15 @@ class RedisTls:
 
     async def _end_rest(self) -> None:
         """End what had no connection yet, in the middle of its handshake for instance."""
-        rest = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in rest:
-            task.cancel()
-        await asyncio.gather(*rest, return_exceptions=True)
+        while True:
+            for transport in list(self._loop._transports.values()):  # type: ignore[attr-defined]  # else unknown
+                transport.abort()
+            await asyncio.sleep(0)  # what was aborted is closed in the loop's next round
+            rest = asyncio.all_tasks() - {asyncio.current_task()}
+            if not rest:
+                return
+            # Not cancelled: a connection that was just accepted would not be closed.
+            await asyncio.wait(rest, timeout=0.1)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -156,6 +161,47 @@ class ValkeyAtSocket(EmbeddedValkey):
     @override
     def _command(self) -> list[str]:
         return [*super()._command(), "--unixsocket", str(self.socket)]
+
+
+class DebianRedis(EmbeddedProcess):
+    """Debian's Redis, at a TLS port only, or as a Sentinel that speaks TLS only."""
+
+    def __init__(
+        self, certificates: Certificates, *, configuration: tuple[str, ...] = (), sentinel: bool = False
+    ) -> None:
+        binary = debian_binary("redis-server")
+        assert binary is not None
+        super().__init__("debian redis")
+        self.port = free_port()
+        self._binary = binary
+        self._options_of_role = ["--sentinel"] if sentinel else ["--save", ""]
+        certificate, key = certificates.issue("127.0.0.1", "localhost")
+        self._configuration = self.directory / "redis.conf"
+        lines = (
+            "port 0",
+            f"tls-port {self.port}",
+            "bind 127.0.0.1",
+            f"dir {self.directory}",
+            f"tls-cert-file {certificate}",
+            f"tls-key-file {key}",
+            f"tls-ca-cert-file {certificates.authority_file}",
+            "tls-auth-clients no",
+            "tls-replication yes",
+            *configuration,
+        )
+        self._configuration.write_text("\n".join(lines) + "\n")
+
+    @override
+    def _command(self) -> list[str]:
+        return [self._binary, str(self._configuration), *self._options_of_role]
+
+    @override
+    def _is_ready(self) -> bool:
+        with redis.Redis(port=self.port, ssl=True, ssl_cert_reqs="none", socket_timeout=5) as client:
+            try:
+                return bool(client.info("server")["process_id"] == self.pid)
+            except redis.RedisError:
+                return False
 
 
 class ClusterNode(EmbeddedValkey):

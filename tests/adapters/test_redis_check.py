@@ -1,7 +1,9 @@
 """What is wrong with a Redis is found at the start, and told in one line that says what to do."""
 
+import re
 import socket
 import threading
+from pathlib import Path
 
 import pytest
 import redis
@@ -9,7 +11,16 @@ import redis
 from keepstream.client.redis_url import parse_redis_url
 from keepstream_worker.dev_stack.embedded import EmbeddedValkey, free_port
 from keepstream_worker.redis_check import RedisFacts, RedisFault, check_redis_server
-from tests.redis_servers import Certificates, ClusterNode, RedisTls, ReplicatedValkey, SentinelSet, ValkeyAtSocket
+from tests.redis_servers import (
+    Certificates,
+    ClusterNode,
+    DebianRedis,
+    RedisTls,
+    ReplicatedValkey,
+    SentinelSet,
+    ValkeyAtSocket,
+    debian_binary,
+)
 
 SECRET = "opensesame"
 
@@ -168,3 +179,33 @@ def test_sentinels_that_are_away():
     found = fault(f"redis+sentinel://127.0.0.1:{free_port()}/mymaster")
     assert found.found == "is to be found by a Sentinel, which does not answer (ConnectionRefusedError)"
     assert found.away
+
+
+@pytest.mark.skipif(debian_binary("redis-server") is None, reason="needs Debian's package redis-server")
+def test_debians_redis_and_sentinel_by_tls_only(certificates: Certificates):
+    authority = f"ssl_ca_certs={certificates.authority_file}"
+    with DebianRedis(certificates) as master:
+        watched = f"sentinel monitor mymaster 127.0.0.1 {master.port} 1"
+        with DebianRedis(certificates, configuration=(watched,), sentinel=True) as sentinel:
+            assert check(f"rediss://127.0.0.1:{master.port}/3?{authority}").version.startswith("Redis ")
+            url = f"rediss+sentinel://127.0.0.1:{sentinel.port}/mymaster"
+            assert check(f"{url}?{authority}").version.startswith("Redis ")
+            assert "which shows a certificate that is not trusted" in fault(url).found
+
+
+def test_the_right_that_a_user_of_the_sentinels_needs(sentinels: SentinelSet):
+    """As in the operations guide."""
+    guide = Path(__file__).parents[2] / "docs" / "operations" / "running.md"
+    rule = re.search(r"`ACL SETUSER keepstream on >SENTINEL-PASSWORD (.*)`", guide.read_text())
+    assert rule is not None
+    for sentinel in sentinels.sentinels:
+        with sentinel.client() as admin:
+            admin.execute_command("ACL", "SETUSER", "keepstream", "reset", "on", ">its-word", *rule[1].split())
+    url = sentinels.url.replace(
+        "sentinel_password=sentinel-word", "sentinel_username=keepstream&sentinel_password=its-word"
+    )
+    assert check(url).silent_sentinels == 0
+    for sentinel in sentinels.sentinels:
+        with sentinel.client() as admin:
+            admin.execute_command("ACL", "SETUSER", "keepstream", "-sentinel")
+    assert "does not let this user in" in fault(url).found

@@ -6,8 +6,9 @@ heartbeat finds the request in the database a little later.
 """
 
 import asyncio
+import time
 from contextlib import suppress
-from typing import Final
+from typing import Any, Final
 
 import orjson
 import redis.asyncio
@@ -86,15 +87,29 @@ class CancelListener:
             raise TimeoutError
 
     async def _hear(self, pubsub: redis.asyncio.client.PubSub) -> None:
-        """Wait for a notice, for a while."""
+        """Wait for a notice, for a while; then see whether the server is still there."""
         try:
             message = await pubsub.get_message(timeout=10.0)
+            if message is None:
+                await pubsub.ping()
+                message = await self._answer(pubsub)
         except ResponseError:
-            return  # to the PING below, which is refused while Redis cannot save; the connection is alive
-        if message is None:
-            await pubsub.ping()  # finds out about a connection that died silently
-        elif message["type"] == "message":
+            return  # to a PING, which is refused while Redis cannot save; the connection is alive
+        if message["type"] == "message":
             self._handle_notice(message["data"])
+
+    async def _answer(self, pubsub: redis.asyncio.client.PubSub) -> dict[str, Any]:
+        """Return what comes after a PING.
+
+        Raises:
+            TimeoutError: nothing; the server is silent, and after a fail-over another one is spoken to.
+        """
+        deadline = time.monotonic() + _ANSWER_TIMEOUT
+        while (seconds := deadline - time.monotonic()) > 0:
+            message: dict[str, Any] | None = await pubsub.get_message(timeout=seconds)
+            if message is not None:  # None may also be the answer to a PING of redis-py's own
+                return message
+        raise TimeoutError
 
     async def _cancel_requested_meanwhile(self) -> None:
         """Cancel the jobs that run here and whose request came while nobody listened."""
