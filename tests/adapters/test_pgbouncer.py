@@ -8,6 +8,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from keepstream import Client
 from keepstream.client.database import ClientDatabase, make_engine
 from keepstream.errors import StoreUnavailableError
 from keepstream.names import QUEUE
+from keepstream.results import CompletionResult
 from keepstream.tables import VERSION_TABLE, metadata
 from keepstream_worker.store import schema
 from keepstream_worker.supervisor import python_module
@@ -91,6 +93,28 @@ def test_commands_worker_clients_sweeps_and_purge(tmp_path: Path, pooled_url: st
         assert worker.wait() == 0
         bad = [line for line in worker.log_lines() if re.search(r'"level": ?"(warning|error|critical)"', line)]
         assert bad == []
+
+
+@pytest.mark.slow
+def test_a_restart_of_the_server_behind_is_survived(tmp_path: Path, forks: ForkServer):
+    with ExitStack() as stack:
+        postgres = stack.enter_context(PostgresServer())
+        bouncer = stack.enter_context(PgBouncer(postgres))
+        cluster = stack.enter_context(Cluster(tmp_path, bouncer.url("postgres"), forks=forks, lease=30.0))
+        cluster.start_worker()
+        job_id = cluster.enqueue(text="Before, during and after.", first_token_delay=3)
+        cluster.wait_for(job_id, "running")
+        postgres.restart()
+
+        def ended() -> CompletionResult | None:
+            with suppress(StoreUnavailableError):  # PgBouncer asks its server again after a quarter of a minute
+                result = cluster.result(job_id)
+                return result if result.status.terminal else None
+            return None
+
+        result = wait_until(ended, "the job's end")
+        assert (result.status, len(result.attempts)) == ("completed", 1)
+        assert cluster.wait_for(cluster.enqueue(text="Afterwards.")).status == "completed"
 
 
 def test_time_outs_hold_in_every_transaction_and_stay_out_of_the_session(bouncer: PgBouncer, postgres_url: str):
