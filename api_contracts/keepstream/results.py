@@ -49,7 +49,11 @@ class _Value(BaseModel):
 
 
 class Usage(_Value):
-    """Tokens paid for. An unknown figure is null, never 0; ``details`` is the provider's report, complete."""
+    """Tokens paid for. An unknown figure is null, never 0.
+
+    An attempt's ``details`` are the provider's report, complete; a job's are the other figures of all its reports,
+    summed: cached and reasoning tokens, audio, cost.
+    """
 
     prompt_tokens: int | None = None
     completion_tokens: int | None = None

@@ -154,6 +154,7 @@ jobs: Final = Table(
     Column("completion_tokens", BigInteger),
     Column("total_tokens", BigInteger),
     Column("usage_source", String(16), comment="the weakest source among the attempts"),
+    Column("usage", _JSON, comment="what else providers reported, summed: cached and reasoning tokens, cost, …"),
     Column("provider_details", _JSON),
     Column("terminal_event_id", String(32)),
     Column("announced", Boolean, nullable=False, comment="whether the terminal event is known to be in the log"),

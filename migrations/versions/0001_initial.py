@@ -73,6 +73,12 @@ def upgrade() -> None:
         sa.Column("completion_tokens", sa.BigInteger(), nullable=True),
         sa.Column("total_tokens", sa.BigInteger(), nullable=True),
         sa.Column("usage_source", sa.String(length=16), nullable=True, comment="the weakest source among the attempts"),
+        sa.Column(
+            "usage",
+            sa.JSON(none_as_null=True),
+            nullable=True,
+            comment="what else providers reported, summed: cached and reasoning tokens, cost, …",
+        ),
         sa.Column("provider_details", sa.JSON(none_as_null=True), nullable=True),
         sa.Column("terminal_event_id", sa.String(length=32), nullable=True),
         sa.Column(

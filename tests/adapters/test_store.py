@@ -338,6 +338,57 @@ def test_usage_is_summed_with_failed_attempts_and_unknown_is_null(db: Store) -> 
     assert usage.source is UsageSource.UNKNOWN
 
 
+def test_what_else_providers_report_is_summed_for_the_job(db: Store) -> None:
+    def reported(cached: int, cost: float) -> Usage:
+        details = {"prompt_tokens": 3, "prompt_tokens_details": {"cached_tokens": cached}, "cost": cost}
+        return REPORTED.model_copy(update={"details": details})
+
+    summed = {"prompt_tokens_details": {"cached_tokens": 3}, "cost": 0.3}
+    db.end(failed(db.claimed(), usage=reported(1, 0.1)))
+    answer = db.end(finished(db.claimed(), usage=reported(2, 0.2)))
+    assert isinstance(answer, Ended)
+    assert answer.usage is not None
+    assert answer.usage.details == summed
+    result = db.get()
+    assert result.usage is not None
+    assert result.usage.details == summed
+    assert result.attempts[1].usage == reported(2, 0.2)
+
+    db.end(finished(db.claimed("b"), "b", usage=reported(1, 0.1)))
+    only = db.get("b").usage
+    assert only is not None
+    assert only.details == {"prompt_tokens_details": {"cached_tokens": 1}, "cost": 0.1}
+
+
+ESTIMATED = Usage(prompt_tokens=40, completion_tokens=2, total_tokens=42, source=UsageSource.ESTIMATED)
+
+
+@pytest.mark.parametrize("reported_first", [True, False])
+def test_an_estimated_prompt_is_replaced_by_the_count_of_another_attempt(db: Store, *, reported_first: bool) -> None:
+    usages = [REPORTED, ESTIMATED] if reported_first else [ESTIMATED, REPORTED]
+    db.end(failed(db.claimed(), usage=usages[0]))
+    db.end(finished(db.claimed(), usage=usages[1]))
+    result = db.get()
+    by_source = {attempt.usage.source: attempt.usage for attempt in result.attempts if attempt.usage}
+    assert by_source[UsageSource.PROVIDER] == REPORTED
+    assert by_source[UsageSource.ESTIMATED] == ESTIMATED.model_copy(update={"prompt_tokens": 3, "total_tokens": 5})
+    assert result.usage is not None
+    assert (result.usage.prompt_tokens, result.usage.total_tokens) == (6, 12)
+    assert result.usage.source is UsageSource.ESTIMATED
+
+
+def test_a_late_estimate_takes_the_prompt_of_the_attempt_that_was_reported(db: Store) -> None:
+    db.claimed()
+    db.dead()
+    db.sweep()
+    db.end(finished(db.claimed(worker="w2"), worker="w2"))
+    db(store.record_usage, LateUsage(JobKey("default", "a"), 1, ESTIMATED))
+    result = db.get()
+    assert result.attempts[0].usage == ESTIMATED.model_copy(update={"prompt_tokens": 3, "total_tokens": 5})
+    assert result.usage is not None
+    assert result.usage.total_tokens == 12
+
+
 def test_refused_attempt_costs_nothing(db: Store) -> None:
     refusal = Failure(ErrorCode.RATE_LIMITED, "HTTP 429", http_status=429)
     db.end(failed(db.claimed(), failure=refusal, choices=[]))

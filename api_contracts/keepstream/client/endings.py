@@ -40,6 +40,9 @@ class JobEnd:
     provider_details: dict[str, Any] | None = None
 
 
+_COLUMNS: Final = frozenset({"prompt_tokens", "completion_tokens", "total_tokens"})
+_TOP: Final = 3  #: Levels of a report that are summed.
+
 _END: Final = (
     update(jobs)
     .where(
@@ -65,6 +68,7 @@ _END: Final = (
                 "completion_tokens",
                 "total_tokens",
                 "usage_source",
+                "usage",
             )
         }
         | {"finished_at": tables.now(), "worker_id": None, "announced": False}
@@ -91,6 +95,7 @@ def end_jobs(connection: Connection, ends: Sequence[JobEnd]) -> None:
                 "output_sha256": output_sha256(end.contents),
                 "terminal_event_id": end.terminal_event_id,
                 "provider_details": end.provider_details,
+                "usage": end.usage and end.usage.details,
                 **usage_columns(end.usage),
             }
             for end in ends
@@ -151,7 +156,27 @@ def sum_usage(tries: Sequence[Any]) -> Usage | None:
         completion_tokens=total("completion_tokens"),
         total_tokens=total("total_tokens"),
         source=weakest,
+        details=_summed([attempt.usage for attempt in paid if attempt.usage]) or None,
     )
+
+
+def _summed(reports: Sequence[dict[str, Any]], depth: int = _TOP) -> dict[str, Any]:
+    """Return the sums of all figures in ``reports`` but the token counts that have columns of their own.
+
+    Only amounts can be added: neither texts and flags nor rates, whose names say ``per``.
+    """
+    sums: dict[str, Any] = {}
+    for name in dict.fromkeys(name for report in reports for name in report):
+        values = [report[name] for report in reports if report.get(name) is not None]
+        if (name in _COLUMNS and depth == _TOP) or "_per_" in name:
+            continue
+        if all(isinstance(value, dict) for value in values) and depth:
+            if inner := _summed(values, depth - 1):
+                sums[name] = inner
+        elif values and all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+            total = sum(values)
+            sums[name] = round(total, 12) if isinstance(total, float) else total  # 0.1 + 0.2 is 0.3
+    return sums
 
 
 def usage_columns(usage: Usage | None) -> dict[str, Any]:

@@ -40,7 +40,9 @@ SUMMARY_COLUMNS: Final = (
 
 def job_summary(row: StoredRow, waiting_for: WaitingFor | None = None) -> JobSummary:
     """Return a job without its output and attempts."""
-    return JobSummary(**_summary_values(row), prompt_start=row.prompt_start, waiting_for=waiting_for)
+    return JobSummary(
+        **_summary_values(row), usage=_usage(row, None), prompt_start=row.prompt_start, waiting_for=waiting_for
+    )
 
 
 def completion_result(
@@ -68,6 +70,7 @@ def completion_result(
         calls[call.choice_index].append(_tool_call(call))
     return CompletionResult(
         **_summary_values(row),
+        usage=_usage(row, row.usage),
         request=request,
         waiting_for=waiting_for,
         partial=row.partial,
@@ -103,7 +106,6 @@ def _summary_values(row: StoredRow) -> dict[str, Any]:
         "started_at": row.started_at,
         "finished_at": row.finished_at,
         "attempt": row.attempt,
-        "usage": _usage(row, None),
         "error": _error(row),
     }
 

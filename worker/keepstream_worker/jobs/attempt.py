@@ -34,6 +34,7 @@ class Attempt:
 
     __slots__ = (
         "_first_output_at",
+        "_prompts",
         "_requested_at",
         "carried",
         "claim",
@@ -45,7 +46,9 @@ class Attempt:
         "reader",
     )
 
-    def __init__(self, job: Job, claim: Claim, publisher: Publisher, active: ActiveJob) -> None:
+    def __init__(
+        self, job: Job, claim: Claim, publisher: Publisher, active: ActiveJob, prompts: usage.PromptSizes
+    ) -> None:
         self.job = job
         self.claim = claim
         self.key = JobKey(job.tenant, job.id)
@@ -59,6 +62,7 @@ class Attempt:
         )
         self.reader = StreamReader()
         self.finished = False  #: Whether the answer is whole.
+        self._prompts = prompts
         self.carried: list[Choice] | None = None  #: Output of an earlier attempt, whose worker died.
         self.provider_request_id: str | None = None
         self._requested_at = time.monotonic()
@@ -96,6 +100,8 @@ class Attempt:
     def report(self, worker_id: str, failure: Failure | None, stop: Stop | None) -> AttemptReport:
         """Return what the verdict is to be based on."""
         output = self.reader.output()
+        if output.usage is not None:
+            self._prompts.learn(self.job.provider, self.job.request, output.usage["prompt_tokens"])
         first_token_ms = None
         if self._first_output_at is not None:
             first_token_ms = round((self._first_output_at - self._requested_at) * 1000, 3)
@@ -121,7 +127,7 @@ class Attempt:
 
     def estimated_usage(self, choices: list[Choice]) -> Usage:
         """Return the estimated cost of ``choices`` and of this job's prompt."""
-        return usage.estimated(self.job.messages, choices)
+        return usage.estimated(self._prompts.tokens(self.job.provider, self.job.request), choices)
 
     def _snapshot(self) -> dict[str, Any]:
         if self.carried is not None:
@@ -146,6 +152,7 @@ class AttemptStreams:
     """Makes the provider streams of attempts. Used on the event loop."""
 
     def __init__(self, settings: Settings, providers: Providers) -> None:
+        self.prompts = usage.PromptSizes()
         self._settings = settings
         self._providers = providers
 

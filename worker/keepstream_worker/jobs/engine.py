@@ -85,7 +85,9 @@ class Engine:
                     await self._handle_refusal(job, claim)
                     return
                 active.attempt = claim.attempt
-                retry_in = await self._attempt(active, Attempt(job, claim, self._publisher, active))
+                retry_in = await self._attempt(
+                    active, Attempt(job, claim, self._publisher, active, self._streams.prompts)
+                )
                 if retry_in is None or retry_in > self._settings.sleep_limit:
                     return
                 active.attempt = 0

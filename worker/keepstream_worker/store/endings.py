@@ -15,7 +15,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, Float, Integer, bindparam, delete, select, tuple_, update
 
 from keepstream.client.endings import JobEnd, end_jobs, sum_usage, usage_columns
-from keepstream.results import TERMINAL_STATUSES, JobStatus, Usage
+from keepstream.results import TERMINAL_STATUSES, JobStatus, Usage, UsageSource
 from keepstream.tables import attempts, choices, jobs, now, seconds_from_now, tool_calls
 from keepstream_worker.store.conditions import is_job, of_job
 from keepstream_worker.values import Ended, Ending, JobKey, Outcome
@@ -206,13 +206,40 @@ def _total(connection: Connection, ending: Ending) -> Ended:
         rows = [
             SimpleNamespace(
                 **usage_columns(ending.usage),
+                usage=ending.usage.details,
                 outcome=ending.outcome,
                 http_status=ending.failure and ending.failure.http_status,
             )
         ]
     else:
-        rows = connection.execute(select(attempts).where(of_job(attempts, ending.key))).all()
+        rows = _attempts_of(connection, ending.key)
     return Ended(sum_usage(rows), len(rows))
+
+
+def _attempts_of(connection: Connection, key: JobKey) -> Sequence[Any]:
+    """Return the job's attempts, after an estimate of the prompt is replaced by what another attempt's report says."""
+    rows = connection.execute(select(attempts).where(of_job(attempts, key)).order_by(attempts.c.number)).all()
+    counts = {
+        (row.provider, row.model): row.prompt_tokens
+        for row in rows
+        if row.usage_source == UsageSource.PROVIDER and row.prompt_tokens
+    }
+    wrong = [
+        row
+        for row in rows
+        if row.usage_source == UsageSource.ESTIMATED
+        and counts.get((row.provider, row.model), row.prompt_tokens) != row.prompt_tokens
+    ]
+    if not wrong:
+        return rows
+    for row in wrong:
+        prompt = counts[row.provider, row.model]
+        connection.execute(
+            update(attempts)
+            .where(of_job(attempts, key), attempts.c.number == row.number)
+            .values(prompt_tokens=prompt, total_tokens=prompt + (row.completion_tokens or 0))
+        )
+    return connection.execute(select(attempts).where(of_job(attempts, key))).all()
 
 
 def _job_end(ending: Ending, total: Ended) -> JobEnd:
@@ -292,9 +319,11 @@ def record_usage(connection: Connection, usages: list[LateUsage]) -> list[None]:
         ).rowcount
         if not written:
             continue
-        total = sum_usage(connection.execute(select(attempts).where(of_job(attempts, late.key))).all())
+        total = sum_usage(_attempts_of(connection, late.key))
         if total is not None:
             connection.execute(
-                update(jobs).where(is_job(late.key), jobs.c.status.in_(TERMINAL_STATUSES)).values(usage_columns(total))
+                update(jobs)
+                .where(is_job(late.key), jobs.c.status.in_(TERMINAL_STATUSES))
+                .values(usage_columns(total) | {"usage": total.details})
             )
     return [None] * len(usages)
