@@ -36,6 +36,7 @@ from keepstream_worker.intake.transport import BatchingQoS, FilteringChannel, Pa
 from keepstream_worker.jobs.active_job import Stop
 from keepstream_worker.jobs.engine import Engine
 from keepstream_worker.jobs.recovery import Recovery
+from keepstream_worker.jobs.usage import PromptSizes
 from keepstream_worker.service import Service
 from keepstream_worker.settings import load_settings
 from keepstream_worker.store.database import WorkerDatabase
@@ -245,7 +246,7 @@ async def attempt_is_made() -> None:
         "worker",
         cast("Any", Answers()),
         outbox,
-        cast("Any", SimpleNamespace(run=fail_later)),
+        cast("Any", SimpleNamespace(run=fail_later, prompts=PromptSizes())),
         NOBODY,
     )
     job = parse_job({"v": 2, "id": "bad", "request": {"model": "m", "messages": [{"role": "user", "content": SECRET}]}})
