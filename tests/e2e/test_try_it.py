@@ -24,6 +24,8 @@ from tests.terminal import CTRL_C, Terminal
 OK, UNSUCCESSFUL, INVALID, UNAVAILABLE, INTERRUPTED = 0, 1, 2, 3, 130
 COMMAND = python_module("keepstream_worker.commands")
 MARK = "TRY_IT_TEST"  # finds every process that a test has started, whoever is its parent by now
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+SHOWN_IN_README = README.partition("```text\n")[2].partition("\n```")[0]
 CELERYS_WORDS = re.compile("hitting|shutdown|terminate|celery", re.IGNORECASE)
 
 
@@ -131,7 +133,14 @@ def test_the_demo_fits_on_one_screen(place: Place, columns: int, rows: int):
         r"Next: keepstream dev +runs all this for your own jobs",
     ):
         assert any(re.fullmatch(part, line) for line in lines), (part, lines)
+    if columns == 80:
+        assert without_numbers("\n".join(lines)).count(without_numbers(SHOWN_IN_README)) == 1
     place.wait_until_clean()
+
+
+def without_numbers(text: str) -> str:
+    """What is the same in every run; of the second part, which of the workers is killed differs in digits only."""
+    return re.sub(r"\d+(\.\d+)?", "#", text)
 
 
 def test_the_demo_with_a_retry_fits_on_one_screen_too(place: Place):
