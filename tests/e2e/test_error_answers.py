@@ -245,7 +245,8 @@ REDIS_FAULTS: Final = [
     Fault("LOADING", loading),
     Fault("CLUSTERDOWN", cluster_node),
     Fault("MISCONF", disk_fails),
-    Fault("OOM", commands(["CONFIG SET maxmemory 1"], ["CONFIG SET maxmemory 0"])),
+    # A script that has written may go on writing, so the refusal is met by what sends jobs again, at the latest.
+    Fault("OOM", commands(["CONFIG SET maxmemory 1"], ["CONFIG SET maxmemory 0"]), ["OOM", "OutOfMemoryError"]),
     Fault("BUSY", endless_script),
     Fault("NOSCRIPT", commands(["SCRIPT FLUSH"], [])),
     Fault(
