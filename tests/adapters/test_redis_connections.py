@@ -1,7 +1,8 @@
 """Connections of redis-py, made from a URL, reach what the URL names, and nobody else."""
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -168,3 +169,48 @@ def test_no_connection_to_a_sentinel_stays_open(sentinels: SentinelSet):
         client.ping()
         peers = psutil.Process().net_connections("tcp")
         assert not [peer for peer in peers if peer.status == "ESTABLISHED" and peer.raddr[1] in ports]
+
+
+@pytest.fixture(params=["address", "tls", "socket"])
+def moving(request: pytest.FixtureRequest, certificates: Certificates) -> Iterator[tuple[ValkeyAtSocket, str]]:
+    """A server of its own, and the URL by which it is reached: the place stays the same in a fail-over."""
+    with ValkeyAtSocket() as valkey, RedisTls(valkey.port, certificates.server_context("localhost")) as tls:
+        urls = {
+            "address": valkey.url,
+            "tls": tls.url(ssl_ca_certs=str(certificates.authority_file)),
+            "socket": f"unix://{valkey.socket}",
+        }
+        yield valkey, urls[request.param]
+
+
+@contextlib.contextmanager
+def as_replica(valkey: EmbeddedValkey) -> Iterator[None]:
+    """Make a server the replica of another one, which does not end the connections to it."""
+    with redis.Redis(port=valkey.port) as admin:
+        admin.replicaof("127.0.0.1", "1")
+        yield
+        admin.replicaof("NO", "ONE")
+
+
+def test_a_replica_is_left_for_wherever_the_address_leads(moving: tuple[ValkeyAtSocket, str]):
+    valkey, url = moving
+    with redis.Redis.from_pool(make_pool(parse_redis_url(url), answer_timeout=5.0)) as client:
+        connection = client.client_id()
+        assert client.client_id() == connection
+        with as_replica(valkey), client.pipeline(transaction=False) as pipeline:
+            pipeline.set("asked", 1)
+            pipeline.set("asked", 2)
+            with pytest.raises(redis.ReadOnlyError):
+                pipeline.execute()
+        assert client.client_id() != connection
+
+
+async def test_an_async_connection_leaves_a_replica(moving: tuple[ValkeyAtSocket, str]):
+    valkey, url = moving
+    pool = make_async_pool(parse_redis_url(url), answer_timeout=5.0, max_connections=1, wait_for_connection=5.0)
+    async with redis.asyncio.Redis.from_pool(pool) as client:
+        connection = await client.client_id()
+        assert await client.client_id() == connection
+        with as_replica(valkey), pytest.raises(redis.ReadOnlyError):
+            await client.set("asked", 1)
+        assert await client.client_id() != connection

@@ -3,8 +3,8 @@
 In: a ``RedisServer``, and what a link wants of its connections: time-outs, how many.
 Out: connection pools of redis-py, sync and async; for a link of one's own, where the master is, and the TLS context.
 
-Certificates and host names are checked unless the URL says otherwise.  With Sentinels each new connection asks where
-the master is, and a master that has become a replica is left at its first refusal.
+Certificates and host names are checked unless the URL says otherwise.  A master that has become a replica is left at
+its first refusal: a new connection leads to the new master, if the address does; with Sentinels each one asks for it.
 """
 
 import ssl
@@ -15,14 +15,18 @@ import redis
 import redis.asyncio
 import redis.asyncio.sentinel
 import redis.sentinel
+from redis.asyncio.connection import AbstractConnection as AsyncAbstractConnection
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 from redis.connection import AbstractConnection
+from redis.exceptions import MasterDownError, ReadOnlyError
 from redis.retry import Retry
 
 from keepstream.client.redis_url import Address, RedisServer, Sentinels, Tls, UnixSocket
 from keepstream.errors import InvalidSettingError
 
+#: What a server says that is not the master any more.
+_MOVED: Final = (ReadOnlyError, MasterDownError)
 _ASK_TIMEOUT: Final = 1.0  #: Seconds that a Sentinel has for a connection and for an answer; then the next is asked.
 
 
@@ -85,23 +89,23 @@ def make_async_pool(server: RedisServer, **options: Unpack[PoolOptions]) -> redi
             pool: redis.asyncio.ConnectionPool = pool_class(service, AsyncMasterFinder(server), **arguments)
             return pool
         case UnixSocket():
-            arguments["connection_class"] = redis.asyncio.UnixDomainSocketConnection
+            arguments["connection_class"] = _AsyncSocketConnection
         case Address():
-            arguments["connection_class"] = redis.asyncio.SSLConnection if server.tls else redis.asyncio.Connection
+            arguments["connection_class"] = _AsyncTlsConnection if server.tls else _AsyncConnection
     return (redis.asyncio.BlockingConnectionPool if waits else redis.asyncio.ConnectionPool)(**arguments)
 
 
 def connection_class_for(server: RedisServer) -> type[AbstractConnection]:
-    """Return redis-py's class of connections to such a server."""
+    """Return the class of redis-py's connections to such a server."""
     match server.place:
         case Sentinels():
             return (
                 redis.sentinel.SentinelManagedSSLConnection if server.tls else redis.sentinel.SentinelManagedConnection
             )
         case UnixSocket():
-            return redis.UnixDomainSocketConnection
+            return _SocketConnection
         case Address():
-            return redis.SSLConnection if server.tls else redis.Connection
+            return _TlsConnection if server.tls else _Connection
 
 
 def tls_context(tls: Tls) -> ssl.SSLContext:
@@ -172,6 +176,54 @@ class AsyncMasterFinder:
             host, port = await sentinels.discover_master(service)
             self._addresses = [_address_of(sentinel) for sentinel in sentinels.sentinels]
         return Address(host, port)
+
+
+class _LeavingReplicas(AbstractConnection):
+    """A connection that is not used again once its server has become a replica, as it else would be for ever."""
+
+    def read_response(self, *args: Any, **kwargs: Any) -> Any:
+        """Called by redis-py."""
+        try:
+            return super().read_response(*args, **kwargs)
+        except _MOVED:
+            self.mark_for_reconnect()  # type: ignore[no-untyped-call]  # redis-py's
+            raise
+
+
+class _Connection(_LeavingReplicas, redis.Connection):
+    """To an address."""
+
+
+class _TlsConnection(_LeavingReplicas, redis.SSLConnection):
+    """To an address, by TLS."""
+
+
+class _SocketConnection(_LeavingReplicas, redis.UnixDomainSocketConnection):
+    """To a Unix socket."""
+
+
+class _AsyncLeavingReplicas(AsyncAbstractConnection):
+    """The same for asyncio."""
+
+    async def read_response(self, *args: Any, **kwargs: Any) -> Any:
+        """Called by redis-py."""
+        try:
+            return await super().read_response(*args, **kwargs)
+        except _MOVED:
+            self.mark_for_reconnect()  # type: ignore[no-untyped-call]  # redis-py's
+            raise
+
+
+class _AsyncConnection(_AsyncLeavingReplicas, redis.asyncio.Connection):
+    """To an address."""
+
+
+class _AsyncTlsConnection(_AsyncLeavingReplicas, redis.asyncio.SSLConnection):
+    """To an address, by TLS."""
+
+
+class _AsyncSocketConnection(_AsyncLeavingReplicas, redis.asyncio.UnixDomainSocketConnection):
+    """To a Unix socket."""
 
 
 class _BlockingSentinelPool(redis.sentinel.SentinelConnectionPool, redis.BlockingConnectionPool):
