@@ -7,8 +7,8 @@ import pytest
 import redis
 
 from keepstream import Client
-from keepstream.client.redis_password import with_password
-from keepstream.client.redis_url import parse_redis_url
+from keepstream.client.redis_url import parse_redis_url, with_password
+from keepstream.errors import InvalidSettingError
 from keepstream_worker.app import StartError, check_redis
 from keepstream_worker.dev_stack.embedded import EmbeddedValkey
 from keepstream_worker.settings import load_settings
@@ -55,6 +55,9 @@ def test_settings_do_not_show_it(monkeypatch: pytest.MonkeyPatch) -> None:
         "redis+socket:///run/redis.sock",
         "redis+sentinel://a:1,b:2/mymaster/0",
         "sentinel://a:1;sentinel://b:2/0?master_name=mymaster",
+        "sentinel://a:1/0?master_name=mymaster;sentinel://worker@b:2;\n",
+        "redis://worker:@host",
+        " redis://host\n",
     ],
 )
 def test_every_url_of_a_redis_takes_it_and_keeps_its_own(url: str) -> None:
@@ -64,3 +67,25 @@ def test_every_url_of_a_redis_takes_it_and_keeps_its_own(url: str) -> None:
     server = parse_redis_url(with_password(url, PASSWORD))
     assert server.password == PASSWORD
     assert dataclasses.replace(server, password=None) == parse_redis_url(url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://:own@host",
+        "rediss://host?password=own",
+        "sentinel://a;sentinel://:own@b?master_name=mymaster",
+        "unix://worker:own@/run/redis.sock",
+    ],
+)
+def test_a_password_in_the_url_wins_wherever_it_stands(url: str) -> None:
+    server = parse_redis_url(with_password(url, PASSWORD))
+    assert server == parse_redis_url(url)
+    assert server.password == "own"
+
+
+def test_a_url_that_cannot_be_used_is_told_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEEPSTREAM_REDIS_PASSWORD", PASSWORD)
+    monkeypatch.setenv("KEEPSTREAM_BROKER_URL", "amqp://host")
+    with pytest.raises(InvalidSettingError, match=r"^broker_url \(KEEPSTREAM_BROKER_URL\): amqp"):
+        Client.from_env()

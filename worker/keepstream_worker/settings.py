@@ -15,8 +15,7 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from keepstream import names
-from keepstream.client.redis_password import with_password
-from keepstream.client.redis_url import RedisServer, parse_redis_url
+from keepstream.client.redis_url import RedisServer, parse_redis_url, with_password
 
 Seconds = Annotated[float, Field(gt=0)]
 

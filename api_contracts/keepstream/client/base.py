@@ -24,7 +24,7 @@ from keepstream.client.forks import ForkMember
 from keepstream.client.gate import Gate
 from keepstream.client.listing import Wanted, list_jobs
 from keepstream.client.redis import RedisConnections
-from keepstream.client.redis_password import with_password
+from keepstream.client.redis_url import with_password
 from keepstream.client.sender import Sender
 from keepstream.client.summaries import SummaryReader
 from keepstream.errors import (
@@ -130,10 +130,15 @@ class BaseClient(ForkMember):
         redis_url = os.environ.get(names.ENV_REDIS_URL)
         if not redis_url:
             raise NotConfiguredError(f"{names.ENV_REDIS_URL} is not set; it looks like {_EXAMPLE_URL}")
+        broker_url = os.environ.get(names.ENV_BROKER_URL) or None
         password = os.environ.get(names.ENV_REDIS_PASSWORD)
+        with _setting("redis_url", names.ENV_REDIS_URL):
+            redis_url = with_password(redis_url, password)
+        with _setting("broker_url", names.ENV_BROKER_URL):
+            broker_url = broker_url and with_password(broker_url, password)
         return cls(
-            with_password(redis_url, password),
-            broker_url=with_password(os.environ.get(names.ENV_BROKER_URL) or "", password) or None,
+            redis_url,
+            broker_url=broker_url,
             database_url=os.environ.get(names.ENV_DATABASE_URL) or None,
             tenant=tenant,
             prefix=os.environ.get(names.ENV_PREFIX) or names.PREFIX,

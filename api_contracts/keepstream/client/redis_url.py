@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
-from urllib.parse import parse_qsl, unquote
+from urllib.parse import parse_qsl, quote, unquote
 
 from keepstream.errors import InvalidSettingError
 from keepstream.names import nearest
@@ -182,6 +182,23 @@ def parse_redis_url(url: str) -> RedisServer:
     if scheme in _OTHER_BROKERS:
         raise InvalidSettingError(f"{scheme}:// is no Redis, and jobs are queued on Redis only; write {_SPELLINGS}")
     raise InvalidSettingError(f"a Redis URL begins with {_SPELLINGS}")
+
+
+def with_password(url: str, password: str | None) -> str:
+    """Return ``url`` with ``password``, unless it names one itself.
+
+    Args:
+        url: Of any Redis, Sentinels or sockets; it may name a user.
+        password: As it is, whatever its characters; None or empty: the URL stays as it is.
+
+    Raises:
+        InvalidSettingError: the URL cannot be used.
+    """
+    if not password or parse_redis_url(url).password:
+        return url
+    # As an option, which each spelling has; of Celery's several URLs any may hold it.
+    first, separator, others = url.partition(";") if url.lstrip().startswith("sentinel:") else (url, "", "")
+    return f"{first.rstrip()}{'&' if '?' in first else '?'}password={quote(password, safe='')}{separator}{others}"
 
 
 def _at_address(parts: _Parts, *, tls: bool) -> RedisServer:
