@@ -1,5 +1,6 @@
 """Listings on SQLite and PostgreSQL: what they find, and that they stay cheap in a large table."""
 
+import itertools
 import json
 from collections.abc import Iterator
 from datetime import datetime, timedelta
@@ -106,6 +107,28 @@ def test_a_listing_says_what_its_jobs_wait_for(connection: Connection) -> None:
     )
     causes = {job.id: job.waiting_for and job.waiting_for.cause for job in list_jobs(connection, "default")}
     assert causes == {"queued": "worker", "running": None, "completed": None}
+
+
+def test_jobs_that_come_while_a_listing_walks_shift_nothing(database_url: str) -> None:
+    engine = make_engine(database_url)
+    tables.metadata.create_all(engine)
+    there = [f"there-{n:04}" for n in range(STRETCH + 10)]
+    with engine.begin() as connection:
+        for n, job_id in enumerate(there):
+            add(connection, job_id, age=60 + n, status="failed")
+    newcomers = itertools.count()
+
+    def come(*_: Any) -> None:
+        with engine.begin() as other:
+            for _n in range(3):
+                add(other, f"came-{next(newcomers)}", status="failed")
+
+    with engine.begin() as connection:
+        event.listen(connection, "after_cursor_execute", come)
+        page = list_jobs(connection, "default", Wanted([JobStatus.FAILED]), limit=LOOKED_AT)
+    engine.dispose()
+    assert next(newcomers) >= 6
+    assert [job.id for job in page if job.id in there] == there
 
 
 # -- a large table --

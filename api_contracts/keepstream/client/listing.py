@@ -103,8 +103,11 @@ def list_jobs(
     found: list[StoredRow] = []
     end = None
     for _ in range(LOOKED_AT // STRETCH):
+        # Where the stretch ends is read first: by the next statement PostgreSQL shows jobs that have come meanwhile.
+        last = _walk(tenant, wanted, before, 1, columns=(jobs.c.id, jobs.c.created_at)).offset(STRETCH - 1)
+        end = connection.execute(last).one_or_none()
         # Filtered around the walk, not in it: a planner that looks for rare jobs might read the whole table.
-        stretch = _walk(tenant, wanted, before, STRETCH).subquery()
+        stretch = _walk(tenant, wanted, before, 2 * STRETCH, down_to=None if end is None else end.id).subquery()
         fitting = (
             select(stretch)
             .where(*wanted.conditions(stretch.c))
@@ -115,8 +118,6 @@ def list_jobs(
         found += [row for row in connection.execute(fitting) if wanted.fits(row.metadata)]
         if len(found) >= limit:
             return _page(connection, found[:limit], next_before=found[limit - 1].id)
-        last = _walk(tenant, wanted, before, 1, columns=(jobs.c.id, jobs.c.created_at)).offset(STRETCH - 1)
-        end = connection.execute(last).one_or_none()
         if end is None:
             return _page(connection, found)
         before = end.id
@@ -128,18 +129,25 @@ def _walk(
     wanted: Wanted,
     before: str | None,
     limit: int,
+    *,
+    down_to: str | None = None,
     columns: Sequence[ColumnElement[Any]] = (*SUMMARY_COLUMNS, *waiting.COLUMNS),
 ) -> Select[Any]:
-    """Return the statement that reads so many jobs of the tenant and the time, from the job ``before`` backwards."""
+    """Return the statement that reads so many jobs of the tenant and the time, from the job ``before`` backwards.
+
+    It ends at the job ``down_to``, if there is one.
+    """
     walk = select(*columns).where(jobs.c.tenant == tenant)
     if wanted.since is not None:
         walk = walk.where(jobs.c.created_at >= wanted.since)
     if wanted.until is not None:
         walk = walk.where(jobs.c.created_at < wanted.until)
+    here = tuple_(jobs.c.created_at, jobs.c.id)
+    # Places are read by the database: SQLite keeps times as texts, which differ from bound ones in their zeros.
     if before is not None:
-        here = tuple_(jobs.c.created_at, jobs.c.id)
-        # Read by the database: SQLite keeps times as texts, which differ from bound ones in their zeros.
         walk = walk.where(here < _place(tenant, before).scalar_subquery())
+    if down_to is not None:
+        walk = walk.where(here >= _place(tenant, down_to).scalar_subquery())
     return walk.order_by(jobs.c.created_at.desc(), jobs.c.id.desc()).limit(limit)
 
 
