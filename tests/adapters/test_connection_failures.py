@@ -99,6 +99,24 @@ def test_a_server_that_is_not_ready_yet_may_pass():
         engine.dispose()
 
 
+def test_a_client_writes_again_when_the_database_may_be_written_again(postgres_url: str):
+    engine, name = make_engine(postgres_url), postgres_url.rpartition("/")[2]
+    database = ClientDatabase(postgres_url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE t (x int)")
+        connection.exec_driver_sql(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    with database.transaction() as connection:
+        connection.exec_driver_sql("SELECT 1")
+    with engine.begin() as connection:
+        connection.exec_driver_sql(f"ALTER DATABASE {name} RESET default_transaction_read_only")
+    with pytest.raises(StoreUnavailableError, match="ReadOnly"), database.transaction() as connection:
+        connection.exec_driver_sql("INSERT INTO t VALUES (1)")
+    with database.transaction() as connection:
+        connection.exec_driver_sql("INSERT INTO t VALUES (1)")
+    database.close()
+    engine.dispose()
+
+
 def test_a_server_that_is_away_may_pass(strict: PostgresServer):
     engine = make_engine("postgresql://password@127.0.0.1:1/ssl")
     with pytest.raises(schema.DatabaseAwayError, match=r"does not answer \(.*Connection refused"):

@@ -46,6 +46,7 @@ def test_search_path_and_time_outs_are_set_in_each_transaction(given: str, optio
         ("eine andere Sprache", True),
         ('connection failed: ... failed: FATAL:  Passwort-Authentifizierung für Benutzer "x" fehlgeschlagen', False),
         ("connection failed: ... failed: FATAL:  no such user", False),
+        ('connection failed: ... failed: FATAL:  database "recovery" does not exist', False),
         ("connection failed: ... failed: SSL error: certificate verify failed", False),
         ('connection failed: ... failed: server certificate for "a" does not match host name "b"', False),
         ("unable to open database file", False),

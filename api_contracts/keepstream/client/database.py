@@ -21,6 +21,7 @@ from keepstream.client.postgresql import explain_failure, plan_session
 from keepstream.errors import InvalidSettingError, StoreUnavailableError
 from keepstream.names import install_hint
 
+_READ_ONLY: Final = "25006"  #: SQLSTATE of a write in a transaction that may only read.
 #: Per backend, the one driver that Keepstream uses: time-outs, pragmas and errors are this driver's.
 _DRIVERS: Final = {"sqlite": "pysqlite", "postgresql": "psycopg"}
 
@@ -49,6 +50,8 @@ class ClientDatabase:
             if connection is None:
                 failure = explain_failure(str(error.orig))
                 raise StoreUnavailableError(f"the database {failure.what} ({cause}); {failure.advice}") from None
+            if getattr(error.orig, "sqlstate", None) == _READ_ONLY:
+                self._engine.get().dispose()  # a session stays so; a new one may write, or lead to the primary
             missing = "no such table" in cause or 'relation "' in cause
             hint = " (has 'keepstream migrate' been run?)" if missing else ""
             raise StoreUnavailableError(f"the database did not do its work: {cause}{hint}") from None

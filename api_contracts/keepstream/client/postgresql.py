@@ -102,5 +102,6 @@ _FAILURES: Final = (
 
 def explain_failure(sentence: str) -> Failure:
     """Return what it means that a connection was not made, by the driver's words about it."""
-    reason = re.sub(r".* failed: |^failed to resolve .*", "", sentence)  # names come before, and may contain any word
+    # Names come before or stand in quotes, and may contain any word.
+    reason = re.sub(r".* failed: |^failed to resolve .*|\"[^\"]*\"", "", sentence)
     return next((failure for words, failure in _FAILURES if re.search(words, reason)), _AWAY)

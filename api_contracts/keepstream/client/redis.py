@@ -219,7 +219,7 @@ class AsyncRedisConnections:
         loop = asyncio.get_running_loop()
         loops = self._loops.get()
         if loop not in loops:
-            for other in [other for other in loops if other.is_closed()]:
+            for other in [other for other in list(loops) if other.is_closed()]:  # a copy: other threads add theirs
                 loops.pop(other, None)  # one that was not ended as asyncio.run does; nothing on it can be closed
             loops[loop] = _make_async_links(self._server)
             await anext(loops[loop].keeper)
