@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import structlog
 from celery.signals import worker_shutting_down
+from kombu.asynchronous.hub import Hub
 
 from keepstream_worker.intake.pool import Delivery, LoopPool
 
@@ -100,6 +101,21 @@ def test_first_signal_drains_and_each_further_one_forces_the_stop(pool: LoopPool
     service.wait_for("force_stop")
     pool.on_stop()
     assert service.calls == ["start", "drain", "force_stop", "stop"]
+
+
+def test_signal_that_meets_the_hub_with_its_lock_held_is_handled(pool: LoopPool, service: RecordingService) -> None:
+    hub = Hub()
+    pool.register_with_event_loop(hub)
+
+    def receive_signal() -> None:  # as the system does, between two steps of what this thread is doing
+        with hub._ready_lock:
+            shutdown_signal()
+
+    celery = threading.Thread(target=receive_signal, daemon=True)
+    celery.start()
+    celery.join(PATIENCE)
+    assert not celery.is_alive()
+    service.wait_for("drain")
 
 
 def test_signals_after_the_loop_has_closed_are_harmless(pool: LoopPool, service: RecordingService) -> None:

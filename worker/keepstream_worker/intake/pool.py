@@ -227,7 +227,8 @@ class LoopPool(BasePool):
         action = self._service.force_stop if self._signalled else self._service.drain
         self._signalled = True
         self._call_on_loop(action)
-        self._call_on_hub(lambda: None)  # wakes it
+        # Wakes the hub, by way of the loop: the hub's own lock may be held by the very code that the signal interrupted.
+        self._call_on_loop(lambda: self._call_on_hub(lambda: None))
 
     def on_stop(self) -> None:
         """Called by Celery when it has stopped consuming; waits for the service."""

@@ -233,13 +233,20 @@ _BY_TYPE: Final[dict[str, ErrorCode]] = {
 
 _CONTEXT_LENGTH: Final = re.compile(
     r"maximum context length|max(imum)? context (size|window)|context[ _]?(length|size|window)[^.]{0,40}exceed"
-    r"|exceed[^.]{0,60}context|(greater|longer|larger|more) than the [^.]{0,40}context"
+    r"|exceed[^.]{0,60}context[ _-]?(length|size|window|limit)|(greater|longer|larger|more) than the [^.]{0,40}context"
     r"|(prompt|input) (is )?too long|reduce the length of the (messages|prompt|input)"
     r"|(input|prompt)[^.]{0,20} tokens?[^.]{0,60}(exceed|must (be|have) (<=|less))|maximum (prompt|input) length"
     r"|tokens in the (prompt|input)[^.]{0,20}exceed",
     re.IGNORECASE,
 )
-_PER_TIME: Final = re.compile(r"per[ -](second|min|hour|day)|\b[TR]P[MD]\b", re.IGNORECASE)
+#: A limit of tokens in a time; its messages name prompts and inputs, too.
+_RATE: Final = re.compile(
+    r"per[ -](second|min|hour|day)|\b[TR]P[MD]\b|rate[ -]?limit|throttl|quota",
+    re.IGNORECASE,
+)
+#: What a server that failed says of itself or of one behind it: "context deadline exceeded", "the content filter timed
+#: out". Whatever else it names, waiting may help.
+_PASSES: Final = re.compile(r"deadline ?exceeded|time[sd]?[ -]?out|unavailable|overloaded|cancell?ed", re.IGNORECASE)
 _TOO_LARGE: Final = re.compile(r"request too large for ", re.IGNORECASE)
 _CONTENT: Final = re.compile(
     r"content (management|moderation|safety|usage) policy|content[ _]?(filter|policy)|our safety system"
@@ -248,14 +255,15 @@ _CONTENT: Final = re.compile(
 )
 _NO_CREDIT: Final = re.compile(
     r"insufficient (account )?(balance|credits?|funds)|(credit|account) balance (is )?(too low|insufficient|exhausted)"
-    r"|(not enough|no|out of) (credits?|funds)\b|please (recharge|top up)|billing (hard )?limit|account is overdue"
-    r"|spend(ing)? limit|余额不足|欠费",
+    r"|(not enough|no|out of) (credits?|funds)\b|please (recharge|top up)|account is overdue|余额不足|欠费"
+    r"|(billing( hard)?|spend(ing)?) limit[^.]{0,30}(reached|exceeded|hit)"
+    r"|(reached|exceed(s|ed)?|hit)[^.]{0,60}(billing( hard)?|spend(ing)?) limit",
     re.IGNORECASE,
 )
 #: OpenAI says this if there is no credit, Google also if a limit per minute is reached, which passes.
 _NO_QUOTA: Final = re.compile(r"exceeded your current quota", re.IGNORECASE)
 _BAD_KEY: Final = re.compile(
-    r"(invalid|incorrect|expired) api[ _-]?key|api[ _-]?key (is |not )?(valid|invalid|expired|missing)"
+    r"(invalid|incorrect|expired) api[ _-]?key|api[ _-]?key (is )?(not valid|invalid|incorrect|expired|missing)"
     r"|no api[ _-]?key|\bAuthenticationError\b",
     re.IGNORECASE,
 )
@@ -360,6 +368,8 @@ class _Report:
         broken = status is not None and status >= HTTPStatus.INTERNAL_SERVER_ERROR
         vague = broken or status in _VAGUE_STATUSES
         readable = vague and (self.is_error or not broken)  # not the page of a gateway
+        if readable and (broken or status is None):
+            readable = _PASSES.search(self.text) is None
         quoted = [_folded(word) for word in _QUOTED_CODE.findall(self.text)] if readable else []
         for word in (*map(_folded, self.words), *quoted):
             if (code := _CAUSES.get(word)) is not None:
@@ -372,7 +382,9 @@ class _Report:
         text = self.text
         if status == HTTPStatus.TOO_MANY_REQUESTS and _TOO_LARGE.search(text):
             return ErrorCode.PAYLOAD_TOO_LARGE  # larger than what a minute allows: no minute will do
-        rated = status == HTTPStatus.TOO_MANY_REQUESTS or _PER_TIME.search(text)
+        meant = {_BY_TYPE.get(_folded(word)) for word in self.words}
+        busy = not meant.isdisjoint({ErrorCode.RATE_LIMITED, ErrorCode.OVERLOADED})
+        rated = status == HTTPStatus.TOO_MANY_REQUESTS or busy or _RATE.search(text)
         if not rated and _CONTEXT_LENGTH.search(text):
             return ErrorCode.CONTEXT_LENGTH_EXCEEDED
         if _NO_CREDIT.search(text):
@@ -493,6 +505,7 @@ _DURATION: Final = re.compile(
     r"(?:(?P<d>[0-9]+)d)?(?:(?P<h>[0-9]+)h)?(?:(?P<m>[0-9]+)m(?!s))?"
     r"(?:(?P<s>[0-9]+(?:\.[0-9]+)?)s)?(?:(?P<ms>[0-9]+(?:\.[0-9]+)?)ms)?"
 )
+_LONGEST_DURATION: Final = 64  #: Characters; a body may hold a text of megabytes in its place.
 _UNIT_SECONDS: Final = {"d": 86_400.0, "h": 3_600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
 
 
@@ -533,6 +546,8 @@ def _until_date(text: str, now: float) -> float | None:
 
 def _duration(text: str) -> float | None:
     """Parse a duration such as ``6m0s`` or ``20ms``; return seconds."""
+    if len(text) > _LONGEST_DURATION:
+        return None
     match = _DURATION.fullmatch(text.strip())
     if match is None:
         return None
