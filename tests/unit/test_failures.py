@@ -97,7 +97,11 @@ OPENAI_QUOTA = "You exceeded your current quota, please check your plan and bill
         (429, error(code="9", message="余额不足或无可用资源包,请充值。"), "insufficient_quota"),
         (429, error(message="Your team has reached its monthly spending limit."), "insufficient_quota"),
         (400, error(message="Billing hard limit has been reached"), "insufficient_quota"),
-        (400, error(message="input length and `max_tokens` exceed context limit: 9 + 2 > 8"), "context_length_exceeded"),
+        (
+            400,
+            error(message="input length and `max_tokens` exceed context limit: 9 + 2 > 8"),
+            "context_length_exceeded",
+        ),
         (429, error(type="exceeded_current_quota_error", message="suspended"), "insufficient_quota"),
         (429, error(message=OPENAI_QUOTA, code=429), "insufficient_quota"),
         (429, error(message=OPENAI_QUOTA, code=429, status="RESOURCE_EXHAUSTED"), "rate_limited"),

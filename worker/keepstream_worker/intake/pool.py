@@ -227,7 +227,7 @@ class LoopPool(BasePool):
         action = self._service.force_stop if self._signalled else self._service.drain
         self._signalled = True
         self._call_on_loop(action)
-        # Wakes the hub, by way of the loop: the hub's own lock may be held by the very code that the signal interrupted.
+        # Wakes the hub, by way of the loop: the hub's lock may be held by the very code that the signal interrupted.
         self._call_on_loop(lambda: self._call_on_hub(lambda: None))
 
     def on_stop(self) -> None:

@@ -97,6 +97,8 @@ class CancelListener:
             return  # to a PING, which is refused while Redis cannot save; the connection is alive
         if message["type"] == "message":
             self._handle_notice(message["data"])
+        elif message["type"] == "subscribe":  # redis-py has lost the connection and made another one by itself
+            await self._cancel_requested_meanwhile()
 
     async def _answer(self, pubsub: redis.asyncio.client.PubSub) -> dict[str, Any]:
         """Return what comes after a PING.
