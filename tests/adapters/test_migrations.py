@@ -3,12 +3,14 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from alembic import command
-from sqlalchemy import Engine, create_engine, text
+from sqlalchemy import Engine, create_engine, select, text
 
 from keepstream.client.database import make_engine
+from keepstream.tables import workers
 from keepstream_worker.store import schema
 from tests.services import PostgresServer
 
@@ -84,6 +86,45 @@ def test_user_that_may_not_read_the_version_is_told_which_right_is_missing(
     engine.dispose()
     with pytest.raises(schema.SchemaError, match=r"lacks a right \(.*permission denied for table keepstream_version"):
         schema.check(powerless)
+
+
+def test_a_database_that_can_be_written_is_left_as_it_was(engine: Engine) -> None:
+    schema.migrate(engine)
+    schema.check_writing(engine)
+    with engine.begin() as connection:
+        assert connection.execute(select(workers.c.id)).all() == []
+
+
+def test_user_that_may_not_write_is_told_which_right_is_missing(postgres_url: str, powerless: Engine) -> None:
+    engine = make_engine(postgres_url)
+    schema.migrate(engine)
+    engine.dispose()
+    with pytest.raises(schema.SchemaError, match=r"lacks a right \(.*denied for table keepstream_workers") as caught:
+        schema.check_writing(powerless)
+    assert not isinstance(caught.value, schema.DatabaseAwayError)
+
+
+@pytest.mark.parametrize(
+    ("check", "option", "reason"),
+    [
+        (schema.check_writing, "default_transaction_read_only=on", "ReadOnlySqlTransaction"),
+        (schema.check_writing, "lock_timeout=100", "LockNotAvailable"),
+        (schema.check, "lock_timeout=100", "LockNotAvailable"),
+        (schema.check, "statement_timeout=100", "QueryCanceled"),
+    ],
+)
+def test_what_keeps_a_database_from_its_work_may_pass(
+    postgres_url: str, check: Callable[[Engine], None], option: str, reason: str
+) -> None:
+    engine, harmed = make_engine(postgres_url), make_engine(f"{postgres_url}?options=-c{quote(option)}")
+    schema.migrate(engine)
+    with engine.begin() as connection:
+        if "timeout" in option:
+            connection.execute(text("LOCK TABLE keepstream_workers, keepstream_version"))
+        with pytest.raises(schema.DatabaseAwayError, match=rf"does not do its work now \({reason}"):
+            check(harmed)
+    for used in (engine, harmed):
+        used.dispose()
 
 
 @pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])

@@ -141,21 +141,21 @@ def expect_pulses(settings: Settings, processes: int) -> list[Pulse]:
 
 
 def check_database(settings: Settings, pulses: Sequence[Pulse] = ()) -> None:
-    """Check that the database has our tables; wait for one that cannot be reached now, until SIGTERM or Ctrl-C.
+    """Check that the database has our tables and can be written; wait if it cannot be now, until SIGTERM or Ctrl-C.
 
     Args:
         settings: Those of the worker.
         pulses: Signs of life to give meanwhile: who waits is alive.
 
     Raises:
-        StartError: it refuses us, has not got our tables, or the URL cannot be used.
+        StartError: it refuses us, has not got our tables, gives us no right to write, or the URL cannot be used.
         SystemExit: the worker was told to stop while it waited.
     """
     outage, pause = Outage(Server.DATABASE, "start"), 0.5
     with _stoppable():
         while True:
             try:
-                _check_schema(settings)
+                _try_database(settings)
             except schema.DatabaseAwayError as error:
                 outage.failed(str(error))
             except (InvalidSettingError, schema.SchemaError) as error:
@@ -174,10 +174,11 @@ def _wait(seconds: float, pulses: Sequence[Pulse]) -> None:
     time.sleep(seconds)
 
 
-def _check_schema(settings: Settings) -> None:
+def _try_database(settings: Settings) -> None:
     engine = make_engine(settings.database_url)
     try:
         schema.check(engine)
+        schema.check_writing(engine)
     finally:
         engine.dispose()
 

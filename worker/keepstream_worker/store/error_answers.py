@@ -68,7 +68,7 @@ def translate(error: Exception) -> Exception:
     """Return the outage or refusal that ``error`` means, or ``error`` itself, if it is neither: a defect."""
     if isinstance(error, DBAPIError):
         cause = error.orig
-        state = _state(cause)
+        state = state_of(cause)
         if not error.connection_invalidated and _is_refusal(cause, state):
             return _refusal(error, type(cause).__name__)
         answered = bool(state) and not error.connection_invalidated
@@ -89,7 +89,7 @@ def _refusal(error: Exception, name: str) -> StoreRefusedError:
     return refusal
 
 
-def _state(cause: BaseException | None) -> str:
+def state_of(cause: BaseException | None) -> str:
     """Return PostgreSQL's SQLSTATE or SQLite's name of the error; empty if there was no answer."""
     return str(getattr(cause, "sqlstate", None) or getattr(cause, "sqlite_errorname", None) or "")
 

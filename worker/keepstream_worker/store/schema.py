@@ -4,6 +4,7 @@ In: an engine, from the command line and the composition root.  Out: migrated ta
 ``SchemaError`` of one line.
 """
 
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,8 @@ import keepstream_worker
 from keepstream.client.database import describe_error
 from keepstream.client.postgresql import explain_failure
 from keepstream.tables import VERSION_TABLE, metadata
+from keepstream_worker.store.error_answers import state_of
+from keepstream_worker.store.heartbeats import Heartbeat, record_heartbeat
 
 
 class SchemaError(Exception):
@@ -27,12 +30,15 @@ class SchemaError(Exception):
 
 
 class DatabaseAwayError(SchemaError):
-    """The database cannot be reached now; waiting may mend it."""
+    """The database cannot be reached now, or cannot be written; waiting may mend it."""
 
 
 #: SQLSTATEs of PostgreSQL.
 _NO_RIGHT: Final = "42501"
 _NO_COLUMN: Final = "42703"
+#: How the SQLSTATEs, and SQLite's names, of what may pass begin: lost connections, conflicts, locks, a server that is
+#: read-only, full or shutting down.
+_PASSING: Final = ("08", "25006", "40", "53", "55P03", "57", "58", "SQLITE_BUSY", "SQLITE_FULL", "SQLITE_IOERR")
 _NAME_TAKEN: Final = {"42P07", "42710"}  # by a table, index, sequence or view; by a type
 
 
@@ -67,6 +73,20 @@ def check(engine: Engine) -> None:
     # A revision we do not know is a newer one; migrations are additive, so the old code goes on working.
     if revision in _known_revisions() and revision != head():
         raise SchemaError("the database's tables are of an older version: run `keepstream migrate`")
+
+
+def check_writing(engine: Engine) -> None:
+    """Make sure that a worker can write: it gives a sign of life, which is taken back.
+
+    Raises:
+        SchemaError: it cannot; a ``DatabaseAwayError`` if that may pass.
+    """
+    sign = Heartbeat(uuid.uuid4().hex, lease=0.0, queue="", places=0, running=0)
+    try:
+        with engine.connect() as connection:  # and no commit
+            record_heartbeat(connection, [sign])
+    except SQLAlchemyError as error:
+        raise _explain(error, connected=True) from None
 
 
 def migrate(engine: Engine) -> str:
@@ -163,6 +183,8 @@ def _explain(error: SQLAlchemyError, *, connected: bool) -> SchemaError:
         failure = explain_failure(str(cause))
         kind = DatabaseAwayError if failure.passes else SchemaError
         return kind(f"the database {failure.what} ({description}); {failure.advice}")
+    if state_of(cause).startswith(_PASSING):
+        return DatabaseAwayError(f"the database does not do its work now ({description}); see its log if that lasts")
     return SchemaError(_explain_refusal(cause, description))
 
 
