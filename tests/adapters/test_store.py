@@ -609,7 +609,7 @@ def test_rejection_recorded_twice_is_one_row(db: Store) -> None:
 
 
 def test_refused_job_is_a_failed_one_and_changes_no_job_that_is_there(db: Store) -> None:
-    refused = Refused(make_job(), ErrorCode.INVALID_JOB, "model: missing")
+    refused = Refused(make_job(), "special", ErrorCode.INVALID_JOB, "model: missing")
     db(store.refuse, refused, refused)
     result = db.get()
     assert (result.status, result.attempt, result.terminal_event_id) == (JobStatus.FAILED, 1, "1-1")
@@ -617,11 +617,15 @@ def test_refused_job_is_a_failed_one_and_changes_no_job_that_is_there(db: Store)
     assert (result.error.code, result.error.message) == ("invalid_job", "model: missing")
     assert (result.partial, result.usage, result.output_sha256) == (False, None, output_sha256([]))
     assert result.finished_at is not None
+    with db.engine.begin() as connection:
+        again = queries.get_for_retry(connection, "default", "a")
+    assert again is not None
+    assert (again.job, again.queue) == (make_job(), "special")
     db.change(finished_at=seconds_from_now(-5.0))
     assert db.sweep().unannounced == [JobKey("default", "a")]
     db.claimed("b")
     before = db.get("b")
-    db(store.refuse, Refused(make_job("b"), ErrorCode.INVALID_JOB, "model: missing"))
+    db(store.refuse, Refused(make_job("b"), "special", ErrorCode.INVALID_JOB, "model: missing"))
     assert db.get("b") == before
 
 
@@ -654,7 +658,7 @@ def without_a_worker_left(db: Store) -> None:
 
 
 def refused(db: Store) -> None:
-    db(store.refuse, Refused(make_job(), ErrorCode.INVALID_JOB, "model: missing"))
+    db(store.refuse, Refused(make_job(), "special", ErrorCode.INVALID_JOB, "model: missing"))
 
 
 @pytest.mark.parametrize("end", [completed, failed_for_good, cancelled, expired, without_a_worker_left, refused])

@@ -225,7 +225,7 @@ async def delivery_is_run() -> None:
     assert acknowledged
     assert rejection.reason == refused.message == "internal error (Defect)"
     assert (refuse, refused.code) == (store.refuse, ErrorCode.INTERNAL)
-    assert refused.request_hash == parse_job(job).request_hash()
+    assert (refused.job, refused.request_hash) == (parse_job(job), parse_job(job).request_hash())
     assert announcer.announced == [GOOD]
 
 

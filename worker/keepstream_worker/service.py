@@ -16,6 +16,7 @@ import uuid
 import redis.asyncio
 
 from keepstream.client.database import make_engine
+from keepstream.client.queries import queued_values
 from keepstream.client.redis_connections import make_async_pool
 from keepstream.client.redis_url import RedisServer
 from keepstream.client.sender import Sender
@@ -130,19 +131,22 @@ class Service:
         except Exception as error:  # the last resort: a message that always meets a defect must not come for ever
             log.exception("job_defect", **_names(argument))
             reason = f"internal error ({type(error).__name__})"
-            await self._refuse(argument, ErrorCode.INTERNAL, reason, request_hash=_hash_of(job))
+            await self._refuse(argument, ErrorCode.INTERNAL, reason, _storable(job), request_hash=_hash_of(job))
         delivery.acknowledge()
 
-    async def _refuse(self, argument: object, code: ErrorCode, reason: str, request_hash: str | None = None) -> None:
+    async def _refuse(
+        self, argument: object, code: ErrorCode, reason: str, job: Job | None = None, request_hash: str | None = None
+    ) -> None:
         """Record a message that cannot be run.
 
-        If it names a job that has no row, or one that waits and has this ``request_hash``, that job ends as failed.
+        If it names a job that has no row, or one that waits and has this ``request_hash``, that job ends as failed: the
+        ``job``, if it is valid.
         """
-        job = _job_named_in(argument)
-        await self._reject(argument, reason, job)
-        if job is not None:
-            key = JobKey(job.tenant, job.id)
-            refused = Refused(job, code, reason, request_hash)
+        named = job or _job_named_in(argument)
+        await self._reject(argument, reason, named)
+        if named is not None:
+            key = JobKey(named.tenant, named.id)
+            refused = Refused(named, self._settings.queue, code, reason, request_hash)
             await self._database.persist(store.refuse, refused)
             try:
                 await self._announcer.announce(key)
@@ -228,6 +232,17 @@ def _hash_of(job: Job | None) -> str | None:
     except Exception:  # the defect that was met may be in here
         log.exception("job_defect", tenant=job and job.tenant, job_id=job and job.id)
         return None
+
+
+def _storable(job: Job | None) -> Job | None:
+    """Return a job that met a defect, so that it can be run again later; None if it cannot even be stored."""
+    try:
+        if job is not None:
+            queued_values(job)
+    except Exception:
+        log.exception("job_defect", tenant=job and job.tenant, job_id=job and job.id)
+        return None
+    return job
 
 
 def _names(argument: object) -> dict[str, str | None]:

@@ -53,9 +53,10 @@ def reject(connection: Connection, rejections: list[Rejection]) -> list[None]:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A job that ends before it began; ``job`` lends its names only."""
+    """A job that ends before it began."""
 
-    job: Job
+    job: Job  #: One that only lends its names, if the message held no valid job.
+    queue: str  #: Where it came from.
     code: ErrorCode
     message: str
     request_hash: str | None = None  #: What a row that waits must have to be ended as well.
@@ -69,7 +70,7 @@ def refuse(connection: Connection, refusals: list[Refused]) -> list[None]:
     insert = (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(jobs)
     for refused in refusals:
         job = refused.job
-        values = queued_values(job)
+        values = queued_values(job, refused.queue)
         created = connection.execute(insert.values(values).on_conflict_do_nothing().returning(jobs.c.id)).one_or_none()
         attempt = values["attempt"] if created is not None else _waiting_attempt(connection, refused)
         if attempt is not None:
