@@ -32,9 +32,10 @@ def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def consumer(url: str, receive: Callable[[Any, Any], None] = lambda *_: None) -> Iterator[Connection]:
+def consumer(url: str, receive: Callable[[Any, Any], None] = lambda *_: None, **options: Any) -> Iterator[Connection]:
     """A connection that takes messages by our transport and hands them to ``receive``."""
-    options = {"server": parse_redis_url(url), "capacity": 10, "rejected_prefix": "keepstream", "priority_steps": [0]}
+    server = parse_redis_url(url)
+    options |= {"server": server, "capacity": 10, "rejected_prefix": "keepstream", "priority_steps": [0]}
     with Connection(url, transport=FilteringTransport, transport_options=options) as connection:
         channel: FilteringChannel = connection.default_channel
         with connection.Consumer([Queue(QUEUE, channel=channel)], callbacks=[receive], accept=["json"]):
@@ -116,6 +117,27 @@ def test_message_that_cannot_be_put_back_is_neither_lost_nor_logged(
         client.set(QUEUE, "in the way")
     assert client.hlen("unacked") == 1, "another worker puts it back later"
     assert PROMPT not in "".join(capfd.readouterr())
+
+
+def test_silent_redis_does_not_keep_the_end_waiting_for_each_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "_PUT_BACK_WITHIN", 0.1)
+    tried: list[Any] = []
+    put_back = FilteringChannel._restore
+
+    def count(channel: FilteringChannel, message: Any, **options: Any) -> None:
+        tried.append(message)
+        put_back(channel, message, **options)
+
+    monkeypatch.setattr(FilteringChannel, "_restore", count)
+    received: list[Any] = []
+    with EmbeddedValkey() as server:
+        with redis.Redis.from_url(server.url) as client:
+            send(client, *(f"job-{number}" for number in range(8)))
+        with consumer(server.url, lambda _, message: received.append(message), socket_timeout=0.3) as connection:
+            turn(connection, lambda: len(received) == 8)
+            server.freeze()
+        server.thaw()
+    assert len(tried) == 1
 
 
 def test_old_entry_that_is_no_message_is_set_aside_and_the_next_is_put_back(

@@ -1,5 +1,7 @@
 """An outage is said once for each reason, and once when it is over; the reason is the server's word, never its text."""
 
+import asyncio
+
 import pytest
 import redis
 import structlog
@@ -82,6 +84,13 @@ def test_reason_of_a_lost_connection_is_its_cause() -> None:
     with pytest.raises(RedisError) as caught:
         connect()
     assert redis_reason(caught.value) == "ConnectionRefusedError"
+
+
+@pytest.mark.parametrize("meanwhile", [SystemExit, asyncio.CancelledError])
+def test_what_was_under_way_meanwhile_is_no_reason(meanwhile: type[BaseException]) -> None:
+    error = TimeoutError()
+    error.__context__ = meanwhile()
+    assert redis_reason(error) == "TimeoutError"
 
 
 def test_every_word_of_redis_is_recognised() -> None:

@@ -44,6 +44,9 @@ _TAKEN_AT_ONCE: Final = 16
 _ACKNOWLEDGE_WITHIN: Final = 0.05
 #: Seconds after which a call that failed is tried again.
 _PAUSE: Final = 1.0
+#: Seconds after which no more messages are put back if one cannot be: a Redis that is silent keeps each of them waiting
+#: for its time-out, and the process is about to end.
+_PUT_BACK_WITHIN: Final = 5.0
 
 
 class BatchingQoS(QoS):
@@ -137,6 +140,7 @@ class BatchingQoS(QoS):
         self.flush_acknowledgements()
         delivered = list(self._delivered.items())
         self._delivered.clear()
+        give_up_at = time.monotonic() + _PUT_BACK_WITHIN
         for tag, message in delivered:
             try:
                 if tag in self._unnoted:  # the only copy is ours
@@ -146,6 +150,8 @@ class BatchingQoS(QoS):
                     self.channel._restore(message)
             except (RedisError, OSError) as error:  # what is noted comes back after the visibility time-out
                 self._restoring.redis_failed(error)
+                if time.monotonic() > give_up_at:
+                    break
 
     def restore_visible(self, *args: Any, **kwargs: Any) -> None:
         """Put back what other workers have taken and not acknowledged for long; called by a timer."""

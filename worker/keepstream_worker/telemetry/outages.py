@@ -49,7 +49,7 @@ def redis_reason(error: BaseException) -> str:
     """Return Redis' word for what is wrong, else the kind of error; never its text, which may hold arguments."""
     root = error
     cause: BaseException | None = error
-    while cause is not None:
+    while isinstance(cause, Exception):  # not what was under way meanwhile: a cancellation, the end of the worker
         root = cause
         given = getattr(cause, "status_code", None)  # redis-py takes the words that it knows out of the text
         if "max number of clients" in str(cause):
