@@ -1,5 +1,6 @@
 """What is wrong with a Redis is found at the start, and told in one line that says what to do."""
 
+import asyncio
 import re
 import socket
 import threading
@@ -10,7 +11,7 @@ import redis
 
 from keepstream.client.redis_url import parse_redis_url
 from keepstream_worker.dev_stack.embedded import EmbeddedValkey, free_port
-from keepstream_worker.redis_check import RedisFacts, RedisFault, check_redis_server
+from keepstream_worker.redis_check import RedisFacts, RedisFault, _fault, check_redis_server
 from tests.redis_servers import (
     Certificates,
     ClusterNode,
@@ -209,3 +210,10 @@ def test_the_right_that_a_user_of_the_sentinels_needs(sentinels: SentinelSet):
         with sentinel.client() as admin:
             admin.execute_command("ACL", "SETUSER", "keepstream", "-sentinel")
     assert "does not let this user in" in fault(url).found
+
+
+def test_time_out_is_named_as_one() -> None:
+    error = TimeoutError()
+    error.__context__ = asyncio.CancelledError()
+    found = _fault(error, parse_redis_url("redis://host"), "KEEPSTREAM_REDIS_URL")
+    assert found.found == "does not answer (TimeoutError)"

@@ -42,6 +42,7 @@ from keepstream_worker.settings import load_settings
 from keepstream_worker.store.database import WorkerDatabase
 from keepstream_worker.supervisor import Supervisor
 from keepstream_worker.telemetry.logs import configure_logging
+from keepstream_worker.telemetry.outages import Outage, Server
 from keepstream_worker.upkeep import cancel_listener
 from keepstream_worker.upkeep.cancel_listener import CancelListener
 from keepstream_worker.upkeep.periodic import PeriodicTask
@@ -138,6 +139,8 @@ def make_channel(**parts: Any) -> FilteringChannel:
     channel = object.__new__(FilteringChannel)
     channel._unreadable = []
     channel._rests_until = 0.0
+    channel._active_queues = []
+    channel._taking = channel._recording = Outage(Server.BROKER, "work")
     channel._in_poll = NOBODY
     channel.__dict__.update(client=SimpleNamespace(connection=None), **parts)
     return channel
@@ -177,6 +180,61 @@ async def message_is_put_back() -> None:
     books.restore_by_tag("tag-1")
     assert removed == ["tag-1", "tag-1"]
     assert len(set_aside(channel)) == 1
+
+
+def make_books(channel: FilteringChannel) -> BatchingQoS:
+    """Return the books of a channel, which meet a defect in each call to Redis."""
+    books: BatchingQoS = object.__new__(BatchingQoS)
+    books.channel = channel
+    books._client = SimpleNamespace(pipeline=fail, rpush=fail)
+    books._unnoted = {tag: ({}, "completions") for tag in ("tag-1", "tag-2")}
+    books._acknowledged = ["tag-3"]
+    books._noting = books._acknowledging = books._restoring = Outage(Server.BROKER, "work")
+    return books
+
+
+async def messages_are_noted() -> None:
+    books = make_books(make_channel())
+    books.flush_notes()
+    assert list(books._unnoted) == ["tag-1", "tag-2"], "they are noted later"
+
+
+async def acknowledgements_are_sent() -> None:
+    books = make_books(make_channel(closed=False))
+    again: list[float] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(books, "_flush_acknowledgements_in", again.append)
+        books.flush_acknowledgements()
+    assert books._acknowledged == ["tag-3"]
+    assert len(again) == 1
+
+
+async def messages_are_put_back_at_the_end() -> None:
+    tried: list[str] = []
+
+    def put_back(message: str) -> None:
+        tried.append(message)
+        raise Defect
+
+    books = make_books(make_channel(closed=True, _restore=put_back))
+    books._on_collect = cast("Any", SimpleNamespace(cancel=lambda: None))
+    books._dirty = set()
+    books._delivered = cast("Any", {"tag-1": NOBODY, "tag-4": "four", "tag-5": "five"})
+    books.restore_unacked_once()
+    assert tried == ["four", "five"]
+
+
+async def old_messages_are_put_back() -> None:
+    books = make_books(make_channel(conn_or_acquire=fail))
+    books._vrestore_count = 0
+    books.restore_visible()
+
+
+async def unreadable_messages_are_handed_over() -> None:
+    channel = make_channel(conn_or_acquire=fail)
+    channel._unreadable.append(b"{}")
+    channel._flush_unreadable()
+    assert channel._unreadable == [b"{}"]
 
 
 async def answer_of_the_broker_is_read() -> None:
@@ -605,6 +663,11 @@ PLACES: Final = [
     Place("message_defect", message_is_delivered),
     Place("message_defect", message_is_read),
     Place("message_defect", message_is_put_back),
+    Place("broker_defect", messages_are_noted),
+    Place("broker_defect", acknowledgements_are_sent),
+    Place("broker_defect", messages_are_put_back_at_the_end),
+    Place("broker_defect", old_messages_are_put_back),
+    Place("broker_defect", unreadable_messages_are_handed_over),
     Place("broker_defect", answer_of_the_broker_is_read),
     Place("broker_defect", broker_is_asked),
     Place("job_defect", delivery_is_run),

@@ -181,6 +181,6 @@ def _fault(error: BaseException, server: RedisServer, variable: str) -> RedisFau
 def _causes(error: BaseException) -> Iterator[BaseException]:
     """Iterate over an error and what it came from; redis-py wraps what the socket and TLS raise."""
     cause: BaseException | None = error
-    while cause is not None:
+    while isinstance(cause, Exception):  # not the cancellation of which a time-out was made
         yield cause
         cause = cause.__cause__ or cause.__context__

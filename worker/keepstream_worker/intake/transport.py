@@ -49,6 +49,14 @@ _PAUSE: Final = 1.0
 _PUT_BACK_WITHIN: Final = 5.0
 
 
+def _note_failure(outage: Outage, error: Exception, **known: str) -> None:
+    """Say what an error is that Redis, the network or a defect has brought; whatever it is, the call is repeated."""
+    if isinstance(error, RedisError | OSError):
+        outage.redis_failed(error, **known)
+    else:
+        log.error("broker_defect", exc_info=error)
+
+
 class BatchingQoS(QoS):
     """Keeps unacknowledged messages in Redis like its parent, in fewer round trips.
 
@@ -88,8 +96,8 @@ class BatchingQoS(QoS):
                 pipe.hset(self.unacked_key, mapping=entries)
                 pipe.zadd(self.unacked_index_key, dict.fromkeys(entries, time.time()))
                 pipe.execute()
-        except (RedisError, OSError) as error:
-            self._noting.redis_failed(error)
+        except Exception as error:  # noqa: BLE001  # what is taken is delivered; the rest is tried again
+            _note_failure(self._noting, error)
         else:
             self._unnoted.clear()
             self._noting.worked()
@@ -121,9 +129,9 @@ class BatchingQoS(QoS):
                 pipe.zrem(self.unacked_index_key, *tags)
                 pipe.hdel(self.unacked_key, *tags)
                 pipe.execute()
-        except (RedisError, OSError) as error:
+        except Exception as error:  # noqa: BLE001  # nothing else would send them any more
             # If this worker dies first, they will be delivered again some time, and find their jobs claimed.
-            self._acknowledging.redis_failed(error)
+            _note_failure(self._acknowledging, error)
             if not self.channel.closed:
                 self._flush_acknowledgements_in(_PAUSE)
         else:
@@ -148,8 +156,8 @@ class BatchingQoS(QoS):
                     self._client.rpush(queue, orjson.dumps(raw))
                 else:
                     self.channel._restore(message)
-            except (RedisError, OSError) as error:  # what is noted comes back after the visibility time-out
-                self._restoring.redis_failed(error)
+            except Exception as error:  # noqa: BLE001  # what is noted comes back after the visibility time-out
+                _note_failure(self._restoring, error)
                 if time.monotonic() > give_up_at:
                     break
 
@@ -157,8 +165,8 @@ class BatchingQoS(QoS):
         """Put back what other workers have taken and not acknowledged for long; called by a timer."""
         try:
             super().restore_visible(*args, **kwargs)  # type: ignore[no-untyped-call]
-        except (RedisError, OSError) as error:
-            self._restoring.redis_failed(error)
+        except Exception as error:  # noqa: BLE001  # it is called again some seconds later
+            _note_failure(self._restoring, error)
         else:
             self._restoring.worked()
 
@@ -230,10 +238,7 @@ class FilteringChannel(Channel):
 
     def rest(self, error: Exception) -> None:
         """Take no messages for a moment, and then by a new connection."""
-        if isinstance(error, RedisError | OSError):
-            self._taking.redis_failed(error, queue=" ".join(self.active_queues))
-        else:
-            log.error("broker_defect", exc_info=error)
+        _note_failure(self._taking, error, queue=" ".join(self.active_queues))
         self._rests_until = time.monotonic() + _PAUSE
         self._in_poll = None  # type: ignore[assignment]  # inferred from its other uses
         connection = self.client.connection
@@ -390,8 +395,8 @@ class FilteringChannel(Channel):
         try:
             with self.conn_or_acquire() as client:
                 client.lpush(rejected_list(self.rejected_prefix), *self._unreadable)
-        except (RedisError, OSError) as error:
-            self._recording.redis_failed(error)
+        except Exception as error:  # noqa: BLE001  # messages are taken all the same
+            _note_failure(self._recording, error)
         else:
             self._unreadable.clear()
             self._recording.worked()
