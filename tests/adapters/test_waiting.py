@@ -194,7 +194,7 @@ def test_a_follower_of_a_job_whose_workers_are_busy_is_told_after_some_seconds(
 ) -> None:
     caplog.set_level(logging.INFO)
     work(engine, running=3)
-    with pytest.raises(FollowTimeoutError, match="all 1 workers are busy"):
+    with pytest.raises(FollowTimeoutError, match="the queue's only worker is busy, and 1 job waits"):
         next(client.follow(enqueue(client), timeout=4))
     assert [level for level, _ in told(caplog)] == ["INFO"]
 

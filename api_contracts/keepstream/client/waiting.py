@@ -72,10 +72,8 @@ def waiting_for(row: StoredRow, surroundings: Surroundings) -> WaitingFor | None
     if row.seconds_until_due > _SOON:
         return WaitingFor(cause="retry", text=f"its next attempt, due at {_clock_time(row.due_at)}")
     if all(worker.running >= worker.places for worker in here):
-        return WaitingFor(
-            cause="place",
-            text=f"a free place: all {len(here)} workers are busy, and {_count(surroundings.waiting)} wait",
-        )
+        busy = "the queue's only worker is busy" if len(here) == 1 else f"all {len(here)} workers are busy"
+        return WaitingFor(cause="place", text=f"a free place: {busy}, and {_count(surroundings.waiting)}")
     return WaitingFor(cause="pickup", text="a worker to take it")
 
 
@@ -84,4 +82,6 @@ def _clock_time(time: datetime) -> str:
 
 
 def _count(waiting: int) -> str:
-    return f"more than {_COUNTED} jobs" if waiting > _COUNTED else f"{waiting} jobs"
+    if waiting > _COUNTED:
+        return f"more than {_COUNTED} jobs wait"
+    return "1 job waits" if waiting == 1 else f"{waiting} jobs wait"
