@@ -243,8 +243,9 @@ def list_(
     from keepstream_worker.commands.tables import show_list
 
     console = make_console()
-    show_list(console, page)
-    if not page:
+    if page:
+        show_list(console, page)
+    else:
         console.print("No such jobs.", style="dim")
     if more:
         console.print(f"\n{more}", style="dim", highlight=False, soft_wrap=True)
