@@ -80,8 +80,11 @@ def wheelhouse(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             run([*PIP, *fetch, *(f"--requirement={path}" for path in LOCKS)], ROOT)
             partial.rename(wheels)
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("FIND_LINKS", str(wheels)), ("NO_INDEX", "1"), ("OFFLINE", "1"), ("NO_CONFIG", "1")):
-            patch.setenv(f"UV_{name}", value)
+        patch.setenv("UV_FIND_LINKS", str(wheels))
+        # The cache of this machine's user may know of files that it does not hold.
+        patch.setenv("UV_CACHE_DIR", str(wheels.with_suffix(".cache")))
+        for name in ("NO_INDEX", "OFFLINE", "NO_CONFIG"):
+            patch.setenv(f"UV_{name}", "1")
         yield wheels
 
 
