@@ -51,7 +51,7 @@ _UNCLAIMED_CANCEL_TTL: Final = 86_400  #: The same for one that only Redis has, 
 _log: Final = logging.getLogger("keepstream")
 _EXAMPLE_URL: Final = "redis://host:6379/0"
 #: How alike two names are of which one is a typo: QEUE, REDIS_URI; but not REDIS_PORT, which is another.
-_SIMILAR: Final = 0.75
+_SIMILAR: Final = 0.8
 _VARIABLES: Final = (
     names.ENV_REDIS_URL,
     names.ENV_BROKER_URL,
