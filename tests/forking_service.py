@@ -32,7 +32,6 @@ PATIENCE: Final = 60.0  #: Seconds for a child; one that hangs is an error.
 
 #: Made at import, as services do, and inherited or made anew by children of every kind.
 CLIENT: Final = Client.from_env() if "KEEPSTREAM_REDIS_URL" in os.environ else None
-logging.getLogger("keepstream").disabled = True  # it says that no worker is alive, which is so
 if CLIENT is not None:
     atexit.register(CLIENT.close)
 
@@ -274,5 +273,6 @@ SCENARIOS: Final[dict[str, Callable[[Client], list[str]]]] = {
 def main() -> None:
     """Play the scenario that the command line names."""
     assert CLIENT is not None
+    logging.getLogger("keepstream").disabled = True  # it says that no worker is alive, which is so
     problems = SCENARIOS[sys.argv[1]](CLIENT)
     print(json.dumps({"wrong": problems}), flush=True)  # noqa: T201
