@@ -197,6 +197,15 @@ class AsyncRedisConnections:
         finally:
             with suppress(Exception):
                 await session.pubsub.aclose()
+                await self._close_late(links)
+
+    async def _close_late(self, links: "_AsyncLinks") -> None:
+        """Close connections that were still being made while the client was closed."""
+        try:
+            self._check_open()
+        except KeepstreamError:
+            await links.subscriptions.aclose()
+            await links.commands.aclose()
 
     async def close(self) -> None:
         """Close all connections, those of other running loops as well."""
