@@ -1,0 +1,685 @@
+"""Builds the output from the events of the Responses API, and the normalised deltas that lead to it.
+
+In: decoded events, from the stream reader.
+Out: deltas while the stream lasts, and the output at any time, in the shape of chat completions.
+
+Every text may come five times: in deltas, with the end of its part and of its item, and in the final response; and
+servers leave out any four of the five. What was published counts; whole texts only fill in what is missing at its
+end. Ids and indexes are no better: some servers change the id with every event, others send no index, or always 0.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final
+
+import orjson
+
+from keepstream_worker.providers.accumulator import Limits, Output
+from keepstream_worker.providers.accumulator.builders import ChoiceBuilder, TextBuilder, ToolCallBuilder
+from keepstream_worker.providers.accumulator.json_values import byte_length, merged_usage, safe, storable, whole_number
+from keepstream_worker.providers.dialects.responses_request import ITEMS_FIELD
+from keepstream_worker.values import Delta
+
+_MESSAGE: Final = "message"
+_REASONING: Final = "reasoning"
+_FUNCTION_CALL: Final = "function_call"
+_CUSTOM_CALL: Final = "custom_tool_call"
+#: Kinds of items, and where an item of this kind has the arguments of its call.
+_ARGUMENTS: Final = {_FUNCTION_CALL: "arguments", _CUSTOM_CALL: "input"}
+_CALL_TYPES: Final = {_FUNCTION_CALL: "function", _CUSTOM_CALL: "custom"}
+
+#: They come at once and prove nothing: a model that hangs sends them too.
+_LIFECYCLE: Final = frozenset({"response.created", "response.queued", "response.in_progress"})
+_KEEP_ALIVE: Final = frozenset({"keepalive", "ping", "heartbeat"})
+_TERMINAL: Final = frozenset({"response.completed", "response.incomplete", "response.failed", "response.done"})
+_FAILED: Final = frozenset({"failed", "cancelled"})
+
+_REASONS: Final = {"max_output_tokens": "length", "content_filter": "content_filter"}
+_MAX_REASON: Final = 256  #: Characters of a finish reason.
+_BETWEEN_PARTS: Final = "\n\n"  #: Between two parts of reasoning.
+_DETAILS: Final = ("id", "model", "service_tier", "tool_usage", "input_transformations", "system_fingerprint")
+_MAX_DETAIL: Final = 256 * 1024  #: Bytes of a response object whose details are kept.
+_TOKEN_COUNTS: Final = {
+    "input_tokens": "prompt_tokens",
+    "output_tokens": "completion_tokens",
+    "input_tokens_details": "prompt_tokens_details",
+    "output_tokens_details": "completion_tokens_details",
+}
+_COUNTS: Final = ("prompt_tokens", "completion_tokens", "total_tokens")
+
+
+class _Item:
+    """One item of the answer while it is built."""
+
+    __slots__ = ("call", "call_id", "closed", "commentary", "held", "kind", "name", "parts", "pending", "raw", "source")
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.closed = False
+        self.raw: dict[str, Any] | None = None  # as the provider wants it back in the next turn
+        # Of a message or of reasoning: what was published of each part, in the order of the parts.
+        self.parts: dict[object, TextBuilder] = {}
+        self.commentary = False  # a message that tells what the model is about to do
+        self.source = ""  # of reasoning: whether summaries or the text itself spoke first; the other one repeats it
+        # Of a call.
+        self.call: ToolCallBuilder | None = None
+        self.call_id = ""
+        self.name = ""
+        self.held = ""  # arguments in the item's first event: some servers repeat them in the first delta
+        self.pending: list[str] = []  # arguments that came before the call's id and name
+
+    def published(self) -> str:
+        """Return the texts published so far, as they stand in the output."""
+        between = _BETWEEN_PARTS if self.kind == _REASONING else ""
+        return between.join(part.value() for part in self.parts.values())
+
+    def contradicts(self, call_id: str) -> bool:
+        """Whether this is a call with another id."""
+        return bool(call_id and self.call_id and call_id != self.call_id)
+
+
+class ResponsesAccumulator:
+    """Accumulates one stream of the Responses API.
+
+    Args:
+        limits: Bounds of the stream. Once one is exceeded, ``too_large`` is set and no more text is added.
+        call_seed: The job's id, from which tool-call ids are generated for providers that send none.
+    """
+
+    def __init__(self, limits: Limits, call_seed: str = "") -> None:
+        self.too_large = False  #: Whether the answer exceeded a limit before it was complete.
+        self.ended = False  #: Whether the terminal event has come: nothing after it matters.
+        self.foreign = False  #: Whether the provider answers with chunks of chat completions.
+        self._limits = limits
+        self._call_seed = call_seed
+        self._choice: ChoiceBuilder | None = None
+        self._items: list[_Item] = []
+        self._by_index: dict[tuple[str, int], _Item] = {}
+        self._by_id: dict[tuple[str, str], _Item] = {}
+        self._failed = False
+        self._usage: dict[str, Any] | None = None
+        self._details: dict[str, Any] = {}
+        self._bytes_left = limits.max_output_bytes
+        self._extra_bytes_left = limits.max_extra_bytes
+        self._annotated = False
+        self._fields: dict[str, Any] = {}  # what the current event adds
+        self._handlers: Mapping[str, Callable[[dict[str, Any]], None]] = {
+            "response.output_item.added": self._open_item,
+            "response.output_item.done": self._close_item,
+            "response.output_text.delta": self._add_text,
+            "response.output_text.done": self._fill_text,
+            "response.output_text.annotation.added": self._annotate,
+            "response.refusal.delta": self._add_refusal,
+            "response.refusal.done": self._fill_refusal,
+            "response.function_call_arguments.delta": self._add_arguments,
+            "response.function_call_arguments.done": self._fill_arguments,
+            "response.custom_tool_call_input.delta": self._add_arguments,
+            "response.custom_tool_call_input.done": self._fill_arguments,
+            "response.reasoning_summary_text.delta": self._add_reasoning,
+            "response.reasoning_summary_text.done": self._fill_reasoning,
+            "response.reasoning_text.delta": self._add_reasoning,
+            "response.reasoning_text.done": self._fill_reasoning,
+        }
+
+    # -- state ----------------------------------------------------------------------------------------
+
+    @property
+    def choice_count(self) -> int:
+        """How many choices have been seen: this API gives one."""
+        return 0 if self._choice is None else 1
+
+    @property
+    def complete(self) -> bool:
+        """Whether the provider has said that this is the whole answer."""
+        return self.ended and not self._failed
+
+    @property
+    def failed(self) -> bool:
+        """Whether the provider has said that it failed, without saying why."""
+        return self._failed
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether the answer is complete."""
+        return self.complete
+
+    @property
+    def has_output(self) -> bool:
+        """Whether there is anything a reader could use."""
+        return self._choice is not None and self._choice.has_output
+
+    @property
+    def closed(self) -> bool:
+        """Whether there is at least one item, and none is still open."""
+        return bool(self._items) and all(item.closed for item in self._items)
+
+    @staticmethod
+    def is_progress(event: Mapping[str, Any]) -> bool:
+        """Whether an event shows that the model has begun to answer."""
+        return event.get("type") not in _LIFECYCLE and event.get("type") not in _KEEP_ALIVE
+
+    # -- input and output -------------------------------------------------------------------------------
+
+    def apply(self, event: dict[str, Any], deltas: list[Delta], size: int) -> object:
+        """Apply an event, append what it adds to ``deltas``, and return the error it reports, or None.
+
+        Args:
+            event: The decoded JSON object, with its type.
+            deltas: The list to append to.
+            size: The event's size as JSON, in bytes; it counts against what is kept besides the output.
+        """
+        if self.ended:
+            return None
+        kind = event.get("type")
+        self._fields = {}
+        error: object = None
+        try:
+            handler = self._handlers.get(kind) if type(kind) is str else None
+            if handler is not None:
+                handler(event)
+            elif kind in _TERMINAL:
+                error = self._end(event, size)
+            elif kind in _LIFECYCLE:
+                self._read_response(event.get("response"), size)
+            elif kind == "error" or (kind not in _KEEP_ALIVE and event.get("error")):
+                error = _error_in(event) or event
+            elif kind is None and type(event.get("output")) is list:
+                error = self._end({"response": event}, size)  # a whole response instead of a stream
+            elif type(event.get("choices")) is list:
+                self.foreign = True
+        finally:  # what was appended is released even if the rest cannot be read
+            if self._fields:
+                deltas.append(Delta(0, self._fields))
+        return error
+
+    def flush(self, deltas: list[Delta]) -> None:
+        """Release what was held back: arguments of calls that were never named, and lone surrogates."""
+        self._fields = {}
+        for item in self._items:
+            if item.kind in _ARGUMENTS:
+                self._settle(item)
+        choice = self._choice
+        if choice is not None:
+            for name, text in (
+                ("content", choice.content),
+                ("reasoning", choice.reasoning),
+                ("refusal", choice.refusal),
+            ):
+                if text is not None and (rest := text.end()):
+                    self._fields[name] = self._fields.get(name, "") + rest
+            for call in choice.calls:
+                if rest := call.arguments.end():
+                    self._tell(call, arguments=rest)
+        if self._fields:
+            deltas.append(Delta(0, self._fields))
+
+    def fill_empty_arguments(self, deltas: list[Delta]) -> None:
+        """Set empty arguments of function calls to ``{}``. Only for complete answers: otherwise they may be missing."""
+        self._fields = {}
+        for call in self._choice.calls if self._choice else ():
+            if call.type == "function" and not call.arguments.value().strip():
+                call.arguments.append("{}")
+                self._tell(call, arguments="{}")
+        if self._fields:
+            deltas.append(Delta(0, self._fields))
+
+    def output(self) -> Output:
+        """Return the output so far."""
+        choices = []
+        if self._choice is not None:
+            raw = [item.raw for item in self._items if item.raw is not None]
+            if raw:
+                self._choice.extra = {**(self._choice.extra or {}), ITEMS_FIELD: raw}
+            choices.append(self._choice.value())
+        usage = self._usage
+        if usage is not None:
+            usage = usage | {name: whole_number(usage.get(name)) for name in _COUNTS}
+        return Output(
+            choices=choices,
+            usage=usage,
+            provider_details=storable(self._details) if self._details else None,
+        )
+
+    # -- items ----------------------------------------------------------------------------------------
+
+    def _open_item(self, event: dict[str, Any]) -> None:
+        item = event.get("item")
+        if type(item) is not dict:
+            return
+        slot = self._find(_kind(item), event, item, adding=True)
+        self._read_head(slot, item)
+        held = item.get(_ARGUMENTS.get(slot.kind, ""))
+        if type(held) is str and slot.call is not None and not slot.call.arguments:
+            slot.held = held
+
+    def _close_item(self, event: dict[str, Any]) -> None:
+        item = event.get("item")
+        if type(item) is not dict:
+            return
+        slot = self._find(_kind(item), event, item)
+        self._fill_item(slot, item)
+        slot.closed = True
+
+    def _fill_item(self, slot: _Item, item: dict[str, Any]) -> None:
+        """Fill in what is missing of an item, given whole, and keep it for the next turn."""
+        self._read_head(slot, item)
+        if slot.kind == _MESSAGE:
+            self._fill_message(slot, item.get("content"))
+        elif slot.kind == _REASONING:
+            self._fill_item_reasoning(slot, item)
+        elif slot.kind in _ARGUMENTS:
+            self._fill_call(slot, item.get(_ARGUMENTS[slot.kind]))
+        if slot.raw is None and self._reserve_extra(item):
+            slot.raw = storable(item)
+
+    def _read_head(self, slot: _Item, item: dict[str, Any]) -> None:
+        """Read what an item says of itself besides its texts."""
+        if slot.kind == _MESSAGE and item.get("phase") == "commentary" and not slot.parts:
+            slot.commentary = True
+        if slot.kind not in _ARGUMENTS:
+            return
+        call_id, name = item.get("call_id") or item.get("id"), item.get("name")
+        if not slot.call_id and type(call_id) is str:
+            slot.call_id = safe(call_id)
+        if not slot.name and type(name) is str:
+            slot.name = safe(name)
+        if slot.call is None and slot.call_id and slot.name:
+            self._open_call(slot)
+
+    def _find(
+        self, kind: str, event: dict[str, Any], item: dict[str, Any] | None = None, *, adding: bool = False
+    ) -> _Item:
+        """Return the item of this kind that an event belongs to, a new one if it is none of those known."""
+        index = event.get("output_index")
+        index = index if type(index) is int else None
+        inner = item or {}
+        call_id = inner.get("call_id")
+        call_id = call_id if type(call_id) is str else ""
+        ids = [name for name in (inner.get("id"), call_id, event.get("item_id")) if type(name) is str and name]
+        slot = self._known(kind, index, ids, call_id, adding=adding)
+        if slot is None:
+            slot = _Item(kind)
+            self._items.append(slot)
+            if self._choice is None and kind in {_MESSAGE, _REASONING, *_ARGUMENTS}:
+                self._choice = ChoiceBuilder(0)
+        if index is not None:
+            self._by_index[kind, index] = slot
+        for name in ids:
+            self._by_id[kind, name] = slot
+        return slot
+
+    def _known(self, kind: str, index: int | None, ids: list[str], call_id: str, *, adding: bool) -> _Item | None:
+        if index is not None:
+            slot = self._by_index.get((kind, index))
+            if slot is not None and not slot.contradicts(call_id) and not (adding and slot.closed):
+                return slot
+        for name in ids:
+            slot = self._by_id.get((kind, name))
+            if slot is not None and not slot.contradicts(call_id) and not (adding and slot.closed):
+                return slot
+        if index is not None or adding:
+            return None
+        return next(
+            (
+                slot
+                for slot in reversed(self._items)
+                if slot.kind == kind and not slot.closed and not slot.contradicts(call_id)
+            ),
+            None,
+        )
+
+    # -- texts ----------------------------------------------------------------------------------------
+
+    def _add_text(self, event: dict[str, Any]) -> None:
+        slot = self._find(_MESSAGE, event)
+        self._publish(slot, _part_key(event), event.get("delta"))
+        logprobs = event.get("logprobs")
+        if type(logprobs) is list and logprobs and self._reserve_extra(logprobs):
+            self._extra().setdefault("logprobs", {"content": []})["content"].extend(storable(logprobs))
+
+    def _fill_text(self, event: dict[str, Any]) -> None:
+        self._fill_part(self._find(_MESSAGE, event), _part_key(event), event.get("text"))
+
+    def _add_reasoning(self, event: dict[str, Any]) -> None:
+        slot = self._find(_REASONING, event)
+        if self._speaks(slot, event):
+            self._publish(slot, _part_key(event), event.get("delta"))
+
+    def _fill_reasoning(self, event: dict[str, Any]) -> None:
+        slot = self._find(_REASONING, event)
+        if self._speaks(slot, event):
+            self._fill_part(slot, _part_key(event), event.get("text"))
+
+    @staticmethod
+    def _speaks(slot: _Item, event: dict[str, Any]) -> bool:
+        """Whether an event is of the source of reasoning that spoke first in its item."""
+        source = "summary" if "summary" in event["type"] else "content"
+        slot.source = slot.source or source
+        return slot.source == source
+
+    def _add_refusal(self, event: dict[str, Any]) -> None:
+        self._refuse(event.get("delta"))
+
+    def _fill_refusal(self, event: dict[str, Any]) -> None:
+        self._fill_whole_refusal(event.get("refusal"))
+
+    def _fill_whole_refusal(self, whole: object) -> None:
+        known = self._choice.refusal.value() if self._choice and self._choice.refusal else ""
+        self._refuse(_rest(whole, known))
+
+    def _refuse(self, piece: object) -> None:
+        if type(piece) is not str or not piece:
+            return
+        choice = self._open_choice()
+        choice.refusal = choice.refusal or TextBuilder()
+        if added := self._append(choice.refusal, piece):
+            self._fields["refusal"] = self._fields.get("refusal", "") + added
+
+    def _publish(self, slot: _Item, key: object, piece: object) -> None:
+        """Add a piece of a message or of reasoning to the output."""
+        if type(piece) is not str or not piece:
+            return
+        choice = self._open_choice()
+        to_reasoning = slot.kind == _REASONING or slot.commentary
+        if to_reasoning:
+            choice.reasoning = choice.reasoning or TextBuilder()
+        target = choice.reasoning if to_reasoning and choice.reasoning is not None else choice.content
+        part = slot.parts.get(key)
+        if part is None:
+            part = slot.parts[key] = TextBuilder()
+            if to_reasoning and target:
+                self._append_to(target, "reasoning", _BETWEEN_PARTS)
+        if added := self._append_to(target, "reasoning" if to_reasoning else "content", piece):
+            part.append(added)
+
+    def _append_to(self, target: TextBuilder, field: str, piece: str) -> str:
+        added = self._append(target, piece)
+        if added:
+            self._fields[field] = self._fields.get(field, "") + added
+        return added
+
+    def _fill_part(self, slot: _Item, key: object, whole: object) -> None:
+        known = slot.parts[key].value() if key in slot.parts else ""
+        if key is None and not known:
+            known = slot.published()
+        self._publish(slot, key, _rest(whole, known))
+
+    def _fill_message(self, slot: _Item, content: object) -> None:
+        texts, refusals = [], []
+        for part in content if type(content) is list else [{"text": content}]:
+            if type(part) is not dict:
+                continue
+            if type(part.get("text")) is str:
+                texts.append(part["text"])
+            elif type(part.get("refusal")) is str:
+                refusals.append(part["refusal"])
+            annotations = part.get("annotations")
+            if type(annotations) is list and annotations and not self._annotated and self._reserve_extra(annotations):
+                self._extra().setdefault("annotations", []).extend(storable(annotations))
+        self._publish_rest(slot, "".join(texts))
+        if refusals:
+            self._fill_whole_refusal("".join(refusals))
+
+    def _fill_item_reasoning(self, slot: _Item, item: dict[str, Any]) -> None:
+        for source in (slot.source,) if slot.source else ("content", "summary"):
+            parts = item.get(source)
+            texts = (
+                [part["text"] for part in parts if type(part) is dict and type(part.get("text")) is str]
+                if (type(parts) is list)
+                else []
+            )
+            if any(texts):
+                slot.source = source
+                self._publish_rest(slot, _BETWEEN_PARTS.join(texts))
+                return
+
+    def _publish_rest(self, slot: _Item, whole: str) -> None:
+        """Publish what a whole text of an item has beyond what was published of it."""
+        last = next(reversed(slot.parts), None)
+        self._publish(slot, last, _rest(whole, slot.published()))
+
+    def _annotate(self, event: dict[str, Any]) -> None:
+        annotation = event.get("annotation")
+        if type(annotation) is dict and self._reserve_extra(annotation):
+            self._annotated = True
+            self._extra().setdefault("annotations", []).append(storable(annotation))
+
+    # -- calls ----------------------------------------------------------------------------------------
+
+    def _add_arguments(self, event: dict[str, Any]) -> None:
+        slot = self._find(_call_kind(event), event)
+        piece = event.get("delta")
+        if type(piece) is not str or not piece:
+            return
+        held, slot.held = slot.held, ""
+        if held and not piece.startswith(held):
+            piece = held + piece
+        self._append_arguments(slot, piece)
+
+    def _fill_arguments(self, event: dict[str, Any]) -> None:
+        slot = self._find(_call_kind(event), event)
+        self._read_head(slot, {"name": event.get("name"), "call_id": event.get("call_id")})
+        self._fill_call(slot, event.get(_ARGUMENTS[slot.kind]))
+
+    def _fill_call(self, slot: _Item, whole: object) -> None:
+        known = "".join(slot.pending) if slot.call is None else slot.call.arguments.value()
+        if not whole and not known:
+            whole = slot.held
+        slot.held = ""
+        if rest := _rest(whole, known):
+            self._append_arguments(slot, rest)
+
+    def _append_arguments(self, slot: _Item, piece: str) -> None:
+        call = slot.call
+        if call is None:
+            if self._reserve(byte_length(piece)):
+                slot.pending.append(piece)
+            return
+        call.size += byte_length(piece)
+        if call.size > self._limits.max_argument_bytes:
+            self._mark_too_large()
+        if added := self._append(call.arguments, piece):
+            self._tell(call, arguments=added)
+
+    def _open_call(self, slot: _Item) -> None:
+        """Begin a call, now that it has a name and an id, or the stream is over."""
+        choice = self._open_choice()
+        if len(choice.calls) >= self._limits.max_tool_calls or not self._reserve(
+            byte_length(slot.call_id) + byte_length(slot.name)
+        ):
+            self._mark_too_large()
+            return
+        position = len(choice.calls)
+        generated = f"call_{self._call_seed}_{position}"
+        call = ToolCallBuilder(
+            position, slot.call_id or generated, _CALL_TYPES[slot.kind], generated_id=not slot.call_id
+        )
+        call.name = slot.name
+        slot.call = call
+        choice.calls.append(call)
+        self._tell(call, id=call.id, name=call.name)
+        pending, slot.pending = "".join(slot.pending), []
+        if pending:
+            self._bytes_left += byte_length(pending)  # it was reserved when it came
+            self._append_arguments(slot, pending)
+
+    def _settle(self, slot: _Item) -> None:
+        """Give a call what was held back for it, since nothing more will come."""
+        if slot.call is None and (slot.call_id or slot.name or slot.pending or slot.held):
+            self._open_call(slot)
+        if slot.call is not None and slot.held and not slot.call.arguments:
+            held, slot.held = slot.held, ""
+            self._append_arguments(slot, held)
+
+    def _tell(self, call: ToolCallBuilder, **added: str) -> None:
+        """Put what a call gained into the current delta."""
+        events: list[dict[str, Any]] = self._fields.setdefault("tool_calls", [])
+        for event in events:
+            if event["index"] == call.position:
+                for name, text in added.items():
+                    event[name] = event.get(name, "") + text
+                return
+        events.append({"index": call.position, **added})
+
+    # -- the end --------------------------------------------------------------------------------------
+
+    def _end(self, event: dict[str, Any], size: int) -> object:
+        """Read the terminal event; return the error it reports, or None."""
+        response = event.get("response")
+        response = response if type(response) is dict else {}
+        self._read_response(response, size)
+        status = response.get("status") or str(event.get("type", "")).removeprefix("response.")
+        incomplete = response.get("incomplete_details")
+        reason = incomplete.get("reason") if type(incomplete) is dict else None
+        if error := _error_in(response) or _error_in(event):
+            return error
+        if status in _FAILED and not reason:
+            self.ended = self._failed = True
+            return None
+        for slot, item in self._paired(response.get("output")):
+            self._fill_item(slot, item)
+        for slot in self._items:
+            if slot.kind in _ARGUMENTS:
+                self._settle(slot)
+        choice = self._open_choice()
+        if type(reason) is str and reason:
+            choice.finish_reason = _REASONS.get(reason, safe(reason)[:_MAX_REASON])
+        elif status == "incomplete":
+            choice.finish_reason = "length"
+        else:
+            choice.finish_reason = "tool_calls" if choice.calls else "stop"
+        choice.ended = self.ended = True
+        return None
+
+    def _paired(self, output: object) -> Iterator[tuple[_Item, dict[str, Any]]]:
+        """Pair the items of the final response with those that were streamed: by id, then by kind and order."""
+        items = [item for item in output if type(item) is dict] if type(output) is list else []
+        free = list(self._items)
+        unpaired = []
+        for item in items:
+            kind = _kind(item)
+            ids = {item.get("call_id"), item.get("id")} - {None, ""}
+            slot = next(
+                (slot for name in ids if (slot := self._by_id.get((kind, str(name)))) is not None and slot in free),
+                None,
+            )
+            if slot is None:
+                unpaired.append(item)
+            else:
+                free.remove(slot)
+                yield slot, item
+        for item in unpaired:
+            kind = _kind(item)
+            slot = next((slot for slot in free if slot.kind == kind), None)
+            if slot is not None:
+                free.remove(slot)
+                yield slot, item
+            elif kind in {_MESSAGE, _REASONING, *_ARGUMENTS}:
+                slot = _Item(kind)
+                self._items.append(slot)
+                yield slot, item
+
+    def _read_response(self, response: object, size: int) -> None:
+        if type(response) is not dict:
+            return
+        self._usage = merged_usage(self._usage, _chat_usage(response.get("usage")))
+        for name in _DETAILS:
+            value = response.get(name)
+            if value not in (None, "") and (size <= _MAX_DETAIL or type(value) is str):
+                self._details[name] = value
+        created = response.get("created_at")
+        if created is not None:
+            self._details["created"] = created
+
+    # -- bounds ---------------------------------------------------------------------------------------
+
+    def _open_choice(self) -> ChoiceBuilder:
+        if self._choice is None:
+            self._choice = ChoiceBuilder(0)
+        return self._choice
+
+    def _extra(self) -> dict[str, Any]:
+        choice = self._open_choice()
+        if choice.extra is None:
+            choice.extra = {}
+        return choice.extra
+
+    def _append(self, text: TextBuilder, piece: str) -> str:
+        """Append a piece if it fits into the limit; return what was appended, with surrogates and NUL put right."""
+        piece = text.rejoin(piece)
+        if not piece or not self._reserve(byte_length(piece)):
+            return ""
+        text.append(piece)
+        return piece
+
+    def _reserve(self, size: int) -> bool:
+        if size > self._bytes_left:
+            self._mark_too_large()
+            return False
+        self._bytes_left -= size
+        return True
+
+    def _mark_too_large(self) -> None:
+        """Refuse all further output, so that no text has a gap."""
+        self._bytes_left = -1
+        self.too_large = self.too_large or not self.succeeded
+
+    def _reserve_extra(self, value: object) -> bool:
+        """Reserve room for something that is kept besides the output; say in the choice if there is none."""
+        try:
+            size = len(orjson.dumps(value))
+        except TypeError:  # lone surrogates, or integers beyond 64 bits
+            size = len(str(value))
+        if size > self._extra_bytes_left:
+            self._extra()["truncated"] = True
+            return False
+        self._extra_bytes_left -= size
+        return True
+
+
+def _kind(item: Mapping[str, Any]) -> str:
+    kind = item.get("type")
+    return kind if type(kind) is str else ""
+
+
+def _call_kind(event: Mapping[str, Any]) -> str:
+    return _CUSTOM_CALL if "custom_tool_call" in event["type"] else _FUNCTION_CALL
+
+
+def _part_key(event: Mapping[str, Any]) -> object:
+    """Return what tells the parts of an item apart, or None if the server does not."""
+    for name in ("summary_index", "content_index"):
+        if type(event.get(name)) is int:
+            return event[name]
+    return None
+
+
+def _rest(whole: object, known: str) -> str:
+    """Return what ``whole`` has beyond ``known``; nothing if it does not continue it, for that was published."""
+    if type(whole) is not str:
+        return ""
+    text = safe(whole)
+    return text[len(known) :] if text.startswith(known) else ""
+
+
+def _error_in(value: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the error that an event or a response holds, in the shape ``{"error": {…}}``; nested fields come first."""
+    nested = value.get("error")
+    flat = {name: value[name] for name in ("code", "message", "param") if value.get(name) is not None}
+    if type(nested) is dict:
+        known = {name: part for name, part in nested.items() if part is not None}
+        error = flat | known
+    elif type(nested) is str:
+        error = flat | {"message": nested}
+    elif value.get("type") == "error":
+        error = flat
+    else:
+        return None
+    outer = {name: value[name] for name in ("error_type", "headers") if value.get(name) is not None}
+    return {"error": error, **outer} if error or value.get("type") == "error" else None
+
+
+def _chat_usage(usage: object) -> dict[str, Any] | None:
+    """Return a usage with the names of chat completions; what has no other name keeps its own."""
+    if type(usage) is not dict:
+        return None
+    return {_TOKEN_COUNTS.get(name, name): value for name, value in usage.items()}
