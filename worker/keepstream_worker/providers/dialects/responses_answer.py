@@ -38,7 +38,7 @@ _MAX_REASON: Final = 256  #: Characters of a finish reason.
 _BETWEEN_PARTS: Final = "\n\n"  #: Between two parts of reasoning.
 _DETAILS: Final = ("id", "model", "service_tier", "tool_usage", "input_transformations", "system_fingerprint")
 _MAX_DETAIL: Final = 256 * 1024  #: Bytes of a response object whose details are kept.
-_TOKEN_COUNTS: Final = {
+_TOKEN_COUNTS: Final[Mapping[str, str]] = {
     "input_tokens": "prompt_tokens",
     "output_tokens": "completion_tokens",
     "input_tokens_details": "prompt_tokens_details",
@@ -155,7 +155,7 @@ class ResponsesAccumulator:
     @staticmethod
     def is_progress(event: Mapping[str, Any]) -> bool:
         """Whether an event shows that the model has begun to answer."""
-        return event.get("type") not in _LIFECYCLE and event.get("type") not in _KEEP_ALIVE
+        return _text(event.get("type")) not in _LIFECYCLE | _KEEP_ALIVE
 
     # -- input and output -------------------------------------------------------------------------------
 
@@ -169,11 +169,11 @@ class ResponsesAccumulator:
         """
         if self.ended:
             return None
-        kind = event.get("type")
+        kind = _text(event.get("type"))
         self._fields = {}
         error: object = None
         try:
-            handler = self._handlers.get(kind) if type(kind) is str else None
+            handler = self._handlers.get(kind)
             if handler is not None:
                 handler(event)
             elif kind in _TERMINAL:
@@ -182,7 +182,7 @@ class ResponsesAccumulator:
                 self._read_response(event.get("response"), size)
             elif kind == "error" or (kind not in _KEEP_ALIVE and event.get("error")):
                 error = _error_in(event) or event
-            elif kind is None and type(event.get("output")) is list:
+            elif not kind and type(event.get("output")) is list:
                 error = self._end({"response": event}, size)  # a whole response instead of a stream
             elif type(event.get("choices")) is list:
                 self.foreign = True
@@ -277,11 +277,8 @@ class ResponsesAccumulator:
             slot.commentary = True
         if slot.kind not in _ARGUMENTS:
             return
-        call_id, name = item.get("call_id") or item.get("id"), item.get("name")
-        if not slot.call_id and type(call_id) is str:
-            slot.call_id = safe(call_id)
-        if not slot.name and type(name) is str:
-            slot.name = safe(name)
+        slot.call_id = slot.call_id or safe(_text(item.get("call_id")) or _text(item.get("id")))
+        slot.name = slot.name or safe(_text(item.get("name")))
         if slot.call is None and slot.call_id and slot.name:
             self._open_call(slot)
 
@@ -292,9 +289,8 @@ class ResponsesAccumulator:
         index = event.get("output_index")
         index = index if type(index) is int else None
         inner = item or {}
-        call_id = inner.get("call_id")
-        call_id = call_id if type(call_id) is str else ""
-        ids = [name for name in (inner.get("id"), call_id, event.get("item_id")) if type(name) is str and name]
+        call_id = _text(inner.get("call_id"))
+        ids = [name for name in (_text(inner.get("id")), call_id, _text(event.get("item_id"))) if name]
         slot = self._known(kind, index, ids, call_id, adding=adding)
         if slot is None:
             slot = _Item(kind)
@@ -404,29 +400,17 @@ class ResponsesAccumulator:
         self._publish(slot, key, _rest(whole, known))
 
     def _fill_message(self, slot: _Item, content: object) -> None:
-        texts, refusals = [], []
-        for part in content if type(content) is list else [{"text": content}]:
-            if type(part) is not dict:
-                continue
-            if type(part.get("text")) is str:
-                texts.append(part["text"])
-            elif type(part.get("refusal")) is str:
-                refusals.append(part["refusal"])
+        parts = _objects(content if type(content) is list else [{"text": content}])
+        for part in parts:
             annotations = part.get("annotations")
             if type(annotations) is list and annotations and not self._annotated and self._reserve_extra(annotations):
                 self._extra().setdefault("annotations", []).extend(storable(annotations))
-        self._publish_rest(slot, "".join(texts))
-        if refusals:
-            self._fill_whole_refusal("".join(refusals))
+        self._publish_rest(slot, "".join(_text(part.get("text")) for part in parts))
+        self._fill_whole_refusal("".join(_text(part.get("refusal")) for part in parts))
 
     def _fill_item_reasoning(self, slot: _Item, item: dict[str, Any]) -> None:
         for source in (slot.source,) if slot.source else ("content", "summary"):
-            parts = item.get(source)
-            texts = (
-                [part["text"] for part in parts if type(part) is dict and type(part.get("text")) is str]
-                if (type(parts) is list)
-                else []
-            )
+            texts = [_text(part.get("text")) for part in _objects(item.get(source))]
             if any(texts):
                 slot.source = source
                 self._publish_rest(slot, _BETWEEN_PARTS.join(texts))
@@ -527,9 +511,9 @@ class ResponsesAccumulator:
         response = event.get("response")
         response = response if type(response) is dict else {}
         self._read_response(response, size)
-        status = response.get("status") or str(event.get("type", "")).removeprefix("response.")
+        status = _text(response.get("status")) or _text(event.get("type")).removeprefix("response.")
         incomplete = response.get("incomplete_details")
-        reason = incomplete.get("reason") if type(incomplete) is dict else None
+        reason = _text(incomplete.get("reason")) if type(incomplete) is dict else ""
         if error := _error_in(response) or _error_in(event):
             return error
         if status in _FAILED and not reason:
@@ -541,7 +525,7 @@ class ResponsesAccumulator:
             if slot.kind in _ARGUMENTS:
                 self._settle(slot)
         choice = self._open_choice()
-        if type(reason) is str and reason:
+        if reason:
             choice.finish_reason = _REASONS.get(reason, safe(reason)[:_MAX_REASON])
         elif status == "incomplete":
             choice.finish_reason = "length"
@@ -552,7 +536,6 @@ class ResponsesAccumulator:
 
     def _paired(self, output: object) -> Iterator[tuple[_Item, dict[str, Any]]]:
         """Pair the items of the final response with those that were streamed: by id, then by kind and order."""
-        items = [item for item in output if type(item) is dict] if type(output) is list else []
         free = list(self._items)
         unpaired = []
         for item in items:
@@ -636,9 +619,18 @@ class ResponsesAccumulator:
         return True
 
 
+def _text(value: object) -> str:
+    """Return a text as it is, and an empty one for anything else."""
+    return value if type(value) is str else ""
+
+
+def _objects(value: object) -> list[dict[str, Any]]:
+    """Return the objects in a list, and none for anything else."""
+    return [part for part in value if type(part) is dict] if type(value) is list else []
+
+
 def _kind(item: Mapping[str, Any]) -> str:
-    kind = item.get("type")
-    return kind if type(kind) is str else ""
+    return _text(item.get("type"))
 
 
 def _call_kind(event: Mapping[str, Any]) -> str:
@@ -662,7 +654,7 @@ def _rest(whole: object, known: str) -> str:
 
 
 def _error_in(value: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the error that an event or a response holds, in the shape ``{"error": {…}}``; nested fields come first."""
+    """Return the error that an event or a response holds as ``{"error": {…}}``; nested fields come first."""
     nested = value.get("error")
     flat = {name: value[name] for name in ("code", "message", "param") if value.get(name) is not None}
     if type(nested) is dict:
@@ -680,6 +672,6 @@ def _error_in(value: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _chat_usage(usage: object) -> dict[str, Any] | None:
     """Return a usage with the names of chat completions; what has no other name keeps its own."""
-    if type(usage) is not dict:
+    if not isinstance(usage, dict):
         return None
     return {_TOKEN_COUNTS.get(name, name): value for name, value in usage.items()}

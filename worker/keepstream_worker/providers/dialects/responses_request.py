@@ -273,9 +273,8 @@ class _Items:
         if text:
             items.append({"type": "message", "role": "assistant", "content": text})
         calls = message.get("tool_calls")
-        for call in calls if isinstance(calls, list) else []:
-            if isinstance(call, dict):
-                items.append(self._of_call(call))
+        if isinstance(calls, list):
+            items += [self._of_call(call) for call in calls if isinstance(call, dict)]
         return items
 
     def _of_call(self, call: Mapping[str, Any]) -> dict[str, Any]:
