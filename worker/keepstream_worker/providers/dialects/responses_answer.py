@@ -538,13 +538,10 @@ class ResponsesAccumulator:
         """Pair the items of the final response with those that were streamed: by id, then by kind and order."""
         free = list(self._items)
         unpaired = []
-        for item in items:
+        for item in _objects(output):
             kind = _kind(item)
-            ids = {item.get("call_id"), item.get("id")} - {None, ""}
-            slot = next(
-                (slot for name in ids if (slot := self._by_id.get((kind, str(name)))) is not None and slot in free),
-                None,
-            )
+            known = [self._by_id.get((kind, _text(item.get(name)))) for name in ("call_id", "id")]
+            slot = next((slot for slot in known if slot is not None and slot in free), None)
             if slot is None:
                 unpaired.append(item)
             else:
