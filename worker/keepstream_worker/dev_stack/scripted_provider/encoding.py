@@ -16,9 +16,9 @@ from keepstream_worker.dev_stack.scripted_provider.script import DEFAULT_TEXT, S
 
 DEFAULT_MODEL: Final = "scripted-1"
 MAX_CHOICES: Final = 128
+ARGUMENT_PIECE: Final = 8  #: Characters of tool arguments in one delta.
 STAMP_LENGTH: Final = 21  #: 20 digits and a space.
 _DEFAULT_RATE: Final = 40.0  #: Deltas per second without a script, slow enough to read along.
-_ARGUMENT_PIECE: Final = 8  #: Characters of tool arguments in one delta.
 _MAX_SCHEMA_DEPTH: Final = 8  #: Where recursive schemas are cut off.
 _EXAMPLES: Final[dict[str, Any]] = {"string": "Zürich 🌊", "integer": 1, "number": 1.5, "boolean": True, "array": []}
 
@@ -89,11 +89,14 @@ def _framed(write: Write) -> Write:
 
 def default_script(body: dict[str, Any]) -> Script:
     """Return the script for a request that brings none: a text, and a tool call if tools are offered."""
-    last = body["messages"][-1]
-    answered = isinstance(last, dict) and last.get("role") == "tool"  # another call could go on for ever
+    turns = body.get("messages") or body.get("input")
+    last = turns[-1] if isinstance(turns, list) and turns else None
+    # Another call could go on for ever.
+    answered = isinstance(last, dict) and (last.get("role") == "tool" or last.get("type") == "function_call_output")
     calls = []
     if body.get("tools") and body.get("tool_choice") != "none" and not answered:
-        function = body["tools"][0]["function"]
+        tool = body["tools"][0]
+        function = tool.get("function", tool)
         schema = function.get("parameters") or {}
         calls = [ScriptedToolCall(name=function["name"], arguments=_example(schema, schema) or {})]
     return Script(text=DEFAULT_TEXT, rate=_DEFAULT_RATE, tool_calls=calls)
@@ -142,12 +145,13 @@ def pieces(script: Script) -> list[str]:
         text = "" if script.tool_calls or script.reasoning else DEFAULT_TEXT
     if script.delta_chars is not None:
         return [text[i : i + script.delta_chars] for i in range(0, len(text), script.delta_chars)]
-    return _words(text, script.words)
+    return words(text, script.words)
 
 
-def _words(text: str, count: int) -> list[str]:
-    words: list[str] = _WORD.findall(text)
-    return words if count == 1 else ["".join(words[i : i + count]) for i in range(0, len(words), count)]
+def words(text: str, count: int) -> list[str]:
+    """Cut a text into pieces of so many words, which joined are the text."""
+    found: list[str] = _WORD.findall(text)
+    return found if count == 1 else ["".join(found[i : i + count]) for i in range(0, len(found), count)]
 
 
 def encode_stream(body: dict[str, Any], script: Script, prompt_tokens: int) -> EncodedStream:
@@ -166,7 +170,7 @@ def encode_stream(body: dict[str, Any], script: Script, prompt_tokens: int) -> E
         return b'data: %b,"choices":[%b]%b}\n\n' % (head, choices, ending)
 
     deltas: list[Write] = []
-    for text in _words(script.reasoning, 1):
+    for text in words(script.reasoning, 1):
         deltas += [(event(choice, to_json({"reasoning_content": text})),) for choice in choices]
     if script.stamp:
         cut = [event(choice, b'{"content":"\0"}').split(b"\0") for choice in choices]
@@ -183,7 +187,7 @@ def encode_stream(body: dict[str, Any], script: Script, prompt_tokens: int) -> E
     finish = b""
     if finish_reason:
         finish = b"".join([event(choice, b"{}", to_json(finish_reason), tail) for choice in choices])
-    usage = _usage(script, prompt_tokens, len(deltas)) if include_usage else None
+    usage = usage_of(script, prompt_tokens, len(deltas)) if include_usage else None
     opening = b"".join([event(choice, b'{"role":"assistant","content":""}', ending=tail) for choice in choices])
     if not deltas:
         finish = opening + finish
@@ -205,9 +209,9 @@ def plain_completion(body: dict[str, Any], script: Script, prompt_tokens: int) -
     if script.tool_calls:
         message["tool_calls"] = [
             {
-                "id": _call_id(call, i),
+                "id": call_id_of(call, i),
                 "type": "function",
-                "function": {"name": call.name, "arguments": _arguments(call)},
+                "function": {"name": call.name, "arguments": arguments_of(call)},
             }
             for i, call in enumerate(script.tool_calls)
         ]
@@ -215,7 +219,7 @@ def plain_completion(body: dict[str, Any], script: Script, prompt_tokens: int) -
         {"index": i, "message": message, "logprobs": None, "finish_reason": _finish_reason(script)}
         for i in range(choice_count(body))
     ]
-    usage = _usage(script, prompt_tokens, len(texts) * len(choices))
+    usage = usage_of(script, prompt_tokens, len(texts) * len(choices))
     return {**_head(body), "object": "chat.completion", "choices": choices} | ({"usage": usage} if usage else {})
 
 
@@ -236,7 +240,8 @@ def _finish_reason(script: Script) -> str | None:
     return script.finish_reason
 
 
-def _usage(script: Script, prompt_tokens: int, completion_tokens: int) -> dict[str, Any] | None:
+def usage_of(script: Script, prompt_tokens: int, completion_tokens: int) -> dict[str, Any] | None:
+    """Return the usage that the script reports, with the names of chat completions, or None."""
     if script.usage == "auto":
         return {
             "prompt_tokens": prompt_tokens,
@@ -246,18 +251,20 @@ def _usage(script: Script, prompt_tokens: int, completion_tokens: int) -> dict[s
     return script.usage
 
 
-def _call_id(call: ScriptedToolCall, index: int) -> str:
+def call_id_of(call: ScriptedToolCall, index: int) -> str:
+    """Return the id of a call."""
     return call.id if call.id is not None else f"call_scripted_{index}"
 
 
-def _arguments(call: ScriptedToolCall) -> str:
+def arguments_of(call: ScriptedToolCall) -> str:
+    """Return the arguments of a call as a text."""
     return call.arguments if isinstance(call.arguments, str) else to_json(call.arguments).decode()
 
 
 def _tool_deltas(calls: Sequence[ScriptedToolCall]) -> Iterator[dict[str, Any]]:
     for index, call in enumerate(calls):
         function = {"name": call.name, "arguments": ""}
-        yield {"index": index, "id": _call_id(call, index), "type": "function", "function": function}
-        arguments = _arguments(call)
-        for i in range(0, len(arguments), _ARGUMENT_PIECE):
-            yield {"index": index, "function": {"arguments": arguments[i : i + _ARGUMENT_PIECE]}}
+        yield {"index": index, "id": call_id_of(call, index), "type": "function", "function": function}
+        arguments = arguments_of(call)
+        for i in range(0, len(arguments), ARGUMENT_PIECE):
+            yield {"index": index, "function": {"arguments": arguments[i : i + ARGUMENT_PIECE]}}

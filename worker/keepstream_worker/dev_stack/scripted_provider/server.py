@@ -27,7 +27,8 @@ from keepstream_worker.dev_stack.scripted_provider.connection import (
 )
 from keepstream_worker.dev_stack.scripted_provider.encoding import error_body
 from keepstream_worker.dev_stack.scripted_provider.playback import complete, play, stream
-from keepstream_worker.dev_stack.scripted_provider.script import SilentFault, StatusFault, parse_script
+from keepstream_worker.dev_stack.scripted_provider.responses_encoding import encode_response_stream, plain_response
+from keepstream_worker.dev_stack.scripted_provider.script import EndFault, SilentFault, StatusFault, parse_script
 
 MAX_RECORDED: Final = 1000  #: Requests kept for inspection …
 MAX_RECORDED_BYTES: Final = 64 * 1024 * 1024  #: … and the total size of their bodies.
@@ -107,7 +108,7 @@ class ScriptedProvider:
 
     def _respond(self, connection: Connection, request: Request) -> Playback:
         path = request.path.partition("?")[0]
-        if path.endswith("/chat/completions"):  # Azure puts a deployment's name before it
+        if path.endswith(("/chat/completions", "/responses")):  # Azure puts a deployment's name before it
             self._record(request)
             return self._respond_with_completion(connection, request)
         match request.method, path:
@@ -142,17 +143,22 @@ class ScriptedProvider:
 
     def _playback_for(self, connection: Connection, request: Request) -> Playback:
         body = request.json()
-        if not isinstance(body, dict) or not isinstance(body.get("messages"), list) or not body["messages"]:
-            raise ValueError("the body must be an object with at least one message")
+        by_responses = request.path.partition("?")[0].endswith("/responses")
+        if not isinstance(body, dict) or not _asks(body, "input" if by_responses else "messages"):
+            raise ValueError(f"the body must be an object with at least one {'item' if by_responses else 'message'}")
         script = parse_script(body["script"]) if "script" in body else encoding.default_script(body)
         last = self._attempts.get(script.key) if script.key is not None else None
         number = last.attempts + 1 if last else 1
         fault = script.fault(number)
+        if isinstance(fault, EndFault) and fault.kind == "no_usage":
+            script = script.model_copy(update={"usage": None})
         prompt_tokens = max(1, len(request.body) // 4)  # the usual rule of thumb
         if body.get("stream"):
-            answer = stream(connection, script, fault, encoding.encode_stream(body, script, prompt_tokens))
+            encode = encode_response_stream if by_responses else encoding.encode_stream
+            answer = stream(connection, script, fault, encode(body, script, prompt_tokens))
         elif isinstance(fault, StatusFault | SilentFault | None):
-            answer = complete(connection, script, encoding.plain_completion(body, script, prompt_tokens))
+            plain = plain_response if by_responses else encoding.plain_completion
+            answer = complete(connection, script, plain(body, script, prompt_tokens))
         else:
             raise ValueError(f"script.faults: {fault.kind} needs a request with stream=true")
 
@@ -178,6 +184,11 @@ class ScriptedProvider:
         self._recorded_bytes += len(request.body)
         while len(self._recorded) > MAX_RECORDED or self._recorded_bytes > MAX_RECORDED_BYTES:
             self._recorded_bytes -= len(self._recorded.popleft().body)
+
+
+def _asks(body: dict[str, Any], name: str) -> bool:
+    """Whether the body has something to answer; the Responses API takes a plain text as well."""
+    return bool(body.get(name)) and isinstance(body[name], (str, list) if name == "input" else list)
 
 
 def _send_error(connection: Connection, status: HTTPStatus, message: str, code: str | None) -> Playback:
