@@ -19,6 +19,7 @@ import orjson
 
 from keepstream.errors import ErrorCode
 from keepstream_worker.providers.accumulator import Accumulator, Limits, Output
+from keepstream_worker.providers.dialects.responses_answer import ResponsesAccumulator
 from keepstream_worker.providers.failures import failure_from_stream_error
 from keepstream_worker.providers.sse import ERROR_FIELD, ServerSentEvent, SSEDecoder
 from keepstream_worker.values import Delta, Failure
@@ -46,6 +47,7 @@ class StreamReader:
         content_type: The response's content type, quoted in the error if the body is not an event stream.
         expected_choices: The request's ``n``; ``complete`` stays False until that many choices have been seen.
         call_seed: The job's id, from which tool-call ids are generated for providers that send none.
+        responses: Whether the answer is one of the Responses API, and not of chat completions.
     """
 
     __slots__ = (
@@ -61,6 +63,7 @@ class StreamReader:
         "_framing",
         "_is_json_answer",
         "_limits",
+        "_responses",
         "_saw_done",
         "data_events",
         "done",
@@ -75,8 +78,9 @@ class StreamReader:
         content_type: str | None = None,
         expected_choices: int = 1,
         call_seed: str = "",
+        responses: bool = False,
     ) -> None:
-        self.data_events = 0  #: Events with data so far, not counting comments and pings.
+        self.data_events = 0  #: Events so far that show progress: no comments, no pings.
         self.done = False  #: True once nothing that follows can matter: stop reading.
         self.final_deltas: list[Delta] = []  #: Set by ``finish``: deltas that were held back until then.
         self._limits = limits or Limits()
@@ -86,7 +90,10 @@ class StreamReader:
         self._framing = _Framing.UNKNOWN
         self._body = bytearray()  # of a body that is not an event stream, or not yet known to be one
         self._decoder = SSEDecoder(self._limits.max_event_bytes)
-        self._accumulator = Accumulator(self._limits, call_seed)
+        self._responses = responses
+        self._accumulator: Accumulator | ResponsesAccumulator = (
+            ResponsesAccumulator(self._limits, call_seed) if responses else Accumulator(self._limits, call_seed)
+        )
         self._saw_done = False
         # Whether the body was one JSON answer, which needs no finish reason to be complete.
         self._is_json_answer = False
@@ -149,7 +156,7 @@ class StreamReader:
         if answer.has_output:
             if self._error_field is not None:
                 return failure_from_stream_error(self._error_field)
-            if self._is_json_answer or (self._saw_done and self._done_completes):
+            if self._is_json_answer or (self._saw_done and self._done_completes and answer.closed):
                 return None
         elif self._is_json_answer or self._saw_done:
             return Failure(ErrorCode.EMPTY_STREAM, "The provider's stream ended without any output.")
@@ -191,7 +198,7 @@ class StreamReader:
             except (ValueError, RecursionError):
                 self._read_unreadable(payload, name)
                 return
-        if name == "error":
+        if name == "error" and not self._responses:
             self.data_events += 1
             self._report(value)
             return
@@ -200,7 +207,11 @@ class StreamReader:
             if self.done:
                 break
             if chunk and type(chunk) is dict:
-                self.data_events += 1
+                if not self._responses:
+                    self.data_events += 1
+                else:
+                    chunk.setdefault("type", name)
+                    self.data_events += ResponsesAccumulator.is_progress(chunk)
                 self._read_chunk(chunk, deltas, len(payload), lenient=lenient)
 
     def _read_chunk(self, chunk: dict[str, Any], deltas: list[Delta], size: int, *, lenient: bool) -> None:
@@ -214,7 +225,11 @@ class StreamReader:
             self._failure = failure_from_stream_error(error)
         elif self._accumulator.too_large:
             self._failure = Failure(ErrorCode.OUTPUT_TOO_LARGE, "The provider's output passed the limit.")
-        self.done = self._failure is not None
+        elif self._accumulator.foreign:
+            self._failure = Failure(
+                ErrorCode.INVALID_RESPONSE, "The provider answers as if asked for a chat completion."
+            )
+        self.done = self._failure is not None or self._accumulator.ended
 
     def _read_unreadable(self, payload: bytes, name: str) -> None:
         self.data_events += 1
@@ -272,10 +287,14 @@ class StreamReader:
                 return
         for chunk in value if type(value) is list else (value,):
             if type(chunk) is dict:
-                self._is_json_answer = self._is_json_answer or type(chunk.get("choices")) is list
+                self._is_json_answer = self._is_json_answer or type(chunk.get(self._answer_field)) is list
                 self._read_chunk(chunk, self.final_deltas, len(payload), lenient=lenient)
         if not self._is_json_answer and self._failure is None:
             self._failure = self._not_a_stream()
+
+    @property
+    def _answer_field(self) -> str:
+        return "output" if self._responses else "choices"
 
     def _not_a_stream(self) -> Failure:
         media_type = (self._content_type or "").partition(";")[0].strip().lower()

@@ -102,6 +102,10 @@ class Accumulator:
             are stable and differ between jobs.
     """
 
+    ended = False  #: Whether nothing that follows matters. Here usage may still come.
+    closed = True  #: Whether what was begun is whole, as far as can be seen. Here only a finish reason tells.
+    foreign = False  #: Whether this is an answer in another dialect. Chunks that are none are ignored here.
+
     __slots__ = (
         "_bytes_left",
         "_call_lists",

@@ -159,13 +159,14 @@ class ResponsesAccumulator:
 
     # -- input and output -------------------------------------------------------------------------------
 
-    def apply(self, event: dict[str, Any], deltas: list[Delta], size: int) -> object:
+    def apply(self, event: dict[str, Any], deltas: list[Delta], size: int, lenient: bool = False) -> object:  # noqa: FBT001, FBT002 -- as in the other dialect
         """Apply an event, append what it adds to ``deltas``, and return the error it reports, or None.
 
         Args:
             event: The decoded JSON object, with its type.
             deltas: The list to append to.
-            size: The event's size as JSON, in bytes; it counts against what is kept besides the output.
+            size: The event's size as JSON, in bytes; details of a very large one are not kept.
+            lenient: Whether it was parsed leniently; texts are put right here in any case.
         """
         if self.ended:
             return None
