@@ -157,6 +157,11 @@ _CAUSES: Final[dict[str, ErrorCode]] = {
     "accountoverdue": ErrorCode.INSUFFICIENT_QUOTA,  # Volcengine
     "1113": ErrorCode.INSUFFICIENT_QUOTA,  # Z.ai
     "toolusefailed": ErrorCode.TOOL_USE_FAILED,
+    # The Responses API reports these within the stream.
+    "biopolicy": ErrorCode.CONTENT_FILTER,
+    "misalignmentpolicyviolation": ErrorCode.CONTENT_FILTER,
+    "imagecontentpolicyviolation": ErrorCode.CONTENT_FILTER,
+    "vectorstoretimeout": ErrorCode.TIMEOUT,
 }
 
 # Codes and types that say that the key is not accepted, where the status does not: see _VAGUE_STATUSES.
@@ -179,6 +184,21 @@ _BY_TYPE: Final[dict[str, ErrorCode]] = {
     "invalidrequest": ErrorCode.BAD_REQUEST,
     "invalidargument": ErrorCode.BAD_REQUEST,
     "failedprecondition": ErrorCode.BAD_REQUEST,
+    "invalidprompt": ErrorCode.BAD_REQUEST,
+    "dataresidencymismatch": ErrorCode.BAD_REQUEST,
+    "invalidimage": ErrorCode.BAD_REQUEST,
+    "invalidimageformat": ErrorCode.BAD_REQUEST,
+    "invalidbase64image": ErrorCode.BAD_REQUEST,
+    "invalidimageurl": ErrorCode.BAD_REQUEST,
+    "invalidimagemode": ErrorCode.BAD_REQUEST,
+    "imagetoolarge": ErrorCode.BAD_REQUEST,
+    "imagetoosmall": ErrorCode.BAD_REQUEST,
+    "imageparse": ErrorCode.BAD_REQUEST,
+    "imagefiletoolarge": ErrorCode.BAD_REQUEST,
+    "imagefilenotfound": ErrorCode.BAD_REQUEST,
+    "unsupportedimagemediatype": ErrorCode.BAD_REQUEST,
+    "emptyimagefile": ErrorCode.BAD_REQUEST,
+    "failedtodownloadimage": ErrorCode.BAD_REQUEST,
     "validation": ErrorCode.BAD_REQUEST,
     "permission": ErrorCode.PERMISSION,
     "permissiondenied": ErrorCode.PERMISSION,
