@@ -1,12 +1,12 @@
 """Play provider streams to a real worker, and compare what it stored and published with what is expected.
 
-In: a file of cases, one JSON object per line (default: ``sse_cases.jsonl`` beside this file).
+In: files of cases, one JSON object per line (default: both files beside this one).
 Out: each failing case with expected and actual values, then ``N passed, N failed``; exit code 0 if all passed, 1 if
 not, 2 if the cases cannot be played.
 
 This covers the whole path: HTTP, decoder, accumulator, events, database, retry decision.
 
-A case has ``http_status`` (0: the connection drops before the headers), ``headers``, ``chunks`` (the writes of the
+A case may have ``api``, in which dialect the provider is asked (default: chat). It has ``http_status`` (0: the connection drops before the headers), ``headers``, ``chunks`` (the writes of the
 body; ``{"b64": …}`` holds bytes that are not UTF-8), ``close`` (``clean``, ``reset`` or ``stall``) and ``expect``: the
 ``outcome`` of the only attempt (``completed``, ``retry``, ``fail``) and, if given, ``error_code``, ``content``,
 ``reasoning``, ``refusal``, ``finish_reason``, ``tool_calls`` of the lowest choice (a call without ``id`` accepts any),
@@ -35,7 +35,8 @@ from keepstream.transcript import Transcript
 from keepstream_worker.dev_stack.embedded import EmbeddedProvider, EmbeddedServiceError, EmbeddedValkey, sqlite_url
 from keepstream_worker.store import schema
 
-CASES: Final = Path(__file__).with_name("sse_cases.jsonl")
+CASES: Final = tuple(Path(__file__).with_name(name) for name in ("sse_cases.jsonl", "responses_cases.jsonl"))
+_APIS: Final = ("chat", "responses")
 OUTCOMES: Final = ("completed", "retry", "fail")
 
 _SILENCE_SECONDS: Final = 2.0  #: What a stalled stream gets; more than the machine ever stalls by itself.
@@ -64,6 +65,7 @@ class Case:
     name: str
     response: dict[str, Any]
     expect: dict[str, Any]
+    api: str = "chat"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,10 @@ def _parse_case(line: str, where: str) -> Case:
         raise CasesError(f"{where}: 'expect' needs an 'outcome': {', '.join(OUTCOMES)}")
     if not isinstance(data.get("chunks"), list):
         raise CasesError(f"{where}: 'chunks' must be a list of writes")
-    return Case(data["name"], {key: data[key] for key in _RESPONSE_KEYS if key in data}, expect)
+    api = data.get("api", "chat")
+    if api not in _APIS:
+        raise CasesError(f"{where}: 'api' is one of {', '.join(_APIS)}")
+    return Case(data["name"], {key: data[key] for key in _RESPONSE_KEYS if key in data}, expect, api)
 
 
 # -- comparing ------------------------------------------------------------------------------------
@@ -215,6 +220,7 @@ async def play(client: AsyncClient, case: Case) -> Seen:
             "messages": [{"role": "user", "content": case.name}],
             "script": {"raw": case.response},
         },
+        provider=case.api,
         max_attempts=1,
         first_token_timeout=_SILENCE_SECONDS,
         idle_timeout=_SILENCE_SECONDS,
@@ -290,11 +296,18 @@ async def everything_running() -> AsyncIterator[AsyncClient]:
         schema.migrate(engine)
         engine.dispose()
         with EmbeddedProvider() as provider:
+            providers = Path(directory, "providers.toml")
+            providers.write_text(
+                "".join(
+                    f'[providers.{api}]\nbase_url = "{provider.base_url}"\napi_key_env = "OPENAI_API_KEY"\napi = "{api}"\n'
+                    for api in _APIS
+                )
+            )
             environment = {
+                "KEEPSTREAM_PROVIDERS_FILE": str(providers),
                 "KEEPSTREAM_REDIS_URL": valkey.url,
                 "KEEPSTREAM_DATABASE_URL": database_url,
                 "KEEPSTREAM_USAGE_WAIT": str(_USAGE_SECONDS),
-                "OPENAI_BASE_URL": provider.base_url,
                 "OPENAI_API_KEY": "conformance",
             }
             with worker_process(environment, Path(directory, "worker.log")):
@@ -302,9 +315,9 @@ async def everything_running() -> AsyncIterator[AsyncClient]:
                     yield client
 
 
-async def play_file(file: Path) -> int:
-    """Play the cases of ``file``; return how many failed."""
-    cases = load_cases(file)
+async def play_files(files: Sequence[Path]) -> int:
+    """Play the cases of ``files``; return how many failed."""
+    cases = [case for file in files for case in load_cases(file)]
     async with everything_running() as client:
         return await run(cases, client)
 
@@ -312,10 +325,10 @@ async def play_file(file: Path) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and play."""
     parser = argparse.ArgumentParser(prog="python -m tests.conformance", description=__doc__.split("\n", 1)[0])
-    parser.add_argument("cases", nargs="?", type=Path, default=CASES, help="default: %(default)s")
+    parser.add_argument("cases", nargs="*", type=Path, default=CASES, help="default: all of this folder")
     options = parser.parse_args(arguments)
     try:
-        return 1 if asyncio.run(play_file(options.cases)) else 0
+        return 1 if asyncio.run(play_files(options.cases)) else 0
     except (CasesError, EmbeddedServiceError, WorkerError) as error:
         sys.stderr.write(f"conformance: {error}\n")
         return 2

@@ -17,7 +17,7 @@ from keepstream_worker.jobs import usage
 from keepstream_worker.jobs.active_job import ActiveJob, Stop
 from keepstream_worker.jobs.verdict import AttemptReport
 from keepstream_worker.providers.config import ProviderConfig
-from keepstream_worker.providers.provider import ProviderFailure, Providers, Timeouts
+from keepstream_worker.providers.provider import ProviderFailure, Providers, ProviderStream, Timeouts
 from keepstream_worker.providers.stream import Limits, Output, StreamReader
 from keepstream_worker.settings import Settings
 from keepstream_worker.store import Claim
@@ -184,7 +184,7 @@ class AttemptStreams:
             attempt.begin_request()
             async with provider.stream(job.request, timeouts) as response:
                 attempt.provider_request_id = response.provider_request_id
-                reader = attempt.reader = self._make_reader(job, provider.config, response.content_type)
+                reader = attempt.reader = self._make_reader(job, provider.config, response)
                 data_events = 0
                 async for data in response:
                     deltas = reader.feed(data)
@@ -224,7 +224,7 @@ class AttemptStreams:
             idle=job.idle_timeout or given.idle or settings.idle_timeout,
         )
 
-    def _make_reader(self, job: Job, config: ProviderConfig, content_type: str | None) -> StreamReader:
+    def _make_reader(self, job: Job, config: ProviderConfig, response: ProviderStream) -> StreamReader:
         expected = job.request.get("n")
         return StreamReader(
             Limits(
@@ -232,7 +232,8 @@ class AttemptStreams:
                 max_output_bytes=config.limits.max_output_bytes or self._settings.max_output_bytes,
             ),
             done_completes=config.done_completes,
-            content_type=content_type,
+            content_type=response.content_type,
             expected_choices=expected if isinstance(expected, int) else 1,
             call_seed=job.id,
+            responses=response.by_responses,
         )

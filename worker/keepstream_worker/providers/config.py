@@ -23,11 +23,18 @@ OPENAI_PROJECT_ID, as for the openai SDK. A file looks like this::
     stream_options = false                # it refuses parameters it does not know
     headers = { "X-Gateway-Key" = { env = "GATEWAY_KEY" } }
     timeouts = { first_token = 600 }
+
+    [providers.gateway]
+    base_url = "https://gateway.example/v1"
+    api_key_env = "GATEWAY_API_KEY"
+    api = "chat"                          # or "responses", or "auto": by chat completions, until the provider refuses
+    models = { "gpt-6-*" = { api = "responses" } }
 """
 
 import re
 import tomllib
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 from urllib.parse import urlsplit
@@ -77,6 +84,25 @@ class ProviderLimits(_Value):
     max_event_bytes: Bytes | None = None
 
 
+Api = Literal["auto", "chat", "responses"]
+
+
+class ModelConfig(_Value):
+    """What holds for some models of a provider."""
+
+    api: Api | None = None  #: In which dialect they are asked; None: as the provider's other models.
+
+
+class ResponsesConfig(_Value):
+    """How a provider wants to be asked by the Responses API; the defaults are what OpenAI wants."""
+
+    pass_through: frozenset[str] = frozenset()  #: Parameters to send although OpenAI has none of this name.
+    instructions: bool = False  #: Whether leading system texts go into ``instructions`` instead of ``input``.
+    reasoning_summary: str | None = None  #: ``auto`` for instance; an organisation must be verified to ask for it.
+    encrypted_reasoning: bool = True  #: Whether to ask for the reasoning that the next turn can give back.
+    item_ids: bool = True  #: Whether reasoning that goes back keeps its id.
+
+
 class ProviderConfig(_Value):
     """How one provider is reached. Values that may be secret print as ``**********``."""
 
@@ -91,6 +117,9 @@ class ProviderConfig(_Value):
     headers: dict[str, SecretStr] = Field(default_factory=dict)
     query: dict[str, SecretStr] = Field(default_factory=dict)
     stream_options: bool = True  #: Whether to request usage; a few servers refuse the parameter.
+    api: Api = "auto"  #: The dialect: chat completions, the Responses API, or whichever a model needs.
+    models: dict[str, ModelConfig] = Field(default_factory=dict)  #: By name; ``*`` stands for any characters.
+    responses: ResponsesConfig = ResponsesConfig()
     done_completes: bool = True  #: Whether ``[DONE]`` after output completes a choice that has no finish reason.
     timeouts: ProviderTimeouts = ProviderTimeouts()
     limits: ProviderLimits = ProviderLimits()
@@ -101,6 +130,12 @@ class ProviderConfig(_Value):
     def url(self) -> str:
         """The base URL of all requests."""
         return self.endpoint or self.base_url or OPENAI_URL
+
+    def api_of(self, model: str) -> Api:
+        """In which dialect a model is asked: its exact name counts most, then the first pattern that fits."""
+        matching = [self.models[model]] if model in self.models else []
+        matching += [config for pattern, config in self.models.items() if fnmatchcase(model, pattern)]
+        return next((config.api for config in matching if config.api is not None), self.api)
 
     @property
     def key_missing(self) -> bool:
@@ -115,6 +150,8 @@ class ProviderConfig(_Value):
         for key in needed:
             if getattr(self, key) is None:
                 raise ValueError(f"'{key}' is missing; kind {self.kind!r} needs it")
+        if self.kind == "azure" and "responses" in {self.api, *(model.api for model in self.models.values())}:
+            raise ValueError("for the Responses API use kind 'openai' and the base_url ENDPOINT/openai/v1")
         for key in foreign:
             if getattr(self, key) is not None:
                 raise ValueError(f"'{key}' has no meaning for kind {self.kind!r}")

@@ -24,6 +24,14 @@ import orjson
 from keepstream.errors import ErrorCode
 from keepstream_worker.providers import words
 from keepstream_worker.providers.config import ProviderConfig
+from keepstream_worker.providers.dialects.choice import (
+    only_by_responses,
+    refuses_encrypted_reasoning,
+    refuses_returned_items,
+    wants_responses,
+)
+from keepstream_worker.providers.dialects.responses_request import ITEMS_FIELD, NotExpressibleError, ResponsesOptions
+from keepstream_worker.providers.dialects.responses_request import encode as encode_response
 from keepstream_worker.providers.http import Body, Head, HttpTransport, ProviderFailure
 from keepstream_worker.telemetry.logs import get_logger
 from keepstream_worker.values import Failure
@@ -37,7 +45,9 @@ _CHECK_INTERVAL: Final = 5.0  #: Seconds for which a connection that aiohttp clo
 _SECOND_CHECK: Final = 0.05  #: Seconds; on a busy loop, data may be waiting in a socket.
 _CHECK_SECONDS: Final = 10.0
 _REFUSED_REQUEST: Final = frozenset({400, 404, 405, 422, 501})
-_MAX_MODELS: Final = 1024  #: Of which is remembered that a parameter is refused.
+_MAX_MODELS: Final = 1024  #: Of which is remembered what they refuse.
+_CHAT: Final = "/chat/completions"
+_RESPONSES: Final = "/responses"
 _MAX_HEADS: Final = 256  #: Cached heads; paths differ only by Azure's deployments.
 _SECURITY: Final[Any] = {"bearer_auth": True}  #: Never send the administrator's key, even if the environment holds one.
 _MODEL_LIST_BYTES: Final = 4 * 1024 * 1024
@@ -130,7 +140,8 @@ class _Watchdog:
 class ProviderStream:
     """A streaming answer: iterate over its bytes, and call ``note_data`` whenever they contained data."""
 
-    def __init__(self, body: Body, watchdog: _Watchdog) -> None:
+    def __init__(self, body: Body, watchdog: _Watchdog, *, by_responses: bool) -> None:
+        self.by_responses = by_responses  #: Whether the provider was asked by the Responses API.
         self._body = body
         self._watchdog = watchdog
         self.note_data = watchdog.note_data  #: Restarts the idle time-out.
@@ -167,6 +178,8 @@ class Provider:
             if secret is not None
         ]
         self._deployment_per_model = config.kind == "azure" and config.deployment is None
+        self._need_responses: set[str] = set()  #: Models that chat completions have refused to serve.
+        self._refuse_encrypted: set[str] = set()  #: Models without reasoning that could be given back.
         self._refuse_usage: set[str] = set()  #: Models with which the provider refuses the option that asks for usage.
         self._draining: set[asyncio.Task[None]] = set()
 
@@ -184,9 +197,10 @@ class Provider:
         self._require_key()
         watchdog = _Watchdog(timeouts)
         try:
-            watchdog.body = body = await watchdog.wait_for(self._ask(request, timeouts.connect))
+            body, by_responses = await watchdog.wait_for(self._ask(request, timeouts.connect))
+            watchdog.body = body
             try:
-                yield ProviderStream(body, watchdog)
+                yield ProviderStream(body, watchdog, by_responses=by_responses)
             except BaseException:
                 body.close()
                 raise
@@ -194,24 +208,80 @@ class Provider:
         finally:
             watchdog.stop()
 
-    async def _ask(self, request: dict[str, Any], connect_timeout: float) -> Body:
-        """Send ``request``; if the provider refuses the usage option, which we add, leave it out from then on."""
+    async def _ask(self, request: dict[str, Any], connect_timeout: float) -> tuple[Body, bool]:
+        """Ask in the dialect that the model needs; return the answer, and whether that is the Responses API.
+
+        What the model needs is learnt, where the configuration leaves it open, from its refusal to answer by chat
+        completions; such a refusal costs no attempt.
+        """
+        model = request["model"]
+        api = self.config.api_of(model) if self.config.kind == "openai" else "chat"
+        if api == "responses" or (api == "auto" and (model in self._need_responses or only_by_responses(request))):
+            return await self._ask_by_responses(request, connect_timeout), True
+        try:
+            return await self._ask_by_chat(request, connect_timeout), False
+        except ProviderFailure as error:
+            if api != "auto" or not wants_responses(request, error.failure):
+                raise
+        body = await self._ask_by_responses(request, connect_timeout)
+        self._remember(self._need_responses, model)
+        log.info("dialect_learnt", provider=self.config.name, model=model, api="responses")
+        return body, True
+
+    async def _ask_by_chat(self, request: dict[str, Any], connect_timeout: float) -> Body:
+        """Ask for a chat completion; if the provider refuses the usage option, which we add, leave it out."""
         model = request["model"]
         ask_for_usage = self.config.stream_options and model not in self._refuse_usage
         try:
-            return await self._post(model, _encode(request, ask_for_usage=ask_for_usage), connect_timeout)
+            return await self._post(_CHAT, model, _encode(request, ask_for_usage=ask_for_usage), connect_timeout)
         except ProviderFailure as error:
             ours = ask_for_usage and not request.get("stream_options")
             if not ours or not _refuses_usage_option(error):
                 raise
-        body = await self._post(model, _encode(request, ask_for_usage=False), connect_timeout)
-        if len(self._refuse_usage) < _MAX_MODELS:
-            self._refuse_usage.add(model)
+        body = await self._post(_CHAT, model, _encode(request, ask_for_usage=False), connect_timeout)
+        self._remember(self._refuse_usage, model)
         log.info("parameter_left_out", provider=self.config.name, model=model, parameter="stream_options")
         return body
 
-    async def _post(self, model: str, content: bytes, connect_timeout: float) -> Body:
-        path = "/chat/completions"
+    async def _ask_by_responses(self, request: dict[str, Any], connect_timeout: float) -> Body:
+        """Ask for a response; if the provider refuses what we add, or cannot read what it once gave us, without it."""
+        model = request["model"]
+        given = self.config.responses
+        options = ResponsesOptions(
+            pass_through=given.pass_through,
+            instructions=given.instructions,
+            reasoning_summary=given.reasoning_summary,
+            encrypted_reasoning=given.encrypted_reasoning and model not in self._refuse_encrypted,
+            item_ids=given.item_ids,
+        )
+        content = self._encode_response(request, options)
+        try:
+            return await self._post(_RESPONSES, model, content, connect_timeout)
+        except ProviderFailure as error:
+            if options.encrypted_reasoning and refuses_encrypted_reasoning(error.failure):
+                self._remember(self._refuse_encrypted, model)
+                log.info("parameter_left_out", provider=self.config.name, model=model, parameter="include")
+                options = replace(options, encrypted_reasoning=False)
+            elif refuses_returned_items(error.failure):
+                log.info("items_left_out", provider=self.config.name, model=model)
+                options = replace(options, return_items=False)
+            else:
+                raise
+        return await self._post(_RESPONSES, model, self._encode_response(request, options), connect_timeout)
+
+    def _encode_response(self, request: dict[str, Any], options: ResponsesOptions) -> bytes:
+        try:
+            return _as_json(encode_response(request, self.config.name, options))
+        except NotExpressibleError as error:
+            message = f"{request['model']!r} is asked by the Responses API, and {error}"
+            raise ProviderFailure(Failure(code=ErrorCode.BAD_REQUEST, message=message)) from None
+
+    @staticmethod
+    def _remember(models: set[str], model: str) -> None:
+        if len(models) < _MAX_MODELS:
+            models.add(model)
+
+    async def _post(self, path: str, model: str, content: bytes, connect_timeout: float) -> Body:
         if self._deployment_per_model:  # the SDK reads the model only from bodies it encodes itself
             path = f"/deployments/{urllib.parse.quote(model, safe='')}{path}"
         with _only_provider_failures():
@@ -327,6 +397,19 @@ def _encode(request: dict[str, Any], *, ask_for_usage: bool) -> bytes:
     options = request.get("stream_options") or {}
     if ask_for_usage and isinstance(options, dict):
         body["stream_options"] = {"include_usage": True, **options}
+    messages = request.get("messages")
+    if isinstance(messages, list) and any(isinstance(message, dict) and ITEMS_FIELD in message for message in messages):
+        # What an answer of the Responses API is given back by; strict servers refuse what they do not know.
+        body["messages"] = [
+            {name: value for name, value in message.items() if name != ITEMS_FIELD}
+            if isinstance(message, dict)
+            else message
+            for message in messages
+        ]
+    return _as_json(body)
+
+
+def _as_json(body: dict[str, Any]) -> bytes:
     try:
         return orjson.dumps(body)
     except orjson.JSONEncodeError:

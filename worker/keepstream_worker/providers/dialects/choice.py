@@ -51,3 +51,19 @@ def wants_responses(request: Mapping[str, Any], refusal: Failure) -> bool:
         return True
     likely = bool(request.get("tools")) or _LIKELY_MODEL.search(str(request.get("model"))) is not None
     return likely and said.message is not None and _NOT_A_CHAT_MODEL.search(said.message) is not None
+
+
+def refuses_encrypted_reasoning(refusal: Failure) -> bool:
+    """Whether a provider refuses to be asked for encrypted reasoning: the model has none."""
+    said = refusal.provider_error
+    if refusal.http_status not in _REFUSED or said is None:
+        return False
+    return (said.param or "").startswith("include") or "ncrypted content is not supported" in (said.message or "")
+
+
+def refuses_returned_items(refusal: Failure) -> bool:
+    """Whether a provider cannot read the reasoning that is given back: it is another key's, or another region's."""
+    said = refusal.provider_error
+    if refusal.http_status not in _REFUSED or said is None:
+        return False
+    return said.code == "invalid_encrypted_content" or "encrypted_content was not issued" in (said.message or "")

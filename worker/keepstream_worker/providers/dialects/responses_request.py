@@ -44,6 +44,7 @@ class ResponsesOptions:
     instructions: bool = False  #: Whether leading system texts go into ``instructions`` instead of ``input``.
     reasoning_summary: str | None = None  #: What to ask for; organisations that are not verified may not ask.
     encrypted_reasoning: bool = False  #: Whether to ask for reasoning that the next turn can give back.
+    return_items: bool = True  #: Whether an earlier answer goes back as the provider gave it, or as a plain message.
     item_ids: bool = True  #: Whether reasoning that goes back keeps its id; some providers know none.
 
 
@@ -82,7 +83,8 @@ def encode(request: Mapping[str, Any], provider: str, options: ResponsesOptions 
     if options.encrypted_reasoning and not body["store"]:
         _include(body, _ENCRYPTED_REASONING)
     if messages is not None:
-        items = _Items(provider, stored=bool(body["store"]), keep_ids=options.item_ids)
+        giver = provider if options.return_items else None
+        items = _Items(giver, stored=bool(body["store"]), keep_ids=options.item_ids)
         body["input"] = items.of(messages) if isinstance(messages, list) else messages
         if options.instructions:
             _move_instructions(body)
@@ -231,7 +233,7 @@ _PARAMETERS: Final[Mapping[str, Callable[[dict[str, Any], str, Any], None]]] = {
 class _Items:
     """Turns messages into items; knows which calls are custom ones, since their results have another type."""
 
-    def __init__(self, provider: str, *, stored: bool, keep_ids: bool) -> None:
+    def __init__(self, provider: str | None, *, stored: bool, keep_ids: bool) -> None:
         self._provider = provider
         self._stored = stored
         self._keep_ids = keep_ids
@@ -262,7 +264,7 @@ class _Items:
 
     def _of_answer(self, message: Mapping[str, Any], number: int) -> list[dict[str, Any]]:
         original = message.get(ITEMS_FIELD)
-        if isinstance(original, dict) and original.get("provider") == self._provider:
+        if isinstance(original, dict) and self._provider is not None and original.get("provider") == self._provider:
             returned = original.get("items")
             if isinstance(returned, list):
                 return self._returned(returned)
