@@ -6,11 +6,11 @@ not, 2 if the cases cannot be played.
 
 This covers the whole path: HTTP, decoder, accumulator, events, database, retry decision.
 
-A case may have ``api``, in which dialect the provider is asked (default: chat). It has ``http_status`` (0: the connection drops before the headers), ``headers``, ``chunks`` (the writes of the
-body; ``{"b64": …}`` holds bytes that are not UTF-8), ``close`` (``clean``, ``reset`` or ``stall``) and ``expect``: the
-``outcome`` of the only attempt (``completed``, ``retry``, ``fail``) and, if given, ``error_code``, ``content``,
-``reasoning``, ``refusal``, ``finish_reason``, ``tool_calls`` of the lowest choice (a call without ``id`` accepts any),
-and ``usage`` as a subset.
+A case may have ``api``, the dialect in which the provider is asked (default: ``chat``). It has ``http_status`` (0: the
+connection drops before the headers), ``headers``, ``chunks`` (the writes of the body; ``{"b64": …}`` holds bytes that are
+not UTF-8), ``close`` (``clean``, ``reset`` or ``stall``) and ``expect``: the ``outcome`` of the only attempt
+(``completed``, ``retry``, ``fail``) and, if given, ``error_code``, ``content``, ``reasoning``, ``refusal``,
+``finish_reason``, ``tool_calls`` of the lowest choice (a call without ``id`` accepts any), and ``usage`` as a subset.
 """
 
 import argparse
@@ -296,23 +296,24 @@ async def everything_running() -> AsyncIterator[AsyncClient]:
         schema.migrate(engine)
         engine.dispose()
         with EmbeddedProvider() as provider:
-            providers = Path(directory, "providers.toml")
-            providers.write_text(
-                "".join(
-                    f'[providers.{api}]\nbase_url = "{provider.base_url}"\napi_key_env = "OPENAI_API_KEY"\napi = "{api}"\n'
-                    for api in _APIS
-                )
-            )
+            providers = _providers_file(Path(directory), provider.base_url)
             environment = {
                 "KEEPSTREAM_PROVIDERS_FILE": str(providers),
                 "KEEPSTREAM_REDIS_URL": valkey.url,
                 "KEEPSTREAM_DATABASE_URL": database_url,
                 "KEEPSTREAM_USAGE_WAIT": str(_USAGE_SECONDS),
-                "OPENAI_API_KEY": "conformance",
             }
             with worker_process(environment, Path(directory, "worker.log")):
                 async with AsyncClient(valkey.url, database_url=database_url) as client:
                     yield client
+
+
+def _providers_file(directory: Path, base_url: str) -> Path:
+    """Write a file with one provider for each dialect, and return its path."""
+    tables = (f'[providers.{api}]\nbase_url = "{base_url}"\napi = "{api}"\n' for api in _APIS)
+    file = directory / "providers.toml"
+    file.write_text("".join(tables), encoding="utf-8")
+    return file
 
 
 async def play_files(files: Sequence[Path]) -> int:

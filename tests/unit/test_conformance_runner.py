@@ -99,7 +99,7 @@ def test_events_that_tell_another_story_than_the_row_are_a_difference() -> None:
 
 
 def test_the_cases_that_come_with_the_project_are_readable() -> None:
-    cases = load_cases(CASES)
+    cases = [case for file in CASES for case in load_cases(file)]
     assert len({case.name for case in cases}) == len(cases)
 
 

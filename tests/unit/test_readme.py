@@ -125,7 +125,7 @@ def test_the_example_of_an_event_is_one() -> None:
 def test_the_example_of_a_providers_file_is_accepted() -> None:
     (text,) = blocks("toml")
     environment = {"GROQ_API_KEY": "k", "AZURE_OPENAI_API_KEY": "k", "GATEWAY_KEY": "k"}
-    assert set(parse_providers(text, environment)) == {"default", "groq", "azure-eu", "local"}
+    assert set(parse_providers(text, environment)) == {"default", "groq", "azure-eu", "local", "gateway"}
 
 
 def test_channel_and_log_are_named_as_they_are() -> None:
