@@ -7,8 +7,8 @@ not, 2 if the cases cannot be played.
 This covers the whole path: HTTP, decoder, accumulator, events, database, retry decision.
 
 A case may have ``api``, the dialect in which the provider is asked (default: ``chat``). It has ``http_status`` (0: the
-connection drops before the headers), ``headers``, ``chunks`` (the writes of the body; ``{"b64": …}`` holds bytes that are
-not UTF-8), ``close`` (``clean``, ``reset`` or ``stall``) and ``expect``: the ``outcome`` of the only attempt
+connection drops before the headers), ``headers``, ``chunks`` (the writes of the body; ``{"b64": …}`` holds bytes that
+are not UTF-8), ``close`` (``clean``, ``reset`` or ``stall``) and ``expect``: the ``outcome`` of the only attempt
 (``completed``, ``retry``, ``fail``) and, if given, ``error_code``, ``content``, ``reasoning``, ``refusal``,
 ``finish_reason``, ``tool_calls`` of the lowest choice (a call without ``id`` accepts any), and ``usage`` as a subset.
 """
