@@ -6,7 +6,7 @@ import pytest
 
 from keepstream.errors import ErrorCode
 from keepstream_worker.dev_stack.scripted_provider import ScriptedProvider
-from keepstream_worker.providers.config import parse_providers
+from keepstream_worker.providers.config import ProviderConfig, parse_providers
 from keepstream_worker.providers.dialects.responses_request import ITEMS_FIELD
 from keepstream_worker.providers.provider import ProviderFailure, Providers, Timeouts
 from keepstream_worker.providers.stream import Output, StreamReader
@@ -85,8 +85,7 @@ async def make(scripted_provider: ScriptedProvider, request: pytest.FixtureReque
             {},
             "/chat/completions",
         ),
-        ("", {"reasoning": {"effort": "low"}}, "/responses"),
-        ("", {"tools": [{"type": "web_search"}]}, "/responses"),
+        ("", {"reasoning": {"effort": "low"}}, "/chat/completions"),  # as OpenRouter has it
         ('api = "chat"', {"reasoning": {"effort": "low"}}, "/chat/completions"),
     ],
 )
@@ -97,6 +96,18 @@ async def test_the_dialect_is_configured_or_follows_from_the_request(
     output = await asked.ask(**request_)
     assert output.choices[0].content == "ok"
     assert asked.paths == [path]
+
+
+@pytest.mark.parametrize("request_", [{"reasoning": {"effort": "low"}}, {"tools": [{"type": "web_search"}]}])
+async def test_what_openai_has_only_there_is_asked_of_openai_there(
+    make: Any, request_: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not make()._providers.get("p").config.is_openai
+    assert parse_providers("", {})["default"].is_openai
+    monkeypatch.setattr(ProviderConfig, "is_openai", True)
+    asked = make()
+    await asked.ask(**request_)
+    assert asked.paths == ["/responses"]
 
 
 async def test_a_refusal_that_names_the_other_endpoint_is_followed_at_once_and_remembered(make: Any) -> None:

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+from pathlib import Path
 from typing import Any, Final
 
 from sqlalchemy import update
@@ -125,15 +126,20 @@ REQUESTS: Final[dict[str, dict[str, Any]]] = {
 OPTIONS: Final = {"include_usage": True}
 
 
-def bodies(cluster: Cluster) -> dict[str, Any]:
-    """The requests that the provider received, by the script's key."""
+def recorded(cluster: Cluster) -> list[dict[str, Any]]:
+    """The requests that the provider received."""
     connection = http.client.HTTPConnection("127.0.0.1", cluster.provider.port, timeout=30)
     try:
         connection.request("GET", "/_requests")
-        recorded = json.loads(connection.getresponse().read())
+        requests: list[dict[str, Any]] = json.loads(connection.getresponse().read())
     finally:
         connection.close()
-    return {request["body"]["script"]["key"]: request["body"] for request in recorded}
+    return requests
+
+
+def bodies(cluster: Cluster) -> dict[str, Any]:
+    """The bodies that the provider received, by the script's key."""
+    return {request["body"]["script"]["key"]: request["body"] for request in recorded(cluster)}
 
 
 def fragments(following: Following, choice: int = 0) -> list[ToolCallDelta]:
@@ -301,3 +307,61 @@ def test_why_a_provider_refused_stands_with_the_attempt_and_nowhere_else(any_clu
     events = [event.model_dump_json() for event in cluster.log(job_id)]
     assert events
     assert not [text for text in (*events, *worker.log_lines()) if "must be" in text or "sk-live" in text]
+
+
+def test_a_tool_loop_with_a_model_that_wants_the_other_dialect(any_cluster: Cluster, tmp_path: Path) -> None:
+    """Followers, row and the next turn are as ever; the refusal costs no attempt, and the reasoning goes back."""
+    cluster = any_cluster
+    file = tmp_path / "providers.toml"
+    file.write_text(f'[providers.own]\nbase_url = "{cluster.provider.base_url}"\n')
+    worker = cluster.start_worker(providers_file=file)
+    refusal = {"error": {"message": "Please use /v1/responses instead.", "param": "reasoning_effort"}}
+    script = {
+        "key": "loop",
+        "reasoning": "I need the weather.",
+        "text": "Let me look.",
+        "tool_calls": [{"name": "get_weather", "arguments": {"city": "Zürich"}}],
+        "faults": [{"kind": "status", "status": 400, "body": refusal}],
+    }
+    question = {"role": "user", "content": "Weather?"}
+    request = {"model": "m", "messages": [question], "tools": [WEATHER], "script": script}
+    first = cluster.client.enqueue(request, provider="own")
+    transcript = cluster.follow(first).to_the_end()
+    result = cluster.result(first)
+    assert [attempt.outcome for attempt in result.attempts] == ["finished"]
+    (choice,) = result.choices
+    assert (choice.reasoning, choice.content, choice.finish_reason) == (
+        "I need the weather.",
+        "Let me look.",
+        "tool_calls",
+    )
+    assert json.loads(choice.tool_calls[0].arguments) == {"city": "Zürich"}
+    assert transcript.sha256() == result.output_sha256
+    assert result.usage is not None
+    assert result.usage.source == "provider"
+    worker.wait_to_say("dialect_learnt", model="m", api="responses")
+
+    answer = {
+        "role": "assistant",
+        "content": choice.content,
+        "tool_calls": [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in choice.tool_calls
+        ],
+        "responses_output": {"provider": "own", "items": (choice.extra or {})["responses_output"]},
+    }
+    returned = {"role": "tool", "tool_call_id": choice.tool_calls[0].id, "content": "Rain."}
+    second = cluster.client.enqueue(
+        {"model": "m", "messages": [question, answer, returned], "script": {"text": "It rains."}}, provider="own"
+    )
+    assert cluster.wait_for(second).text == "It rains."
+    asked = recorded(cluster)[-1]
+    assert asked["path"] == "/v1/responses"
+    assert [item["type"] for item in asked["body"]["input"]] == [
+        "message",
+        "reasoning",
+        "message",
+        "function_call",
+        "function_call_output",
+    ]
+    assert asked["body"]["input"][1]["encrypted_content"]

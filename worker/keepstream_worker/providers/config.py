@@ -131,6 +131,11 @@ class ProviderConfig(_Value):
         """The base URL of all requests."""
         return self.endpoint or self.base_url or OPENAI_URL
 
+    @property
+    def is_openai(self) -> bool:
+        """Whether this is OpenAI itself, where a parameter means what OpenAI says it means."""
+        return urlsplit(self.url).hostname == urlsplit(OPENAI_URL).hostname
+
     def api_of(self, model: str) -> Api:
         """In which dialect a model is asked: its exact name counts most, then the first pattern that fits."""
         matching = [self.models[model]] if model in self.models else []

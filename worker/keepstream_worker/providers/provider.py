@@ -216,7 +216,8 @@ class Provider:
         """
         model = request["model"]
         api = self.config.api_of(model) if self.config.kind == "openai" else "chat"
-        if api == "responses" or (api == "auto" and (model in self._need_responses or only_by_responses(request))):
+        needed = model in self._need_responses or (self.config.is_openai and only_by_responses(request))
+        if api == "responses" or (api == "auto" and needed):
             return await self._ask_by_responses(request, connect_timeout), True
         try:
             return await self._ask_by_chat(request, connect_timeout), False

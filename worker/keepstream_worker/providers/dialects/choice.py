@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from keepstream_worker.values import Failure
 
-#: Parameters that only the Responses API has.
+#: Parameters that OpenAI has on the Responses API only.
 _ONLY_RESPONSES: Final = frozenset({"reasoning", "text", "include", "truncation", "context_management"})
 _CHAT_TOOLS: Final = frozenset({"function", "custom"})
 
@@ -32,7 +32,10 @@ _LIKELY_MODEL: Final = re.compile(r"codex|deep-research|-pro\b|\bgpt-([5-9]|\d\d
 
 
 def only_by_responses(request: Mapping[str, Any]) -> bool:
-    """Whether a request uses what only the Responses API has: one of its parameters, or a tool of the provider's."""
+    """Whether a request uses what only OpenAI's Responses API has: one of its parameters, or a hosted tool.
+
+    Others have parameters and tools of these names on chat completions: OpenRouter's ``reasoning``, for instance.
+    """
     if any(request.get(name) is not None for name in _ONLY_RESPONSES):
         return True
     tools = request.get("tools")
