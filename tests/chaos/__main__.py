@@ -5,6 +5,7 @@ Out: a table of counts for each item on standard output; exit code 1 if a check 
 """
 
 import argparse
+import logging
 import signal
 import sys
 import tempfile
@@ -37,6 +38,7 @@ def main() -> int:
     parser.add_argument("--database", choices=("postgresql", "sqlite"), default="postgresql")
     parser.add_argument("--keep", type=Path, help="directory for the workers' logs (default: a temporary one)")
     options = parser.parse_args()
+    logging.getLogger("keepstream").setLevel(logging.ERROR)  # jobs wait here, and for what is known
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # end like Ctrl-C, leaving nothing behind
     failed: list[str] = []
     with tempfile.TemporaryDirectory(prefix="keepstream-chaos-") as temporary:
