@@ -23,7 +23,7 @@ FIRST_PAUSE: Final = 1.0  #: Seconds before a dead child is replaced; doubled ea
 LONGEST_PAUSE: Final = 30.0
 SETTLED: Final = 60.0  #: Seconds after which a child counts as started: the pauses begin anew.
 _CHECK_INTERVAL: Final = 0.1  #: Seconds between two checks of the children.
-_FORWARDED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+_FORWARDED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 
 
 def python_module(module: str) -> list[str]:
@@ -120,7 +120,9 @@ class Supervisor:
 
     @contextmanager
     def _signals_forwarded(self) -> Iterator[None]:
-        before = {signum: signal.signal(signum, self._forward) for signum in _FORWARDED}
+        ignored = (signal.SIGHUP,) if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else ()  # as nohup leaves it
+        heard = [signum for signum in _FORWARDED if signum not in ignored]
+        before = {signum: signal.signal(signum, self._forward) for signum in heard}
         try:
             yield
         finally:
