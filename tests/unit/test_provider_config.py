@@ -149,18 +149,45 @@ def test_ordinary_header_values_are_accepted(value: str) -> None:
         ("providers = 1", "providers.toml: 'providers' must be tables named [providers.NAME]"),
         ("[providers]\nx = 1", "providers.toml: providers.x must be a table [providers.x]"),
         ("[providers.x]", "providers.toml: [providers.x]: 'base_url' is missing; kind 'openai' needs it"),
-        ('[providers.x]\nbase_url = "http://h"\nbas = 1', "providers.toml: [providers.x] bas: unknown key"),
+        (
+            '[providers.x]\nbase_url = "http://h"\nbase_ur = 1',
+            "providers.toml: [providers.x] base_ur: unknown key; did you mean 'base_url'?",
+        ),
+        (
+            '[providers.x]\nbase_url = "http://h"\ntimeouts = { total = 5 }',
+            "providers.toml: [providers.x] timeouts.total: unknown key; there are connect, first_token, idle",
+        ),
+        (
+            '[providers.x]\nbase_url = "http://h"\nlimits = { max_output_byte = 5 }',
+            "providers.toml: [providers.x] limits.max_output_byte: unknown key; did you mean 'max_output_bytes'?",
+        ),
+        (
+            '[providers.x]\nbase_url = "http://h"\nmodels = { "m-*" = { apis = "chat" } }',
+            "providers.toml: [providers.x] models.m-*.apis: unknown key; did you mean 'api'?",
+        ),
+        (
+            '[providers.x]\nbase_url = "http://h"\nresponses = { reasoning_sumary = "auto" }',
+            "providers.toml: [providers.x] responses.reasoning_sumary: unknown key; did you mean 'reasoning_summary'?",
+        ),
+        (
+            '[providers.x]\nbase_url = "http://h"\nresponses = 3',
+            "providers.toml: [providers.x] responses: must be a table",
+        ),
+        (
+            '[providers.x]\nbase_url = "http://h"\nquery = 3',
+            "providers.toml: [providers.x] query: must be a table",
+        ),
         (
             '[providers.x]\nbase_url = "http://h"\nkind = "gemini"',
-            "providers.toml: [providers.x] kind: Input should be 'openai' or 'azure'",
+            "providers.toml: [providers.x] kind: must be 'openai' or 'azure'",
         ),
         (
             '[providers.x]\nbase_url = "http://h"\ntimeouts = { idle = 0 }',
-            "providers.toml: [providers.x] timeouts.idle: Input should be greater than 0",
+            "providers.toml: [providers.x] timeouts.idle: must be greater than 0",
         ),
         (
             '[providers.x]\nbase_url = "http://h"\ntimeouts = { idle = inf }',
-            "providers.toml: [providers.x] timeouts.idle: Input should be a finite number",
+            "providers.toml: [providers.x] timeouts.idle: must be a finite number",
         ),
         (
             '[providers.x]\nbase_url = "http://h"\nendpoint = "http://h"',

@@ -163,6 +163,16 @@ class ProviderConfig(_Value):
         return self
 
 
+#: The tables inside a provider's, by their key.
+_INNER_TABLES: Final[Mapping[int | str, type[BaseModel]]] = {
+    "timeouts": ProviderTimeouts,
+    "limits": ProviderLimits,
+    "models": ModelConfig,
+    "responses": ResponsesConfig,
+}
+_PYDANTIC_TABLE: Final = re.compile(r"Input should be a valid dictionary( or instance of \w+)?")
+
+
 def load_providers(file: Path | None, environment: Mapping[str, str]) -> dict[str, ProviderConfig]:
     """Return the providers configured by the environment and ``file`` (if given), by name.
 
@@ -244,9 +254,23 @@ def _provider(name: str, table: Mapping[str, Any], environment: Mapping[str, str
     except ValidationError as error:
         item = error.errors(include_url=False, include_input=False, include_context=False)[0]
         location = " ".join([where, ".".join(map(str, item["loc"]))]).rstrip()
-        message = "unknown key" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            message = _unknown_key(*item["loc"])
+        else:
+            message = _PYDANTIC_TABLE.sub("must be a table", item["msg"].removeprefix("Value error, "))
+            message = message.replace("Input should be", "must be")
         raise ProviderConfigError(f"{location}: {message}") from None
     return config if config.proxy else config.model_copy(update={"proxy": _environment_proxy(config.url, environment)})
+
+
+def _unknown_key(*location: int | str) -> str:
+    """Return the complaint about a key that a provider's table, or a table inside it, does not know."""
+    owner = _INNER_TABLES[location[0]] if len(location) > 1 else ProviderConfig
+    known = owner.model_fields.keys() - {"name", "api_key"}
+    nearest = names.nearest(str(location[-1]), sorted(known))
+    return (
+        f"unknown key; did you mean '{nearest}'?" if nearest else f"unknown key; there are {', '.join(sorted(known))}"
+    )
 
 
 def _secret(value: object, environment: Mapping[str, str], where: str, *, must_be_env: bool = False) -> SecretStr:
