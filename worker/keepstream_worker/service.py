@@ -179,7 +179,12 @@ class Service:
     def drain(self) -> None:
         """Start nothing new; what runs goes on."""
         if not self._draining.is_set():
-            log.info("worker_draining", running=len(self.engine.active), grace=self._settings.shutdown_grace)
+            log.info(
+                "worker_draining",
+                worker=self.worker_id,
+                running=len(self.engine.active),
+                grace=self._settings.shutdown_grace,
+            )
             self._draining.set()
             self._sweeper.pause()
 

@@ -33,7 +33,7 @@ class UnreadableMessages:
         self._client = client
         self._list = rejected_list(prefix)
         self._database = database
-        self._outage = Outage(Server.REDIS, "record unreadable messages")
+        self._outage = Outage(Server.REDIS, "look for records of unreadable messages")
 
     async def record(self, limit: int) -> None:
         """Move at most ``limit`` records.
