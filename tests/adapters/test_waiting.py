@@ -364,7 +364,7 @@ def test_an_ended_job_is_run_again_as_a_new_one(client: Client, engine: Engine, 
 def test_a_completed_job_is_run_again_only_by_force(client: Client, engine: Engine) -> None:
     job_id = enqueue(client)
     end(engine, job_id)
-    with pytest.raises(JobStateError, match="force"):
+    with pytest.raises(JobStateError, match="use force=True or --force"):
         client.retry(job_id)
     assert client.retry(job_id, force=True) != job_id
 

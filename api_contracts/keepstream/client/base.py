@@ -305,7 +305,9 @@ class BaseClient(ForkMember):
         if found.error_code == ErrorCode.INVALID_JOB:
             raise JobStateError(f"job {job_id} was refused because it was not valid; enqueue it anew, corrected")
         if found.status is JobStatus.COMPLETED and not force:
-            raise JobStateError(f"job {job_id} is completed; to pay for another answer all the same, use force")
+            raise JobStateError(
+                f"job {job_id} is completed; to pay for another answer all the same, use force=True or --force"
+            )
         again = found.job.model_copy(update={"id": uuid.uuid4().hex, "idempotency_key": None, "expires_at": None})
         if found.queue == self._queue:
             return self._store_and_send(database, again, retry_of=job_id)
