@@ -278,6 +278,9 @@ def test_dev_is_used_stopped_and_started_again_in_a_shell_that_has_its_settings(
         terminal.wait_for("worker_started")
         assert "kept, and unfinished jobs go on" in terminal.text
         assert not any("\x1b" in line for line in place.env_file.read_text().splitlines())
+        forgotten = place.run("list")
+        assert forgotten.returncode == UNAVAILABLE
+        assert "source its settings: . .keepstream/env" in forgotten.stderr
         settings = place.sourced()
         assert all(name.startswith("KEEPSTREAM_") for name in settings)
         submitted = place.run("submit", "--model", "scripted-1", "-m", "Hello!", "--follow", **settings)

@@ -19,6 +19,7 @@ from typing import IO, Final
 
 from keepstream_worker.dev_stack.guard import Guard
 
+DIRECTORY: Final = Path(".keepstream")  #: By default, in the working directory.
 DEV_VARIABLE: Final = "KEEPSTREAM_DEV"  #: Set by the file `env`: the directory.
 PROVIDERS_VARIABLE: Final = "KEEPSTREAM_PROVIDERS_FILE"
 
@@ -102,6 +103,12 @@ def has_ended(environment: Mapping[str, str]) -> bool:
     except OSError:  # the directory is gone
         return True
     return True
+
+
+def env_file_here() -> Path | None:
+    """Return the file `env` of a `dev` that runs in the default directory; None: there is none."""
+    file = DIRECTORY / "env"
+    return file if file.is_file() and not has_ended({DEV_VARIABLE: str(DIRECTORY)}) else None
 
 
 def own_providers_file(environment: Mapping[str, str]) -> Path | None:

@@ -36,13 +36,17 @@ def check_variable_names() -> None:
 def client_for(tenant: str) -> "Client":
     """Return a client for the same services as a worker in this environment."""
     from keepstream import Client
+    from keepstream_worker.commands.dev_directory import DEV_VARIABLE, env_file_here
 
     settings = settings_from_environment()
     if hint := stale_settings_hint():
         print_error(f"keepstream: {hint}")
     path = settings.database_url.removeprefix("sqlite:///").partition("?")[0]
     if settings.database_url.startswith("sqlite:///") and path and not Path(path).exists():
-        fail(f"there is no database {path}: run `keepstream migrate`, or set KEEPSTREAM_DATABASE_URL", UNAVAILABLE)
+        advice = "run `keepstream migrate`, or set KEEPSTREAM_DATABASE_URL"
+        if (dev := env_file_here()) is not None and DEV_VARIABLE not in os.environ:
+            advice = f"for that of the `keepstream dev` here, source its settings: . {dev}"
+        fail(f"there is no database {path}: {advice}", UNAVAILABLE)
     return Client(
         settings.redis_url,
         broker_url=settings.broker_url,

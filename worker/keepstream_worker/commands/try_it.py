@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from keepstream_worker.commands.dev_directory import DIRECTORY, own_providers_file
 from keepstream_worker.commands.environment import check_variable_names, settings_from_environment
 from keepstream_worker.commands.exits import INVALID, UNSUCCESSFUL, fail, start_errors
 from keepstream_worker.commands.group import CommandGroup
@@ -87,7 +88,7 @@ def _ask_before_spending(model: str, *, yes: bool) -> None:
 @group.command("keepstream dev", "keepstream dev --directory /tmp/keepstream", "keepstream dev --provider own")
 def dev(
     *,
-    directory: Annotated[Path, typer.Option(help="Where the database is kept.", file_okay=False)] = Path(".keepstream"),
+    directory: Annotated[Path, typer.Option(help="Where the database is kept.", file_okay=False)] = DIRECTORY,
     provider: Provider = Whose.SCRIPTED,
 ) -> None:
     """Run everything here, for development, until Ctrl-C.
@@ -98,7 +99,6 @@ def dev(
     KEEPSTREAM_PROVIDERS_FILE, whenever a job is sent. Exits 130 after Ctrl-C.
     """
     from keepstream_worker.commands.dev import run_dev
-    from keepstream_worker.commands.dev_directory import own_providers_file
 
     settings_from_environment()
     own_provider = provider is Whose.OWN
