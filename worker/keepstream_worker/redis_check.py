@@ -156,7 +156,9 @@ def _fault(error: BaseException, server: RedisServer, variable: str) -> RedisFau
                     f" {variable}",
                 )
             case AuthenticationError() | AuthorizationError():
-                return RedisFault("refuses the user or password", f"correct {variable}")
+                return RedisFault(
+                    "refuses the user or password", f"correct those in {variable}, or KEEPSTREAM_REDIS_PASSWORD"
+                )
             case NoPermissionError():
                 return RedisFault("does not let this user in", "compare its ACL with docs/operations/running.md")
             case ResponseError() if "DB index" in str(cause) or "invalid DB" in str(cause):

@@ -70,7 +70,7 @@ _BUSY: Final = Failure(True, "takes no connection now", "if that does not pass b
 _REFUSED: Final = Failure(
     False,
     "refuses the connection",
-    "correct the user, password or database in KEEPSTREAM_DATABASE_URL, or what the server allows them",
+    "correct the user, password or database in KEEPSTREAM_DATABASE_URL or PGPASSWORD, or what the server allows them",
 )
 _OPTION_REFUSED: Final = Failure(
     False,

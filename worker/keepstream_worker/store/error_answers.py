@@ -28,7 +28,7 @@ _TABLES: Final = "a table or column is missing: run `keepstream migrate`, or res
 _ADVICE: Final[dict[str, str]] = {
     "25006": "it is read-only: the address must lead to the primary",
     "28000": "it refuses this role: see pg_hba.conf",
-    "28P01": "it refuses the password: set the right one in the URL and restart the worker",
+    "28P01": "it refuses the password: set the right one in the URL or PGPASSWORD, and restart the worker",
     "42501": "this role lacks a right: see docs/operations/running.md",
     "42703": _TABLES,
     "42P01": _TABLES,

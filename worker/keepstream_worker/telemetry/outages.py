@@ -33,8 +33,8 @@ REDIS_REASONS: Final[dict[str, str | None]] = {
     "CROSSSLOT": "it is a node of a cluster: name a single Redis",
     "NOPERM": "this user lacks a right: compare its ACL with docs/operations/running.md",
     "WRONGTYPE": "something else lies under a name that is ours: rename or delete it",
-    "NOAUTH": "it wants a password: set it in the URL and restart the worker",
-    "WRONGPASS": "it refuses the user or password: set the right one in the URL and restart the worker",
+    "NOAUTH": "it wants a password: set it in the URL or KEEPSTREAM_REDIS_PASSWORD, and restart the worker",
+    "WRONGPASS": "it refuses the user or password: correct URL or KEEPSTREAM_REDIS_PASSWORD, and restart the worker",
     "SSLCertVerificationError": "its certificate is not trusted, is for another host, or has run out",
     "MAXCLIENTS": "it has no connection left: raise maxclients, or find who holds them",
 }
