@@ -344,12 +344,39 @@ def test_a_cursor_beyond_the_end_is_an_error(after: str, log_is_there: bool) -> 
         list(world.follow(after))
 
 
-def test_a_cursor_beyond_a_running_job_is_an_error_at_once() -> None:
+def test_a_cursor_beyond_a_running_job_is_an_error_once_the_log_cannot_only_have_lost_its_end() -> None:
     world = World()
     world.publish(3)
     with pytest.raises(InvalidCursorError):
         next(world.follow("1-9"))
+    assert 15 <= world.now < 20
+
+
+def test_a_cursor_beyond_an_attempt_that_has_not_begun_is_an_error_at_once() -> None:
+    world = World()
+    world.publish(3)
+    with pytest.raises(InvalidCursorError):
+        next(world.follow("3-1"))
     assert world.now == 0
+
+
+@pytest.mark.parametrize("lost", [1, 2, 3])
+def test_a_log_that_has_lost_its_end_in_a_fail_over_is_waited_for(lost: int) -> None:
+    """The reader has what the new master has not; what comes next begins where the worker is."""
+    world = World()
+    world.publish(5)
+    after = str(max(world.log))
+    for newest in sorted(world.log)[-lost:]:
+        del world.log[newest]
+    perform = world.perform
+
+    def go_on(operation: Operation) -> Any:
+        if world.now >= 5:
+            world.publish(99)
+        return perform(operation)
+
+    world.perform = go_on  # type: ignore[method-assign]
+    assert ids(world.follow(after)) == ALL[5:]
 
 
 def test_a_reader_from_before_a_restart_of_redis_goes_on() -> None:

@@ -34,6 +34,9 @@ from keepstream.transcript import Place, place_of
 LOG_PAGE: Final = 500  #: Log entries read at once: the most that a follower holds in memory.
 CHECK_EVERY: Final = 3.0  #: Seconds of silence after which the log and the row are checked.
 _CHECK_UNKNOWN_EVERY: Final = 1.0  #: The same for a job that is not known yet.
+#: Seconds for which a log may lack its newest events: a replica that takes over has not got them all, and the worker
+#: may go on writing to the old master for as long as that does not know of it.
+_TAIL_LOST_FOR: Final = 15.0
 _FIRST_RECONNECT_DELAY: Final = 0.1  #: Seconds; doubled with every failure.
 _MAX_RECONNECT_DELAY: Final = 2.0  #: Seconds.
 
@@ -150,6 +153,7 @@ class Follower:
         self._clock = clock
         self._last = after
         self._cursor_is_valid = after is None  # True once the job is known to have come as far as ``after``
+        self._beyond_log_since: float | None = None  # when the log was first seen to end before ``after``
         self._ahead: Event | None = None  # the newest event that cannot be delivered yet, because others are missing
         self._log_is_missing: bool | None = None  # None: not known
         self._is_connected = False
@@ -215,7 +219,7 @@ class Follower:
             newest: LogEntry | None = yield ReadNewest()
             self._log_is_missing = newest is None
             if newest is not None:
-                self._check_cursor(_stream_id(newest.id))
+                self._check_cursor_by_log(newest)
                 self._ended = newest.id == position and _is_end(newest)  # the reader already has the terminal event
         if self._end_is_ahead and not self._has_database:
             raise EventsLostError(f"job {self._job_id} has ended, but events before its end are lost")
@@ -306,6 +310,17 @@ class Follower:
     def _check_cursor(self, limit: EventId) -> None:
         if not self._cursor_is_valid and self._last is not None and self._last > limit:
             raise InvalidCursorError(f"'after' is {self._last}, and job {self._job_id} has not come that far")
+
+    def _check_cursor_by_log(self, newest: LogEntry) -> None:
+        """Refuse a cursor beyond the log's end, once it is sure that the log has not only lost its newest events."""
+        end = _stream_id(newest.id)
+        if self._cursor_is_valid or self._last is None or self._last <= end:
+            return
+        if self._beyond_log_since is None:
+            self._beyond_log_since = self._clock()
+        unknown_attempt = self._last.attempt > end.attempt and not self._has_database  # else the row tells
+        if _is_end(newest) or unknown_attempt or self._clock() - self._beyond_log_since >= _TAIL_LOST_FOR:
+            self._check_cursor(end)
 
     def _note_reason(self, summary: JobSummary) -> None:
         if (reason := summary.waiting_for) is not None:
