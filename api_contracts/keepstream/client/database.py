@@ -43,15 +43,13 @@ class ClientDatabase:
         """
         connection = None
         try:
-            with self._engine.get().begin() as connection:
+            with self._engine.get().begin() as connection, _no_session_that_only_reads(connection):
                 yield connection
         except DBAPIError as error:
             cause = describe_error(error.orig)
             if connection is None:
                 failure = explain_failure(str(error.orig))
                 raise StoreUnavailableError(f"the database {failure.what} ({cause}); {failure.advice}") from None
-            if getattr(error.orig, "sqlstate", None) == _READ_ONLY:
-                self._engine.get().dispose()  # a session stays so; a new one may write, or lead to the primary
             missing = "no such table" in cause or 'relation "' in cause
             hint = " (has 'keepstream migrate' been run?)" if missing else ""
             raise StoreUnavailableError(f"the database did not do its work: {cause}{hint}") from None
@@ -61,6 +59,17 @@ class ClientDatabase:
     def close(self) -> None:
         """Close the connections that are not in use."""
         self._engine.get().dispose()
+
+
+@contextmanager
+def _no_session_that_only_reads(connection: Connection) -> Iterator[None]:
+    """Give up a connection that may not write: its session stays so; a new one may write, or lead to the primary."""
+    try:
+        yield
+    except DBAPIError as error:
+        if getattr(error.orig, "sqlstate", None) == _READ_ONLY:
+            connection.invalidate()
+        raise
 
 
 def make_engine(url: str, application: str = "keepstream", *, pool_size: int = 5, writer: bool = False) -> Engine:
