@@ -7,9 +7,7 @@ Out: their URLs, to the tests; faults: a certificate that is not right, a fail-o
 import asyncio
 import contextlib
 import gc
-import os
 import resource
-import shutil
 import ssl
 import threading
 import time
@@ -25,6 +23,7 @@ import trustme
 from typing_extensions import override
 
 from keepstream_worker.dev_stack.embedded import EmbeddedProcess, EmbeddedValkey, free_port
+from tests.services import debian_program
 
 _PIECE: Final = 65_536
 SERVICE: Final = "mymaster"  #: What the Sentinels call their servers.
@@ -175,8 +174,7 @@ class DebianRedis(EmbeddedProcess):
     def __init__(
         self, certificates: Certificates, *, configuration: tuple[str, ...] = (), sentinel: bool = False
     ) -> None:
-        binary = debian_binary("redis-server")
-        assert binary is not None
+        binary = debian_program("redis-server")
         super().__init__("debian redis")
         self.port = free_port()
         self._binary = binary
@@ -199,7 +197,7 @@ class DebianRedis(EmbeddedProcess):
 
     @override
     def _command(self) -> list[str]:
-        return [self._binary, str(self._configuration), *self._options_of_role]
+        return [str(self._binary), str(self._configuration), *self._options_of_role]
 
     @override
     def _is_ready(self) -> bool:
@@ -446,8 +444,3 @@ class SentinelSet:
 def _role(server: ReplicatedValkey) -> str:
     with server.client() as client:
         return str(client.info("replication")["role"])
-
-
-def debian_binary(name: str) -> str | None:
-    """Return the path of a server that Debian's packages install, or None."""
-    return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin")

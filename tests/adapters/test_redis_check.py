@@ -20,7 +20,6 @@ from tests.redis_servers import (
     ReplicatedValkey,
     SentinelSet,
     ValkeyAtSocket,
-    debian_binary,
 )
 
 SECRET = "opensesame"
@@ -183,7 +182,6 @@ def test_sentinels_that_are_away():
     assert found.away
 
 
-@pytest.mark.skipif(debian_binary("redis-server") is None, reason="needs Debian's package redis-server")
 def test_debians_redis_and_sentinel_by_tls_only(certificates: Certificates):
     authority = f"ssl_ca_certs={certificates.authority_file}"
     with DebianRedis(certificates) as master:

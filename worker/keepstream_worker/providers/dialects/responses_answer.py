@@ -11,11 +11,16 @@ end. Ids and indexes are no better: some servers change the id with every event,
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
-import orjson
-
 from keepstream_worker.providers.accumulator import Limits, Output
 from keepstream_worker.providers.accumulator.builders import ChoiceBuilder, TextBuilder, ToolCallBuilder
-from keepstream_worker.providers.accumulator.json_values import byte_length, merged_usage, safe, storable, whole_number
+from keepstream_worker.providers.accumulator.json_values import (
+    byte_length,
+    json_size,
+    merged_usage,
+    safe,
+    storable,
+    whole_number,
+)
 from keepstream_worker.providers.dialects.responses_request import ITEMS_FIELD
 from keepstream_worker.values import Delta
 
@@ -606,10 +611,7 @@ class ResponsesAccumulator:
 
     def _reserve_extra(self, value: object) -> bool:
         """Reserve room for something that is kept besides the output; say in the choice if there is none."""
-        try:
-            size = len(orjson.dumps(value))
-        except TypeError:  # lone surrogates, or integers beyond 64 bits
-            size = len(str(value))
+        size = json_size(value)
         if size > self._extra_bytes_left:
             self._extra()["truncated"] = True
             return False
