@@ -75,8 +75,9 @@ class seconds_until(FunctionElement[float]):  # noqa: N801  # reads as the SQL f
 
 @compiles(now, "postgresql")
 def _now_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
-    # now() would be the transaction's start, which a long grouped write leaves behind.
-    return "clock_timestamp()"
+    # now() would be the transaction's start, which a long grouped write leaves behind; clock_timestamp() changes within
+    # a statement, so that no index could be searched by it.
+    return "statement_timestamp()"
 
 
 @compiles(now, "sqlite")
@@ -86,7 +87,7 @@ def _now_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
 
 @compiles(seconds_from_now, "postgresql")
 def _seconds_from_now_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
-    return f"(clock_timestamp() + make_interval(secs => {compiler.process(element.clauses, **kw)}))"
+    return f"(statement_timestamp() + make_interval(secs => {compiler.process(element.clauses, **kw)}))"
 
 
 @compiles(seconds_from_now, "sqlite")
@@ -97,7 +98,7 @@ def _seconds_from_now_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
 
 @compiles(seconds_until, "postgresql")
 def _seconds_until_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
-    return f"extract(epoch from ({compiler.process(element.clauses, **kw)} - clock_timestamp()))::double precision"
+    return f"extract(epoch from ({compiler.process(element.clauses, **kw)} - statement_timestamp()))::double precision"
 
 
 @compiles(seconds_until, "sqlite")
@@ -126,15 +127,12 @@ jobs: Final = Table(
     Column("status", String(16), nullable=False, comment="queued, running, retrying, completed, failed, …"),
     Column("model", Text, nullable=False),
     Column("provider", String(128), nullable=False),
-    Column("job", Text, nullable=False, comment="the whole job as JSON, as it was enqueued"),
+    Column("class", String(16), nullable=False, comment="interactive or bulk"),
     Column("request_hash", String(64), nullable=False, comment="whether a repeated id asks for the same"),
     Column("prompt_start", Text, nullable=False, comment="beginning of the last user message, for listings"),
     Column("metadata", _JSON, nullable=False),
     Column("retry_of", String(128), comment="id of the job that this one repeats"),
     Column("created_at", UtcDateTime, nullable=False),
-    Column("due_at", UtcDateTime, nullable=False, comment="not to be started before"),
-    Column("resend_at", UtcDateTime, nullable=False, comment="when a worker's sweeper sends its message (again)"),
-    Column("sends", Integer, nullable=False, comment="messages sent for the next attempt, as far as is known"),
     Column("expires_at", UtcDateTime),
     Column("deadline_at", UtcDateTime, comment="first start plus total time-out"),
     Column("started_at", UtcDateTime, comment="start of the first attempt"),
@@ -142,9 +140,8 @@ jobs: Final = Table(
     Column("attempt", Integer, nullable=False, comment="the newest attempt; the fencing token of every write"),
     Column("tries", Integer, nullable=False, comment="attempts that count against max_attempts"),
     Column("max_attempts", Integer, comment="null: the worker's setting"),
-    Column("queue", String(128), nullable=False, comment="where its messages go"),
+    Column("queue", String(128), nullable=False, comment="whose workers run it"),
     Column("next_reason", String(16), nullable=False, comment="why the next attempt will be made"),
-    Column("worker_id", String(128), comment="who runs it now"),
     Column("cancel_requested_at", UtcDateTime),
     Column("partial", Boolean, nullable=False, comment="the output is of an attempt that did not finish"),
     Column("error_code", String(64)),
@@ -157,32 +154,8 @@ jobs: Final = Table(
     Column("usage", _JSON, comment="what else providers reported, summed: cached and reasoning tokens, cost, …"),
     Column("provider_details", _JSON),
     Column("terminal_event_id", String(32)),
-    Column("announced", Boolean, nullable=False, comment="whether the terminal event is known to be in the log"),
-    # For the sweeper; partial, because nearly all rows are terminal and announced.
-    Index(
-        "ix_keepstream_jobs_waiting",
-        "resend_at",
-        postgresql_where=text("status IN ('queued', 'retrying')"),
-        sqlite_where=text("status IN ('queued', 'retrying')"),
-    ),
-    Index(
-        "ix_keepstream_jobs_expiring",
-        "expires_at",
-        postgresql_where=text("status IN ('queued', 'retrying') AND expires_at IS NOT NULL"),
-        sqlite_where=text("status IN ('queued', 'retrying') AND expires_at IS NOT NULL"),
-    ),
-    Index(
-        "ix_keepstream_jobs_worker",
-        "worker_id",
-        postgresql_where=text("worker_id IS NOT NULL"),
-        sqlite_where=text("worker_id IS NOT NULL"),
-    ),
-    Index(
-        "ix_keepstream_jobs_unannounced",
-        "finished_at",
-        postgresql_where=text("NOT announced AND finished_at IS NOT NULL"),
-        sqlite_where=text("NOT announced AND finished_at IS NOT NULL"),
-    ),
+    # No index has a column that changes, in it or in its condition: so the two updates of a job, at its start and at
+    # its end, need no new entry in any.  What is to be done with jobs stands in the narrow tables below.
     # For listings: a walk through a tenant's jobs by age; the id tells jobs of one moment apart.
     Index("ix_keepstream_jobs_tenant_created", "tenant", "created_at", "id"),
 )
@@ -199,6 +172,13 @@ def _of_job(*columns: Column[Any]) -> tuple[Any, ...]:
         ),
     )
 
+
+requests: Final = Table(
+    "keepstream_requests",
+    metadata,
+    # Apart, because it is written once and may have megabytes, which SQLite would copy at each update of the row.
+    *_of_job(Column("job", Text, nullable=False, comment="the whole job as JSON, as it was enqueued")),
+)
 
 choices: Final = Table(
     "keepstream_choices",
@@ -283,4 +263,141 @@ rejected_messages: Final = Table(
     Column("size", Integer, nullable=False, comment="bytes of the message"),
     Column("payload", Text, comment="the message, base64, cut to a limit"),
     Index("ix_keepstream_rejected_messages_rejected_at", "rejected_at"),
+)
+
+# What is to be done: narrow tables, whose rows are deleted when it is done.  They are not for other services.
+
+#: A number that the database gives, never twice.
+_SEQ: Final = BigInteger().with_variant(Integer(), "sqlite")
+
+waiting: Final = Table(
+    "keepstream_waiting",
+    metadata,
+    Column("seq", _SEQ, primary_key=True, comment="age: smaller is older"),
+    Column("tenant", String(128), nullable=False),
+    Column("job_id", String(128), nullable=False),
+    Column("lane", BigInteger, nullable=False, comment="tenant, class and queue, as a number"),
+    Column("pool", BigInteger, nullable=False),
+    Column("attempt", Integer, nullable=False, comment="the newest attempt so far"),
+    Column("prompt_tokens", BigInteger, nullable=False, comment="an estimate"),
+    Column("max_tokens", BigInteger, comment="of the answer, if the request says so"),
+    Column("restarted_due", UtcDateTime, comment="of a job that was started before: not to go on earlier"),
+    Column("expires_at", UtcDateTime, comment="of a job that was not started before"),
+    Index("ix_keepstream_waiting_job", "tenant", "job_id", unique=True),
+    Index(
+        "ix_keepstream_waiting_lane",
+        "lane",
+        "pool",
+        "seq",
+        postgresql_where=text("restarted_due IS NULL"),
+        sqlite_where=text("restarted_due IS NULL"),
+    ),
+    Index(
+        "ix_keepstream_waiting_restarted",
+        "pool",
+        "restarted_due",
+        postgresql_where=text("restarted_due IS NOT NULL"),
+        sqlite_where=text("restarted_due IS NOT NULL"),
+    ),
+    Index(
+        "ix_keepstream_waiting_expiring",
+        "expires_at",
+        postgresql_where=text("expires_at IS NOT NULL"),
+        sqlite_where=text("expires_at IS NOT NULL"),
+    ),
+    sqlite_autoincrement=True,
+)
+
+arrivals: Final = Table(
+    "keepstream_arrivals",
+    metadata,
+    # Written in the transaction of the waiting job's row, so that no turn can miss a job.
+    Column("seq", _SEQ, primary_key=True, autoincrement=False, comment="the waiting job's"),
+    Column("lane", BigInteger, nullable=False),
+    Column("pool", BigInteger, nullable=False),
+    Column("tenant", String(128), nullable=False),
+    Column("restarted_due", UtcDateTime),
+)
+
+running: Final = Table(
+    "keepstream_running",
+    metadata,
+    Column("tenant", String(128), primary_key=True),
+    Column("job_id", String(128), primary_key=True),
+    Column("attempt", Integer, nullable=False, comment="the one under way, or about to begin"),
+    Column("worker_id", String(128), nullable=False),
+    Column("provider", String(128), nullable=False),
+    Column("model", Text, nullable=False),
+    Column("lane", BigInteger, nullable=False),
+    Column("pool", BigInteger, nullable=False),
+    Column("tokens", BigInteger, nullable=False, comment="charged when it was chosen"),
+    Column("started_at", UtcDateTime, nullable=False),
+    Column("cancel_requested", Boolean, nullable=False),
+    Index("ix_keepstream_running_target", "provider", "model"),
+    Index("ix_keepstream_running_worker", "worker_id"),
+)
+
+announcements: Final = Table(
+    "keepstream_announcements",
+    metadata,
+    # Jobs that have ended, and whose terminal event is not known to be in the log.
+    Column("tenant", String(128), primary_key=True),
+    Column("job_id", String(128), primary_key=True),
+    Column("ended_at", UtcDateTime, nullable=False),
+    Index("ix_keepstream_announcements_ended_at", "ended_at"),
+)
+
+pools: Final = Table(
+    "keepstream_pools",
+    metadata,
+    Column("id", BigInteger, primary_key=True, autoincrement=False, comment="a hash of the rest"),
+    Column("queue", String(128), nullable=False),
+    Column("class", String(16), nullable=False),
+    Column("chain", _JSON, nullable=False, comment="[[provider, model], …]: the target, then the fallbacks"),
+)
+
+standings: Final = Table(
+    "keepstream_standings",
+    metadata,
+    # No unique index: in a row that changes this often, each change would be checked against all dead versions.
+    Column("lane", BigInteger, nullable=False),
+    Column("pool", BigInteger, nullable=False),
+    Column("tenant", String(128), nullable=False),
+    Column("time", Float, nullable=False, comment="virtual: tokens given to the lane, divided by its weight"),
+    Column("head", BigInteger, nullable=False, comment="no new job of it waits in this pool with a smaller seq"),
+    Column("active", Integer, comment="1: jobs wait, and may be chosen; else null"),
+    Column("parked", Integer, comment="1: its tenant runs as many jobs as it may; else null"),
+    Index(
+        "ix_keepstream_standings_active",
+        "pool",
+        "time",
+        postgresql_where=text("active IS NOT NULL"),
+        sqlite_where=text("active IS NOT NULL"),
+    ),
+    Index("ix_keepstream_standings_lane", "lane", "time"),
+    Index(
+        "ix_keepstream_standings_parked",
+        "tenant",
+        postgresql_where=text("parked IS NOT NULL"),
+        sqlite_where=text("parked IS NOT NULL"),
+    ),
+)
+
+turns: Final = Table(
+    "keepstream_turns",
+    metadata,
+    # Appended, the newest counts: a row that is updated at each choice would grow slower with each.
+    Column("n", _SEQ, primary_key=True, autoincrement=False),
+    Column("arrivals_low", BigInteger, nullable=False),
+    Column("ready", Text, nullable=False, comment="JSON: by queue, when the next turn is worth taking"),
+    Column("closed", Text, nullable=False, comment="JSON: why what waits waits"),
+    Column("state", Text, nullable=False, comment="JSON: what the next turn goes on with"),
+)
+
+leases: Final = Table(
+    "keepstream_leases",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("holder", String(128), nullable=False),
+    Column("until", UtcDateTime, nullable=False),
 )

@@ -1,0 +1,30 @@
+"""Lanes and pools: what of the waiting jobs belongs together, as numbers that everybody computes alike.
+
+In: a job and its queue, from the client's and the store's statements.  Out: the ids of its lane and its pool, and an
+estimate of its size.  Pure.
+
+A lane is what waits together: one tenant's jobs of one class on one queue.  A pool is what waits for the same: jobs of
+one queue and class with the same targets.  Their ids are hashes, so that nobody has to ask the database for one.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+Chain = tuple[tuple[str, str], ...]  #: Provider and model: a job's target, then its fallbacks.
+
+
+def lane_id(tenant: str, job_class: str, queue: str) -> int:
+    """Return the number of a lane."""
+    return _number("lane", tenant, job_class, queue)
+
+
+def pool_id(queue: str, job_class: str, chain: Sequence[tuple[str, str]]) -> int:
+    """Return the number of a pool."""
+    return _number("pool", queue, job_class, *(part for target in chain for part in target))
+
+
+def _number(*parts: str) -> int:
+    """Return a hash of 63 bits: among a million lanes two share one once in ten million deployments."""
+    digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

@@ -1,0 +1,149 @@
+"""The turn: what is asked, read and written while one worker chooses for the whole deployment.
+
+In: nothing.  Out: values, to ``keepstream_worker.store.turns``, which reads and writes, and to
+``keepstream_worker.scheduling``, which asks and decides.  One turn goes
+
+    newest state → ``Question`` → ``Reading`` → ``Decision`` → written, as one transaction
+
+so that deciding is a pure function of what was read, the same for both databases.  All moments are seconds since the
+epoch by the database's clock; virtual times are tokens divided by a lane's weight.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from keepstream_worker.values import JobKey
+
+
+class Target(NamedTuple):
+    """Who is asked: a model of a provider."""
+
+    provider: str
+    model: str
+
+
+class Pool(NamedTuple):
+    """What waits for the same: jobs of one queue and class with the same targets in the same order."""
+
+    id: int
+    queue: str
+    job_class: str  #: ``interactive`` or ``bulk``.
+    chain: tuple[Target, ...]  #: The job's target, then its fallbacks.
+
+
+class WaitingJob(NamedTuple):
+    """A job that waits, as the narrow table has it."""
+
+    seq: int  #: Its age: smaller is older.
+    key: JobKey
+    lane: int
+    pool: int
+    attempt: int  #: The newest attempt so far; 0: none.
+    prompt_tokens: int  #: As estimated when it was stored.
+    max_tokens: int | None  #: Of the answer, if the request says so.
+    due: float | None = None  #: Of a job that was started before: not to go on earlier.  None: it is new.
+    expired: bool = False  #: It is new, and its ``expires_at`` has passed.
+
+
+class Standing(NamedTuple):
+    """A lane in a pool, as stored."""
+
+    lane: int
+    pool: int
+    tenant: str
+    time: float  #: The lane's virtual time; the same in all its pools in which it is active.
+    head: int  #: No new job of it waits in this pool with a smaller seq, as far as is known.
+    active: bool  #: Whether jobs wait here, and may be chosen.
+    parked: bool = False  #: Whether its tenant runs as many jobs as it may; then it is not active.
+
+
+class Arrival(NamedTuple):
+    """A note that a job has come to wait."""
+
+    seq: int  #: The waiting job's.
+    lane: int
+    pool: int
+    tenant: str
+    due: float | None  #: As the waiting job's.
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is to be read. Everything is bounded by what is named here."""
+
+    #: Active pools that are open, with the least virtual time in each: the first ``standings`` of each are read.
+    pools: tuple[tuple[int, float], ...] = ()
+    #: Open pools with restarted jobs: the first ``restarted`` + 1 of each by their moment, due or not.
+    restarted_pools: tuple[int, ...] = ()
+    #: Lanes of which all standings are read that have at least this time: those settled or charged now.
+    lanes: tuple[tuple[int, float], ...] = ()
+    #: The same for the lanes that arrivals name: by queue and class, None of the rest.
+    arrival_times: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    #: Tenants whose parked standings are read, because a job of theirs may have ended.
+    parked_tenants: tuple[str, ...] = ()
+    standings: int = 0  #: In each pool.
+    first_jobs: int = 0  #: Of the first standing of each pool.
+    other_jobs: int = 0  #: Of each other one, and of each lane that arrivals name.
+    restarted: int = 0
+    counted_providers: tuple[str, ...] = ()  #: Whose running jobs are counted, by target.
+    counted_tenants: tuple[str, ...] = ()  #: The same, by tenant; those of the standings read are counted as well.
+    counts_all_tenants: bool = False  #: Whether tenants of the standings read are to be counted: some have a limit.
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What was read, after everything that was committed before the turn."""
+
+    now: float
+    pools: Mapping[int, Pool]  #: Those that the standings, arrivals and jobs below are in.
+    standings: tuple[Standing, ...]  #: Of the pools asked for, by pool and time; of lanes that arrivals name; of
+    #: lanes asked for; of parked tenants.  Each once.
+    jobs: Mapping[tuple[int, int], tuple[WaitingJob, ...]]  #: New ones by (lane, pool), oldest first.
+    whole: frozenset[tuple[int, int]]  #: The (lane, pool) of which no further new jobs wait.
+    restarted: tuple[WaitingJob, ...]  #: By pool and moment; not all may be due.
+    arrivals: tuple[Arrival, ...]
+    more_arrivals: bool  #: Whether there are further ones; the next turn takes them.
+    running: Mapping[Target, int]
+    running_tenants: Mapping[str, int]
+
+
+class Pick(NamedTuple):
+    """A job that goes to the worker that has the turn."""
+
+    job: WaitingJob
+    target: Target
+    tokens: int  #: Charged to its lane and its target's buckets.
+
+
+class Move(NamedTuple):
+    """A standing that changes; it is found by its old values."""
+
+    old: Standing
+    new: Standing
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What is written."""
+
+    picks: tuple[Pick, ...] = ()
+    moves: tuple[Move, ...] = ()  #: Of all active standings of a lane together, where its time changes.
+    new_standings: tuple[Standing, ...] = ()
+    arrivals: tuple[int, ...] = ()  #: Their seqs; they are deleted.
+    arrivals_low: int = 0  #: From where the next turn looks for arrivals; a sweep looks below.
+    ready: Mapping[str, float] = field(default_factory=dict)  #: By queue: when the next turn is worth taking, if
+    #: nothing arrives; 0: at once.  Queues in which nothing waits are missing.
+    closed: Mapping[str, Any] = field(default_factory=dict)  #: Why what waits waits, for people; JSON.
+    state: str = "{}"  #: For the next turn; JSON.
+    changed: bool = True  #: Whether anything is to be written at all.
+
+
+class Decider(Protocol):
+    """What the store asks while it holds the turn. Quick, and without I/O."""
+
+    def ask(self, now: float, state: str) -> Question:
+        """Return what is to be read; ``state`` is that of the newest turn, ``{}`` before the first."""
+
+    def decide(self, reading: Reading) -> Decision:
+        """Return what is to be written; called after ``ask``, in the same turn."""
