@@ -331,6 +331,9 @@ running: Final = Table(
     Column("lane", BigInteger, nullable=False),
     Column("pool", BigInteger, nullable=False),
     Column("tokens", BigInteger, nullable=False, comment="charged when it was chosen"),
+    # As the waiting job's, to which it may return.
+    Column("prompt_tokens", BigInteger, nullable=False, comment="an estimate"),
+    Column("max_tokens", BigInteger),
     Column("started_at", UtcDateTime, nullable=False),
     Column("cancel_requested", Boolean, nullable=False),
     Index("ix_keepstream_running_target", "provider", "model"),
