@@ -13,14 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-from keepstream_worker.values import JobKey
-
-
-class Target(NamedTuple):
-    """Who is asked: a model of a provider."""
-
-    provider: str
-    model: str
+from keepstream_worker.values import JobKey, Target
 
 
 class Pool(NamedTuple):

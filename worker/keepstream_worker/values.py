@@ -19,6 +19,13 @@ class JobKey(NamedTuple):
     id: str
 
 
+class Target(NamedTuple):
+    """Who is asked: a model of a provider."""
+
+    provider: str
+    model: str
+
+
 def worker_id(host: str, pid: int, start: str) -> str:
     """Return the id of a worker process; ``start``, without a hyphen, tells it from the one before it."""
     return f"{host[:_HOST_LENGTH]}-{pid}-{start}"
@@ -79,7 +86,10 @@ class Ending:
     failure: Failure | None = None
     retryable: bool | None = None
     retry_in: float = 0.0  #: Seconds until the job is due again; only with RETRYING.
-    resend_in: float = 0.0  #: Seconds until a sweeper sends its message again; only with RETRYING.
+    counted: bool = True  #: Whether the attempt counts against ``max_attempts``; only with RETRYING.
+    #: The targets that are left to the job, if it is not to ask those before them again; only with RETRYING.
+    chain: tuple[Target, ...] | None = None
+    least_tokens: int | None = None  #: What the attempt took; the next is not estimated at less.
     next_reason: AttemptReason = AttemptReason.RETRY  #: Why the next attempt is made; only with RETRYING.
     first_token_ms: float | None = None
     provider_request_id: str | None = None
