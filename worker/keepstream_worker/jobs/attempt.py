@@ -44,6 +44,7 @@ class Attempt:
         "provider_request_id",
         "publication",
         "reader",
+        "target",
     )
 
     def __init__(
@@ -52,6 +53,7 @@ class Attempt:
         self.job = job
         self.claim = claim
         self.key = JobKey(job.tenant, job.id)
+        self.target = claim.target
         self.publication = publisher.open(
             job.tenant,
             job.id,
@@ -68,6 +70,13 @@ class Attempt:
         self._requested_at = time.monotonic()
         self._first_output_at: float | None = None
 
+    @property
+    def request(self) -> dict[str, Any]:
+        """The request as it goes to the target: a fallback names its own model."""
+        if self.job.model == self.target.model:
+            return self.job.request
+        return self.job.request | {"model": self.target.model}
+
     def begin_request(self) -> None:
         """Note that the request goes out now."""
         self._requested_at = time.monotonic()
@@ -81,7 +90,7 @@ class Attempt:
 
     def publish_started(self, **fields: bool) -> None:
         """Publish ``attempt.started``."""
-        about = {"model": self.job.model, "provider": self.job.provider, "reason": self.claim.reason}
+        about = {"model": self.target.model, "provider": self.target.provider, "reason": self.claim.reason}
         self.publication.send("attempt.started", about | fields)
 
     def publish_finished(self, report: AttemptReport) -> None:
@@ -101,7 +110,7 @@ class Attempt:
         """Return what the verdict is to be based on."""
         output = self.reader.output()
         if output.usage is not None:
-            self._prompts.learn(self.job.provider, self.job.request, output.usage["prompt_tokens"])
+            self._prompts.learn(self.target.provider, self.request, output.usage["prompt_tokens"])
         first_token_ms = None
         if self._first_output_at is not None:
             first_token_ms = round((self._first_output_at - self._requested_at) * 1000, 3)
@@ -127,7 +136,7 @@ class Attempt:
 
     def estimated_usage(self, choices: list[Choice]) -> Usage:
         """Return the estimated cost of ``choices`` and of this job's prompt."""
-        return usage.estimated(self._prompts.tokens(self.job.provider, self.job.request), choices)
+        return usage.estimated(self._prompts.tokens(self.target.provider, self.request), choices)
 
     def _snapshot(self) -> dict[str, Any]:
         if self.carried is not None:
@@ -167,22 +176,22 @@ class AttemptStreams:
             timer.cancel()
         failure = attempt.reader.finish(failure)
         attempt.publish_output(attempt.reader.final_deltas)
-        return failure and self._scrubbed(attempt.job, failure)
+        return failure and self._scrubbed(attempt.target.provider, failure)
 
-    def _scrubbed(self, job: Job, failure: Failure) -> Failure:
+    def _scrubbed(self, provider: str, failure: Failure) -> Failure:
         if failure.provider_error is None:
             return failure
-        return self._providers.get(job.provider).scrubbed(failure)
+        return self._providers.get(provider).scrubbed(failure)
 
     async def _read(self, active: ActiveJob, attempt: Attempt) -> Failure | None:
         """Read the provider's answer to its end; return why it broke off, or None."""
         job = attempt.job
         usage_timer: asyncio.TimerHandle | None = None
         try:
-            provider = self._providers.get(job.provider)
+            provider = self._providers.get(attempt.target.provider)
             timeouts = self._timeouts(job, provider.config, attempt.claim)
             attempt.begin_request()
-            async with provider.stream(job.request, timeouts) as response:
+            async with provider.stream(attempt.request, timeouts) as response:
                 attempt.provider_request_id = response.provider_request_id
                 reader = attempt.reader = self._make_reader(job, provider.config, response)
                 data_events = 0

@@ -1,23 +1,25 @@
-"""The engine: the life of a job, attempt by attempt.
+"""The engine: the life of one attempt, from its claim to the end of its job or back into the table.
 
-In: valid jobs, from the service; requests to stop, from cancels, shutdown and the fences.  Out: rows to
+In: claims, from whoever stored or chose the job; requests to stop, from cancels, shutdown and the fences.  Out: rows to
 the store, events to the publisher, in the order on which every promise rests:
 
-    claim → acknowledge → attempt.started → stream → attempt.finished → commit → terminal event
+    claim → attempt.started → stream → attempt.finished → commit → terminal event
 
 Whatever happens in between ends in exactly one ``Ending``, which names the attempt's number: if another
-worker has taken the job over, the database refuses it and this worker stops.
+worker has taken the job over, the database refuses it and this worker stops.  What an attempt has taken is told to
+whoever counts it.
 """
 
 import asyncio
+import json
 import random
-import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Final
 
-from keepstream.jobs import Job
-from keepstream.results import JobStatus
+from keepstream.errors import InvalidJobError
+from keepstream.jobs import Job, parse_job
+from keepstream.results import JobStatus, Usage
 from keepstream_worker import store
 from keepstream_worker.events.closing_events import closing_events, terminal_fields
 from keepstream_worker.events.publication import FlushResult, Publication
@@ -28,11 +30,11 @@ from keepstream_worker.jobs.attempt import Attempt, AttemptStreams
 from keepstream_worker.jobs.recovery import Recovery
 from keepstream_worker.jobs.retry import BackoffPolicy
 from keepstream_worker.settings import Settings
-from keepstream_worker.store import Claim, ClaimRequest, NotEnded, Refusal
+from keepstream_worker.store import Claim, NotEnded
 from keepstream_worker.store.database import WorkerDatabase
 from keepstream_worker.store.error_answers import StoreRefusedError
 from keepstream_worker.telemetry.logs import get_logger
-from keepstream_worker.values import AttemptReason, Ended, Ending, Failure, JobKey, Outcome
+from keepstream_worker.values import AttemptReason, Ended, Ending, Failure, JobKey
 
 log = get_logger()
 
@@ -51,53 +53,62 @@ class Engine:
         publisher: Publisher,
         streams: AttemptStreams,
         recovery: Recovery,
+        on_end: Callable[[Claim, Ending], None] = lambda _claim, _ending: None,
     ) -> None:
-        self.active: dict[JobKey, ActiveJob] = {}  #: What runs, waits or is being ended here.
+        self.active: dict[JobKey, ActiveJob] = {}  #: What runs or is being ended here.
         self._settings = settings
         self._worker_id = worker_id
         self._database = database
         self._publisher = publisher
         self._streams = streams
         self._recovery = recovery
+        self._on_end = on_end
         self._backoff = BackoffPolicy(base=settings.backoff_base, cap=settings.backoff_cap)
+        self._tasks: set[asyncio.Task[None]] = set()
         self._announcements: set[asyncio.Task[None]] = set()
 
-    async def run(self, job: Job, acknowledge: Callable[[], None]) -> None:
-        """Run ``job`` until it needs no more of this process.
+    def start(self, claim: Claim) -> None:
+        """Run the attempt that was claimed, in the background."""
+        task = asyncio.get_running_loop().create_task(self._run(claim))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        earlier = self.active.get(claim.key)
+        if earlier is not None:  # taken from this very worker, while the database had not heard of it for long
+            earlier.request_stop(Stop.SUPERSEDED)
+        active = self.active[claim.key] = ActiveJob(task)
+        active.attempt = claim.attempt
+        if claim.cancel_requested:
+            active.request_stop(Stop.CANCELLED)
 
-        Args:
-            job: A job that was delivered to this worker.
-            acknowledge: Called as soon as the job is safe in the database, or turns out to be nothing to
-                do for this worker; perhaps more than once.
-        """
-        key = JobKey(job.tenant, job.id)
-        if key in self.active:
-            acknowledge()  # a duplicate of what is running here
-            return
-        task = asyncio.current_task()
-        assert task is not None
-        active = self.active[key] = ActiveJob(task)
+    async def _run(self, claim: Claim) -> None:
+        """Make one attempt; at its end the job is stored, ended or waiting again."""
+        active = self.active[claim.key]
         try:
-            while True:
-                claim = await self._claim(job)
-                acknowledge()
-                if isinstance(claim, Refusal):
-                    await self._handle_refusal(job, claim)
-                    return
-                active.attempt = claim.attempt
-                retry_in = await self._attempt(
-                    active, Attempt(job, claim, self._publisher, active, self._streams.prompts)
-                )
-                if retry_in is None or retry_in > self._settings.sleep_limit:
-                    return
-                active.attempt = 0
-                await active.interruptibly(_sleep(retry_in))
-                if active.stop is Stop.INTERRUPTED:
-                    await self._database.persist(store.requeue, key)
-                if active.stopping:
-                    return
+            job = self._read(claim)
+            ending: Ending | None = None
+            if job is None:
+                ending = verdict.unreadable(claim, self._worker_id)
+                await self._database.persist(store.end, ending)
+            else:
+                attempt = Attempt(job, claim, self._publisher, active, self._streams.prompts)
+                ending = await self._attempt(active, attempt)
+            self._on_end(claim, ending)
+        except StoreRefusedError:
+            # No outage, for which it would wait, and not the fault of a value: the sweep finds the job.
+            log.exception("job_unstorable", tenant=claim.key.tenant, job_id=claim.key.id)
+        except Exception:  # the last resort: the sweep finds the job
+            log.exception("job_defect", tenant=claim.key.tenant, job_id=claim.key.id)
         finally:
-            del self.active[key]
+            if self.active.get(claim.key) is active:
+                del self.active[claim.key]
+
+    def _read(self, claim: Claim) -> Job | None:
+        """Return the job; None if it is of a newer version, whose workers will read it."""
+        try:
+            return parse_job(json.loads(claim.job))
+        except (InvalidJobError, ValueError) as error:
+            log.warning("job_unreadable", tenant=claim.key.tenant, job_id=claim.key.id, reason=str(error))
+            return None
 
     def request_stop(self, key: JobKey, stop: Stop) -> bool:
         """Ask a job to stop; return whether it runs here."""
@@ -113,12 +124,7 @@ class Engine:
 
     # -- one attempt --
 
-    async def _claim(self, job: Job) -> Claim | Refusal:
-        settings = self._settings
-        request = ClaimRequest(job, self._worker_id, settings.queue, job.total_timeout or settings.total_timeout)
-        return await self._database.persist(store.claim, request)
-
-    async def _attempt(self, active: ActiveJob, attempt: Attempt) -> float | None:
+    async def _attempt(self, active: ActiveJob, attempt: Attempt) -> Ending:
         """Make one attempt; a defect of ours, which would be met again, ends its job as failed."""
         try:
             return await self._run_attempt(active, attempt)
@@ -129,8 +135,8 @@ class Engine:
             ending = verdict.defective(attempt.key, attempt.claim.attempt, self._worker_id, type(error).__name__)
             return await self._commit(attempt, ending)
 
-    async def _run_attempt(self, active: ActiveJob, attempt: Attempt) -> float | None:
-        """Make one attempt; return the seconds to the next one, or None if there is none to make here."""
+    async def _run_attempt(self, active: ActiveJob, attempt: Attempt) -> Ending:
+        """Make one attempt; return how it ended, whether that could be stored or not."""
         claim = attempt.claim
         failure = verdict.failure_before_start(expired=claim.expired, remaining_seconds=claim.remaining_seconds)
         if failure is None and claim.reason is AttemptReason.WORKER_LOST:
@@ -141,12 +147,11 @@ class Engine:
             attempt.publish_started()
             failure = await self._streams.run(active, attempt)
             if active.stop is Stop.SUPERSEDED:
-                await self._abandon(attempt)
-                return None
+                return await self._abandon(attempt, failure)
         report = attempt.report(self._worker_id, failure, active.stop)
         if failure is None:
             attempt.publish_finished(report)
-        policy = verdict.RetryPolicy(self._max_attempts(attempt), self._backoff, self._settings.sleep_limit)
+        policy = verdict.RetryPolicy(self._max_attempts(attempt), self._backoff, claim.chain)
         return await self._commit(attempt, verdict.decide(report, policy, random.random))
 
     async def _recover(self, attempt: Attempt) -> Ending | None:
@@ -162,24 +167,25 @@ class Engine:
             return verdict.attempts_exhausted(attempt.key, number, self._worker_id, attempt.carried)
         return None
 
-    async def _commit(self, attempt: Attempt, ending: Ending) -> float | None:
-        """Store the ending, then publish it; return the seconds to the next attempt, or None."""
+    async def _commit(self, attempt: Attempt, ending: Ending) -> Ending:
+        """Store the ending, then publish it; return it as it was stored."""
         publication = attempt.publication
         ending, answer = await self._store(attempt, ending)
         if isinstance(answer, NotEnded):
             log.warning("attempt_superseded", **_ids(attempt))
-            return None
+            await self._record_spent(attempt, ending.usage)
+            return ending
         code = ending.failure.code if ending.failure else None
         log.info("attempt_ended", **_ids(attempt), outcome=ending.outcome, status=ending.status, error=code)
         for type_, fields in closing_events(ending, announced=publication.last_n > 0):
             publication.send(type_, fields)
         if ending.status is JobStatus.RETRYING:
-            return None if ending.outcome is Outcome.INTERRUPTED else ending.retry_in
+            return ending
         publication.send(f"job.{ending.status}", terminal_fields(ending, answer))
         task = asyncio.get_running_loop().create_task(self._announce(publication, ending.key))
         self._announcements.add(task)
         task.add_done_callback(self._announcements.discard)
-        return None
+        return ending
 
     async def _store(self, attempt: Attempt, ending: Ending) -> tuple[Ending, Ended | NotEnded]:
         """Store the ending; return it as stored, and the database's answer."""
@@ -208,24 +214,16 @@ class Engine:
         else:
             await self._database.persist(store.mark_announced, key)
 
-    async def _abandon(self, attempt: Attempt) -> None:
+    async def _abandon(self, attempt: Attempt, failure: Failure | None) -> Ending:
         """Leave the job to the worker that has taken it over; what this attempt cost is stored all the same."""
         log.warning("attempt_superseded", **_ids(attempt))
         spent = attempt.usage_of(attempt.reader.output())
+        await self._record_spent(attempt, spent)
+        return verdict.superseded(attempt.key, attempt.claim.attempt, self._worker_id, spent, failure)
+
+    async def _record_spent(self, attempt: Attempt, spent: Usage) -> None:
         late_usage = store.LateUsage(attempt.key, attempt.claim.attempt, spent)
         await self._database.persist(store.record_usage, late_usage)
-
-    async def _handle_refusal(self, job: Job, refusal: Refusal) -> None:
-        if refusal is Refusal.OTHER_REQUEST:
-            rejection = store.Rejection(
-                id=uuid.uuid4().hex,
-                reason="the job id is already used for a different request",
-                size=0,
-                tenant=job.tenant,
-                job_id=job.id,
-            )
-            await self._database.persist(store.reject, rejection)
-        log.info("claim_refused", tenant=job.tenant, job_id=job.id, reason=refusal)
 
     def _max_attempts(self, attempt: Attempt) -> int:
         return attempt.claim.max_attempts or self._settings.max_attempts
@@ -233,8 +231,3 @@ class Engine:
 
 def _ids(attempt: Attempt) -> dict[str, Any]:
     return {"tenant": attempt.key.tenant, "job_id": attempt.key.id, "attempt": attempt.claim.attempt}
-
-
-async def _sleep(seconds: float) -> Failure | None:
-    await asyncio.sleep(seconds)
-    return None

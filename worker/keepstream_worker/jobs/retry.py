@@ -39,7 +39,7 @@ RULES: Final[dict[ErrorCode, Rule]] = {
     ErrorCode.UNPROCESSABLE: _FAIL,
     # The provider is busy or broken: it may recover, and a sampling fault may not come twice.
     ErrorCode.CONFLICT: _RETRY,
-    ErrorCode.RATE_LIMITED: _RETRY,
+    ErrorCode.RATE_LIMITED: Rule(retried=True, counted=False),  # the deployment asked too early; the job did nothing
     ErrorCode.OVERLOADED: _RETRY,
     ErrorCode.SERVER_ERROR: _RETRY,
     ErrorCode.PROVIDER_ERROR: _RETRY,
@@ -63,6 +63,19 @@ RULES: Final[dict[ErrorCode, Rule]] = {
     ErrorCode.UNKNOWN_PROVIDER: _FAIL,
     ErrorCode.INTERNAL: _RETRY_ONCE,  # a defect may depend on the moment; twice is no coincidence
 }
+
+#: What a target says that it will say again, and another may not: the job goes on with its next target.
+_FINAL_FOR_TARGET: Final = frozenset(
+    {
+        ErrorCode.NOT_FOUND,
+        ErrorCode.CONTEXT_LENGTH_EXCEEDED,
+        ErrorCode.PAYLOAD_TOO_LARGE,
+        ErrorCode.AUTH,
+        ErrorCode.PERMISSION,
+        ErrorCode.INSUFFICIENT_QUOTA,
+        ErrorCode.UNKNOWN_PROVIDER,
+    }
+)
 
 _CLIENT_CLOSED_REQUEST: Final = 499  #: A proxy says that we hung up: one retry is fine, more are not.
 _LONGEST_WAIT: Final = 86_400.0  #: Seconds; no job may live longer, so no wait can.
@@ -109,6 +122,16 @@ def is_retryable(failure: Failure) -> bool:
     return _rule_of(failure).retried
 
 
+def is_counted(failure: Failure) -> bool:
+    """Tell whether an attempt that ended so counts against the job's limit of attempts."""
+    return _rule_of(failure).counted
+
+
+def is_final_for_target(failure: Failure) -> bool:
+    """Tell whether this target will never answer the job, though another one may."""
+    return failure.code in _FINAL_FOR_TARGET
+
+
 def _rule_of(failure: Failure) -> Rule:
     """Return the rule of the failure's code, unless the provider itself says whether to try again."""
     rule = RULES[failure.code]
@@ -120,6 +143,7 @@ def _rule_of(failure: Failure) -> Rule:
 def decide(
     failure: Failure,
     *,
+    attempt: int,
     tries: int,
     max_attempts: int,
     remaining_seconds: float | None,
@@ -130,6 +154,7 @@ def decide(
 
     Args:
         failure: Why the attempt failed; its ``retry_after`` is the least wait.
+        attempt: Number of the failed one; the waits grow with it.
         tries: Attempts that count against the job's limit, the failed one included.
         max_attempts: Attempts the job may have.
         remaining_seconds: What is left of the job's total time; None: no limit.
@@ -143,7 +168,7 @@ def decide(
     if (most is not None and tries >= most) or (rule.counted and tries >= max_attempts):
         return RetryDecision(RetryReason.ATTEMPTS_USED)
     # The jitter comes on top of Retry-After: the provider gave many jobs the same number.
-    delay = (failure.retry_after or 0.0) + policy.wait(tries, random) if rule.waits else 0.0
+    delay = (failure.retry_after or 0.0) + policy.wait(attempt, random) if rule.waits else 0.0
     if delay >= (_LONGEST_WAIT if remaining_seconds is None else remaining_seconds):
         return RetryDecision(RetryReason.TIME_USED)
     return RetryDecision(RetryReason.RETRY, delay)

@@ -14,10 +14,11 @@ from keepstream.errors import ErrorCode
 from keepstream.results import Choice, JobStatus, Usage
 from keepstream_worker.jobs import retry
 from keepstream_worker.jobs.active_job import STOP_FAILURES, Stop
-from keepstream_worker.values import AttemptReason, Ending, Failure, JobKey, Outcome
+from keepstream_worker.store import Claim
+from keepstream_worker.values import AttemptReason, Ending, Failure, JobKey, Outcome, Target
 
-#: Seconds that a sweeper leaves a short retry to the worker that sleeps through it.
-SWEEPER_COURTESY: Final = 5.0
+#: Seconds for which a job that this version cannot read is left to others.
+_UNREADABLE_PAUSE: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +42,11 @@ class AttemptReport:
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How often a job is attempted, and where it waits between two attempts."""
+    """How often a job is attempted, and by whom."""
 
     max_attempts: int
     backoff: retry.BackoffPolicy
-    sleep_limit: float  #: Seconds; the worker sleeps through a shorter wait, the database keeps a longer one.
+    chain: tuple[Target, ...] = ()  #: The attempt's target, then those that may be asked instead.
 
 
 def failure_before_start(*, expired: bool, remaining_seconds: float) -> Failure | None:
@@ -87,8 +88,18 @@ def decide(report: AttemptReport, policy: RetryPolicy, random: Callable[[], floa
         return cancelled(ending)
     if failure.code is ErrorCode.EXPIRED:
         return replace(ending, outcome=Outcome.UNSTARTED, status=JobStatus.EXPIRED)
+    if retry.is_final_for_target(failure) and len(policy.chain) > 1 and report.remaining_seconds > 0:
+        return replace(
+            ending,
+            outcome=Outcome.FAILED,
+            status=JobStatus.RETRYING,
+            counted=False,
+            chain=policy.chain[1:],
+            next_reason=AttemptReason.FALLBACK,
+        )
     decision = retry.decide(
         failure,
+        attempt=report.attempt,
         tries=report.tries,
         max_attempts=policy.max_attempts,
         remaining_seconds=report.remaining_seconds,
@@ -99,15 +110,45 @@ def decide(report: AttemptReport, policy: RetryPolicy, random: Callable[[], floa
         outcome = Outcome.FAILED if report.announced else Outcome.UNSTARTED
         return replace(ending, outcome=outcome, status=JobStatus.FAILED)
     interrupted = failure.code is ErrorCode.INTERRUPTED
-    sleeps_here = not interrupted and decision.delay <= policy.sleep_limit
     return replace(
         ending,
         outcome=Outcome.INTERRUPTED if interrupted else Outcome.FAILED,
         status=JobStatus.RETRYING,
         retry_in=decision.delay,
-        resend_in=decision.delay + (SWEEPER_COURTESY if sleeps_here else 0.0),
+        counted=retry.is_counted(failure),
         next_reason=AttemptReason.INTERRUPTED if interrupted else AttemptReason.RETRY,
+        least_tokens=report.usage.total_tokens,
     )
+
+
+def superseded(key: JobKey, attempt: int, worker_id: str, spent: Usage, failure: Failure | None) -> Ending:
+    """Another worker has the job; this is not stored, but what was spent is counted."""
+    return Ending(
+        key=key,
+        attempt=attempt,
+        worker_id=worker_id,
+        outcome=Outcome.LOST,
+        status=JobStatus.RETRYING,
+        usage=spent,
+        failure=failure,
+    )
+
+
+def unreadable(claim: Claim, worker_id: str) -> Ending:
+    """The job is of a version that this worker cannot read: it waits for one that can, as long as it may."""
+    failure = Failure(code=ErrorCode.INVALID_JOB, message="no worker could read the job: it is of a newer version")
+    ending = Ending(
+        key=claim.key,
+        attempt=claim.attempt,
+        worker_id=worker_id,
+        outcome=Outcome.UNSTARTED,
+        status=JobStatus.FAILED,
+        failure=failure,
+        retryable=False,
+    )
+    if claim.remaining_seconds <= _UNREADABLE_PAUSE:
+        return ending
+    return replace(ending, status=JobStatus.RETRYING, counted=False, retry_in=_UNREADABLE_PAUSE, failure=None)
 
 
 def recovered(key: JobKey, attempt: int, worker_id: str, choices: Sequence[Choice]) -> Ending:

@@ -1,0 +1,321 @@
+"""The chooser: when this worker asks the table for jobs.
+
+In: wake-ups (a message stored a job, a job ended here, a moment known in advance has come, another worker has more than
+it can take), and what the heartbeat reads anyway; what ended attempts have taken.  Out: claims, to the engine; nudges,
+to other workers.
+
+A wake-up carries no promise: whoever misses one finds the work at its next heartbeat.
+"""
+
+import asyncio
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterable
+from typing import Final
+
+from keepstream.errors import StoreUnavailableError
+from keepstream.jobs import Job
+from keepstream_worker import store
+from keepstream_worker.limits import Policy
+from keepstream_worker.scheduling.choice import Choice, may_start_directly
+from keepstream_worker.scheduling.observations import Observation
+from keepstream_worker.scheduling.state import State
+from keepstream_worker.store import Claim
+from keepstream_worker.store.database import WorkerDatabase
+from keepstream_worker.store.error_answers import StoreRefusedError
+from keepstream_worker.telemetry.logs import get_logger
+from keepstream_worker.turn import Pick, Pool
+from keepstream_worker.values import JobKey, Target
+
+log = get_logger()
+
+#: Jobs taken in one turn at most: with more, the others would wait for the turn too long.
+_MOST_PICKS: Final = 50
+#: Observations told in one turn at most.
+_MOST_TOLD: Final = 200
+#: Seconds after which observations are told though no job is wanted: at once they would cost a turn each.
+_TELL_WITHIN: Final = 1.0
+#: The same while nothing waits and nothing is limited: then nobody needs them soon.
+_TELL_IDLE: Final = 5.0
+#: Seconds for which "nothing waits" is believed; a heartbeat says it each second.
+_FRESH: Final = 2.5
+#: Seconds over which workers that hear of the same thing spread their looks.
+_SPREAD: Final = 0.02
+#: Seconds between two nudges of one worker.
+_NUDGE_PAUSE: Final = 0.05
+
+
+class Chooser:
+    """Takes jobs for one worker process. Made and used on the event loop."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        worker_id: str,
+        queue: str,
+        places: int,
+        total_timeout: float,
+        turns: WorkerDatabase,
+        work: WorkerDatabase,
+        running: Collection[JobKey],
+        start: Callable[[Claim], None],
+        nudge: Callable[[list[str]], None],
+    ) -> None:
+        """Make a chooser.
+
+        Args:
+            policy: Limits and weights.
+            worker_id: Whose jobs they will be.
+            queue: The only one whose jobs this worker runs.
+            places: Jobs that it runs at once.
+            total_timeout: Seconds that a job may take in all, if it does not say.
+            turns: For the turn alone, one operation in a transaction.
+            work: For claims.
+            running: The jobs that run here; it changes.
+            start: Called with each claim.
+            nudge: Called with queues whose jobs wait for a worker that has a place.
+        """
+        self.expected: set[JobKey] = set()  #: Ours already, or perhaps, but not running yet.
+        self._policy = policy
+        self._worker_id = worker_id
+        self._queue = queue
+        self._places = places
+        self._total_timeout = total_timeout
+        self._turns = turns
+        self._work = work
+        self._running = running
+        self._start = start
+        self._nudge = nudge
+        self._nudged_at = 0.0
+        self._observations: deque[Observation] = deque()
+        self._state = State()
+        self._turn = -1  #: Of the state; -1: nothing was heard yet.
+        self._waits = True  #: Whether jobs of our queue wait, as far as is known.
+        self._heard_at = 0.0
+        self._wanted = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
+        self._tell_timer: asyncio.TimerHandle | None = None
+        self._beginning: set[asyncio.Task[None]] = set()
+        self._paused = False
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Choose in the background."""
+        self._task = asyncio.get_running_loop().create_task(self._run(), name="chooser")
+
+    def pause(self) -> None:
+        """Take no more jobs."""
+        self._paused = True
+
+    async def stop(self) -> None:
+        """Stop, after what was learned of ended jobs is told."""
+        if self._task is None:
+            return
+        self._task.cancel()
+        await asyncio.wait((self._task,), timeout=2.0)
+        for timer in (self._timer, self._tell_timer):
+            if timer is not None:
+                timer.cancel()
+        try:
+            async with asyncio.timeout(2.0):
+                while self._observations:
+                    await self._take_turn(0)
+        except (StoreUnavailableError, TimeoutError):
+            pass  # an estimate stays what it was
+
+    @property
+    def free(self) -> int:
+        """Places that are neither taken nor promised."""
+        return self._places - len(self._running) - len(self.expected)
+
+    # -- wake-ups --
+
+    def wake(self) -> None:
+        """Ask for jobs soon: one waits, as far as is known."""
+        self._waits = True
+        if self.free > 0:
+            self._wanted.set()
+        else:
+            self._nudge_others([self._queue])
+
+    def nudged(self) -> None:
+        """Another worker has more than it can take; many hear it, so each looks a little later."""
+        if self.free > 0 and not self._paused:
+            self._look_in(random.uniform(0, _SPREAD))  # noqa: S311  # no secret
+
+    def hear(self, looked: store.Looked) -> None:
+        """Take note of what a look at the database brought; the heartbeat brings one each second."""
+        self._note_state(looked.turn, looked.state)
+        ready = looked.ready.get(self._queue)
+        self._waits = looked.arrivals or ready is not None
+        self._heard_at = time.monotonic()
+        if looked.arrivals or (ready is not None and ready <= looked.now):
+            if self.free > 0:
+                self._wanted.set()
+        elif ready is not None:
+            self._look_in(ready - looked.now + random.uniform(0, _SPREAD))  # noqa: S311  # no secret
+
+    def observe(self, observation: Observation, *, urgent: bool = False) -> None:
+        """Take note of what an attempt has taken; it is told to the others at the next turn.
+
+        ``urgent``: the others should know at once, of a refusal for instance.
+        """
+        self._observations.append(observation)
+        if urgent or self._waits or len(self._observations) >= _MOST_TOLD:
+            self._wanted.set()
+        elif self._tell_timer is None:
+            limited = self._state.is_limited or self._policy.is_limited
+            seconds = _TELL_WITHIN if limited else _TELL_IDLE
+            self._tell_timer = asyncio.get_running_loop().call_later(seconds, self._tell)
+
+    def _tell(self) -> None:
+        self._tell_timer = None
+        self._wanted.set()
+
+    def _look_in(self, seconds: float) -> None:
+        """Look again then, unless that is to happen sooner anyway."""
+        loop = asyncio.get_running_loop()
+        at = loop.time() + max(seconds, 0.0)
+        if self._timer is not None:
+            if self._timer_at <= at:
+                return
+            self._timer.cancel()
+        self._timer_at = at
+        self._timer = loop.call_at(at, self._look_now)
+
+    def _look_now(self) -> None:
+        self._timer = None
+        task = asyncio.get_running_loop().create_task(self._look())
+        self._beginning.add(task)
+        task.add_done_callback(self._beginning.discard)
+
+    async def _look(self) -> None:
+        """Look whether a turn is worth taking: whoever was first may have taken everything."""
+        if self._paused or self.free <= 0:
+            return
+        try:
+            self.hear(await self._turns.run(store.look, store.Look(self._turn)))
+        except StoreUnavailableError:
+            pass  # the next heartbeat looks again
+        except Exception:
+            log.exception("choice_defect")
+
+    def _nudge_others(self, queues: list[str]) -> None:
+        now = time.monotonic()
+        if queues and now - self._nudged_at > _NUDGE_PAUSE:
+            self._nudged_at = now
+            self._nudge(queues)
+
+    # -- direct starts --
+
+    def reserve(self, key: JobKey) -> bool:
+        """Keep a place for a job that a message names, if it may start at once; ``forget`` gives it back."""
+        known = time.monotonic() - self._heard_at < _FRESH
+        if self._paused or self._waits or not known or self.free <= 0 or key in self.expected or key in self._running:
+            return False
+        self.expected.add(key)
+        return True
+
+    def forget(self, key: JobKey) -> None:
+        """Give a place back that was kept."""
+        self.expected.discard(key)
+
+    def direct(self, job: Job, prompt_tokens: int, max_tokens: int | None) -> store.Direct | None:
+        """Return how a job that came whole is started, if nothing limits it and its place is reserved."""
+        chain = tuple(Target(*target) for target in job.chain)
+        found = self._admit(chain, job.tenant, prompt_tokens, max_tokens)
+        return found and store.Direct(self._worker_id, job.total_timeout or self._total_timeout, *found)
+
+    def admits(self) -> store.Admits:
+        """Return by what the database's thread starts a stored job that a message names."""
+
+        def admit(pool: Pool, tenant: str, prompt_tokens: int, max_tokens: int | None) -> tuple[Target, int] | None:
+            return None if pool.queue != self._queue else self._admit(pool.chain, tenant, prompt_tokens, max_tokens)
+
+        return store.Admits(self._worker_id, self._total_timeout, admit)
+
+    def _admit(
+        self, chain: tuple[Target, ...], tenant: str, prompt_tokens: int, max_tokens: int | None
+    ) -> tuple[Target, int] | None:
+        state = self._state
+        target = may_start_directly(self._policy, state, chain, tenant)
+        return target and (target, state.estimate(target, prompt_tokens, max_tokens))
+
+    # -- the turn --
+
+    async def _run(self) -> None:
+        pause = 0.1
+        while True:
+            await self._wanted.wait()
+            self._wanted.clear()
+            try:
+                await self._choose()
+                pause = 0.1
+            except (StoreUnavailableError, StoreRefusedError):
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, 2.0)
+                self._wanted.set()
+            except Exception:  # whatever it is, jobs are to be chosen
+                log.exception("choice_defect")
+                await asyncio.sleep(1.0)
+                self._wanted.set()
+
+    async def _choose(self) -> None:
+        while not self._paused:
+            places = min(self.free, _MOST_PICKS)
+            if places <= 0 and not self._observations:
+                return
+            turned = await self._take_turn(max(places, 0))
+            ready = turned.ready.get(self._queue)
+            if self.free > 0:
+                if ready is not None and ready > turned.now:
+                    self._look_in(ready - turned.now + random.uniform(0, _SPREAD))  # noqa: S311  # no secret
+                others = [queue for queue, at in turned.ready.items() if queue != self._queue and at <= turned.now]
+            else:
+                others = [queue for queue, at in turned.ready.items() if at <= turned.now]
+            self._nudge_others(others)
+            if ready is None or ready > turned.now or self.free <= 0:
+                return
+
+    async def _take_turn(self, places: int) -> store.Turned:
+        told = [self._observations.popleft() for _ in range(min(len(self._observations), _MOST_TOLD))]
+        choice = Choice(self._policy, self._queue, places, told)
+        try:
+            turned = await self._turns.run(store.take_turn, store.Turn(self._worker_id, choice))
+        except BaseException:
+            self._observations.extendleft(reversed(told))
+            raise
+        self._note_state(turned.turn, turned.state)
+        self._waits = self._queue in turned.ready
+        self._heard_at = time.monotonic()
+        if turned.picks:
+            self.expected.update(pick.job.key for pick in turned.picks)
+            task = asyncio.get_running_loop().create_task(self._begin(turned.picks))
+            self._beginning.add(task)
+            task.add_done_callback(self._beginning.discard)
+        return turned
+
+    def _note_state(self, turn: int, state: str | None) -> None:
+        if state is not None and turn > self._turn:
+            self._state = State.from_json(state)
+            self._turn = turn
+
+    async def _begin(self, picks: Iterable[Pick]) -> None:
+        await asyncio.gather(*(self._begin_one(pick) for pick in picks))
+
+    async def _begin_one(self, pick: Pick) -> None:
+        key = pick.job.key
+        try:
+            picked = store.Picked(pick, self._worker_id, self._total_timeout)
+            claim = await self._work.persist(store.begin, picked)
+            if claim is not None:
+                self._start(claim)
+        except Exception:  # its row says that it is ours; the heartbeat finds it and gives it back
+            log.exception("claim_defect", tenant=key.tenant, job_id=key.id)
+        finally:
+            self.expected.discard(key)
+            if self.free > 0 and self._waits:
+                self._wanted.set()
+
