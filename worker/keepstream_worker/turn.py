@@ -65,23 +65,28 @@ class Arrival(NamedTuple):
 class Question:
     """What is to be read. Everything is bounded by what is named here."""
 
-    #: Active pools that are open, with the least virtual time in each: the first ``standings`` of each are read.
+    queue: str = ""  #: The worker's; jobs of others need not be read.
+    #: Active pools that are open, with the least virtual time in each: the first ``standings`` of each are read, by
+    #: time and lane.
     pools: tuple[tuple[int, float], ...] = ()
     #: Open pools with restarted jobs: the first ``restarted`` + 1 of each by their moment, due or not.
     restarted_pools: tuple[int, ...] = ()
+    full_tenants: tuple[str, ...] = ()  #: Whose restarted jobs are not among those: they run as many as they may.
     #: Lanes of which all standings are read that have at least this time: those settled or charged now.
     lanes: tuple[tuple[int, float], ...] = ()
-    #: The same for the lanes that arrivals name: by queue and class, None of the rest.
+    #: The same for the lanes that arrivals and restarted jobs name, by queue and class. Of a queue and class that is
+    #: missing here nothing was ever chosen: all are read.
     arrival_times: Mapping[tuple[str, str], float] = field(default_factory=dict)
     #: Tenants whose parked standings are read, because a job of theirs may have ended.
     parked_tenants: tuple[str, ...] = ()
     standings: int = 0  #: In each pool.
     first_jobs: int = 0  #: Of the first standing of each pool.
-    other_jobs: int = 0  #: Of each other one, and of each lane that arrivals name.
+    other_jobs: int = 0  #: Of each other one, of each parked one read, and of each lane and pool that arrivals name
+    #: (there from the smaller of the head, if it is active, and the seq of its least arrival).
     restarted: int = 0
     counted_providers: tuple[str, ...] = ()  #: Whose running jobs are counted, by target.
     counted_tenants: tuple[str, ...] = ()  #: The same, by tenant; those of the standings read are counted as well.
-    counts_all_tenants: bool = False  #: Whether tenants of the standings read are to be counted: some have a limit.
+    counts_all_tenants: bool = False  #: Whether tenants of the standings and restarted jobs read are to be counted.
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +99,8 @@ class Reading:
     #: lanes asked for; of parked tenants.  Each once.
     jobs: Mapping[tuple[int, int], tuple[WaitingJob, ...]]  #: New ones by (lane, pool), oldest first.
     whole: frozenset[tuple[int, int]]  #: The (lane, pool) of which no further new jobs wait.
-    restarted: tuple[WaitingJob, ...]  #: By pool and moment; not all may be due.
+    restarted: tuple[WaitingJob, ...]  #: Of the pools asked for, by moment, and those that arrivals name by their seq,
+    #: whatever their pool and tenant.  Each once; not all may be due.
     arrivals: tuple[Arrival, ...]
     more_arrivals: bool  #: Whether there are further ones; the next turn takes them.
     running: Mapping[Target, int]
@@ -110,10 +116,22 @@ class Pick(NamedTuple):
 
 
 class Move(NamedTuple):
-    """A standing that changes; it is found by its old values."""
+    """A standing that changes; it is found by its old lane, pool and time, and must be there."""
 
     old: Standing
     new: Standing
+
+
+class Retimed(NamedTuple):
+    """A lane that has moved: its standings with exactly the old time get the new one.
+
+    Those that ``Decision.moves`` names have it already; here it is about its other pools, which need not have been
+    read, so there may be none.
+    """
+
+    lane: int
+    old: float
+    new: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +139,8 @@ class Decision:
     """What is written."""
 
     picks: tuple[Pick, ...] = ()
-    moves: tuple[Move, ...] = ()  #: Of all active standings of a lane together, where its time changes.
+    moves: tuple[Move, ...] = ()
+    times: tuple[Retimed, ...] = ()  #: After the moves.
     new_standings: tuple[Standing, ...] = ()
     arrivals: tuple[int, ...] = ()  #: Their seqs; they are deleted.
     arrivals_low: int = 0  #: From where the next turn looks for arrivals; a sweep looks below.
