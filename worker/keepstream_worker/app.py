@@ -21,8 +21,8 @@ from celery.worker import state
 
 from keepstream.client.database import make_engine
 from keepstream.errors import InvalidSettingError
-from keepstream_worker.intake.celery_app import POOL, make_celery
-from keepstream_worker.providers.config import ProviderConfigError, load_providers
+from keepstream_worker.intake.celery_app import INTAKE, POOL, make_celery
+from keepstream_worker.providers.config import ProviderConfigError, load
 from keepstream_worker.redis_check import RedisFault, check_redis_server
 from keepstream_worker.service import Service
 from keepstream_worker.settings import Settings, SettingsError, load_settings
@@ -63,7 +63,7 @@ def run_worker(*, concurrency: int | None = None, number: int | None = None) -> 
     # Celery warns of root because of pickle, which we never accept; in a container root is the deployer's choice.
     warnings.filterwarnings("ignore", category=SecurityWarning)
     try:
-        providers = load_providers(settings.providers_file, os.environ)
+        configuration = load(settings.providers_file, os.environ)
     except ProviderConfigError as error:
         raise StartError(str(error)) from None
     if number is None:
@@ -73,11 +73,11 @@ def run_worker(*, concurrency: int | None = None, number: int | None = None) -> 
     check_database(settings, pulses)
     if number is None:  # one that replaces another waits for a Redis that is away, as the others do
         check_redis(settings, pulses)
-    app = make_celery(settings, Service(settings, providers), own_pulse)
+    app = make_celery(settings, Service(settings, configuration.providers, configuration.policy), own_pulse)
     worker = _worker_class(app)(
         hostname=f"keepstream-{os.getpid()}@%h",
         pool=POOL,
-        concurrency=settings.concurrency,
+        concurrency=INTAKE,
         queues=[settings.queue],
         loglevel="WARNING",
         quiet=True,

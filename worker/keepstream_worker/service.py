@@ -1,8 +1,8 @@
 """The service: everything one worker process runs on its event loop, put together.
 
-In: settings and providers, from the composition root; deliveries and requests to stop, from the pool.
-Out: valid jobs to the engine; rejections of all others to the store.  Connections are opened and closed
-here and nowhere else.
+In: settings, providers and limits, from the composition root; deliveries and requests to stop, from the pool.
+Out: valid jobs to the table, or at once to the engine; rejections of all others to the store.  Connections are opened
+and closed here and nowhere else.
 """
 
 import asyncio
@@ -10,19 +10,22 @@ import base64
 import json
 import os
 import socket
+import threading
 import time
 import uuid
+from contextlib import suppress
+from functools import partial
 
 import redis.asyncio
+from redis.exceptions import RedisError
 
 from keepstream.client.database import make_engine
 from keepstream.client.queries import queued_values
 from keepstream.client.redis_connections import make_async_pool
 from keepstream.client.redis_url import RedisServer
-from keepstream.client.sender import Sender
 from keepstream.errors import ErrorCode, InvalidJobError, StoreUnavailableError
-from keepstream.jobs import Job, parse_job
-from keepstream.names import DEFAULT_TENANT
+from keepstream.jobs import Job, parse_message
+from keepstream.names import DEFAULT_TENANT, control_channel
 from keepstream_worker import store
 from keepstream_worker.events.publisher import Publisher
 from keepstream_worker.intake.pool import Delivery
@@ -30,11 +33,14 @@ from keepstream_worker.jobs.active_job import Stop
 from keepstream_worker.jobs.attempt import AttemptStreams
 from keepstream_worker.jobs.engine import Engine
 from keepstream_worker.jobs.recovery import Recovery
+from keepstream_worker.limits import Policy
 from keepstream_worker.providers.config import ProviderConfig
 from keepstream_worker.providers.provider import Providers
+from keepstream_worker.scheduling.chooser import Chooser
+from keepstream_worker.scheduling.observations import charge_of, is_refusal, observation_of
 from keepstream_worker.settings import Settings
-from keepstream_worker.store import Refused, Rejection
-from keepstream_worker.store.database import WorkerDatabase
+from keepstream_worker.store import Claim, Refused, Rejection
+from keepstream_worker.store.database import Health, WorkerDatabase
 from keepstream_worker.store.error_answers import StoreRefusedError
 from keepstream_worker.telemetry.logs import get_logger
 from keepstream_worker.upkeep.announcer import Announcer
@@ -42,7 +48,7 @@ from keepstream_worker.upkeep.cancel_listener import CancelListener
 from keepstream_worker.upkeep.heartbeat import WorkerHeartbeat
 from keepstream_worker.upkeep.sweeper import Sweeper
 from keepstream_worker.upkeep.unreadable_messages import UnreadableMessages
-from keepstream_worker.values import JobKey, worker_id
+from keepstream_worker.values import Ending, JobKey, worker_id
 
 log = get_logger()
 
@@ -55,12 +61,13 @@ _KEPT_BYTES = 64 * 1024
 class Service:
     """One worker process's work; the ``LoopService`` of ``keepstream_worker.intake.pool``."""
 
-    def __init__(self, settings: Settings, providers: dict[str, ProviderConfig]) -> None:
+    def __init__(self, settings: Settings, providers: dict[str, ProviderConfig], policy: Policy) -> None:
         self._settings = settings
         self._provider_configs = providers
+        self._policy = policy
         self._draining = asyncio.Event()
         self._stop_forced = asyncio.Event()
-        self._reconnecting: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         """Open connections and begin to give signs of life.
@@ -71,9 +78,7 @@ class Service:
         settings = self._settings
         # Unique for each start, so that a restarted process is not mistaken for the one before it.
         self.worker_id = worker_id(socket.gethostname(), os.getpid(), uuid.uuid4().hex[:8])
-        self._database = WorkerDatabase(
-            make_engine(settings.database_url, "keepstream-worker", pool_size=2, writer=True)
-        )
+        self._open_databases()
         self._client = _redis_client(settings.redis_server)
         self._broker = _redis_client(settings.broker_server)
         self._publisher = Publisher(
@@ -85,7 +90,6 @@ class Service:
             on_moved=self._reconnect,
         )
         self._providers = Providers(self._provider_configs)
-        self._sender = Sender(settings.broker, settings.queue)
         self._announcer = Announcer(self._database, self._publisher)
         self.engine = Engine(
             settings,
@@ -94,38 +98,76 @@ class Service:
             self._publisher,
             AttemptStreams(settings, self._providers),
             Recovery(self._client, settings.prefix, self._database),
+            self._note_end,
+        )
+        self._chooser = Chooser(
+            self._policy,
+            self.worker_id,
+            settings.queue,
+            settings.concurrency,
+            settings.total_timeout,
+            self._turns,
+            self._database,
+            self.engine.active.keys(),
+            self.engine.start,
+            self._nudge,
         )
         self._cancel_listener = CancelListener(
-            self._client, settings.prefix, self._database, self.engine, self._announcer
+            self._client,
+            settings.prefix,
+            settings.queue,
+            self._database,
+            self.engine,
+            self._announcer,
+            self._chooser.nudged,
         )
-        self._heartbeat = WorkerHeartbeat(settings, self.worker_id, self._database, self.engine)
+        self._heartbeat = WorkerHeartbeat(settings, self.worker_id, self._heartbeats, self.engine, self._chooser)
         self._sweeper = Sweeper(
             settings,
-            self._database,
+            self.worker_id,
+            self._sweeps,
             self._heartbeat,
+            self._chooser,
             self._announcer,
-            UnreadableMessages(self._client, settings.prefix, self._database),
-            self._sender,
-            self._broker,
+            UnreadableMessages(self._client, settings.prefix, self._sweeps),
         )
         await self._heartbeat.start()
+        self._chooser.start()
         self._sweeper.start()
         self._cancel_listener.start()
         log.info("worker_started", worker=self.worker_id, concurrency=settings.concurrency)
 
+    def _open_databases(self) -> None:
+        """Open the ways to the database, each with a connection of its own, so that none holds up another."""
+        url, health = self._settings.database_url, Health()
+        engines = [make_engine(url, "keepstream-worker", pool_size=1, writer=True) for _ in range(4)]
+        one_writer = threading.Lock() if engines[0].dialect.name == "sqlite" else None
+        self._heartbeats = WorkerDatabase(engines[0], health, one_writer)
+        self._database = WorkerDatabase(engines[1], health, one_writer)
+        self._turns = WorkerDatabase(engines[2], health, one_writer, max_group=1)
+        self._sweeps = WorkerDatabase(engines[3], health, one_writer)
+        self._databases = (self._heartbeats, self._database, self._turns, self._sweeps)
+
     async def deliver(self, delivery: Delivery) -> None:
-        """Run the job of one message, or record why the message is no valid job."""
+        """Store the job of one message, and start it if nothing is in its way; or record why it is no valid job."""
         if self._draining.is_set():
-            return  # not acknowledged, so Celery puts the message back; its row, if it has one, is found by a sweeper
+            return  # not acknowledged, so Celery puts the message back
         argument = _with_id(delivery.arguments[0], delivery.task_id)
         job: Job | None = None
         try:
-            job = parse_job(argument)
-            await self.engine.run(job, delivery.acknowledge)
-        except InvalidJobError as error:  # also raised by the claim: the job is too large or too deep to be stored
+            message = parse_message(argument)
+            if isinstance(message, Job):
+                job = message
+                reason = await self._take_in(job)
+            else:
+                reason = await self._take_named(JobKey(message.tenant, message.id))
+            if reason is not None:
+                log.warning("job_refused", reason=reason, tenant=message.tenant, job_id=message.id)
+                await self._reject(argument, reason, job, JobKey(message.tenant, message.id))
+        except InvalidJobError as error:  # also raised by the store: the job is too large or too deep to be stored
             log.warning("job_invalid", reason=str(error), **_names(argument))
             await self._refuse(argument, ErrorCode.INVALID_JOB, str(error))
-        except StoreRefusedError as error:  # no outage, for which the engine waits: the database refuses this job
+        except StoreRefusedError as error:  # no outage, for which it waits: the database refuses this job
             log.exception("job_unstorable", tenant=job and job.tenant, job_id=job and job.id)
             await self._reject(argument, str(error), job)
         except Exception as error:  # the last resort: a message that always meets a defect must not come for ever
@@ -133,6 +175,58 @@ class Service:
             reason = f"internal error ({type(error).__name__})"
             await self._refuse(argument, ErrorCode.INTERNAL, reason, _storable(job), request_hash=_hash_of(job))
         delivery.acknowledge()
+
+    async def _take_in(self, job: Job) -> str | None:
+        """Store a job that came whole; return why its message is to be recorded as rejected, or None."""
+        key = JobKey(job.tenant, job.id)
+        reserved = self._chooser.reserve(key)
+        try:
+            incoming = store.incoming(job, self._settings.queue)
+            if reserved:
+                incoming = incoming._replace(
+                    direct=self._chooser.direct(job, incoming.prompt_tokens, incoming.max_tokens)
+                )
+            answer = await self._database.persist(store.take_in, incoming)
+            return self._go_on(answer, "the job id is already used for a different request")
+        finally:
+            if reserved:
+                self._chooser.forget(key)
+
+    async def _take_named(self, key: JobKey) -> str | None:
+        """Look after a job that was stored by whoever sent its message; the result is as for ``_take_in``."""
+        reserved = self._chooser.reserve(key)
+        try:
+            named = store.Named(key, self._chooser.admits() if reserved else None)
+            answer = await self._database.persist(store.take_named, named)
+            return self._go_on(answer, "the message names a job that is not stored, and does not bring it")
+        finally:
+            if reserved:
+                self._chooser.forget(key)
+
+    def _go_on(self, answer: Claim | store.Stored | None, refusal: str) -> str | None:
+        if isinstance(answer, Claim):
+            self.engine.start(answer)
+            self._chooser.observe(charge_of(answer))
+        elif answer is None or answer is store.Stored.OTHER_REQUEST:
+            return refusal
+        elif answer is store.Stored.NEW:
+            self._chooser.wake()
+        return None
+
+    def _note_end(self, claim: Claim, ending: Ending) -> None:
+        """Tell the chooser what an attempt has taken, and how it ended."""
+        observation = observation_of(claim, ending)
+        self._chooser.observe(observation, urgent=is_refusal(ending))
+
+    def _nudge(self, queues: list[str]) -> None:
+        """Tell other workers that jobs wait which this one cannot take."""
+        task = asyncio.get_running_loop().create_task(self._publish_nudge(queues))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _publish_nudge(self, queues: list[str]) -> None:
+        with suppress(RedisError, OSError):  # they look by themselves a little later
+            await self._client.publish(control_channel(self._settings.prefix), json.dumps({"wake": queues}))
 
     async def _refuse(
         self, argument: object, code: ErrorCode, reason: str, job: Job | None = None, request_hash: str | None = None
@@ -155,24 +249,23 @@ class Service:
             except Exception:  # the sweeps try it again
                 log.exception("announcement_defect", tenant=key.tenant, job_id=key.id)
 
-    async def _reject(self, argument: object, reason: str, job: Job | None) -> None:
+    async def _reject(self, argument: object, reason: str, job: Job | None, key: JobKey | None = None) -> None:
         text = json.dumps(argument).encode()
         rejection = Rejection(
             id=uuid.uuid4().hex,
             reason=reason,
             size=len(text),
             payload=base64.b64encode(text[:_KEPT_BYTES]).decode(),
-            tenant=job.tenant if job else None,
-            job_id=job.id if job else None,
+            tenant=job.tenant if job else key and key.tenant,
+            job_id=job.id if job else key and key.id,
         )
         await self._database.persist(store.reject, rejection)
 
     def _reconnect(self) -> None:
         """Leave a Redis that is not the master any more; a new connection leads to the one that is."""
-        for client in (self._client, self._broker):
-            task = asyncio.get_running_loop().create_task(client.connection_pool.disconnect())
-            self._reconnecting.add(task)
-            task.add_done_callback(self._reconnecting.discard)
+        task = asyncio.get_running_loop().create_task(self._client.connection_pool.disconnect())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     # -- the end --
 
@@ -186,6 +279,7 @@ class Service:
                 grace=self._settings.shutdown_grace,
             )
             self._draining.set()
+            self._chooser.pause()
             self._sweeper.pause()
 
     def force_stop(self) -> None:
@@ -205,17 +299,18 @@ class Service:
         deadline = time.monotonic() + _INTERRUPT_TIMEOUT
         while self.engine.active and time.monotonic() < deadline:  # noqa: ASYNC110  # the end of the process is no hot path
             await asyncio.sleep(0.02)
+        if interrupted:
+            await self._publish_nudge([self._settings.queue])
         for close in (
             self._cancel_listener.stop,
             lambda: self._publisher.close(timeout=3.0),
             lambda: self.engine.wait_for_announcements(timeout=3.0),
             self._sweeper.stop,
+            self._chooser.stop,
             self._heartbeat.stop,
             self._providers.aclose,
             self._client.aclose,
-            self._broker.aclose,
-            lambda: asyncio.to_thread(self._database.close),
-            lambda: asyncio.to_thread(self._sender.close),
+            *(partial(asyncio.to_thread, database.close) for database in self._databases),
         ):
             try:
                 await close()

@@ -57,7 +57,7 @@ class Settings(BaseSettings):
     )
     queue: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._\-:]{1,128}$")] = Field(
         names.QUEUE,
-        description="Celery queue; jobs that must not wait behind others get a queue and workers of their own.",
+        description="Celery queue, and the jobs that these workers run; others get a queue and workers of their own.",
     )
     providers_file: Path | None = Field(None, description="TOML file with further providers.")
 
@@ -94,9 +94,6 @@ class Settings(BaseSettings):
     max_attempts: int = Field(5, ge=1, le=100, description="Most provider streams per job.")
     backoff_base: Seconds = Field(0.5, description="Seconds; the first retry waits a random time up to this.")
     backoff_cap: Seconds = Field(30.0, description="Seconds; the random wait doubles up to this.")
-    sleep_limit: Seconds = Field(
-        10.0, description="Seconds; longer waits are left to the database, so that they survive the worker."
-    )
 
     # -- recovery --
     heartbeat_interval: Seconds = Field(1.0, description="Seconds between two heartbeats of a worker process.")
@@ -104,9 +101,8 @@ class Settings(BaseSettings):
         6.0,
         description="Seconds without a heartbeat after which a worker counts as dead; at least three intervals.",
     )
-    sweep_interval: Seconds = Field(1.0, description="Seconds between two sweeps for lost jobs and due retries.")
-    resend_after: Seconds = Field(
-        30.0, description="Seconds that a queued job's message may stay unclaimed before it is sent again."
+    sweep_interval: Seconds = Field(
+        1.0, description="Seconds between two sweeps for lost jobs and missing events, by one worker for all."
     )
     shutdown_grace: Seconds = Field(
         30.0, description="Seconds that running streams may go on after SIGTERM; keep it below the supervisor's limit."

@@ -14,6 +14,8 @@ from keepstream_worker.intake.pool import LoopService
 from keepstream_worker.settings import Settings
 from keepstream_worker.telemetry.pulse import Pulse
 
+#: Messages of one worker that are not stored yet, at most.
+INTAKE: Final = 400
 POOL: Final = "keepstream_worker.intake.pool:LoopPool"
 
 
@@ -34,25 +36,25 @@ def make_celery(settings: Settings, service: LoopService, pulse: Pulse | None = 
         broker_transport_options={
             "server": server,
             "rejected_prefix": settings.prefix,
-            "capacity": settings.concurrency,
-            # Only messages whose claim is not committed yet are unacknowledged. They come back after this
-            # time if their worker dies; a message that comes back too early finds its job claimed.
+            "capacity": INTAKE,
+            # Only messages whose job is not stored yet are unacknowledged. They come back after this
+            # time if their worker dies; a message that comes back too early finds its job stored.
             "visibility_timeout": 120,
             "socket_timeout": 5,  # more than the second a BRPOP waits; a dead connection is noticed
             "socket_connect_timeout": 5,
             "socket_keepalive": True,
             "health_check_interval": 10,
-            "priority_steps": [0],  # one list per queue; classes of jobs get queues of their own
+            "priority_steps": [0],  # one list per queue; the table knows classes
             "max_connections": 20,
         },
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,  # a worker never gives up on its broker
         broker_channel_error_retry=True,  # the transport waits by itself; should an error answer pass it by, reconnect
-        # A message is acknowledged when the pool reports it accepted: as soon as the claim is committed.
+        # A message is acknowledged when the pool reports it accepted: as soon as its job is committed.
         task_acks_late=False,
         worker_cancel_long_running_tasks_on_connection_loss=False,
-        # Waiting messages stay in the queue for other workers.
-        worker_concurrency=settings.concurrency,
+        # Of messages, not of jobs: they are stored as fast as they come.
+        worker_concurrency=INTAKE,
         worker_prefetch_multiplier=1,
         worker_disable_prefetch=True,
         # The row is the result, our events are the events, cancel goes through the database.

@@ -130,6 +130,11 @@ class Chooser:
         """Places that are neither taken nor promised."""
         return self._places - len(self._running) - len(self.expected)
 
+    @property
+    def known_turn(self) -> int:
+        """Number of the newest turn whose state is known here."""
+        return self._turn
+
     # -- wake-ups --
 
     def wake(self) -> None:
@@ -318,4 +323,3 @@ class Chooser:
             self.expected.discard(key)
             if self.free > 0 and self._waits:
                 self._wanted.set()
-

@@ -2,11 +2,15 @@
 
 In: notices on the control channel, from clients.  Out: the job cancelled in the database, its stream here
 stopped, its terminal event announced.  A cancel takes milliseconds this way; if a notice is lost, the
-heartbeat finds the request in the database a little later.
+heartbeat finds the request in the database a little later.  All workers hear each notice; the one that runs the job
+acts on it, or else one that is the first to say so.
+
+The same channel carries nudges of workers that have more jobs waiting than they can take.
 """
 
 import asyncio
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final
 
@@ -30,6 +34,8 @@ log = get_logger()
 
 #: Seconds for which a request that the database has stays on Redis, where all workers see it at once.
 _REQUEST_KEPT: Final = 60
+#: What a request is overwritten with by the worker that writes it into the database.
+_TAKEN: Final = b"taken"
 #: Seconds after which it is tried again to listen.
 _PAUSE: Final = 1.0
 #: Seconds for Redis to confirm the subscription.
@@ -40,11 +46,20 @@ class CancelListener:
     """Listens for cancel requests. Made and used on the event loop."""
 
     def __init__(
-        self, client: redis.asyncio.Redis, prefix: str, database: WorkerDatabase, engine: Engine, announcer: Announcer
+        self,
+        client: redis.asyncio.Redis,
+        prefix: str,
+        queue: str,
+        database: WorkerDatabase,
+        engine: Engine,
+        announcer: Announcer,
+        on_nudge: Callable[[], None],
     ) -> None:
         self._client = client
         self._prefix = prefix
         self._channel = control_channel(prefix)
+        self._queue = queue
+        self._on_nudge = on_nudge
         self._database = database
         self._engine = engine
         self._announcer = announcer
@@ -123,16 +138,20 @@ class CancelListener:
                 pipe.exists(job_keys(key.tenant, key.id, self._prefix).cancel)  # type: ignore[unused-awaitable]
             for key, requested in zip(keys, await pipe.execute(), strict=True):
                 if requested:
-                    await self._cancel(key)
+                    self._engine.request_stop(key, Stop.CANCELLED)  # its ending says it to the database
 
     def _handle_notice(self, data: bytes) -> None:
         try:
-            request = orjson.loads(data)
-            key = JobKey(str(request["tenant"]), str(request["job_id"]))
-        except (ValueError, TypeError, KeyError):
+            notice = orjson.loads(data)
+            queues = notice.get("wake")
+            key = None if queues else JobKey(str(notice["tenant"]), str(notice["job_id"]))
+        except (ValueError, TypeError, KeyError, AttributeError):
             log.warning("cancel_notice_unreadable", size=len(data))
             return
-        # The client may have had no database, so the request is written here too; writing it twice is harmless.
+        if key is None:
+            if isinstance(queues, list) and self._queue in queues:
+                self._on_nudge()
+            return
         task = asyncio.get_running_loop().create_task(self._cancel(key))
         self._cancels.add(task)
         task.add_done_callback(self._cancels.discard)
@@ -141,19 +160,23 @@ class CancelListener:
         """Cancel a job for which Redis holds a request; a notice alone cancels nothing, whoever sent it."""
         request = job_keys(key.tenant, key.id, self._prefix).cancel
         try:
-            if not await self._client.exists(request):
-                return
+            found = await self._client.set(request, _TAKEN, xx=True, get=True, keepttl=True)
         except (RedisError, OSError) as error:
             self._looking.redis_failed(error)
             return  # the heartbeat finds the request, if the database has it
         self._looking.worked()
+        if found is None:
+            return
+        self._engine.request_stop(key, Stop.CANCELLED)
+        if found == _TAKEN:
+            return  # by a worker that was quicker
         try:
+            # The client may have had no database, so the request is written here too; writing it twice is harmless.
             await self._cancel_in_database(key, request)
         except StoreUnavailableError:
-            pass  # the stream is stopped all the same, and its ending waits for the database
-        except Exception:  # whatever it is, the stream is stopped: the request was there
+            pass  # a stream is stopped all the same, and its ending waits for the database
+        except Exception:
             log.exception("cancel_listener_defect", tenant=key.tenant, job_id=key.id)
-        self._engine.request_stop(key, Stop.CANCELLED)
 
     async def _cancel_in_database(self, key: JobKey, request: str) -> None:
         status = await self._database.run(store.cancel, key)

@@ -1,7 +1,8 @@
 """The heartbeat: this worker's signs of life, and what the database answers to them.
 
 In: the clock.  Out: this worker's row in the database, renewed; requests to stop, to jobs that were
-cancelled or taken over by another worker; claims that nothing here runs, released.
+cancelled or taken over by another worker; claims that nothing here runs, released; what the same answer says of work
+that waits and of the sweeper's lease, to whoever asked to hear it.
 """
 
 import asyncio
@@ -12,6 +13,7 @@ from keepstream.errors import StoreUnavailableError
 from keepstream_worker import store
 from keepstream_worker.jobs.active_job import Stop
 from keepstream_worker.jobs.engine import Engine
+from keepstream_worker.scheduling.chooser import Chooser
 from keepstream_worker.settings import Settings
 from keepstream_worker.store.database import WorkerDatabase
 from keepstream_worker.telemetry.logs import get_logger
@@ -33,8 +35,10 @@ class WorkerHeartbeat:
         worker_id: str,
         database: WorkerDatabase,
         engine: Engine,
+        chooser: Chooser,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.sweeper_free = False  #: Whether no worker sweeps, as far as is known.
         self._interval = settings.heartbeat_interval
         self._lease = settings.lease
         self._queue = settings.queue
@@ -42,6 +46,7 @@ class WorkerHeartbeat:
         self._worker_id = worker_id
         self._database = database
         self._engine = engine
+        self._chooser = chooser
         self._clock = clock
         self._confirmed_at = 0.0  #: When the last heartbeat was confirmed.
         self._unbroken_since: float | None = None  #: When the first one after the last gap was.
@@ -84,9 +89,13 @@ class WorkerHeartbeat:
         """
         active = self._engine.active
         claimed_before = {(key, job.attempt) for key, job in active.items() if job.attempt}
-        sign_of_life = store.Heartbeat(self._worker_id, self._lease, self._queue, self._places, len(active))
+        sign_of_life = store.Heartbeat(
+            self._worker_id, self._lease, self._queue, self._places, len(active), self._chooser.known_turn
+        )
         result = await self._database.run(store.record_heartbeat, sign_of_life)
         self._note_confirmed(lapsed=result.lapsed)
+        self.sweeper_free = result.sweeper_free
+        self._chooser.hear(result.looked)
         for key in result.cancels:
             self._engine.request_stop(key, Stop.CANCELLED)
         for key, attempt in claimed_before - result.owned:
@@ -106,7 +115,9 @@ class WorkerHeartbeat:
 
     async def _release_unknown_claims(self, owned: frozenset[tuple[JobKey, int]]) -> None:
         """Release claims whose answer was lost: ours in the database for two heartbeats, but not running here."""
-        not_running = frozenset(claim for claim in owned if claim[0] not in self._engine.active)
+        not_running = frozenset(
+            claim for claim in owned if claim[0] not in self._engine.active and claim[0] not in self._chooser.expected
+        )
         for key, attempt in not_running & self._not_running:
             log.warning("unknown_claim_released", tenant=key.tenant, job_id=key.id, attempt=attempt)
             await self._database.run(store.release, store.OwnedJob(key, attempt, self._worker_id))

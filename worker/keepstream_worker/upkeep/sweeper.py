@@ -1,26 +1,21 @@
 """The sweeper: finds the jobs and events that nobody takes care of.
 
-In: the clock; rows that another worker, a client or a lost message left behind.  Out: messages for jobs
-that wait without one; jobs of dead workers, released; terminal events, by way of the announcer.  Nothing
-depends on one process: every worker sweeps, the statements are atomic, and any survivor does for the rest.
+In: the clock; rows that another worker or a client left behind.  Out: jobs of dead workers, waiting again or ended;
+terminal events, by way of the announcer; rows that nobody needs any more, deleted.  One worker sweeps for all, as long
+as it renews its lease; when it does not, any other one goes on.
 """
 
 import asyncio
-import json
 import time
 from collections.abc import Coroutine
 from typing import Any, Final
 
-import redis.asyncio
-from redis.exceptions import RedisError
-
-from keepstream.client.sender import Sender
-from keepstream.errors import BrokerUnavailableError, StoreUnavailableError
+from keepstream.errors import StoreUnavailableError
 from keepstream_worker import store
+from keepstream_worker.scheduling.chooser import Chooser
 from keepstream_worker.settings import Settings
 from keepstream_worker.store.database import WorkerDatabase
 from keepstream_worker.telemetry.logs import get_logger
-from keepstream_worker.telemetry.outages import Outage, Server
 from keepstream_worker.upkeep.announcer import Announcer
 from keepstream_worker.upkeep.heartbeat import WorkerHeartbeat
 from keepstream_worker.upkeep.periodic import PeriodicTask
@@ -32,29 +27,33 @@ log = get_logger()
 #: Rows of each kind that one sweep takes; the next one follows soon.
 _LIMIT: Final = 200
 _ANNOUNCEMENTS_AT_ONCE: Final = 20
+#: Sweeps for which a lease lasts: a worker that dies is followed soon, one that is slow is not replaced.
+_LEASE_SWEEPS: Final = 4.0
+#: Seconds to give the lease up at the end.
+_RELEASE_TIMEOUT: Final = 2.0
 
 
 class Sweeper:
-    """Sweeps of one worker process. Made and used on the event loop."""
+    """Sweeps of one worker process, if it is the one to sweep. Made and used on the event loop."""
 
     def __init__(
         self,
         settings: Settings,
+        worker_id: str,
         database: WorkerDatabase,
         heartbeat: WorkerHeartbeat,
+        chooser: Chooser,
         announcer: Announcer,
         unreadable_messages: UnreadableMessages,
-        sender: Sender,
-        broker: redis.asyncio.Redis,
     ) -> None:
         self._settings = settings
+        self._worker_id = worker_id
         self._database = database
         self._heartbeat = heartbeat
+        self._chooser = chooser
         self._announcer = announcer
         self._unreadable_messages = unreadable_messages
-        self._sender = sender
-        self._broker = broker
-        self._sending = Outage(Server.BROKER, "send jobs again")
+        self._leads = False
         self._paused = False
         self._task: PeriodicTask | None = None
 
@@ -69,31 +68,38 @@ class Sweeper:
         self._paused = True
 
     async def stop(self) -> None:
-        """Stop, in the middle of a sweep if need be."""
+        """Stop, in the middle of a sweep if need be, and let another worker sweep."""
         if self._task is not None:
             await self._task.stop()
+        if self._leads:
+            try:
+                async with asyncio.timeout(_RELEASE_TIMEOUT):
+                    await self._database.run(store.lead, store.Candidacy(self._worker_id, 0.0))
+            except (StoreUnavailableError, TimeoutError):
+                pass  # the lease runs out
 
     async def _sweep(self) -> None:
-        if self._paused:
+        if self._paused or not (self._leads or self._heartbeat.sweeper_free):
             return
         settings = self._settings
+        candidacy = store.Candidacy(self._worker_id, _LEASE_SWEEPS * settings.sweep_interval)
+        self._leads = await self._database.run(store.lead, candidacy)
+        if not self._leads:
+            return
         found = await self._database.run(
             store.sweep,
             store.Sweep(
                 lease=settings.lease,
                 reap=self._heartbeat.unbroken_for_a_lease,
                 asked_at=time.monotonic(),
-                resend_after=settings.resend_after,
-                queue=settings.queue,
-                queue_length=await self._queue_length(),
                 max_attempts=settings.max_attempts,
                 limit=_LIMIT,
             ),
         )
         for key in found.lost:
             log.warning("worker_lost", tenant=key.tenant, job_id=key.id)
-        if found.to_send:
-            await self._apart("send jobs again", self._send(found.to_send))
+        if found.lost:
+            self._chooser.wake()
         await self._apart("announce", self._announce(found.unannounced))
         await self._apart("record unreadable messages", self._unreadable_messages.record(limit=_LIMIT))
 
@@ -105,24 +111,6 @@ class Sweeper:
             raise
         except Exception:
             log.exception("upkeep_defect", task=name)
-
-    async def _queue_length(self) -> int | None:
-        try:
-            return int(await self._broker.llen(self._settings.queue))
-        except (RedisError, OSError):
-            return None
-
-    async def _send(self, texts: list[str]) -> None:
-        # As they were stored: a job of a newer version, which this one would refuse, must not hold up the others.
-        jobs = [json.loads(text) for text in texts]
-        try:
-            await asyncio.to_thread(self._sender.send_many, jobs)
-            self._sending.worked()
-            log.info("jobs_sent_again", count=len(jobs))
-        except BrokerUnavailableError as error:
-            self._sending.failed(str(error))
-            for job in jobs:
-                await self._database.run(store.schedule_resend, JobKey(job["tenant"], job["id"]))
 
     async def _announce(self, keys: list[JobKey]) -> None:
         for start in range(0, len(keys), _ANNOUNCEMENTS_AT_ONCE):
