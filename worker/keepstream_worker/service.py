@@ -290,8 +290,13 @@ class Service:
     async def stop(self) -> None:
         """Let streams finish within the grace period, interrupt the rest, and close everything."""
         self.drain()
+        await self._chooser.settle()
         deadline = time.monotonic() + self._settings.shutdown_grace
-        while self.engine.active and time.monotonic() < deadline and not self._stop_forced.is_set():  # noqa: ASYNC110  # the end of the process is no hot path
+        while (
+            (self.engine.active or self._chooser.expected)
+            and time.monotonic() < deadline
+            and not self._stop_forced.is_set()
+        ):  # noqa: ASYNC110  # the end of the process is no hot path
             await asyncio.sleep(0.02)
         interrupted = len(self.engine.active)
         for key in list(self.engine.active):

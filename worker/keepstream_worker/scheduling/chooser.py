@@ -12,6 +12,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from typing import Final
 
 from keepstream.errors import StoreUnavailableError
@@ -42,6 +43,8 @@ _TELL_IDLE: Final = 5.0
 _FRESH: Final = 2.5
 #: Seconds over which workers that hear of the same thing spread their looks.
 _SPREAD: Final = 0.02
+#: Seconds to wait for a turn at the end of the process.
+_SETTLE_TIMEOUT: Final = 5.0
 #: Seconds between two nudges of one worker.
 _NUDGE_PAUSE: Final = 0.05
 
@@ -99,6 +102,7 @@ class Chooser:
         self._tell_timer: asyncio.TimerHandle | None = None
         self._beginning: set[asyncio.Task[None]] = set()
         self._paused = False
+        self._turning = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -108,6 +112,12 @@ class Chooser:
     def pause(self) -> None:
         """Take no more jobs."""
         self._paused = True
+
+    async def settle(self) -> None:
+        """Wait until the jobs of a turn that is under way are known here."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_SETTLE_TIMEOUT), self._turning:
+                pass
 
     async def stop(self) -> None:
         """Stop, after what was learned of ended jobs is told."""
@@ -287,16 +297,17 @@ class Chooser:
     async def _take_turn(self, places: int) -> store.Turned:
         told = [self._observations.popleft() for _ in range(min(len(self._observations), _MOST_TOLD))]
         choice = Choice(self._policy, self._queue, places, told)
-        try:
-            turned = await self._turns.run(store.take_turn, store.Turn(self._worker_id, choice))
-        except BaseException:
-            self._observations.extendleft(reversed(told))
-            raise
+        async with self._turning:
+            try:
+                turned = await self._turns.run(store.take_turn, store.Turn(self._worker_id, choice))
+            except BaseException:
+                self._observations.extendleft(reversed(told))
+                raise
+            self.expected.update(pick.job.key for pick in turned.picks)
         self._note_state(turned.turn, turned.state)
         self._waits = self._queue in turned.ready
         self._heard_at = time.monotonic()
         if turned.picks:
-            self.expected.update(pick.job.key for pick in turned.picks)
             task = asyncio.get_running_loop().create_task(self._begin(turned.picks))
             self._beginning.add(task)
             task.add_done_callback(self._beginning.discard)
