@@ -158,6 +158,7 @@ jobs: Final = Table(
     # its end, need no new entry in any.  What is to be done with jobs stands in the narrow tables below.
     # For listings: a walk through a tenant's jobs by age; the id tells jobs of one moment apart.
     Index("ix_keepstream_jobs_tenant_created", "tenant", "created_at", "id"),
+    postgresql_with={"fillfactor": 80},  # so that these updates find room on the row's own page
 )
 
 
@@ -267,6 +268,13 @@ rejected_messages: Final = Table(
 
 # What is to be done: narrow tables, whose rows are deleted when it is done.  They are not for other services.
 
+#: Rows come and go: cleaned often, without pauses, whatever the size of the table.
+_BRIEF: Final = {
+    "autovacuum_vacuum_threshold": 1000,
+    "autovacuum_vacuum_scale_factor": 0,
+    "autovacuum_vacuum_cost_delay": 0,
+}
+
 #: A number that the database gives, never twice.
 _SEQ: Final = BigInteger().with_variant(Integer(), "sqlite")
 
@@ -306,6 +314,7 @@ waiting: Final = Table(
         sqlite_where=text("expires_at IS NOT NULL"),
     ),
     sqlite_autoincrement=True,
+    postgresql_with=_BRIEF,
 )
 
 arrivals: Final = Table(
@@ -317,6 +326,7 @@ arrivals: Final = Table(
     Column("pool", BigInteger, nullable=False),
     Column("tenant", String(128), nullable=False),
     Column("restarted_due", UtcDateTime),
+    postgresql_with=_BRIEF,
 )
 
 running: Final = Table(
@@ -338,6 +348,7 @@ running: Final = Table(
     Column("cancel_requested", Boolean, nullable=False),
     Index("ix_keepstream_running_target", "provider", "model"),
     Index("ix_keepstream_running_worker", "worker_id"),
+    postgresql_with=_BRIEF,
 )
 
 announcements: Final = Table(
@@ -348,6 +359,7 @@ announcements: Final = Table(
     Column("job_id", String(128), primary_key=True),
     Column("ended_at", UtcDateTime, nullable=False),
     Index("ix_keepstream_announcements_ended_at", "ended_at"),
+    postgresql_with=_BRIEF,
 )
 
 pools: Final = Table(
@@ -357,6 +369,7 @@ pools: Final = Table(
     Column("queue", String(128), nullable=False),
     Column("class", String(16), nullable=False),
     Column("chain", _JSON, nullable=False, comment="[[provider, model], …]: the target, then the fallbacks"),
+    Index("ix_keepstream_pools_queue", "queue", "class"),
 )
 
 standings: Final = Table(
@@ -377,6 +390,14 @@ standings: Final = Table(
         postgresql_where=text("active IS NOT NULL"),
         sqlite_where=text("active IS NOT NULL"),
     ),
+    # Those that mean nothing any more.
+    Index(
+        "ix_keepstream_standings_idle",
+        "pool",
+        "time",
+        postgresql_where=text("active IS NULL"),
+        sqlite_where=text("active IS NULL"),
+    ),
     Index("ix_keepstream_standings_lane", "lane", "time"),
     Index(
         "ix_keepstream_standings_parked",
@@ -384,6 +405,7 @@ standings: Final = Table(
         postgresql_where=text("parked IS NOT NULL"),
         sqlite_where=text("parked IS NOT NULL"),
     ),
+    postgresql_with=_BRIEF | {"fillfactor": 50},
 )
 
 turns: Final = Table(
@@ -395,6 +417,7 @@ turns: Final = Table(
     Column("ready", Text, nullable=False, comment="JSON: by queue, when the next turn is worth taking"),
     Column("closed", Text, nullable=False, comment="JSON: why what waits waits"),
     Column("state", Text, nullable=False, comment="JSON: what the next turn goes on with"),
+    postgresql_with=_BRIEF,
 )
 
 leases: Final = Table(

@@ -1,4 +1,4 @@
-"""Jobs, choices, tool calls, attempts, workers, rejected messages
+"""Jobs and their results; what waits, what runs and what was decided; workers; rejected messages
 
 Additive only: the code of the version before is still running while this is applied.
 """
@@ -11,9 +11,41 @@ down_revision = None
 branch_labels = None
 depends_on = None
 
+#: Rows come and go: cleaned often, without pauses, whatever the size of the table.
+BRIEF = {
+    "autovacuum_vacuum_threshold": 1000,
+    "autovacuum_vacuum_scale_factor": 0,
+    "autovacuum_vacuum_cost_delay": 0,
+}
+
 
 def upgrade() -> None:
     """Apply."""
+    op.create_table(
+        "keepstream_announcements",
+        sa.Column("tenant", sa.String(length=128), nullable=False),
+        sa.Column("job_id", sa.String(length=128), nullable=False),
+        sa.Column("ended_at", sa.DateTime(timezone=True), nullable=False),
+        sa.PrimaryKeyConstraint("tenant", "job_id", name=op.f("pk_keepstream_announcements")),
+        postgresql_with=BRIEF,
+    )
+    op.create_index("ix_keepstream_announcements_ended_at", "keepstream_announcements", ["ended_at"], unique=False)
+    op.create_table(
+        "keepstream_arrivals",
+        sa.Column(
+            "seq",
+            sa.BigInteger().with_variant(sa.Integer(), "sqlite"),
+            autoincrement=False,
+            nullable=False,
+            comment="the waiting job's",
+        ),
+        sa.Column("lane", sa.BigInteger(), nullable=False),
+        sa.Column("pool", sa.BigInteger(), nullable=False),
+        sa.Column("tenant", sa.String(length=128), nullable=False),
+        sa.Column("restarted_due", sa.DateTime(timezone=True), nullable=True),
+        sa.PrimaryKeyConstraint("seq", name=op.f("pk_keepstream_arrivals")),
+        postgresql_with=BRIEF,
+    )
     op.create_table(
         "keepstream_jobs",
         sa.Column("tenant", sa.String(length=128), nullable=False),
@@ -23,35 +55,16 @@ def upgrade() -> None:
         ),
         sa.Column("model", sa.Text(), nullable=False),
         sa.Column("provider", sa.String(length=128), nullable=False),
-        sa.Column("job", sa.Text(), nullable=False, comment="the whole job as JSON, as it was enqueued"),
+        sa.Column("class", sa.String(length=16), nullable=False, comment="interactive or bulk"),
         sa.Column(
-            "request_hash",
-            sa.String(length=64),
-            nullable=False,
-            comment="whether a repeated id asks for the same",
+            "request_hash", sa.String(length=64), nullable=False, comment="whether a repeated id asks for the same"
         ),
         sa.Column(
-            "prompt_start",
-            sa.Text(),
-            nullable=False,
-            comment="beginning of the last user message, for listings",
+            "prompt_start", sa.Text(), nullable=False, comment="beginning of the last user message, for listings"
         ),
         sa.Column("metadata", sa.JSON(none_as_null=True), nullable=False),
         sa.Column("retry_of", sa.String(length=128), nullable=True, comment="id of the job that this one repeats"),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
-        sa.Column("due_at", sa.DateTime(timezone=True), nullable=False, comment="not to be started before"),
-        sa.Column(
-            "resend_at",
-            sa.DateTime(timezone=True),
-            nullable=False,
-            comment="when a worker's sweeper sends its message (again)",
-        ),
-        sa.Column(
-            "sends",
-            sa.Integer(),
-            nullable=False,
-            comment="messages sent for the next attempt, as far as is known",
-        ),
         sa.Column("expires_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("deadline_at", sa.DateTime(timezone=True), nullable=True, comment="first start plus total time-out"),
         sa.Column("started_at", sa.DateTime(timezone=True), nullable=True, comment="start of the first attempt"),
@@ -61,9 +74,8 @@ def upgrade() -> None:
         ),
         sa.Column("tries", sa.Integer(), nullable=False, comment="attempts that count against max_attempts"),
         sa.Column("max_attempts", sa.Integer(), nullable=True, comment="null: the worker's setting"),
-        sa.Column("queue", sa.String(length=128), nullable=False, comment="where its messages go"),
+        sa.Column("queue", sa.String(length=128), nullable=False, comment="whose workers run it"),
         sa.Column("next_reason", sa.String(length=16), nullable=False, comment="why the next attempt will be made"),
-        sa.Column("worker_id", sa.String(length=128), nullable=True, comment="who runs it now"),
         sa.Column("cancel_requested_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("partial", sa.Boolean(), nullable=False, comment="the output is of an attempt that did not finish"),
         sa.Column("error_code", sa.String(length=64), nullable=True),
@@ -81,47 +93,33 @@ def upgrade() -> None:
         ),
         sa.Column("provider_details", sa.JSON(none_as_null=True), nullable=True),
         sa.Column("terminal_event_id", sa.String(length=32), nullable=True),
-        sa.Column(
-            "announced", sa.Boolean(), nullable=False, comment="whether the terminal event is known to be in the log"
-        ),
         sa.PrimaryKeyConstraint("tenant", "id", name=op.f("pk_keepstream_jobs")),
-    )
-    op.create_index(
-        "ix_keepstream_jobs_expiring",
-        "keepstream_jobs",
-        ["expires_at"],
-        unique=False,
-        postgresql_where=sa.text("status IN ('queued', 'retrying') AND expires_at IS NOT NULL"),
-        sqlite_where=sa.text("status IN ('queued', 'retrying') AND expires_at IS NOT NULL"),
+        postgresql_with={"fillfactor": 80},
     )
     op.create_index(
         "ix_keepstream_jobs_tenant_created", "keepstream_jobs", ["tenant", "created_at", "id"], unique=False
     )
-    op.create_index(
-        "ix_keepstream_jobs_unannounced",
-        "keepstream_jobs",
-        ["finished_at"],
-        unique=False,
-        postgresql_where=sa.text("NOT announced AND finished_at IS NOT NULL"),
-        sqlite_where=sa.text("NOT announced AND finished_at IS NOT NULL"),
+    op.create_table(
+        "keepstream_leases",
+        sa.Column("name", sa.String(length=64), nullable=False),
+        sa.Column("holder", sa.String(length=128), nullable=False),
+        sa.Column("until", sa.DateTime(timezone=True), nullable=False),
+        sa.PrimaryKeyConstraint("name", name=op.f("pk_keepstream_leases")),
     )
-    op.create_index(
-        "ix_keepstream_jobs_waiting",
-        "keepstream_jobs",
-        ["resend_at"],
-        unique=False,
-        postgresql_where=sa.text("status IN ('queued', 'retrying')"),
-        sqlite_where=sa.text("status IN ('queued', 'retrying')"),
+    op.create_table(
+        "keepstream_pools",
+        sa.Column("id", sa.BigInteger(), autoincrement=False, nullable=False, comment="a hash of the rest"),
+        sa.Column("queue", sa.String(length=128), nullable=False),
+        sa.Column("class", sa.String(length=16), nullable=False),
+        sa.Column(
+            "chain",
+            sa.JSON(none_as_null=True),
+            nullable=False,
+            comment="[[provider, model], …]: the target, then the fallbacks",
+        ),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_keepstream_pools")),
     )
-    op.create_index(
-        "ix_keepstream_jobs_worker",
-        "keepstream_jobs",
-        ["worker_id"],
-        unique=False,
-        postgresql_where=sa.text("worker_id IS NOT NULL"),
-        sqlite_where=sa.text("worker_id IS NOT NULL"),
-    )
-
+    op.create_index("ix_keepstream_pools_queue", "keepstream_pools", ["queue", "class"], unique=False)
     op.create_table(
         "keepstream_rejected_messages",
         sa.Column("id", sa.String(length=64), nullable=False),
@@ -136,17 +134,135 @@ def upgrade() -> None:
     op.create_index(
         "ix_keepstream_rejected_messages_rejected_at", "keepstream_rejected_messages", ["rejected_at"], unique=False
     )
-
+    op.create_table(
+        "keepstream_running",
+        sa.Column("tenant", sa.String(length=128), nullable=False),
+        sa.Column("job_id", sa.String(length=128), nullable=False),
+        sa.Column("attempt", sa.Integer(), nullable=False, comment="the one under way, or about to begin"),
+        sa.Column("worker_id", sa.String(length=128), nullable=False),
+        sa.Column("provider", sa.String(length=128), nullable=False),
+        sa.Column("model", sa.Text(), nullable=False),
+        sa.Column("lane", sa.BigInteger(), nullable=False),
+        sa.Column("pool", sa.BigInteger(), nullable=False),
+        sa.Column("tokens", sa.BigInteger(), nullable=False, comment="charged when it was chosen"),
+        sa.Column("prompt_tokens", sa.BigInteger(), nullable=False, comment="an estimate"),
+        sa.Column("max_tokens", sa.BigInteger(), nullable=True),
+        sa.Column("started_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("cancel_requested", sa.Boolean(), nullable=False),
+        sa.PrimaryKeyConstraint("tenant", "job_id", name=op.f("pk_keepstream_running")),
+        postgresql_with=BRIEF,
+    )
+    op.create_index("ix_keepstream_running_target", "keepstream_running", ["provider", "model"], unique=False)
+    op.create_index("ix_keepstream_running_worker", "keepstream_running", ["worker_id"], unique=False)
+    op.create_table(
+        "keepstream_standings",
+        sa.Column("lane", sa.BigInteger(), nullable=False),
+        sa.Column("pool", sa.BigInteger(), nullable=False),
+        sa.Column("tenant", sa.String(length=128), nullable=False),
+        sa.Column(
+            "time", sa.Float(), nullable=False, comment="virtual: tokens given to the lane, divided by its weight"
+        ),
+        sa.Column(
+            "head", sa.BigInteger(), nullable=False, comment="no new job of it waits in this pool with a smaller seq"
+        ),
+        sa.Column("active", sa.Integer(), nullable=True, comment="1: jobs wait, and may be chosen; else null"),
+        sa.Column(
+            "parked", sa.Integer(), nullable=True, comment="1: its tenant runs as many jobs as it may; else null"
+        ),
+        postgresql_with=BRIEF | {"fillfactor": 50},
+    )
+    op.create_index(
+        "ix_keepstream_standings_active",
+        "keepstream_standings",
+        ["pool", "time"],
+        unique=False,
+        postgresql_where=sa.text("active IS NOT NULL"),
+        sqlite_where=sa.text("active IS NOT NULL"),
+    )
+    op.create_index(
+        "ix_keepstream_standings_idle",
+        "keepstream_standings",
+        ["pool", "time"],
+        unique=False,
+        postgresql_where=sa.text("active IS NULL"),
+        sqlite_where=sa.text("active IS NULL"),
+    )
+    op.create_index("ix_keepstream_standings_lane", "keepstream_standings", ["lane", "time"], unique=False)
+    op.create_index(
+        "ix_keepstream_standings_parked",
+        "keepstream_standings",
+        ["tenant"],
+        unique=False,
+        postgresql_where=sa.text("parked IS NOT NULL"),
+        sqlite_where=sa.text("parked IS NOT NULL"),
+    )
+    op.create_table(
+        "keepstream_turns",
+        sa.Column("n", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=False, nullable=False),
+        sa.Column("arrivals_low", sa.BigInteger(), nullable=False),
+        sa.Column("ready", sa.Text(), nullable=False, comment="JSON: by queue, when the next turn is worth taking"),
+        sa.Column("closed", sa.Text(), nullable=False, comment="JSON: why what waits waits"),
+        sa.Column("state", sa.Text(), nullable=False, comment="JSON: what the next turn goes on with"),
+        sa.PrimaryKeyConstraint("n", name=op.f("pk_keepstream_turns")),
+        postgresql_with=BRIEF,
+    )
+    op.create_table(
+        "keepstream_waiting",
+        sa.Column(
+            "seq", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False, comment="age: smaller is older"
+        ),
+        sa.Column("tenant", sa.String(length=128), nullable=False),
+        sa.Column("job_id", sa.String(length=128), nullable=False),
+        sa.Column("lane", sa.BigInteger(), nullable=False, comment="tenant, class and queue, as a number"),
+        sa.Column("pool", sa.BigInteger(), nullable=False),
+        sa.Column("attempt", sa.Integer(), nullable=False, comment="the newest attempt so far"),
+        sa.Column("prompt_tokens", sa.BigInteger(), nullable=False, comment="an estimate"),
+        sa.Column("max_tokens", sa.BigInteger(), nullable=True, comment="of the answer, if the request says so"),
+        sa.Column(
+            "restarted_due",
+            sa.DateTime(timezone=True),
+            nullable=True,
+            comment="of a job that was started before: not to go on earlier",
+        ),
+        sa.Column(
+            "expires_at", sa.DateTime(timezone=True), nullable=True, comment="of a job that was not started before"
+        ),
+        sa.PrimaryKeyConstraint("seq", name=op.f("pk_keepstream_waiting")),
+        postgresql_with=BRIEF,
+        sqlite_autoincrement=True,
+    )
+    op.create_index(
+        "ix_keepstream_waiting_expiring",
+        "keepstream_waiting",
+        ["expires_at"],
+        unique=False,
+        postgresql_where=sa.text("expires_at IS NOT NULL"),
+        sqlite_where=sa.text("expires_at IS NOT NULL"),
+    )
+    op.create_index("ix_keepstream_waiting_job", "keepstream_waiting", ["tenant", "job_id"], unique=True)
+    op.create_index(
+        "ix_keepstream_waiting_lane",
+        "keepstream_waiting",
+        ["lane", "pool", "seq"],
+        unique=False,
+        postgresql_where=sa.text("restarted_due IS NULL"),
+        sqlite_where=sa.text("restarted_due IS NULL"),
+    )
+    op.create_index(
+        "ix_keepstream_waiting_restarted",
+        "keepstream_waiting",
+        ["pool", "restarted_due"],
+        unique=False,
+        postgresql_where=sa.text("restarted_due IS NOT NULL"),
+        sqlite_where=sa.text("restarted_due IS NOT NULL"),
+    )
     op.create_table(
         "keepstream_workers",
         sa.Column("id", sa.String(length=128), nullable=False),
         sa.Column("started_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("heartbeat_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column(
-            "lease",
-            sa.Float(),
-            nullable=False,
-            comment="seconds without a heartbeat after which it counts as dead",
+            "lease", sa.Float(), nullable=False, comment="seconds without a heartbeat after which it counts as dead"
         ),
         sa.Column("queue", sa.String(length=128), nullable=False, comment="where it takes its jobs from"),
         sa.Column("places", sa.Integer(), nullable=False, comment="jobs that it runs at once"),
@@ -154,7 +270,6 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_keepstream_workers")),
     )
     op.create_index("ix_keepstream_workers_heartbeat", "keepstream_workers", ["heartbeat_at"], unique=False)
-
     op.create_table(
         "keepstream_attempts",
         sa.Column("tenant", sa.String(length=128), nullable=False),
@@ -218,6 +333,19 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("tenant", "job_id", "index", name=op.f("pk_keepstream_choices")),
     )
     op.create_table(
+        "keepstream_requests",
+        sa.Column("tenant", sa.String(length=128), nullable=False),
+        sa.Column("job_id", sa.String(length=128), nullable=False),
+        sa.Column("job", sa.Text(), nullable=False, comment="the whole job as JSON, as it was enqueued"),
+        sa.ForeignKeyConstraint(
+            ["tenant", "job_id"],
+            ["keepstream_jobs.tenant", "keepstream_jobs.id"],
+            name=op.f("fk_keepstream_requests_keepstream_jobs"),
+            ondelete="CASCADE",
+        ),
+        sa.PrimaryKeyConstraint("tenant", "job_id", name=op.f("pk_keepstream_requests")),
+    )
+    op.create_table(
         "keepstream_tool_calls",
         sa.Column("tenant", sa.String(length=128), nullable=False),
         sa.Column("job_id", sa.String(length=128), nullable=False),
@@ -242,8 +370,17 @@ def upgrade() -> None:
 def downgrade() -> None:
     """Take back."""
     op.drop_table("keepstream_tool_calls")
+    op.drop_table("keepstream_requests")
     op.drop_table("keepstream_choices")
     op.drop_table("keepstream_attempts")
     op.drop_table("keepstream_workers")
+    op.drop_table("keepstream_waiting")
+    op.drop_table("keepstream_turns")
+    op.drop_table("keepstream_standings")
+    op.drop_table("keepstream_running")
     op.drop_table("keepstream_rejected_messages")
+    op.drop_table("keepstream_pools")
+    op.drop_table("keepstream_leases")
     op.drop_table("keepstream_jobs")
+    op.drop_table("keepstream_arrivals")
+    op.drop_table("keepstream_announcements")
