@@ -1,7 +1,15 @@
 import pytest
 
 from keepstream.errors import ErrorCode
-from keepstream_worker.jobs.retry import RULES, BackoffPolicy, RetryDecision, RetryReason, decide, is_retryable
+from keepstream_worker.jobs.retry import (
+    RULES,
+    BackoffPolicy,
+    RetryDecision,
+    RetryReason,
+    decide,
+    is_counted,
+    is_retryable,
+)
 from keepstream_worker.values import Failure
 
 RETRIED = {
@@ -26,6 +34,7 @@ RETRIED = {
 def decide_on(
     code: ErrorCode,
     *,
+    attempt: int = 1,
     tries: int = 1,
     max_attempts: int = 5,
     remaining: float | None = 1000.0,
@@ -36,6 +45,7 @@ def decide_on(
 ) -> RetryDecision:
     return decide(
         Failure(code=code, message="m", retry_after=retry_after, http_status=status, should_retry=should_retry),
+        attempt=attempt,
         tries=tries,
         max_attempts=max_attempts,
         remaining_seconds=remaining,
@@ -139,3 +149,12 @@ def test_a_job_whose_worker_went_away_goes_on_at_once(code: ErrorCode) -> None:
 def test_an_interruption_uses_up_no_attempt_but_a_lost_worker_does() -> None:
     assert decide_on(ErrorCode.INTERRUPTED, tries=9, max_attempts=1).reason is RetryReason.RETRY
     assert decide_on(ErrorCode.WORKER_LOST, tries=5, max_attempts=5).reason is RetryReason.ATTEMPTS_USED
+
+
+def test_a_refusal_for_too_many_requests_uses_up_no_attempt_and_waits_longer_each_time() -> None:
+    assert decide_on(ErrorCode.RATE_LIMITED, tries=9, max_attempts=1).reason is RetryReason.RETRY
+    assert decide_on(ErrorCode.RATE_LIMITED, attempt=3, tries=1).delay == pytest.approx(1.0)
+    assert decide_on(ErrorCode.SERVER_ERROR, attempt=3, tries=1).delay == pytest.approx(0.25)
+    assert decide_on(ErrorCode.RATE_LIMITED, remaining=0.1).reason is RetryReason.TIME_USED
+    assert not is_counted(Failure(code=ErrorCode.RATE_LIMITED, message="m"))
+    assert is_counted(Failure(code=ErrorCode.SERVER_ERROR, message="m"))

@@ -12,13 +12,13 @@ from keepstream_worker.jobs import verdict
 from keepstream_worker.jobs.active_job import STOP_FAILURES, Stop
 from keepstream_worker.jobs.retry import RULES, BackoffPolicy
 from keepstream_worker.jobs.verdict import AttemptReport, RetryPolicy, failure_before_start
-from keepstream_worker.values import AttemptReason, Ending, Failure, JobKey, Outcome
+from keepstream_worker.values import AttemptReason, Ending, Failure, JobKey, Outcome, Target
 
 KEY = JobKey("tenant-1", "job-1")
 CHOICES = [Choice(index=0, content="text")]
 USAGE = Usage(prompt_tokens=1, completion_tokens=2, total_tokens=3)
 #: At ``random`` 0.5 the wait after the first attempt is 0.25 s, after the third 1 s.
-POLICY = RetryPolicy(max_attempts=5, backoff=BackoffPolicy(base=0.5, cap=30.0), sleep_limit=10.0)
+POLICY = RetryPolicy(max_attempts=5, backoff=BackoffPolicy(base=0.5, cap=30.0))
 REPORT = AttemptReport(
     key=KEY,
     attempt=4,
@@ -70,7 +70,9 @@ def test_whole_answer_completes_the_job_unless_it_was_cancelled(stop: Stop | Non
         "failure": None,
         "retryable": None,
         "retry_in": 0.0,
-        "resend_in": 0.0,
+        "counted": True,
+        "chain": None,
+        "least_tokens": None,
         "next_reason": AttemptReason.RETRY,
         "provider_request_id": "req-of-the-stream",
     }
@@ -90,8 +92,10 @@ FAILURES = [
     (ErrorCode.SUPERSEDED, 1, Outcome.FAILED, FAILED),
     (ErrorCode.RATE_LIMITED, 1, Outcome.FAILED, RETRYING),
     (ErrorCode.RATE_LIMITED, 4, Outcome.FAILED, RETRYING),
-    (ErrorCode.RATE_LIMITED, 5, Outcome.FAILED, FAILED),
-    (ErrorCode.RATE_LIMITED, 6, Outcome.FAILED, FAILED),
+    (ErrorCode.RATE_LIMITED, 5, Outcome.FAILED, RETRYING),
+    (ErrorCode.SERVER_ERROR, 4, Outcome.FAILED, RETRYING),
+    (ErrorCode.SERVER_ERROR, 5, Outcome.FAILED, FAILED),
+    (ErrorCode.SERVER_ERROR, 6, Outcome.FAILED, FAILED),
     (ErrorCode.TRUNCATED_STREAM, 1, Outcome.FAILED, RETRYING),
     (ErrorCode.INTERNAL, 1, Outcome.FAILED, RETRYING),
     (ErrorCode.INTERNAL, 2, Outcome.FAILED, FAILED),
@@ -146,10 +150,10 @@ def test_every_failure_ends_consistently(code: ErrorCode) -> None:
             assert ending.retry_in < remaining, "no attempt begins after the total time"
         else:
             assert ending.status.terminal
-            assert (ending.retry_in, ending.resend_in) == (0.0, 0.0)
+            assert ending.retry_in == 0.0
 
 
-@pytest.mark.parametrize("code", [ErrorCode.TOTAL_TIMEOUT, ErrorCode.RATE_LIMITED])
+@pytest.mark.parametrize("code", [ErrorCode.TOTAL_TIMEOUT, ErrorCode.SERVER_ERROR])
 def test_attempt_of_which_nobody_has_heard_leaves_no_trace(code: ErrorCode) -> None:
     ending = decide(failure=fail(code), announced=False, tries=5)
     assert (ending.outcome, ending.status) == (Outcome.UNSTARTED, FAILED)
@@ -165,32 +169,53 @@ def test_request_id_of_the_failure_goes_before_that_of_the_stream() -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "tries", "retry_after", "retry_in", "resend_in", "next_reason"),
+    ("code", "tries", "retry_after", "retry_in", "counted", "next_reason"),
     [
-        # Short: the worker sleeps through it, and the sweepers leave it alone for five seconds more.
-        (ErrorCode.SERVER_ERROR, 1, None, 0.25, 5.25, AttemptReason.RETRY),
-        (ErrorCode.SERVER_ERROR, 3, None, 1.0, 6.0, AttemptReason.RETRY),
-        (ErrorCode.RATE_LIMITED, 1, 9.75, 10.0, 15.0, AttemptReason.RETRY),
-        # Long: it is left to the database.
-        (ErrorCode.RATE_LIMITED, 1, 9.76, 10.01, 10.01, AttemptReason.RETRY),
-        (ErrorCode.RATE_LIMITED, 1, 60.0, 60.25, 60.25, AttemptReason.RETRY),
+        (ErrorCode.SERVER_ERROR, 1, None, 0.25, True, AttemptReason.RETRY),
+        (ErrorCode.SERVER_ERROR, 3, None, 1.0, True, AttemptReason.RETRY),
+        # The provider accepts fewer requests than were made: that is not this job's fault.
+        (ErrorCode.RATE_LIMITED, 1, 60.0, 62.0, False, AttemptReason.RETRY),
         # This worker is shutting down: somebody else goes on, at once.
-        (ErrorCode.INTERRUPTED, 1, None, 0.0, 0.0, AttemptReason.INTERRUPTED),
+        (ErrorCode.INTERRUPTED, 1, None, 0.0, False, AttemptReason.INTERRUPTED),
     ],
 )
-def test_short_wait_is_slept_through_and_a_long_one_left_to_the_database(
+def test_job_waits_in_the_table_for_its_next_attempt(
     code: ErrorCode,
     tries: int,
     retry_after: float | None,
     retry_in: float,
-    resend_in: float,
+    counted: bool,  # noqa: FBT001  # a parameter of the test
     next_reason: AttemptReason,
 ) -> None:
     ending = decide(failure=fail(code, retry_after=retry_after), tries=tries)
     assert ending.status is RETRYING
     assert ending.retry_in == pytest.approx(retry_in)
-    assert ending.resend_in == pytest.approx(resend_in)
+    assert ending.counted is counted
     assert ending.next_reason is next_reason
+    assert ending.least_tokens == USAGE.total_tokens
+
+
+TARGETS = (Target("first", "m"), Target("second", "n"), Target("third", "o"))
+
+
+@pytest.mark.parametrize("code", [ErrorCode.NOT_FOUND, ErrorCode.CONTEXT_LENGTH_EXCEEDED, ErrorCode.AUTH])
+def test_job_that_its_target_refuses_for_good_goes_on_with_the_next(code: ErrorCode) -> None:
+    ending = decide(replace(POLICY, chain=TARGETS), failure=fail(code), tries=5)
+    assert (ending.outcome, ending.status, ending.retry_in) == (Outcome.FAILED, RETRYING, 0.0)
+    assert ending.chain == TARGETS[1:]
+    assert not ending.counted, "each target is struck out once, so this ends by itself"
+    assert ending.next_reason is AttemptReason.FALLBACK
+
+
+@pytest.mark.parametrize("code", [ErrorCode.BAD_REQUEST, ErrorCode.CONTENT_FILTER, ErrorCode.TOTAL_TIMEOUT])
+def test_what_every_target_would_refuse_goes_to_no_other(code: ErrorCode) -> None:
+    assert decide(replace(POLICY, chain=TARGETS), failure=fail(code)).status is FAILED
+
+
+def test_last_target_has_the_last_word() -> None:
+    assert decide(replace(POLICY, chain=TARGETS[2:]), failure=fail(ErrorCode.NOT_FOUND)).status is FAILED
+    late = decide(replace(POLICY, chain=TARGETS), failure=fail(ErrorCode.NOT_FOUND), remaining_seconds=0.0)
+    assert late.status is FAILED
 
 
 @pytest.mark.parametrize(("remaining", "status"), [(0.26, RETRYING), (0.25, FAILED), (0.0, FAILED), (-1.0, FAILED)])

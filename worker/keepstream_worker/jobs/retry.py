@@ -154,7 +154,7 @@ def decide(
 
     Args:
         failure: Why the attempt failed; its ``retry_after`` is the least wait.
-        attempt: Number of the failed one; the waits grow with it.
+        attempt: Number of the failed one; the waits grow with it where no limit of attempts applies.
         tries: Attempts that count against the job's limit, the failed one included.
         max_attempts: Attempts the job may have.
         remaining_seconds: What is left of the job's total time; None: no limit.
@@ -168,7 +168,9 @@ def decide(
     if (most is not None and tries >= most) or (rule.counted and tries >= max_attempts):
         return RetryDecision(RetryReason.ATTEMPTS_USED)
     # The jitter comes on top of Retry-After: the provider gave many jobs the same number.
-    delay = (failure.retry_after or 0.0) + policy.wait(attempt, random) if rule.waits else 0.0
+    delay = (
+        (failure.retry_after or 0.0) + policy.wait(tries if rule.counted else attempt, random) if rule.waits else 0.0
+    )
     if delay >= (_LONGEST_WAIT if remaining_seconds is None else remaining_seconds):
         return RetryDecision(RetryReason.TIME_USED)
     return RetryDecision(RetryReason.RETRY, delay)
