@@ -40,6 +40,8 @@ log = get_logger()
 _KEPT_BYTES: Final = 64 * 1024
 #: Items taken from the queue by one command: enough to share its cost, few enough to leave others some.
 _TAKEN_AT_ONCE: Final = 16
+#: Bytes of messages that may be held here before they are stored; more are left in the queue.
+_MOST_HELD: Final = 64 * 1024 * 1024
 #: Seconds after which an acknowledgement goes out, with all others until then.
 _ACKNOWLEDGE_WITHIN: Final = 0.05
 #: Seconds after which a call that failed is tried again.
@@ -72,6 +74,8 @@ class BatchingQoS(QoS):
         self._client = self.channel._create_client()
         self._unnoted: dict[str, tuple[dict[str, Any], str]] = {}  # message and queue, by delivery tag
         self._acknowledged: list[str] = []
+        self._sizes: dict[str, int] = {}  # bytes of what is not acknowledged, by delivery tag
+        self.held = 0  #: Bytes of what is not acknowledged.
         self._noting = Outage(Server.BROKER, "note messages")
         self._acknowledging = Outage(Server.BROKER, "acknowledge messages")
         self._restoring = Outage(Server.BROKER, "put messages back")
@@ -82,7 +86,11 @@ class BatchingQoS(QoS):
         If Redis refuses, out of memory for instance, they are delivered all the same: they are in no
         queue any more.
         """
-        self._unnoted |= {message["properties"]["delivery_tag"]: (message, queue) for message in messages}
+        for message in messages:
+            tag = message["properties"]["delivery_tag"]
+            self._unnoted[tag] = (message, queue)
+            self.held += len(message["body"]) - self._sizes.get(tag, 0)
+            self._sizes[tag] = len(message["body"])
         self.flush_notes()
 
     def flush_notes(self) -> None:
@@ -110,6 +118,7 @@ class BatchingQoS(QoS):
         """Acknowledge a message; called on Celery's thread."""
         virtual.QoS.ack(self, delivery_tag)
         self._unnoted.pop(delivery_tag, None)
+        self.held -= self._sizes.pop(delivery_tag, 0)
         self._acknowledged.append(delivery_tag)
         if len(self._acknowledged) == 1:
             self._flush_acknowledgements_in(_ACKNOWLEDGE_WITHIN)
@@ -203,7 +212,7 @@ class FilteringChannel(Channel):
     #: Set by ``keepstream_worker.intake.celery_app`` through ``broker_transport_options``.
     server: RedisServer
     rejected_prefix = "keepstream"
-    capacity = 1  #: Jobs that this worker runs at once.
+    capacity = 1  #: Messages that may be held here before they are stored.
     from_transport_options: tuple[str, ...] = (  # type: ignore[assignment]
         *Channel.from_transport_options,
         "server",
@@ -295,6 +304,8 @@ class FilteringChannel(Channel):
 
     def _brpop_start(self, timeout: float | None = None) -> None:
         self._catch_up()
+        if self.qos.held > _MOST_HELD:
+            return  # asked again as soon as something is stored
         if not self._takes_many:
             super()._brpop_start(timeout)  # type: ignore[no-untyped-call]
             return
