@@ -54,7 +54,6 @@ FAST: Final[dict[str, Any]] = {
     "heartbeat_interval": 0.5,
     "lease": 3.0,
     "sweep_interval": 0.4,
-    "resend_after": 5.0,
     "shutdown_grace": 10.0,
     "connect_timeout": 5.0,
     "first_token_timeout": 10.0,

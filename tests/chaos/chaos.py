@@ -39,7 +39,6 @@ SETTINGS: Final[dict[str, Any]] = {
     "heartbeat_interval": 0.5,
     "lease": 3.0,
     "sweep_interval": 0.5,
-    "resend_after": 4.0,
     "shutdown_grace": 2.0,
     "connect_timeout": 5.0,
     "first_token_timeout": 3.0,
@@ -48,7 +47,6 @@ SETTINGS: Final[dict[str, Any]] = {
     "max_attempts": 12,
     "backoff_base": 0.2,
     "backoff_cap": 1.5,
-    "sleep_limit": 0.7,
 }
 WORKERS: Final = 3
 SECONDS_PER_JOB: Final = 0.35  #: How the arrival of jobs is spread.

@@ -38,7 +38,7 @@ def run(sandbox: Sandbox, seed: int, _jobs: int = 0, rounds: int = ROUNDS) -> Re
     faults = [FAULTS[number % len(FAULTS)] for number in range(rounds)]
     dice.shuffle(faults)
     took: list[float] = []
-    with sandbox.cluster("failover", sentinels=True, resend_after=5) as cluster:
+    with sandbox.cluster("failover", sentinels=True) as cluster:
         workers = cluster.start_workers(WORKERS)
         for fault in faults:
             took.append(_round(report, cluster, fault))
@@ -64,7 +64,7 @@ def _round(report: Report, cluster: Cluster, fault: str) -> float:
         following.wait_for("delta", count=5)
     began = time.monotonic()
     _play(cluster.sentinels, fault)
-    meanwhile = [cluster.enqueue(deltas=10, rate=RATE) for _ in range(JOBS // 4)]  # they wait for their rows' resending
+    meanwhile = [cluster.enqueue(deltas=10, rate=RATE) for _ in range(JOBS // 4)]  # their messages may be lost
     took = time.monotonic() - began
     followers |= {job_id: cluster.follow(job_id) for job_id in meanwhile}
     for job_id, following in followers.items():

@@ -6,20 +6,15 @@ from typing import Any
 import pytest
 from sqlalchemy import select, update
 
+from keepstream.client.lanes import pool_id
 from keepstream.errors import ErrorCode
 from keepstream.names import QUEUE
 from keepstream.results import JobStatus, UsageSource
-from keepstream.tables import jobs, now
+from keepstream.tables import jobs, now, requests, running
 from tests.cluster import Cluster, wait_until
 
 #: The first attempt streams long enough to be met in its middle by a busy machine, too.
 SLOW = {"kind": "slow", "rate": 4}
-
-
-def make_due(cluster: Cluster, job_id: str) -> None:
-    """Skip the time after which a waiting job's message is sent again."""
-    with cluster.database() as connection:
-        connection.execute(update(jobs).where(jobs.c.id == job_id).values(resend_at=now()))
 
 
 def test_killed_workers_job_is_run_again_by_another_one(any_cluster: Cluster) -> None:
@@ -150,24 +145,23 @@ def test_total_time_is_bounded_across_the_deaths_of_workers(cluster: Cluster) ->
 
 
 def test_long_retry_after_survives_the_worker(cluster: Cluster) -> None:
-    worker = cluster.start_worker(sleep_limit=1)
+    worker = cluster.start_worker()
     fault = {"kind": "status", "status": 429, "headers": {"retry-after": "4"}}
     job_id = cluster.enqueue(deltas=3, faults=[fault])
     cluster.wait_for(job_id, "retrying")
     worker.kill()
-    cluster.start_worker(sleep_limit=1)
+    cluster.start_worker()
 
     assert cluster.wait_for(job_id).status is JobStatus.COMPLETED
     first, second = cluster.provider.attempts(job_id)
     assert 4.0 <= second.started - first.started < 30
 
 
-def test_queued_row_whose_message_was_lost_is_sent_again(any_cluster: Cluster) -> None:
+def test_stored_job_whose_message_was_lost_is_run(any_cluster: Cluster) -> None:
     cluster = any_cluster
     job_id = cluster.enqueue(deltas=3)
     with cluster.redis() as client:
         assert client.rpop(QUEUE) is not None
-    make_due(cluster, job_id)
     cluster.start_worker()
     result = cluster.wait_for(job_id)
     assert result.status is JobStatus.COMPLETED
@@ -179,15 +173,14 @@ def test_row_of_a_newer_version_does_not_hold_up_the_others(cluster: Cluster) ->
     with cluster.redis() as client:
         client.delete(QUEUE)
     with cluster.database() as connection:
-        row = connection.execute(select(jobs.c.job).where(jobs.c.id == job_ids[1])).one()
+        row = connection.execute(select(requests.c.job).where(requests.c.job_id == job_ids[1])).one()
         newer = json.dumps(json.loads(row.job) | {"of_a_later_version": True})
-        connection.execute(update(jobs).where(jobs.c.id == job_ids[1]).values(job=newer))
-    for job_id in job_ids:
-        make_due(cluster, job_id)
-    cluster.start_worker()
+        connection.execute(update(requests).where(requests.c.job_id == job_ids[1]).values(job=newer))
+    worker = cluster.start_worker()
     for job_id in (job_ids[0], job_ids[2]):
         assert cluster.wait_for(job_id).status is JobStatus.COMPLETED
-    assert cluster.result(job_ids[1]).status is JobStatus.QUEUED, "a worker of the newer version will take it"
+    worker.wait_to_say("job_unreadable", job_id=job_ids[1])
+    assert not cluster.result(job_ids[1]).status.terminal, "a worker of the newer version will take it"
 
 
 def test_message_of_a_worker_that_died_before_the_claim_comes_back(postgres_cluster: Cluster) -> None:
@@ -223,8 +216,6 @@ def test_flushed_broker_loses_no_job(cluster: Cluster) -> None:
     job_ids = [cluster.enqueue(deltas=3) for _ in range(20)]
     with cluster.redis() as client:
         client.flushall()
-    for job_id in job_ids:
-        make_due(cluster, job_id)
     cluster.start_worker()
     assert {cluster.wait_for(job_id).status for job_id in job_ids} == {JobStatus.COMPLETED}
 
@@ -237,8 +228,22 @@ def test_claim_that_nobody_runs_is_let_go(cluster: Cluster) -> None:
         wait_until(lambda: client.llen(QUEUE) == 0, "the message to be taken")
     cluster.wait_for(job_id)
     with cluster.database() as connection:
+        connection.execute(update(jobs).where(jobs.c.id == job_id).values(status="running", finished_at=None))
         connection.execute(
-            update(jobs).where(jobs.c.id == job_id).values(status="running", worker_id=worker.id, finished_at=None)
+            running.insert().values(
+                tenant="default",
+                job_id=job_id,
+                attempt=1,
+                worker_id=worker.id,
+                provider="default",
+                model="scripted-1",
+                lane=1,
+                pool=pool_id(QUEUE, "interactive", [("default", "scripted-1")]),
+                tokens=1,
+                prompt_tokens=1,
+                started_at=now(),
+                cancel_requested=False,
+            )
         )
     result = cluster.wait_for(job_id)
     assert result.status is JobStatus.COMPLETED

@@ -5,13 +5,10 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
-from sqlalchemy import update
-
 from keepstream.events import DeltaEvent, ToolCallDelta
 from keepstream.jobs import Job, parse_job
 from keepstream.names import QUEUE
 from keepstream.results import JobStatus
-from keepstream.tables import jobs, now
 from tests.cluster import Cluster, Following
 
 PIXEL: Final = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -173,7 +170,7 @@ def test_every_parameter_reaches_the_provider_untouched(cluster: Cluster) -> Non
         assert json.dumps(body, sort_keys=True) == json.dumps(expected[name], sort_keys=True), name
 
 
-def test_waiting_jobs_that_are_hard_to_read_are_sent_again_like_others(cluster: Cluster) -> None:
+def test_waiting_jobs_that_are_hard_to_read_are_run_like_others(cluster: Cluster) -> None:
     """They wait in the database as text; their messages are lost."""
     names = ["lone-surrogate", "beyond-64-bits", "deeply-nested", "tools"]
     job_ids = [
@@ -182,8 +179,6 @@ def test_waiting_jobs_that_are_hard_to_read_are_sent_again_like_others(cluster: 
     ]
     with cluster.redis() as client:
         client.delete(QUEUE)
-    with cluster.database() as connection:
-        connection.execute(update(jobs).values(resend_at=now()))
     cluster.start_worker()
     assert {cluster.wait_for(job_id).status for job_id in job_ids} == {JobStatus.COMPLETED}
 

@@ -70,7 +70,7 @@ def cluster(tmp_path: Path, postgres: PostgresServer, postgres_url: str, forks: 
         certificates = Certificates(tmp_path)
         tls = stack.enter_context(RedisTls(cluster.valkey.port, certificates.server_context("localhost")))
         cluster.settings["redis_url"] = tls.url(ssl_ca_certs=str(certificates.authority_file))
-        cluster.settings |= {"lease": 20.0, "resend_after": 60.0}  # what is slow here is not lost
+        cluster.settings |= {"lease": 20.0}  # what is slow here is not lost
         yield stack.enter_context(cluster)
 
 
