@@ -113,6 +113,8 @@ class Pick(NamedTuple):
     job: WaitingJob
     target: Target
     tokens: int  #: Charged to its lane and its target's buckets.
+    chosen_at: float = 0.0  #: The moment of the turn.
+    running: int = 0  #: Jobs at the target after this turn's picks; with its moment, what its end teaches.
 
 
 class Move(NamedTuple):
