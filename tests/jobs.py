@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from keepstream.jobs import Job, parse_job
+from keepstream import jobs
+from keepstream.jobs import Job
 
 
 def make_job(**given: Any) -> Job:
@@ -10,4 +11,4 @@ def make_job(**given: Any) -> Job:
     fields = {name: value for name, value in given.items() if name in Job.model_fields}
     parameters = {name: value for name, value in given.items() if name not in fields}
     request = {"model": "m", "messages": [{"role": "user", "content": "Hello"}], **parameters}
-    return parse_job({"v": 2, "request": request, **fields})
+    return jobs.make_job({"request": request, **fields})

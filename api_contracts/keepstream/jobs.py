@@ -1,7 +1,7 @@
 """The job: one request for a completion, as a producer puts it on the queue.
 
 In: keyword arguments or decoded JSON, from a producer or from the queue.
-Out: a checked, frozen ``Job``, to the client and the worker.
+Out: a checked, frozen ``Job``, to the client and the worker; a ``JobRef`` for a message that only names a stored job.
 
 The envelope is ours and closed: a name that is not known there is a mistake. ``request`` is the caller's
 chat-completions body and reaches the provider as it is. Both are checked in the producer's process already, so that
@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from itertools import islice
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -37,6 +37,7 @@ VERSION: Final = 2  #: Of the job's format.
 MAX_JOB_BYTES: Final = 8 * 1024 * 1024  #: Bytes of a job as JSON; images travel inside messages.
 MODEL_CHARACTERS: Final = 256
 PROMPT_START: Final = 160  #: Characters of a prompt that a listing may show.
+MAX_FALLBACKS: Final = 8  #: Of a job.
 
 _KEY_HINT: Final = "cannot be part of a job: it belongs in the worker's configuration; a job names a 'provider'"
 #: What may not be in a request, and what to do instead.
@@ -49,7 +50,7 @@ NOT_IN_A_REQUEST: Final = {
     "extra_body": "is no parameter of the API: put its content in the request itself",
 }
 #: Names that a later version may give a meaning in the envelope.
-RESERVED_FIELDS: Final = frozenset({"fallbacks", "class", "callback_url", "headers"})
+RESERVED_FIELDS: Final = frozenset({"callback_url", "headers"})
 
 _IDEMPOTENT_NAMESPACE: Final = uuid.UUID("5f0f1c3e-6a58-4f0c-9f0a-7d2f6d1f3f11")
 #: Well within what Python and the databases can express in any time zone.
@@ -86,6 +87,12 @@ def _names_a_model(value: object) -> bool:
     )
 
 
+def _checked_model(value: str) -> str:
+    if not _names_a_model(value):
+        raise ValueError(f"a model is a text of 1 to {MODEL_CHARACTERS} characters without control characters")
+    return value
+
+
 def _in_utc(value: object) -> datetime:
     time = value
     if isinstance(time, str):
@@ -104,6 +111,12 @@ def _in_utc(value: object) -> datetime:
     return utc
 
 
+_MODEL_SCHEMA: Final[dict[str, Any]] = {
+    "type": "string",
+    "minLength": 1,
+    "maxLength": MODEL_CHARACTERS,
+    "pattern": r"^[^\x00-\x1f\x7f]+$",
+}
 _REQUEST_SCHEMA: Final[dict[str, Any]] = {
     "title": "Request",
     "description": (
@@ -113,12 +126,7 @@ _REQUEST_SCHEMA: Final[dict[str, Any]] = {
     "type": "object",
     "required": ["model", "messages"],
     "properties": {
-        "model": {
-            "type": "string",
-            "minLength": 1,
-            "maxLength": MODEL_CHARACTERS,
-            "pattern": r"^[^\x00-\x1f\x7f]+$",
-        },
+        "model": _MODEL_SCHEMA,
         "messages": {"type": "array", "minItems": 1, "items": {"type": "object"}},
     },
     "propertyNames": {"not": {"enum": sorted(NOT_IN_A_REQUEST)}},
@@ -129,6 +137,8 @@ Identifier = Annotated[str, StringConstraints(pattern=names.ID_PATTERN)]
 Seconds = Annotated[float, Field(strict=True, gt=0, le=86_400)]
 Request = Annotated[dict[str, Any], AfterValidator(_checked_request), WithJsonSchema(_REQUEST_SCHEMA)]
 Time = Annotated[datetime, BeforeValidator(_in_utc)]
+JobClass = Literal["interactive", "bulk"]
+Chain = tuple[tuple[str, str], ...]  #: Provider and model: a job's target, then its fallbacks.
 
 
 def _new_id(validated: dict[str, Any]) -> str:
@@ -138,12 +148,39 @@ def _new_id(validated: dict[str, Any]) -> str:
     return uuid.uuid5(_IDEMPOTENT_NAMESPACE, f"{validated['tenant']}\n{key}").hex
 
 
+class Fallback(BaseModel):
+    """A further target: who is asked if those before it cannot answer."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    provider: Identifier
+    model: Annotated[str, AfterValidator(_checked_model), WithJsonSchema(_MODEL_SCHEMA)]
+
+
+class JobRef(BaseModel):
+    """What a message says of a job that is stored already: its name alone. It wakes a worker."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, hide_input_in_errors=True, json_schema_extra={"required": ["v", "id"]}
+    )
+
+    v: Literal[2] = Field(default=VERSION, description="Version of this format.")
+    tenant: Identifier = Field(default=names.DEFAULT_TENANT, description="Whose job it is.")
+    id: Identifier = Field(description="The job's.")
+
+    def to_wire(self) -> dict[str, Any]:
+        """Return it as JSON-ready values."""
+        return {"v": VERSION, "id": self.id, "tenant": self.tenant}
+
+
 class Job(BaseModel):
     """One request for a completion, in its envelope."""
 
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,
+        validate_by_name=True,  # "class", as messages have it, is no name in Python
+        validate_by_alias=True,
         allow_inf_nan=False,
         hide_input_in_errors=True,  # it is prompts
         ser_json_inf_nan="constants",  # keeps a NaN visible, so that to_json can refuse it; the default is null
@@ -161,6 +198,19 @@ class Job(BaseModel):
     )
     request: Request
     provider: Identifier = Field(default="default", description="Name of a configured provider; never a URL or a key.")
+    fallbacks: Annotated[tuple[Fallback, ...], Field(max_length=MAX_FALLBACKS)] = Field(
+        default=(),
+        description=(
+            "Further targets, in their order. A job goes on to the next one when its target is cooling down for long, is"
+            " broken, or refuses the request for good."
+        ),
+    )
+    job_class: JobClass = Field(
+        default="interactive",
+        validation_alias="class",
+        serialization_alias="class",
+        description="Somebody waits for an interactive job; bulk ones take what those leave, and a small share.",
+    )
     metadata: dict[str, Any] = Field(
         default_factory=dict, description="Stored with the result, never sent to the provider."
     )
@@ -186,10 +236,22 @@ class Job(BaseModel):
     @classmethod
     def _names_are_known(cls, data: Any) -> Any:
         if isinstance(data, dict):
+            known = {*cls.model_fields, "class"}
             for name in data:
-                if name not in cls.model_fields:
-                    raise ValueError(_unknown_name(name, cls.model_fields))
+                if name not in known:
+                    raise ValueError(_unknown_name(name, sorted(known)))
         return data
+
+    @model_validator(mode="after")
+    def _targets_differ(self) -> "Job":
+        if len(set(self.chain)) <= len(self.fallbacks):
+            raise ValueError("fallbacks: each must be another provider or model than the job's own and the others")
+        return self
+
+    @property
+    def chain(self) -> Chain:
+        """The job's targets in their order: its own, then its fallbacks."""
+        return ((self.provider, self.model), *((target.provider, target.model) for target in self.fallbacks))
 
     @property
     def model(self) -> str:
@@ -213,8 +275,8 @@ class Job(BaseModel):
     def request_hash(self) -> str:
         """Return the SHA-256 (hex) by which two jobs of one id are told apart.
 
-        It covers what is generated and by whom. Limits, expiry and metadata may differ between a job and its
-        repetition.
+        It covers what is asked and whom first. Fallbacks, class, limits, expiry and metadata may differ between a job
+        and its repetition.
         """
         # Dumped first, so that the producer's Python values and the worker's decoded JSON hash alike.
         body = self.model_dump(mode="json", include={"provider", "request"})
@@ -224,7 +286,7 @@ class Job(BaseModel):
     def to_wire(self) -> dict[str, Any]:
         """Return the job as JSON-ready values, without what was left at its default."""
         head = {"v": VERSION, "id": self.id, "tenant": self.tenant}
-        return head | self.model_dump(mode="json", exclude_defaults=True)
+        return head | self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
 
     def to_json(self) -> str:
         """Return the job as JSON text in ASCII.
@@ -261,14 +323,32 @@ def _beginning(content: object) -> str:
     return ""
 
 
+Message = TypeVar("Message", Job, JobRef)
+
+
 def parse_job(data: object) -> Job:
     """Return the job that ``data`` (decoded JSON, or a ``Job``) describes.
 
     Raises:
         InvalidJobError: naming what is wrong; no value is repeated in the message.
     """
-    if isinstance(data, Job):
-        return data
+    return data if isinstance(data, Job) else make_job(_of_this_version(data))
+
+
+def parse_message(data: object) -> Job | JobRef:
+    """Return what a message (decoded JSON) brings: a job, or the name of one that is stored already.
+
+    Raises:
+        InvalidJobError: naming what is wrong; no value is repeated in the message.
+    """
+    fields = _of_this_version(data)
+    if "id" not in fields or fields.keys() - JobRef.model_fields.keys():
+        return make_job(fields)
+    return _validated(JobRef, fields)
+
+
+def _of_this_version(data: object) -> dict[str, Any]:
+    """Return the fields of a message's envelope; raise ``InvalidJobError`` if they are not of this format."""
     if not isinstance(data, dict):
         raise InvalidJobError(f"a job is a JSON object, not {type(data).__name__}")
     if "v" not in data:
@@ -276,7 +356,9 @@ def parse_job(data: object) -> Job:
         raise InvalidJobError(f'v: a job says the version of its format: add "v": {VERSION}{hint}')
     if type(data["v"]) is not int or data["v"] != VERSION:
         raise InvalidJobError(f"v: this library knows version {VERSION} of a job only; it must be the number {VERSION}")
-    return make_job(data)
+    if "job_class" in data:
+        raise InvalidJobError("'job_class' is no field of a job; did you mean 'class'?")
+    return data
 
 
 def make_job(fields: dict[str, Any]) -> Job:
@@ -285,8 +367,12 @@ def make_job(fields: dict[str, Any]) -> Job:
     Raises:
         InvalidJobError: naming what is wrong; no value is repeated in the message.
     """
+    return _validated(Job, fields)
+
+
+def _validated(model: type[Message], fields: dict[str, Any]) -> Message:
     try:
-        return Job.model_validate(fields)
+        return model.model_validate(fields)
     except ValidationError as error:
         raise InvalidJobError(_explain(error)) from None
     except RecursionError:
@@ -322,7 +408,11 @@ def _explain(error: ValidationError) -> str:
         if kind == "default_factory_not_called":  # the id's, because something else is wrong
             continue
         if kind == "missing":
-            message = "is missing"
+            message = "is missing" if len(location) == 1 else f"'{location[-1]}' is missing"
+        elif kind == "extra_forbidden":  # all other names have been looked at by now
+            message = "a target has a 'provider' and a 'model', and nothing else"
+        elif kind == "too_long":
+            message = f"at most {MAX_FALLBACKS} are accepted"
         elif kind == "dict_type":
             message = "must be an object"
         elif kind == "string_pattern_mismatch":  # all patterns are of identifiers

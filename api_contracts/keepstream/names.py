@@ -14,7 +14,6 @@ TASK: Final = "completions.run"  #: Name of the Celery task; its one argument is
 QUEUE: Final = "completions"  #: Celery queue, and the Redis list that carries it.
 PREFIX: Final = "keepstream"  #: Default prefix of every Redis key and channel of ours.
 DEFAULT_TENANT: Final = "default"
-RESEND_AFTER: Final = 30.0  #: Seconds after which a queued job that nobody claimed is sent again.
 
 ENVIRONMENT: Final = "KEEPSTREAM_"  #: How our environment variables begin.
 ENV_REDIS_URL: Final = "KEEPSTREAM_REDIS_URL"

@@ -125,14 +125,31 @@ class AttemptResult(_Value):
     usage: Usage | None = None
 
 
+_PASSING = frozenset(
+    {
+        "concurrency",
+        "cooling",
+        "pickup",
+        "place",
+        "provider",
+        "requests_per_minute",
+        "retry",
+        "tenant",
+        "tokens_per_minute",
+    }
+)
+
+
 class WaitingFor(_Value):
     """What a job waits for."""
 
     cause: str = Field(
         description=(
             "worker: none is alive for the queue, or the job's own died. place: every worker is busy. pickup: a worker"
-            " is to take it. retry: its next attempt is not due yet. provider: an attempt runs. redis, database: it"
-            " does not answer. job: no such job is known yet. New causes may be added."
+            " is to take it. retry: its next attempt is not due yet. concurrency, requests_per_minute,"
+            " tokens_per_minute: of the provider or model, a limit is reached. cooling: it asked for a pause. broken:"
+            " it failed again and again. tenant: it runs as many jobs as it may. provider: an attempt runs. redis,"
+            " database: it does not answer. job: no such job is known yet. New causes may be added."
         )
     )
     text: str = Field(description="The same for people; it may change.")
@@ -140,7 +157,7 @@ class WaitingFor(_Value):
     @property
     def passes(self) -> bool:
         """Whether it passes by itself; otherwise somebody should do something."""
-        return self.cause in {"place", "pickup", "retry", "provider"}
+        return self.cause in _PASSING
 
     def __str__(self) -> str:
         return self.text

@@ -1,13 +1,13 @@
 """The client's statements on SQLite and PostgreSQL, also while others write."""
 
-import json
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, create_engine, select, update
+from sqlalchemy import Connection, Table, create_engine, delete, func, select, update
+from sqlalchemy.exc import NoResultFound
 
 from keepstream import tables
 from keepstream.client import queries
@@ -20,11 +20,11 @@ from keepstream.errors import (
     StoreUnavailableError,
 )
 from keepstream.events import JobCancelled, terminal_event
-from keepstream.jobs import Job, parse_job
-from keepstream.names import RESEND_AFTER
+from keepstream.jobs import Job
 from keepstream.results import JobStatus, Usage, UsageSource, output_sha256
-from keepstream.tables import attempts, choices, jobs, tool_calls
+from keepstream.tables import announcements, arrivals, attempts, choices, jobs, pools, running, tool_calls, waiting
 from tests.jobs import make_job
+from tests.stored_jobs import finish, pause, row, start, stored_job, take
 
 
 @pytest.fixture
@@ -43,12 +43,10 @@ def connection(database: ClientDatabase) -> Iterator[Connection]:
         yield connection
 
 
-def row(connection: Connection, job_id: str) -> Any:
-    return connection.execute(select(jobs).where(jobs.c.id == job_id)).one()
-
-
-def change(connection: Connection, job: Job, **values: Any) -> None:
-    connection.execute(update(jobs).where(jobs.c.id == job.id).values(values))
+def count(connection: Connection, table: Table, job: Job) -> int:
+    """Return how many rows of a narrow table are the job's."""
+    mine = table.c.tenant == job.tenant, table.c.job_id == job.id
+    return connection.execute(select(func.count()).select_from(table).where(*mine)).scalar_one()
 
 
 def add_attempt(connection: Connection, job: Job, number: int, **values: Any) -> None:
@@ -61,10 +59,10 @@ def add_choice(connection: Connection, job: Job, index: int, content: str) -> No
     connection.execute(choices.insert().values(**values, reasoning="", refusal="", finish_reason="stop"))
 
 
-def running(connection: Connection, **fields: Any) -> Job:
+def started(connection: Connection, **fields: Any) -> Job:
     job = make_job(**fields)
     queries.enqueue(connection, job)
-    change(connection, job, status="running", attempt=1, tries=1, worker_id="w")
+    start(connection, job.id, job.tenant)
     add_attempt(connection, job, 1)
     return job
 
@@ -72,16 +70,43 @@ def running(connection: Connection, **fields: Any) -> Job:
 # -- enqueue --
 
 
-def test_a_new_job_is_queued_and_due_now(connection: Connection) -> None:
-    job = make_job(metadata={"user": 7}, max_attempts=3)
-    assert queries.enqueue(connection, job)
+def test_a_new_job_is_queued_and_waits(connection: Connection) -> None:
+    job = make_job(metadata={"user": 7}, max_attempts=3, max_tokens=9, expires_at="2990-01-01T00:00:00Z")
+    assert queries.enqueue(connection, job, "elsewhere", retry_of="another")
     stored = row(connection, job.id)
     assert (stored.status, stored.attempt, stored.tries, stored.max_attempts) == ("queued", 0, 0, 3)
-    assert stored.metadata == {"user": 7}
-    assert parse_job(json.loads(stored.job)) == job
-    waits = connection.scalar(select(tables.seconds_until(jobs.c.resend_at)).where(jobs.c.id == job.id))
-    assert waits == pytest.approx(RESEND_AFTER, abs=5)
-    assert connection.scalar(select(tables.seconds_until(jobs.c.due_at))) == pytest.approx(0, abs=5)
+    assert (stored.metadata, stored.queue, stored.retry_of) == ({"user": 7}, "elsewhere", "another")
+    assert connection.scalar(select(tables.seconds_until(jobs.c.created_at))) == pytest.approx(0, abs=60)
+    assert stored_job(connection, job.id) == job
+    place = connection.execute(select(waiting)).one()
+    assert (place.tenant, place.job_id, place.attempt, place.restarted_due) == ("default", job.id, 0, None)
+    assert (place.prompt_tokens, place.max_tokens, place.expires_at) == (2, 9, job.expires_at)
+    arrival = connection.execute(select(arrivals)).one()
+    assert arrival == (place.seq, place.lane, place.pool, "default", None)
+    assert count(connection, tables.running, job) == 0
+
+
+def test_jobs_of_one_lane_and_pool_are_found_by_their_numbers(connection: Connection) -> None:
+    here = {"provider": "p", "model": "m", "fallbacks": [{"provider": "q", "model": "n"}]}
+    made = [
+        make_job(tenant="a", **here),
+        make_job(tenant="a", **here),
+        make_job(tenant="b", **here),
+        make_job(tenant="a", job_class="bulk", **here),
+        make_job(tenant="a", **here | {"fallbacks": []}),
+    ]
+    for job in made:
+        queries.enqueue(connection, job)
+    places = connection.execute(select(waiting).order_by(waiting.c.seq)).all()
+    assert [place.job_id for place in places] == [job.id for job in made]  # the older, the smaller
+    lanes, ids = [place.lane for place in places], [place.pool for place in places]
+    assert (lanes[0] == lanes[1], len(set(lanes))) == (True, 3)
+    assert lanes[0] == lanes[4]
+    assert (ids[0] == ids[1] == ids[2], len(set(ids))) == (True, 3)
+    stored = {pool.id: pool for pool in connection.execute(select(pools))}
+    assert set(stored) == set(ids)
+    assert stored[ids[0]].chain == [["p", "m"], ["q", "n"]]
+    assert (stored[ids[3]]._mapping["class"], stored[ids[3]].queue) == ("bulk", "completions")
 
 
 def test_the_same_request_again_stays_one_job(connection: Connection) -> None:
@@ -123,15 +148,6 @@ def test_any_text_that_json_can_hold_is_stored(connection: Connection) -> None:
     assert stored.metadata == {odd: odd}
 
 
-def test_a_message_that_could_not_be_sent_is_due_for_a_sweeper_at_once(connection: Connection) -> None:
-    job = make_job()
-    queries.enqueue(connection, job)
-    queries.send_again(connection, job.tenant, job.id)
-    waits = connection.scalar(select(tables.seconds_until(jobs.c.resend_at)).where(jobs.c.id == job.id))
-    assert waits is not None
-    assert waits <= 0
-
-
 # -- cancel --
 
 
@@ -145,7 +161,9 @@ def test_a_queued_job_is_cancelled_at_once(connection: Connection) -> None:
     assert stored.error is not None
     assert stored.error.code == "cancelled"
     assert (stored.partial, stored.usage, stored.output_sha256) == (False, None, output_sha256([]))
-    assert not row(connection, job.id).announced
+    assert count(connection, announcements, job) == 1
+    assert count(connection, waiting, job) == 0
+    assert connection.execute(select(arrivals)).all() == []
     assert row(connection, job.id).cancel_requested_at is not None
     event = terminal_event(stored)
     assert isinstance(event, JobCancelled)
@@ -153,12 +171,12 @@ def test_a_queued_job_is_cancelled_at_once(connection: Connection) -> None:
 
 
 def test_a_waiting_job_that_is_cancelled_keeps_its_output_and_its_bill(connection: Connection) -> None:
-    job = running(connection)
+    job = started(connection)
     add_choice(connection, job, 1, "b")
     add_choice(connection, job, 0, "a")
     usage = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7, "usage_source": "provider"}
     connection.execute(update(attempts).values(outcome="failed", **usage))
-    change(connection, job, status="retrying", worker_id=None)
+    pause(connection, job.id)
     assert queries.cancel(connection, job.tenant, job.id) is JobStatus.CANCELLED
     stored = queries.get(connection, job.tenant, job.id)
     assert stored is not None
@@ -170,19 +188,20 @@ def test_a_waiting_job_that_is_cancelled_keeps_its_output_and_its_bill(connectio
 
 
 def test_a_running_job_is_told_to_stop(connection: Connection) -> None:
-    job = running(connection)
+    job = started(connection)
     assert queries.cancel(connection, job.tenant, job.id) is JobStatus.RUNNING
     first = row(connection, job.id)
     assert (first.status, first.attempt) == ("running", 1)
     assert first.cancel_requested_at is not None
+    assert connection.scalars(select(running.c.cancel_requested)).all() == [True]
     assert queries.cancel(connection, job.tenant, job.id) is JobStatus.RUNNING
     assert row(connection, job.id).cancel_requested_at == first.cancel_requested_at
 
 
 @pytest.mark.parametrize("status", [status for status in JobStatus if status.terminal])
 def test_a_job_that_has_ended_stays_as_it_is(connection: Connection, status: JobStatus) -> None:
-    job = running(connection)
-    change(connection, job, status=status.value, finished_at=tables.now(), terminal_event_id="1-9", announced=True)
+    job = started(connection)
+    finish(connection, job.id, status)
     before = row(connection, job.id)
     assert queries.cancel(connection, job.tenant, job.id) is status
     assert row(connection, job.id) == before
@@ -202,46 +221,59 @@ def test_an_unknown_job_and_another_tenants_job_cannot_be_cancelled(connection: 
     queries.enqueue(connection, job)
     assert queries.cancel(connection, "a", "nothing") is None
     assert queries.cancel(connection, "b", job.id) is None
-    assert row(connection, job.id).status == "queued"
+    assert row(connection, job.id, "a").status == "queued"
 
 
-def test_a_claim_and_a_cancel_at_the_same_moment_never_both_win(database: ClientDatabase) -> None:
-    waiting = [make_job() for _ in range(60)]
+def test_a_turn_and_a_cancel_at_the_same_moment_never_both_win(database: ClientDatabase) -> None:
+    made = [make_job() for _ in range(60)]
     with database.transaction() as connection:
-        for job in waiting:
+        for job in made:
             queries.enqueue(connection, job)
     barrier = threading.Barrier(2)
 
-    def claim(connection: Connection, job: Job) -> bool:
-        claimable = (jobs.c.id == job.id, jobs.c.status.in_(["queued", "retrying"]))
-        values = {"status": "running", "attempt": jobs.c.attempt + 1, "worker_id": "w"}
-        return bool(connection.execute(update(jobs).where(*claimable).values(values)).rowcount)
+    def turn(connection: Connection, job: Job) -> bool:
+        try:
+            take(connection, job.id)
+        except NoResultFound:
+            return False
+        return True
 
     def cancel(connection: Connection, job: Job) -> JobStatus | None:
         return queries.cancel(connection, job.tenant, job.id)
 
     def race(what: Callable[[Connection, Job], Any]) -> list[Any]:
         answers = []
-        for job in waiting:
+        for job in made:
             barrier.wait()
             with database.transaction() as connection:
                 answers.append(what(connection, job))
         return answers
 
     with ThreadPoolExecutor(2) as pool:
-        claims, cancels = pool.map(race, [claim, cancel])
-    for claimed, answer in zip(claims, cancels, strict=True):
-        assert answer is (JobStatus.RUNNING if claimed else JobStatus.CANCELLED)
+        taken, cancels = pool.map(race, [turn, cancel])
+    for was_taken, answer in zip(taken, cancels, strict=True):
+        assert answer is (JobStatus.RUNNING if was_taken else JobStatus.CANCELLED)
     with database.transaction() as connection:
-        assert {stored.attempt for stored in connection.execute(select(jobs))} == {1}
         assert all(stored.cancel_requested_at for stored in connection.execute(select(jobs)))
+        told = connection.execute(select(running.c.job_id, running.c.cancel_requested)).all()
+        assert sorted(told) == sorted((job.id, True) for job, was_taken in zip(made, taken, strict=True) if was_taken)
+        assert connection.execute(select(waiting)).all() == []
+        assert connection.execute(select(arrivals)).all() == []
+        assert connection.scalar(select(func.count()).select_from(announcements)) == cancels.count(JobStatus.CANCELLED)
+
+
+def test_a_job_that_neither_waits_nor_runs_is_ended_by_a_cancel(connection: Connection) -> None:
+    job = started(connection)
+    connection.execute(delete(running))
+    assert queries.cancel(connection, job.tenant, job.id) is JobStatus.CANCELLED
+    assert row(connection, job.id).status == "cancelled"
 
 
 # -- reading --
 
 
 def test_a_result_has_everything_in_order(connection: Connection) -> None:
-    job = running(connection)
+    job = started(connection)
     for index in (2, 0, 1):
         add_choice(connection, job, index, str(index))
     for position in (1, 0):
@@ -296,10 +328,10 @@ def test_a_listing_goes_through_all_pages_newest_first(connection: Connection) -
 
 
 def test_a_listing_is_filtered(connection: Connection) -> None:
-    wanted = running(connection, model="a", provider="x")
+    wanted = started(connection, model="a", provider="x")
     queries.enqueue(connection, make_job(model="a", provider="x"))
-    running(connection, model="b", provider="x")
-    running(connection, model="a", provider="y")
+    started(connection, model="b", provider="x")
+    started(connection, model="a", provider="y")
     found = list_jobs(connection, "default", Wanted([JobStatus.RUNNING], "a", "x"))
     assert [summary.id for summary in found] == [wanted.id]
 

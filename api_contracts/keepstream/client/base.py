@@ -39,7 +39,7 @@ from keepstream.errors import (
     StoreUnavailableError,
     UnexpectedError,
 )
-from keepstream.jobs import Job, make_job
+from keepstream.jobs import Job, JobRef, make_job
 from keepstream.results import CompletionResult, JobPage, JobStatus, JobSummary, WaitingFor
 
 FOLLOW_TIMEOUT: Final = 600.0  #: Seconds; a reasoning model may be silent for minutes.
@@ -192,12 +192,9 @@ class BaseClient(ForkMember):
         with database.transaction() as connection:
             is_new = queries.enqueue(connection, accepted, self._queue, retry_of)
         if is_new:
-            try:
-                self._sender.send(accepted.to_wire())
-            except Exception:  # noqa: BLE001  # the job is accepted, whatever goes wrong from here on
-                # The row is what counts.  If this fails as well, a sweeper still finds it, half a minute later.
-                with contextlib.suppress(Exception), database.transaction() as connection:
-                    queries.send_again(connection, accepted.tenant, accepted.id)
+            # The row is what counts; the message only wakes a worker, and workers look for themselves as well.
+            with contextlib.suppress(Exception):
+                self._sender.send(JobRef(tenant=accepted.tenant, id=accepted.id).to_wire())
         return accepted.id
 
     def _own_job(self, request: Job | Mapping[str, Any] | None, fields: dict[str, Any]) -> Job:
@@ -312,8 +309,7 @@ class BaseClient(ForkMember):
         if found.queue == self._queue:
             return self._store_and_send(database, again, retry_of=job_id)
         with database.transaction() as connection:
-            queries.enqueue(connection, again, found.queue, retry_of=job_id)
-            queries.send_again(connection, again.tenant, again.id)  # by a worker of that queue
+            queries.enqueue(connection, again, found.queue, retry_of=job_id)  # that queue's workers find it
         return again.id
 
     def _waiting_for(self, job_id: str) -> WaitingFor | None:

@@ -1,21 +1,23 @@
 """The end of a job: the one place that writes what its row says once nothing more will happen to it.
 
 In: jobs that end, from ``queries`` (a cancel) and from the worker's store (an attempt ended, nobody may make another
-one, the job expired or is refused).  Out: their rows.
+one, the job expired or is refused).  Out: their rows; what waits or runs for them is gone, and their ends are to be
+announced.
 
-It is part of the client because a client that cancels a waiting job ends it itself.
+Everybody locks a job's row before those in the narrow tables, but for a turn, which locks nothing else.  It is part of the client because a client that cancels a waiting job ends it itself.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import Connection, and_, bindparam, select, update
+from sqlalchemy import Connection, and_, bindparam, delete, select, update
+from sqlalchemy.dialects import postgresql, sqlite
 
 from keepstream import tables
 from keepstream.errors import ErrorCode
 from keepstream.results import TERMINAL_STATUSES, JobStatus, Usage, UsageSource, output_sha256
-from keepstream.tables import attempts, choices, jobs
+from keepstream.tables import announcements, arrivals, attempts, choices, jobs, running, waiting
 
 # Why a job ended, where more than one place can end it so.
 CANCELLED_MESSAGE: Final = "the job was cancelled"
@@ -71,15 +73,37 @@ _END: Final = (
                 "usage",
             )
         }
-        | {"finished_at": tables.now(), "worker_id": None, "announced": False}
+        | {"finished_at": tables.now()}
     )
 )
 
+_STOP_RUNNING: Final = delete(running).where(
+    running.c.tenant == bindparam("of_tenant"), running.c.job_id == bindparam("of_job")
+)
+
+_ENDED: Final = select(jobs.c.tenant, jobs.c.id, jobs.c.finished_at).where(
+    jobs.c.tenant == bindparam("of_tenant"),
+    jobs.c.id == bindparam("of_job"),
+    jobs.c.attempt == bindparam("attempt"),
+    jobs.c.status == bindparam("status"),
+)
+
+
+def _to_announce(dialect: Any) -> Any:
+    insert = dialect.insert(announcements).from_select(["tenant", "job_id", "ended_at"], _ENDED)
+    return insert.on_conflict_do_nothing()
+
+
+_ANNOUNCE: Final = {"postgresql": _to_announce(postgresql), "sqlite": _to_announce(sqlite)}
+
 
 def end_jobs(connection: Connection, ends: Sequence[JobEnd]) -> None:
-    """Write the ends of jobs whose rows the caller's transaction has locked."""
+    """Write the ends of jobs that run or are not waiting, and whose rows the caller's transaction has locked."""
     if not ends:
         return
+    named = [
+        {"of_tenant": end.tenant, "of_job": end.job_id, "attempt": end.attempt, "status": end.status} for end in ends
+    ]
     connection.execute(
         _END,
         [
@@ -101,16 +125,31 @@ def end_jobs(connection: Connection, ends: Sequence[JobEnd]) -> None:
             for end in ends
         ],
     )
+    connection.execute(_STOP_RUNNING, named)
+    connection.execute(_ANNOUNCE[connection.dialect.name], named)
+
+
+def stop_waiting(connection: Connection, tenant: str, job_id: str) -> bool:
+    """Take a job, whose row the caller's transaction has locked, from those that wait; return whether it did.
+
+    If not, a turn has just taken it, or it did not wait: what runs then is seen by the next statement.
+    """
+    mine = and_(waiting.c.tenant == tenant, waiting.c.job_id == job_id)
+    seq = connection.scalar(delete(waiting).where(mine).returning(waiting.c.seq))
+    if seq is not None:
+        connection.execute(delete(arrivals).where(arrivals.c.seq == seq))
+    return seq is not None
 
 
 def end_unclaimed(
     connection: Connection, tenant: str, job_id: str, attempt: int, status: JobStatus, code: ErrorCode, message: str
 ) -> None:
-    """End a job that no worker runs, and whose row the caller's transaction has locked.
+    """End a job that no living worker runs, and whose row the caller's transaction has locked.
 
     It ends under the number after ``attempt``, the row's, so that its last event is fenced like any other.  The
     output that an earlier attempt stored stays.
     """
+    stop_waiting(connection, tenant, job_id)
     contents = connection.scalars(
         select(choices.c.content)
         .where(choices.c.tenant == tenant, choices.c.job_id == job_id)

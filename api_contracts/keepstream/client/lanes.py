@@ -1,7 +1,7 @@
 """Lanes and pools: what of the waiting jobs belongs together, as numbers that everybody computes alike.
 
-In: a job and its queue, from the client's and the store's statements.  Out: the ids of its lane and its pool, and an
-estimate of its size.  Pure.
+In: of a job what they depend on, from the client's and the store's statements.  Out: the ids of its lane and its pool.
+Pure.
 
 A lane is what waits together: one tenant's jobs of one class on one queue.  A pool is what waits for the same: jobs of
 one queue and class with the same targets.  Their ids are hashes, so that nobody has to ask the database for one.
@@ -10,8 +10,6 @@ one queue and class with the same targets.  Their ids are hashes, so that nobody
 import hashlib
 import json
 from collections.abc import Sequence
-
-Chain = tuple[tuple[str, str], ...]  #: Provider and model: a job's target, then its fallbacks.
 
 
 def lane_id(tenant: str, job_class: str, queue: str) -> int:

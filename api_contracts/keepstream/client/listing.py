@@ -99,7 +99,7 @@ def list_jobs(
         raise JobNotFoundError(f"there is no job {before} to continue after")
     if not wanted.is_selective:
         rows = connection.execute(_walk(tenant, wanted, before, limit)).all()
-        return _page(connection, rows, next_before=rows[-1].id if len(rows) == limit else None)
+        return _page(connection, tenant, rows, next_before=rows[-1].id if len(rows) == limit else None)
     found: list[StoredRow] = []
     end = None
     for _ in range(LOOKED_AT // STRETCH):
@@ -117,11 +117,11 @@ def list_jobs(
             fitting = fitting.limit(limit - len(found))
         found += [row for row in connection.execute(fitting) if wanted.fits(row.metadata)]
         if len(found) >= limit:
-            return _page(connection, found[:limit], next_before=found[limit - 1].id)
+            return _page(connection, tenant, found[:limit], next_before=found[limit - 1].id)
         if end is None:
-            return _page(connection, found)
+            return _page(connection, tenant, found)
         before = end.id
-    return _page(connection, found, next_before=before, looked_back_to=None if end is None else end.created_at)
+    return _page(connection, tenant, found, next_before=before, looked_back_to=None if end is None else end.created_at)
 
 
 def _walk(
@@ -157,14 +157,15 @@ def _place(tenant: str, job_id: str) -> Select[Any]:
 
 def _page(
     connection: Connection,
+    tenant: str,
     rows: Sequence[StoredRow],
     *,
     next_before: str | None = None,
     looked_back_to: datetime | None = None,
 ) -> JobPage:
-    around = waiting.look_around(connection) if any(waiting.waits(row.status) for row in rows) else None
+    reasons = waiting.reasons(connection, tenant, rows)
     return JobPage(
-        (job_summary(row, around and waiting.waiting_for(row, around)) for row in rows),
+        (job_summary(row, reasons.get(row.id)) for row in rows),
         next_before=next_before,
         looked_back_to=looked_back_to,
     )

@@ -3,47 +3,44 @@
 In: a connection inside a transaction, and a job or its id, from ``keepstream.client.base``.  Out: rows of new and
 cancelled jobs; stored results.  Listings are in ``listing``.
 
-Nothing here commits: the caller's transaction decides what belongs together.  The worker uses ``queued_values``,
-``cancel`` and ``get`` as well, so that producers and workers write and read the same rows.
+Nothing here commits: the caller's transaction decides what belongs together.  The worker uses the values of a new
+job's rows, ``cancel`` and ``get`` as well, so that producers and workers write and read the same rows.
 """
 
 import json
 from collections.abc import Collection
+from functools import cache
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, Table, and_, func, select, update
+from sqlalchemy import ColumnElement, Connection, Table, and_, bindparam, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from keepstream import names, tables
+from keepstream import estimates, names, tables
 from keepstream.client import waiting
-from keepstream.client.endings import CANCELLED_MESSAGE, end_unclaimed
-from keepstream.client.results_from_rows import SUMMARY_COLUMNS, StoredRow, completion_result, job_summary
+from keepstream.client.endings import CANCELLED_MESSAGE, end_unclaimed, stop_waiting
+from keepstream.client.lanes import lane_id, pool_id
+from keepstream.client.results_from_rows import SUMMARY_COLUMNS, completion_result, job_summary
 from keepstream.errors import ErrorCode, IdempotencyConflictError
-from keepstream.jobs import Job, parse_job
-from keepstream.results import TERMINAL_STATUSES, CompletionResult, JobStatus, JobSummary, WaitingFor
-from keepstream.tables import attempts, choices, jobs, tool_calls
+from keepstream.jobs import Chain, Job, parse_job
+from keepstream.results import TERMINAL_STATUSES, CompletionResult, JobStatus, JobSummary
+from keepstream.tables import attempts, choices, jobs, requests, running, tool_calls
 
 # -- writing --------------------------------------------------------------------------------------
 
 
 def queued_values(job: Job, queue: str = names.QUEUE, retry_of: str | None = None) -> dict[str, Any]:
-    """Return the column values of a new ``queued`` row; its times are the database's own clock."""
+    """Return the column values of a new ``queued`` job, but for ``created_at``, which is the database's clock."""
     return {
         "tenant": job.tenant,
         "id": job.id,
         "status": JobStatus.QUEUED.value,
         "model": job.model,
         "provider": job.provider,
-        "job": job.to_json(),
+        "class": job.job_class,
         "request_hash": job.request_hash(),
         "prompt_start": job.prompt_start(),
         "metadata": job.metadata,
         "retry_of": retry_of,
-        "created_at": tables.now(),
-        "due_at": tables.now(),
-        # The message is on its way; if no worker has claimed the job by then, it was lost.
-        "resend_at": tables.seconds_from_now(names.RESEND_AFTER),
-        "sends": 1,
         "queue": queue,
         "expires_at": job.expires_at,
         "attempt": 0,
@@ -51,21 +48,42 @@ def queued_values(job: Job, queue: str = names.QUEUE, retry_of: str | None = Non
         "max_attempts": job.max_attempts,
         "next_reason": "first",
         "partial": False,
-        "announced": False,
+    }
+
+
+def waiting_values(job: Job, queue: str = names.QUEUE) -> dict[str, Any]:
+    """Return the column values by which a new job waits; its ``seq`` is the database's."""
+    return {
+        "tenant": job.tenant,
+        "job_id": job.id,
+        "lane": lane_id(job.tenant, job.job_class, queue),
+        "pool": pool_id(queue, job.job_class, job.chain),
+        "attempt": 0,
+        "prompt_tokens": estimates.prompt_tokens(job.request),
+        "max_tokens": estimates.most_answer_tokens(job.request),
+        "expires_at": job.expires_at,
+    }
+
+
+def pool_values(queue: str, job_class: str, chain: Chain) -> dict[str, Any]:
+    """Return the column values of a pool. If there is a row of this id, it has the same."""
+    return {
+        "id": pool_id(queue, job_class, chain),
+        "queue": queue,
+        "class": job_class,
+        "chain": [list(target) for target in chain],
     }
 
 
 def enqueue(connection: Connection, job: Job, queue: str = names.QUEUE, retry_of: str | None = None) -> bool:
-    """Write the ``queued`` row of a job whose message is about to be sent; return whether the job is new.
+    """Write a new job, which then waits for a worker of the queue; return whether the job is new.
 
     ``retry_of`` is the id of the job that this one repeats.
 
     Raises:
         IdempotencyConflictError: the id belongs to a different request.
     """
-    insert = (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(jobs)
-    statement = insert.values(queued_values(job, queue, retry_of)).on_conflict_do_nothing().returning(jobs.c.id)
-    if connection.execute(statement).one_or_none() is not None:
+    if _insert(connection, job, queue, retry_of):
         return True
     stored = connection.scalar(select(jobs.c.request_hash).where(_is(job.tenant, job.id)))
     if stored != job.request_hash():
@@ -73,13 +91,62 @@ def enqueue(connection: Connection, job: Job, queue: str = names.QUEUE, retry_of
     return False
 
 
-def send_again(connection: Connection, tenant: str, job_id: str) -> None:
-    """Have a worker's sweeper send the job's message at its next round, because it could not be sent."""
-    connection.execute(
-        update(jobs)
-        .where(_is(tenant, job_id), jobs.c.status == JobStatus.QUEUED)
-        .values(resend_at=tables.now(), sends=0)
+def _insert(connection: Connection, job: Job, queue: str, retry_of: str | None) -> bool:
+    """Insert all rows of a job, if there is none of its name; return whether there was none."""
+    rows = {
+        jobs: queued_values(job, queue, retry_of),
+        tables.pools: pool_values(queue, job.job_class, job.chain),
+        tables.waiting: waiting_values(job, queue),
+    }
+    request = job.to_json()
+    if connection.dialect.name == "postgresql":
+        values = {_name(table.c[column]): value for table, row in rows.items() for column, value in row.items()}
+        statement = _insert_at_once(tuple((table, tuple(row)) for table, row in rows.items()))
+        return connection.scalar(statement, values | {_name(requests.c.job): request}) is not None
+    new = sqlite.insert(jobs).values(created_at=tables.now(), **rows[jobs]).on_conflict_do_nothing()
+    if connection.execute(new.returning(jobs.c.id)).one_or_none() is None:
+        return False
+    connection.execute(requests.insert().values(tenant=job.tenant, job_id=job.id, job=request))
+    connection.execute(sqlite.insert(tables.pools).values(rows[tables.pools]).on_conflict_do_nothing())
+    seq = connection.scalar(tables.waiting.insert().values(rows[tables.waiting]).returning(tables.waiting.c.seq))
+    arrival = {column: rows[tables.waiting][column] for column in ("lane", "pool", "tenant")}
+    connection.execute(tables.arrivals.insert().values(seq=seq, **arrival))
+    return True
+
+
+@cache
+def _insert_at_once(rows: tuple[tuple[Table, tuple[str, ...]], ...]) -> Any:
+    """Return the statement that does it in one round trip. Its parameters are called as ``_name`` says."""
+    bound = {
+        table: {name: bindparam(_name(table.c[name]), type_=table.c[name].type) for name in columns}
+        for table, columns in rows
+    }
+    job_row, waiting_row = bound[jobs], bound[tables.waiting]
+    new = (
+        postgresql.insert(jobs)
+        .values(created_at=tables.now(), **job_row)
+        .on_conflict_do_nothing()
+        .returning(jobs.c.tenant, jobs.c.id)
+        .cte("new")
     )
+    request = requests.insert().from_select(
+        ["tenant", "job_id", "job"],
+        select(new.c.tenant, new.c.id, bindparam(_name(requests.c.job), type_=requests.c.job.type)),
+    )
+    pool = postgresql.insert(tables.pools).values(bound[tables.pools]).on_conflict_do_nothing()
+    further = {name: value for name, value in waiting_row.items() if name not in ("tenant", "job_id")}
+    place = (
+        tables.waiting.insert()
+        .from_select(["tenant", "job_id", *further], select(new.c.tenant, new.c.id, *further.values()))
+        .returning(*(tables.waiting.c[column] for column in ("seq", "lane", "pool", "tenant")))
+        .cte("place")
+    )
+    arrival = tables.arrivals.insert().from_select(["seq", "lane", "pool", "tenant"], select(*place.c))
+    return select(new.c.id).add_cte(request.cte("request"), pool.cte("pool"), arrival.cte("arrival"))
+
+
+def _name(column: Any) -> str:
+    return f"{column.table.name}_{column.name}"
 
 
 def cancel(connection: Connection, tenant: str, job_id: str) -> JobStatus | None:
@@ -88,30 +155,26 @@ def cancel(connection: Connection, tenant: str, job_id: str) -> JobStatus | None
     A waiting job ends at once.  A running one stays ``running`` until its worker, which finds the request in the
     row, has stopped it.  Repeating the call changes nothing.
     """
-    # The first statement is the write that locks the row, so that no claim comes between it and the rest.
-    row = connection.execute(
+    # The first statement is the write that locks the row: from here on nothing but a turn moves the job.
+    attempt = connection.scalar(
         update(jobs)
         .where(_is(tenant, job_id), jobs.c.status.not_in(TERMINAL_STATUSES))
         .values(cancel_requested_at=func.coalesce(jobs.c.cancel_requested_at, tables.now()))
-        .returning(jobs.c.status, jobs.c.attempt)
-    ).one_or_none()
-    if row is None:
+        .returning(jobs.c.attempt)
+    )
+    if attempt is None:
         status = connection.scalar(select(jobs.c.status).where(_is(tenant, job_id)))
         return None if status is None else JobStatus(status)
-    if row.status == JobStatus.RUNNING:
-        return JobStatus.RUNNING
-    end_unclaimed(connection, tenant, job_id, row.attempt, JobStatus.CANCELLED, ErrorCode.CANCELLED, CANCELLED_MESSAGE)
+    # Those that wait first: a turn takes a job from there to those that run, never the other way.
+    if not stop_waiting(connection, tenant, job_id):
+        mark = update(running).where(_of(running, tenant, job_id)).values(cancel_requested=True)
+        if connection.execute(mark).rowcount:
+            return JobStatus.RUNNING
+    end_unclaimed(connection, tenant, job_id, attempt, JobStatus.CANCELLED, ErrorCode.CANCELLED, CANCELLED_MESSAGE)
     return JobStatus.CANCELLED
 
 
 # -- reading --------------------------------------------------------------------------------------
-
-
-#: Everything but the job as it was enqueued, which may have megabytes.
-_RESULT_COLUMNS: Final = (
-    *(column for column in jobs.columns if column is not jobs.c.job),
-    waiting.SECONDS_UNTIL_DUE,
-)
 
 
 def get(connection: Connection, tenant: str, job_id: str, *, whole: bool = False) -> CompletionResult | None:
@@ -120,14 +183,16 @@ def get(connection: Connection, tenant: str, job_id: str, *, whole: bool = False
     With ``whole`` also its request, and what it waits for.
     """
     # The job is read first: if it is terminal, what is read after it will not change any more.
-    columns = (*_RESULT_COLUMNS, jobs.c.job) if whole else _RESULT_COLUMNS
-    row = connection.execute(select(*columns).where(_is(tenant, job_id))).one_or_none()
+    row = connection.execute(select(jobs).where(_is(tenant, job_id))).one_or_none()
     if row is None:
         return None
+    request = None
+    if whole:
+        request = connection.scalar(select(requests.c.job).where(_of(requests, tenant, job_id)))
     return completion_result(
         row,
-        request=json.loads(row.job).get("request") if whole else None,
-        waiting_for=_waiting_for(connection, row) if whole else None,
+        request=None if request is None else json.loads(request).get("request"),
+        waiting_for=waiting.reasons(connection, tenant, [row]).get(job_id) if whole else None,
         tool_calls=connection.execute(
             select(tool_calls).where(_of(tool_calls, tenant, job_id)).order_by(tool_calls.c.position)
         ),
@@ -142,23 +207,15 @@ def get(connection: Connection, tenant: str, job_id: str, *, whole: bool = False
 
 def get_summary(connection: Connection, tenant: str, job_id: str) -> JobSummary | None:
     """Return a job without its output and attempts, and what it waits for, or None; the cost is that of a few rows."""
-    row = connection.execute(select(*SUMMARY_COLUMNS, *waiting.COLUMNS).where(_is(tenant, job_id))).one_or_none()
-    return None if row is None else job_summary(row, _waiting_for(connection, row))
+    return get_summaries(connection, tenant, [job_id]).get(job_id)
 
 
 def get_summaries(connection: Connection, tenant: str, job_ids: Collection[str]) -> dict[str, JobSummary]:
     """Return the same for those of some jobs that there are."""
     columns = (*SUMMARY_COLUMNS, *waiting.COLUMNS)
     rows = connection.execute(select(*columns).where(jobs.c.tenant == tenant, jobs.c.id.in_(job_ids))).all()
-    around = waiting.look_around(connection) if any(waiting.waits(row.status) for row in rows) else None
-    return {
-        row.id: job_summary(row, waiting.waiting_for(row, around) if around and waiting.waits(row.status) else None)
-        for row in rows
-    }
-
-
-def _waiting_for(connection: Connection, row: StoredRow) -> WaitingFor | None:
-    return waiting.waiting_for(row, waiting.look_around(connection)) if waiting.waits(row.status) else None
+    found = waiting.reasons(connection, tenant, rows)
+    return {row.id: job_summary(row, found.get(row.id)) for row in rows}
 
 
 class Repeatable(NamedTuple):
@@ -172,8 +229,8 @@ class Repeatable(NamedTuple):
 
 def get_for_retry(connection: Connection, tenant: str, job_id: str) -> Repeatable | None:
     """Return a job as it was enqueued, or None."""
-    columns = (jobs.c.status, jobs.c.job, jobs.c.queue, jobs.c.error_code)
-    row = connection.execute(select(*columns).where(_is(tenant, job_id))).one_or_none()
+    columns = (jobs.c.status, requests.c.job, jobs.c.queue, jobs.c.error_code)
+    row = connection.execute(select(*columns).join(requests).where(_is(tenant, job_id))).one_or_none()
     if row is None:
         return None
     return Repeatable(JobStatus(row.status), parse_job(json.loads(row.job)), row.queue, row.error_code)

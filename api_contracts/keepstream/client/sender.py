@@ -1,6 +1,7 @@
 """The sender: puts jobs on the Celery queue, within seconds or not at all.
 
-In: jobs, from the client and from a worker's sweeper.  Out: messages in Celery's protocol 2 on the queue, a Redis list.
+In: jobs, or the names of stored ones, from the client.  Out: messages in Celery's protocol 2 on the queue, a Redis
+list.
 
 It writes the messages itself, as Celery with Kombu would: a service that only sends jobs needs neither, and their
 pools do not survive a fork.
@@ -11,7 +12,6 @@ import json
 import os
 import socket
 import uuid
-from collections.abc import Iterable
 from typing import Any, Final
 
 import redis
@@ -45,27 +45,15 @@ class Sender:
         self._connections.get()
 
     def send(self, job: dict[str, Any]) -> None:
-        """Send one job, given as ``Job.to_wire()`` returns it.
+        """Send one job, or the name of a stored one, given as ``to_wire()`` returns it.
 
         Raises:
             BrokerUnavailableError: the broker refused it or did not confirm it in time.  A message that timed
                 out may still be on the queue; a worker drops the duplicate.
         """
-        self.send_many([job])
-
-    def send_many(self, jobs: Iterable[dict[str, Any]]) -> None:
-        """Send jobs together. After an error, some of them may still be on the queue.
-
-        Raises:
-            BrokerUnavailableError: as for ``send``.
-        """
         origin = f"keepstream{os.getpid()}@{socket.gethostname()}"
-        messages = [celery_message(job, self._queue, origin) for job in jobs]
         try:
-            with self._connections.get().pipeline(transaction=False) as pipeline:
-                for message in messages:
-                    pipeline.lpush(self._queue, message)
-                pipeline.execute()
+            self._connections.get().lpush(self._queue, celery_message(job, self._queue, origin))
         except (AuthenticationError, AuthorizationError, NoPermissionError) as error:
             raise BrokerUnavailableError(
                 f"the broker does not let this user send jobs ({type(error).__name__}); check the user and password of"

@@ -1,27 +1,30 @@
 """Waiting: what a job that does not go on waits for.
 
-In: a job's row, and a look at the workers and the backlog, from ``queries`` and ``listing``.  Out: a ``WaitingFor``.
+In: rows of jobs, from ``queries`` and ``listing``.  Out: a ``WaitingFor`` of each that waits.
 
-Looking costs little, however many jobs there are: the workers are a small table, and of the backlog only so many rows
-are counted.
+Looking costs a few statements for all jobs of a page, however many others there are: their rows in the narrow tables,
+the workers, why the newest turn left what it left, and of the backlog no more than is counted.
 """
 
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
-from sqlalchemy import Connection, func, select, text
+from sqlalchemy import ColumnElement, Connection, Table, func, select
 
 from keepstream.client.results_from_rows import StoredRow
 from keepstream.results import JobStatus, WaitingFor
-from keepstream.tables import jobs, seconds_from_now, seconds_until, workers
+from keepstream.tables import jobs, now, pools, running, seconds_from_now, seconds_until, turns, waiting, workers
 
-SECONDS_UNTIL_DUE: Final = seconds_until(jobs.c.due_at).label("seconds_until_due")
-#: What ``waiting_for`` needs of a job, besides its status.
-COLUMNS: Final = (jobs.c.queue, jobs.c.due_at, jobs.c.worker_id, SECONDS_UNTIL_DUE)
+#: What ``reasons`` needs of a job, besides its id and status.
+COLUMNS: Final = (jobs.c.queue,)
 
 _COUNTED: Final = 100  #: Waiting jobs that are counted; beyond them there are "more than" so many.
 _LONGEST_LEASE: Final = 3600.0  #: Seconds; workers silent for longer are gone, whatever their lease was.
 _SOON: Final = 0.5  #: Seconds; a job that is due by then is due.
+_AT_ONCE: Final = 500  #: Jobs that one statement names.
+_PASSED_OVER: Final = frozenset({"cooling", "broken"})  #: Causes for which a job goes on to its next target.
 
 
 class Worker(NamedTuple):
@@ -32,56 +35,153 @@ class Worker(NamedTuple):
     running: int
 
 
-class Surroundings(NamedTuple):
-    """What decides how long a job waits."""
+class _Surroundings(NamedTuple):
+    """What decides how long the jobs of a page wait."""
 
-    workers: dict[str, Worker]  #: Those alive, by id.
-    waiting: int  #: Jobs of all tenants that wait; more than ``_COUNTED`` are not counted.
+    now: datetime
+    workers: Mapping[str, Worker]  #: Those alive, by id.
+    waiting: Mapping[str, StoredRow]  #: The jobs' rows, by job.
+    running: Mapping[str, StoredRow]  #: The same.
+    chains: Mapping[int, Sequence[Sequence[str]]]  #: Of the pools in which they wait.
+    closed: Mapping[str, Any]  #: As the newest turn left it.
+    backlog: int  #: Jobs of all tenants that wait; more than ``_COUNTED`` are not counted.
 
 
-def look_around(connection: Connection) -> Surroundings:
-    """Return the state of workers and backlog."""
+def reasons(connection: Connection, tenant: str, rows: Sequence[StoredRow]) -> dict[str, WaitingFor]:
+    """Return, by id, what those of a tenant's jobs wait for that wait; ``rows`` have ``COLUMNS``, id and status."""
+    unended = [row for row in rows if not JobStatus(row.status).terminal]
+    if not unended:
+        return {}
+    around = _look_around(connection, tenant, [row.id for row in unended])
+    found = {row.id: _reason(row, tenant, around) for row in unended}
+    return {job_id: reason for job_id, reason in found.items() if reason is not None}
+
+
+def living_workers(connection: Connection) -> dict[str, Worker]:
+    """Return the workers that are alive, by id."""
     recent = select(workers.c.id, workers.c.queue, workers.c.places, workers.c.running).where(
         workers.c.heartbeat_at > seconds_from_now(-_LONGEST_LEASE),
         seconds_until(workers.c.heartbeat_at) > -workers.c.lease,
     )
-    # Spelled as the partial index has it: with bound values SQLite would not use it.
-    some = select(jobs.c.id).where(text("status IN ('queued', 'retrying')")).limit(_COUNTED + 1).subquery()
-    return Surroundings(
-        workers={row.id: Worker(row.queue, row.places, row.running) for row in connection.execute(recent)},
-        waiting=connection.scalar(select(func.count()).select_from(some)) or 0,
+    return {row.id: Worker(row.queue, row.places, row.running) for row in connection.execute(recent)}
+
+
+def closed_now(connection: Connection) -> dict[str, Any]:
+    """Return why the newest turn left what it left: closed targets and tenants at their limit; see ``closed_reason``."""
+    text = connection.scalar(select(turns.c.closed).order_by(turns.c.n.desc()).limit(1))
+    closed: dict[str, Any] = {} if text is None else json.loads(text)
+    return closed
+
+
+def _look_around(connection: Connection, tenant: str, job_ids: Sequence[str]) -> _Surroundings:
+    until = seconds_until(waiting.c.restarted_due).label("seconds_until_due")
+    # Those that wait first: a turn takes a job from there to those that run, never the other way.
+    places = dict(_rows(connection, tenant, job_ids, waiting, waiting.c.pool, waiting.c.restarted_due, until))
+    runs = dict(_rows(connection, tenant, job_ids, running, running.c.worker_id))
+    pool_ids = {row.pool for row in places.values()}
+    chains = connection.execute(select(pools.c.id, pools.c.chain).where(pools.c.id.in_(pool_ids)))
+    # The newest, because before the oldest there may be many that are gone.
+    some = select(waiting.c.seq).order_by(waiting.c.seq.desc()).limit(_COUNTED + 1).subquery()
+    return _Surroundings(
+        now=connection.scalar(select(now())) or datetime.now(UTC),
+        workers=living_workers(connection),
+        waiting=places,
+        running=runs,
+        chains={row.id: row.chain for row in chains},
+        closed=closed_now(connection),
+        backlog=connection.scalar(select(func.count()).select_from(some)) or 0,
     )
 
 
-def waits(status: str) -> bool:
-    """Tell whether a job of this status may wait for something, so that looking around is worth it."""
-    return not JobStatus(status).terminal
+def _rows(
+    connection: Connection, tenant: str, job_ids: Sequence[str], table: Table, *columns: ColumnElement[Any]
+) -> Iterator[tuple[str, StoredRow]]:
+    for start in range(0, len(job_ids), _AT_ONCE):
+        mine = table.c.tenant == tenant, table.c.job_id.in_(job_ids[start : start + _AT_ONCE])
+        for row in connection.execute(select(table.c.job_id, *columns).where(*mine)):
+            yield row.job_id, row
 
 
-def waiting_for(row: StoredRow, surroundings: Surroundings) -> WaitingFor | None:
-    """Return what the job of ``row``, which has ``COLUMNS`` and a status, waits for; None: nothing is in its way."""
-    if row.status == JobStatus.RUNNING:
-        if row.worker_id in surroundings.workers:
+def _reason(job: StoredRow, tenant: str, around: _Surroundings) -> WaitingFor | None:
+    """Return what a job that has not ended waits for; None: nothing is in its way."""
+    if job.id in around.running:
+        if around.running[job.id].worker_id in around.workers:
             return None
         return WaitingFor(cause="worker", text="another worker to take it over: its own gives no sign of life")
-    if JobStatus(row.status).terminal:
-        return None
-    here = [worker for worker in surroundings.workers.values() if worker.queue == row.queue]
+    if job.id not in around.waiting:
+        return None  # it moved while we looked
+    place = around.waiting[job.id]
+    here = [worker for worker in around.workers.values() if worker.queue == job.queue]
     if not here:
-        return WaitingFor(cause="worker", text=f"a worker: none is alive for the queue '{row.queue}'")
-    if row.seconds_until_due > _SOON:
-        return WaitingFor(cause="retry", text=f"its next attempt, due at {_clock_time(row.due_at)}")
+        return WaitingFor(cause="worker", text=f"a worker: none is alive for the queue '{job.queue}'")
+    if place.restarted_due is not None and place.seconds_until_due > _SOON:
+        return WaitingFor(cause="retry", text=f"its next attempt, due at {_clock_time(place.restarted_due)}")
+    closed = closed_reason(around.closed, tenant, around.chains.get(place.pool, ()), around.now)
+    if closed is not None:
+        return closed
     if all(worker.running >= worker.places for worker in here):
         busy = "the queue's only worker is busy" if len(here) == 1 else f"all {len(here)} workers are busy"
-        return WaitingFor(cause="place", text=f"a free place: {busy}, and {_count(surroundings.waiting)}")
+        return WaitingFor(cause="place", text=f"a free place: {busy}, and {_count(around.backlog)}")
     return WaitingFor(cause="pickup", text="a worker to take it")
+
+
+def closed_reason(
+    closed: Mapping[str, Any], tenant: str, chain: Collection[Sequence[str]], at: datetime
+) -> WaitingFor | None:
+    """Return why a turn leaves a tenant's jobs with these targets waiting; None: nothing is closed for them.
+
+    ``closed`` has two parts: ``tenants``, by name, with ``running`` and ``limit`` of those that run as many jobs as
+    they may; and ``targets``, by ``provider`` or ``provider/model``, with their ``cause`` and either the same, or
+    ``until``, seconds since the epoch.
+    """
+    at_limit = closed.get("tenants", {}).get(tenant)
+    if at_limit is not None:
+        return WaitingFor(cause="tenant", text=f"tenant {tenant}: {_used(at_limit)} at once")
+    passed_over = None
+    for provider, model in chain:
+        reason, goes_on = _target_reason(closed.get("targets", {}), provider, model, at.timestamp())
+        if reason is None:
+            return passed_over  # a short cool-down of a target before it is waited for
+        if not goes_on:
+            return reason
+        passed_over = passed_over or reason
+    return passed_over
+
+
+def _target_reason(
+    targets: Mapping[str, Any], provider: str, model: str, at: float
+) -> tuple[WaitingFor | None, bool]:
+    """Return why a target is closed, and whether a job goes on to its next one for it."""
+    for key, name in ((f"{provider}/{model}", f"{provider}/{model}"), (provider, f"provider {provider}")):
+        entry = targets.get(key)
+        if entry is None or entry.get("until", at) < at:
+            continue
+        cause = entry["cause"]
+        if cause == "concurrency":
+            text = f"{name}: {_used(entry)} streams"
+        elif cause == "cooling":
+            text = f"cool-down of {name}{_until(entry)}"
+        elif cause == "broken":
+            text = f"{name}, which fails again and again; next try{_until(entry).replace('until', 'at')}"
+        else:
+            text = f"{cause.replace('_', ' ')} of {name}"
+        return WaitingFor(cause=cause, text=text), cause in _PASSED_OVER
+    return None, False
+
+
+def _used(entry: Mapping[str, Any]) -> str:
+    return f"{entry['running']} of {entry['limit']}"
+
+
+def _until(entry: Mapping[str, Any]) -> str:
+    return f" until {_clock_time(datetime.fromtimestamp(entry['until'], UTC))}" if "until" in entry else ""
 
 
 def _clock_time(time: datetime) -> str:
     return f"{time.astimezone(UTC):%H:%M:%S} UTC"
 
 
-def _count(waiting: int) -> str:
-    if waiting > _COUNTED:
+def _count(waiting_jobs: int) -> str:
+    if waiting_jobs > _COUNTED:
         return f"more than {_COUNTED} jobs wait"
-    return "1 job waits" if waiting == 1 else f"{waiting} jobs wait"
+    return "1 job waits" if waiting_jobs == 1 else f"{waiting_jobs} jobs wait"

@@ -9,10 +9,9 @@ import math
 from collections.abc import Sequence
 from typing import Any, Final
 
+from keepstream import estimates
 from keepstream.results import Choice, Usage, UsageSource
 
-#: UTF-8 bytes per token: the usual rule of thumb, for English; other languages have fewer.
-_BYTES_PER_TOKEN: Final = 4
 _LEAST_BYTES: Final = 1000  #: Of prompts that must have been seen before their ratio counts.
 _ENOUGH_BYTES: Final = 10_000_000  #: Of prompts, above which older ones count half.
 _LEAST_RATIO: Final = 1 / 16  #: Tokens per byte; no tokenizer has longer tokens on average.
@@ -52,14 +51,14 @@ class PromptSizes:
         size, count = self._seen.get(target, (0.0, 0.0))
         if size > _ENOUGH_BYTES:  # so that a model that was changed behind its name is learned anew
             size, count = size / 2, count / 2
-        self._seen[target] = (size + prompt_bytes(messages), count + tokens)
+        self._seen[target] = (size + estimates.prompt_bytes(messages), count + tokens)
 
     def tokens(self, provider: str, request: dict[str, Any]) -> int:
         """Estimate the tokens of a prompt."""
-        size = prompt_bytes(request.get("messages") or ())
+        size = estimates.prompt_bytes(request.get("messages") or ())
         known_size, known_tokens = self._seen.get((provider, str(request.get("model"))), (0.0, 0.0))
         if known_size < _LEAST_BYTES:  # short prompts are mostly what the model adds to them
-            return -(-size // _BYTES_PER_TOKEN)
+            return estimates.prompt_tokens(request)
         return math.ceil(size * min(max(known_tokens / known_size, _LEAST_RATIO), 1.0))
 
 
@@ -69,11 +68,6 @@ def _is_plain(request: dict[str, Any], messages: Sequence[Any]) -> bool:
         isinstance(message, dict) and isinstance(message.get("content"), str) and not message.get("tool_calls")
         for message in messages
     )
-
-
-def prompt_bytes(messages: Sequence[Any]) -> int:
-    """Return the UTF-8 bytes of text in ``messages``."""
-    return sum(_text_bytes(message.get("content")) for message in messages if isinstance(message, dict))
 
 
 def estimated(prompt_tokens: int, choices: Sequence[Choice]) -> Usage:
@@ -95,19 +89,10 @@ def estimated(prompt_tokens: int, choices: Sequence[Choice]) -> Usage:
     )
     if not produced:
         return Usage()
-    completion = -(-produced // _BYTES_PER_TOKEN)
+    completion = -(-produced // estimates.BYTES_PER_TOKEN)
     return Usage(
         prompt_tokens=prompt_tokens,
         completion_tokens=completion,
         total_tokens=prompt_tokens + completion,
         source=UsageSource.ESTIMATED,
     )
-
-
-def _text_bytes(content: Any) -> int:
-    """Bytes of text in a message's content; images and audio are priced by rules we cannot know."""
-    if isinstance(content, str):
-        return len(content.encode("utf-8", "surrogatepass"))
-    if isinstance(content, list):
-        return sum(_text_bytes(part.get("text")) for part in content if isinstance(part, dict))
-    return 0
