@@ -452,7 +452,8 @@ class Cluster:
         """Put the message of each job on the queue, and write no row."""
         sender = Sender(self.settings.get("broker_url") or self.redis_url)
         try:
-            sender.send_many(jobs)
+            for job in jobs:
+                sender.send(job)
         finally:
             sender.close()
 

@@ -201,8 +201,8 @@ class Job(BaseModel):
     fallbacks: Annotated[tuple[Fallback, ...], Field(max_length=MAX_FALLBACKS)] = Field(
         default=(),
         description=(
-            "Further targets, in their order. A job goes on to the next one when its target is cooling down for long, is"
-            " broken, or refuses the request for good."
+            "Further targets, in their order. A job goes on to the next one when its target is cooling down for long,"
+            " is broken, or refuses the request for good."
         ),
     )
     job_class: JobClass = Field(

@@ -26,7 +26,7 @@ from keepstream.errors import (
 )
 from keepstream.jobs import Job
 from keepstream.results import JobStatus
-from keepstream.tables import jobs
+from keepstream.tables import jobs, waiting
 from keepstream_worker.dev_stack.embedded import EmbeddedValkey, sqlite_url
 from keepstream_worker.settings import Settings
 from tests.jobs import make_job
@@ -47,8 +47,9 @@ def make_tables(database_url: str) -> str:
 def rows(database_url: str) -> list[Any]:
     engine = create_engine(database_url)
     with engine.connect() as connection:
-        waits = tables.seconds_until(jobs.c.resend_at).label("resend_in")
-        found = list(connection.execute(select(jobs.c.id, jobs.c.status, jobs.c.cancel_requested_at, waits)))
+        columns = (jobs.c.id, jobs.c.status, jobs.c.cancel_requested_at, waiting.c.seq)
+        here = (waiting.c.tenant == jobs.c.tenant) & (waiting.c.job_id == jobs.c.id)
+        found = list(connection.execute(select(*columns).outerjoin(waiting, here)))
     engine.dispose()
     return found
 
@@ -104,14 +105,6 @@ def test_the_prompt_stands_in_no_header(bare_client: Client, redis_url: str) -> 
     assert "secret" not in json.dumps({name: part for name, part in message.items() if name != "body"})
 
 
-def test_many_jobs_are_sent_together_and_in_order(redis_url: str) -> None:
-    sender = Sender(redis_url, "elsewhere")
-    batch = [make_job().to_wire() for _ in range(100)]
-    sender.send_many(batch)
-    sender.close()
-    assert [sent_job(message) for message in messages(redis_url, "elsewhere")] == batch
-
-
 def test_closing_one_sender_leaves_others_alone(redis_url: str) -> None:
     first, second = Sender(redis_url), Sender(redis_url)
     job = make_job().to_wire()
@@ -123,10 +116,10 @@ def test_closing_one_sender_leaves_others_alone(redis_url: str) -> None:
 
 def test_with_a_database_the_row_is_written_as_well(client: Client, redis_url: str, database_url: str) -> None:
     job_id = client.enqueue(model="m", messages=MESSAGES)
-    ((row_id, status, _, resend_in),) = rows(database_url)
-    assert (row_id, status) == (job_id, "queued")
-    assert resend_in == pytest.approx(names.RESEND_AFTER, abs=5)
-    assert [sent_job(message)["id"] for message in messages(redis_url)] == [job_id]
+    ((row_id, status, _, seq),) = rows(database_url)
+    assert (row_id, status, seq is not None) == (job_id, "queued", True)
+    # The prompt has gone to the database; the message names the job alone.
+    assert [sent_job(message) for message in messages(redis_url)] == [{"v": 2, "id": job_id, "tenant": "default"}]
 
 
 def test_the_same_key_is_sent_once(client: Client, redis_url: str) -> None:
@@ -246,9 +239,8 @@ def test_with_a_database_a_job_is_accepted_though_the_broker_is_in_trouble(
         started = time.monotonic()
         job_id = client.enqueue(model="m", messages=MESSAGES)
         assert time.monotonic() - started < BOUND
-    ((row_id, status, _, resend_in),) = rows(database_url)
-    assert (row_id, status) == (job_id, "queued")
-    assert resend_in <= 0  # a sweeper sends it at once
+    ((row_id, status, _, seq),) = rows(database_url)
+    assert (row_id, status, seq is not None) == (job_id, "queued", True)  # it waits in the table, where workers look
 
 
 @pytest.mark.slow
@@ -280,7 +272,7 @@ def test_a_job_that_the_broker_refuses_is_an_error_of_ours(own_valkey: EmbeddedV
         with pytest.raises(BrokerUnavailableError):
             bare.enqueue(model="m", messages=MESSAGES)
         full.enqueue(model="m", messages=MESSAGES)
-    assert all(row.resend_in <= 0 for row in rows(database_url))  # a sweeper sends them at once
+    assert all(row.seq is not None for row in rows(database_url))  # they wait in the table, where workers look
 
 
 def test_a_client_recovers_with_its_broker(own_valkey: EmbeddedValkey) -> None:

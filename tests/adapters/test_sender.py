@@ -54,7 +54,8 @@ def test_a_message_is_to_the_byte_the_one_that_celery_sends(redis_url: str, queu
 def test_a_message_says_where_it_comes_from_and_shows_no_prompt(redis_url: str) -> None:
     job = make_job(messages=[{"role": "user", "content": PROMPT}]).to_wire()
     sender = Sender(redis_url)
-    sender.send_many([job, job])
+    sender.send(job)
+    sender.send(job)
     sender.close()
     first, second = (json.loads(item) for item in items(redis_url, names.QUEUE))
     assert first["headers"]["origin"] == f"keepstream{os.getpid()}@{socket.gethostname()}"

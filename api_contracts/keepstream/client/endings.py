@@ -4,7 +4,8 @@ In: jobs that end, from ``queries`` (a cancel) and from the worker's store (an a
 one, the job expired or is refused).  Out: their rows; what waits or runs for them is gone, and their ends are to be
 announced.
 
-Everybody locks a job's row before those in the narrow tables, but for a turn, which locks nothing else.  It is part of the client because a client that cancels a waiting job ends it itself.
+Everybody locks a job's row before those in the narrow tables, but for a turn, which locks nothing else.  It is part of
+the client because a client that cancels a waiting job ends it itself.
 """
 
 from collections.abc import Sequence

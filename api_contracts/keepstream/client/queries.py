@@ -10,7 +10,7 @@ job's rows, ``cancel`` and ``get`` as well, so that producers and workers write 
 import json
 from collections.abc import Collection
 from functools import cache
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, Table, and_, bindparam, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite

@@ -67,7 +67,7 @@ def living_workers(connection: Connection) -> dict[str, Worker]:
 
 
 def closed_now(connection: Connection) -> dict[str, Any]:
-    """Return why the newest turn left what it left: closed targets and tenants at their limit; see ``closed_reason``."""
+    """Return what the newest turn found closed; ``closed_reason`` says what that is."""
     text = connection.scalar(select(turns.c.closed).order_by(turns.c.n.desc()).limit(1))
     closed: dict[str, Any] = {} if text is None else json.loads(text)
     return closed
@@ -148,9 +148,7 @@ def closed_reason(
     return passed_over
 
 
-def _target_reason(
-    targets: Mapping[str, Any], provider: str, model: str, at: float
-) -> tuple[WaitingFor | None, bool]:
+def _target_reason(targets: Mapping[str, Any], provider: str, model: str, at: float) -> tuple[WaitingFor | None, bool]:
     """Return why a target is closed, and whether a job goes on to its next one for it."""
     for key, name in ((f"{provider}/{model}", f"{provider}/{model}"), (provider, f"provider {provider}")):
         entry = targets.get(key)

@@ -20,7 +20,7 @@ from pydantic.json_schema import GenerateJsonSchema, models_json_schema
 from keepstream import names
 from keepstream.errors import ErrorCode
 from keepstream.events import KNOWN_EVENT_ADAPTER, KNOWN_EVENTS, VERSION, UnknownEvent
-from keepstream.jobs import Job
+from keepstream.jobs import Job, JobRef
 from keepstream.results import CompletionResult, JobSummary
 
 DIRECTORY: Final = Path(__file__).parent
@@ -83,6 +83,17 @@ def _event_schema() -> dict[str, Any]:
         "description": "What followers receive. Types and fields that are not listed may come; ignore them.",
         "anyOf": [{"$ref": "#/$defs/KnownEvent"}, {"$ref": "#/$defs/UnknownEvent"}],
         "$defs": definitions,
+    }
+
+
+def _message_definitions() -> dict[str, Any]:
+    """Return what a message on the queue may bring, and what that consists of."""
+    _, schema = models_json_schema([(Job, "validation"), (JobRef, "validation")], schema_generator=_Generator)
+    return schema["$defs"] | {
+        "Message": {
+            "description": "A job, or the name of one that its producer has stored already.",
+            "oneOf": [{"$ref": "#/$defs/Job"}, {"$ref": "#/$defs/JobRef"}],
+        }
     }
 
 
@@ -180,7 +191,7 @@ def _asyncapi() -> dict[str, Any]:
                 **events,
             },
             "schemas": {
-                "Job": Job.model_json_schema(schema_generator=_Generator),
+                **_in_components(_message_definitions()),
                 **_in_components(_event_schema()["$defs"]),
                 "JobMessage": _job_message_schema(),
                 "CancelNudge": {
@@ -224,7 +235,7 @@ def _job_message_schema() -> dict[str, Any]:
             "body": {
                 **text,
                 "contentEncoding": "base64",
-                "description": "Base64 of the JSON text [[job], {}, {}], where job is as in #/components/schemas/Job.",
+                "description": "Base64 of the JSON text [[job], {}, {}], where job is as in #/components/schemas/Message.",
             },
             "content-type": {"const": "application/json"},
             "content-encoding": {"const": "utf-8"},

@@ -196,7 +196,8 @@ def _workers(overview: Overview) -> Finding:
 
 def _jobs(overview: Overview) -> Finding:
     jobs = overview.backlog
-    found = f"{jobs.queued} queued, {jobs.running} running, {jobs.retrying} waiting to retry"
+    queued, running, retrying = map(_counted, (jobs.queued, jobs.running, jobs.retrying))
+    found = f"{queued} queued, {running} running, {retrying} waiting to retry"
     if jobs.oldest_wait is not None and jobs.oldest_wait > _LONG_WAIT:
         found += f"; the oldest has been due for {jobs.oldest_wait:.0f} s"
         more = (
@@ -206,8 +207,12 @@ def _jobs(overview: Overview) -> Finding:
     return Finding("jobs", Severity.OK, found)
 
 
+def _counted(number: int) -> str:
+    return f"more than {inspection.COUNTED}" if number > inspection.COUNTED else str(number)
+
+
 def _rejected(overview: Overview) -> Finding:
-    found = f"{count(overview.rejected, 'message', 'messages')} in the last 24 hours"
+    found = f"{_counted(overview.rejected)} {'message' if overview.rejected == 1 else 'messages'} in the last 24 hours"
     if overview.rejected:
         return Finding(
             "rejected",

@@ -205,8 +205,7 @@ def purge(
     database = ClientDatabase(settings_from_environment().database_url)
     try:
         if dry_run or ask:
-            with database.transaction() as connection:
-                found = retention.purgeable(connection, seconds, tenant)
+            found = retention.purge(database.transaction, seconds, tenant, count_only=True)
             if dry_run:
                 typer.echo(json.dumps(found._asdict()) if as_json else f"would delete {_purge_counts(found)}")
                 return
@@ -223,33 +222,21 @@ def _purges(
 ) -> Iterator["PurgeCounts"]:
     """Purge once, or, with a pause, again and again until SIGTERM; yield how much each time has deleted."""
     from keepstream.errors import StoreUnavailableError
+    from keepstream_worker.store import retention
 
     if pause is None:
-        yield _purge(database, seconds, tenant)
+        yield retention.purge(database.transaction, seconds, tenant)
         return
     # In a container it is process 1, which a signal without a handler does not end. What is under way is rolled back.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     while True:
         wait = pause
         try:
-            yield _purge(database, seconds, tenant)
+            yield retention.purge(database.transaction, seconds, tenant)
         except StoreUnavailableError as error:
             wait = min(pause, _PAUSE_AFTER_OUTAGE)
             print_error(f"keepstream: {error}; the next try is in {wait:.0f} s")
         time.sleep(wait)
-
-
-def _purge(database: "ClientDatabase", seconds: float, tenant: str | None) -> "PurgeCounts":
-    from keepstream_worker.store import retention
-
-    deleted = retention.PurgeCounts(0, 0)
-    while True:  # in small transactions, so that workers need not wait
-        with database.transaction() as connection:
-            batch = retention.purge(connection, seconds, tenant)
-        if not any(batch):
-            break
-        deleted = retention.PurgeCounts(*map(sum, zip(deleted, batch, strict=True)))
-    return deleted
 
 
 def _purge_counts(counts: "PurgeCounts") -> str:

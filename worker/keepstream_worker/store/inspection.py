@@ -1,24 +1,25 @@
 """Inspection: the operator's questions to the database.
 
 In: a connection inside a transaction.  Out: who works, how much waits, what was rejected; to the doctor and the
-command line.  Nothing is written.
+command line.  Nothing is written, and nothing is counted without end.
 """
 
 from datetime import datetime
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import ColumnElement, Connection, Table, func, select
 
-from keepstream.results import JobStatus
-from keepstream.tables import jobs, rejected_messages, seconds_from_now, seconds_until, workers
+from keepstream.tables import jobs, rejected_messages, running, seconds_from_now, seconds_until, waiting, workers
+
+COUNTED: Final = 10_000  #: Rows that are counted; one more means more than that.
 
 
 class Backlog(NamedTuple):
-    """Jobs that have not ended yet, of all tenants."""
+    """Jobs that have not ended yet, of all tenants; each number is ``COUNTED`` + 1 at most."""
 
-    queued: int
+    queued: int  #: Waiting, and not started yet.
     running: int
-    retrying: int
+    retrying: int  #: Waiting, and started before.
     oldest_wait: float | None  #: Seconds for which the oldest due job waits; None: none waits.
 
 
@@ -27,7 +28,7 @@ class Overview(NamedTuple):
 
     workers: list[str]  #: Ids of the workers that are alive; an id begins with the name of the worker's host.
     backlog: Backlog
-    rejected: int  #: Messages of the last 24 hours that were no valid jobs.
+    rejected: int  #: Messages of the last 24 hours that were no valid jobs; ``COUNTED`` + 1 at most.
 
 
 class RejectedMessage(NamedTuple):
@@ -48,26 +49,42 @@ def overview(connection: Connection, lease: float) -> Overview:
     return Overview(
         workers=list(connection.scalars(alive)),
         backlog=_backlog(connection),
-        rejected=connection.scalar(select(func.count()).select_from(rejected_messages).where(recent)) or 0,
+        rejected=_count(connection, rejected_messages, recent),
     )
 
 
 def _backlog(connection: Connection) -> Backlog:
-    waiting = (JobStatus.QUEUED, JobStatus.RETRYING)  # spelled as the partial index has it
-    counts = {
-        row.status: row.jobs
-        for row in connection.execute(
-            select(jobs.c.status, func.count().label("jobs")).where(jobs.c.status.in_(waiting)).group_by(jobs.c.status)
-        )
-    }
-    running = connection.scalar(select(func.count()).select_from(jobs).where(jobs.c.worker_id.is_not(None))) or 0
-    until_due = connection.scalar(select(seconds_until(func.min(jobs.c.due_at))).where(jobs.c.status.in_(waiting)))
     return Backlog(
-        queued=counts.get(JobStatus.QUEUED, 0),
-        running=running,
-        retrying=counts.get(JobStatus.RETRYING, 0),
-        oldest_wait=None if until_due is None else max(0.0, -until_due),
+        queued=_count(connection, waiting, waiting.c.restarted_due.is_(None)),
+        running=_count(connection, running),
+        retrying=_count(connection, waiting, waiting.c.restarted_due.is_not(None)),
+        oldest_wait=_oldest_wait(connection),
     )
+
+
+def _count(connection: Connection, table: Table, *conditions: ColumnElement[bool]) -> int:
+    some = select(table.primary_key.columns[0]).where(*conditions).limit(COUNTED + 1).subquery()
+    return connection.execute(select(func.count()).select_from(some)).scalar_one()
+
+
+def _oldest_wait(connection: Connection) -> float | None:
+    oldest = (
+        select(waiting.c.tenant, waiting.c.job_id)
+        .where(waiting.c.restarted_due.is_(None))
+        .order_by(waiting.c.seq)
+        .limit(1)
+        .subquery()
+    )
+    here = (jobs.c.tenant == oldest.c.tenant) & (jobs.c.id == oldest.c.job_id)
+    restarted = (
+        select(waiting.c.restarted_due).where(waiting.c.restarted_due.is_not(None)).limit(COUNTED + 1).subquery()
+    )
+    untils = [
+        connection.scalar(select(seconds_until(jobs.c.created_at)).join(oldest, here)),
+        connection.scalar(select(seconds_until(func.min(restarted.c.restarted_due)))),
+    ]
+    waits = [max(0.0, -until) for until in untils if until is not None]
+    return max(waits, default=None)
 
 
 def rejected(connection: Connection, limit: int) -> list[RejectedMessage]:
