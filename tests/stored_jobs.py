@@ -10,7 +10,7 @@ from sqlalchemy import Connection, and_, delete, insert, select, update
 
 from keepstream import tables
 from keepstream.client.endings import JobEnd, end_jobs, stop_waiting
-from keepstream.client.queries import waiting_values
+from keepstream.client.queries import new_rows
 from keepstream.jobs import Job, parse_job
 from keepstream.names import DEFAULT_TENANT
 from keepstream.results import JobStatus, Usage
@@ -71,7 +71,7 @@ def pause(connection: Connection, job_id: str, tenant: str = DEFAULT_TENANT, *, 
     mine = and_(running.c.tenant == tenant, running.c.job_id == job_id)
     run = connection.execute(delete(running).where(mine).returning(*running.c)).one()
     change(connection, job_id, tenant, status=JobStatus.RETRYING.value)
-    values = waiting_values(stored_job(connection, job_id, tenant)) | {"attempt": run.attempt, "expires_at": None}
+    values = new_rows(stored_job(connection, job_id, tenant))[waiting] | {"attempt": run.attempt, "expires_at": None}
     due = tables.seconds_from_now(seconds)
     seq = connection.scalar(insert(waiting).values(restarted_due=due, **values).returning(waiting.c.seq))
     arrival = {"seq": seq, "lane": run.lane, "pool": run.pool, "tenant": tenant}
@@ -89,6 +89,7 @@ def finish(
 ) -> None:
     """End a job, whatever it does."""
     stop_waiting(connection, tenant, job_id)
+    connection.execute(delete(running).where(running.c.tenant == tenant, running.c.job_id == job_id))
     held = row(connection, job_id, tenant).attempt
     end_jobs(
         connection,

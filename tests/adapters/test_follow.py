@@ -24,7 +24,7 @@ from keepstream.client.follower import (
     Sleep,
     Subscribe,
 )
-from keepstream.client.queries import queued_values
+from keepstream.client.queries import new_rows
 from keepstream.client.redis import AsyncRedisConnections, RedisConnections
 from keepstream.client.redis_url import parse_redis_url
 from keepstream.errors import FollowTimeoutError, InvalidCursorError, InvalidSettingError, JobNotFoundError
@@ -105,7 +105,7 @@ def stored(database_url: str) -> str:
     engine = create_engine(database_url)
     tables.metadata.create_all(engine)
     with engine.begin() as connection:
-        connection.execute(jobs.insert().values(queued_values(job) | outcome))
+        connection.execute(jobs.insert().values(new_rows(job)[jobs] | {"created_at": tables.now()} | outcome))
         connection.execute(choices.insert().values(key | output))
         for number in (1, 2):
             connection.execute(attempts.insert().values(key | tried | {"number": number}))

@@ -34,7 +34,7 @@ def add(connection: Connection, job_id: str, *, age: float = 0.0, status: str = 
     """Add a job that is some seconds old."""
     job = make_job(id=job_id, **fields)
     values = {"status": status, "created_at": tables.seconds_from_now(-age)}
-    connection.execute(jobs.insert().values(queries.queued_values(job) | values))
+    connection.execute(jobs.insert().values(queries.new_rows(job)[jobs] | values))
 
 
 def found(connection: Connection, **wanted: Any) -> list[str]:
@@ -138,7 +138,9 @@ def fill(engine: Engine) -> None:
     """Add many jobs of one tenant: one a second, one in ten thousand of them failed; other tenants have as many."""
     job = make_job(id="template", metadata={"conversation": "4711"})
     with engine.begin() as connection:
-        connection.execute(jobs.insert().values(queries.queued_values(job) | {"status": "completed"}))
+        connection.execute(
+            jobs.insert().values(queries.new_rows(job)[jobs] | {"created_at": tables.now(), "status": "completed"})
+        )
         postgres = connection.dialect.name == "postgresql"
         numbers = (
             f"SELECT n FROM generate_series(1, {MANY}) AS n"

@@ -20,7 +20,7 @@ import redis.asyncio
 from redis.exceptions import RedisError
 
 from keepstream.client.database import make_engine
-from keepstream.client.queries import queued_values
+from keepstream.client.queries import new_rows
 from keepstream.client.redis_connections import make_async_pool
 from keepstream.client.redis_url import RedisServer
 from keepstream.errors import ErrorCode, InvalidJobError, StoreUnavailableError
@@ -296,7 +296,7 @@ class Service:
             (self.engine.active or self._chooser.expected)
             and time.monotonic() < deadline
             and not self._stop_forced.is_set()
-        ):  # noqa: ASYNC110  # the end of the process is no hot path
+        ):  # the end of the process is no hot path
             await asyncio.sleep(0.02)
         interrupted = len(self.engine.active)
         for key in list(self.engine.active):
@@ -343,7 +343,7 @@ def _storable(job: Job | None) -> Job | None:
     """Return a job that met a defect, so that it can be run again later; None if it cannot even be stored."""
     try:
         if job is not None:
-            queued_values(job)
+            new_rows(job)
     except Exception:
         log.exception("job_defect", tenant=job and job.tenant, job_id=job and job.id)
         return None

@@ -104,8 +104,6 @@ class Settings(BaseSettings):
     sweep_interval: Seconds = Field(
         1.0, description="Seconds between two sweeps for lost jobs and missing events, by one worker for all."
     )
-        1.0, description="Seconds between two sweeps for lost jobs and missing events, by one worker for all."
-    )
     shutdown_grace: Seconds = Field(
         30.0, description="Seconds that running streams may go on after SIGTERM; keep it below the supervisor's limit."
     )

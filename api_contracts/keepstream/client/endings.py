@@ -1,8 +1,7 @@
 """The end of a job: the one place that writes what its row says once nothing more will happen to it.
 
 In: jobs that end, from ``queries`` (a cancel) and from the worker's store (an attempt ended, nobody may make another
-one, the job expired or is refused).  Out: their rows; what waits or runs for them is gone, and their ends are to be
-announced.
+one, the job expired or is refused).  Out: their rows, and their ends to be announced.
 
 Everybody locks a job's row before those in the narrow tables, but for a turn, which locks nothing else.  It is part of
 the client because a client that cancels a waiting job ends it itself.
@@ -78,10 +77,6 @@ _END: Final = (
     )
 )
 
-_STOP_RUNNING: Final = delete(running).where(
-    running.c.tenant == bindparam("of_tenant"), running.c.job_id == bindparam("of_job")
-)
-
 _ENDED: Final = select(jobs.c.tenant, jobs.c.id, jobs.c.finished_at).where(
     jobs.c.tenant == bindparam("of_tenant"),
     jobs.c.id == bindparam("of_job"),
@@ -99,7 +94,10 @@ _ANNOUNCE: Final = {"postgresql": _to_announce(postgresql), "sqlite": _to_announ
 
 
 def end_jobs(connection: Connection, ends: Sequence[JobEnd]) -> None:
-    """Write the ends of jobs that run or are not waiting, and whose rows the caller's transaction has locked."""
+    """Write the ends of jobs whose rows the caller's transaction has locked; their ends are to be announced.
+
+    What waits or runs for them is for the caller to delete, in the same transaction.
+    """
     if not ends:
         return
     named = [
@@ -126,7 +124,6 @@ def end_jobs(connection: Connection, ends: Sequence[JobEnd]) -> None:
             for end in ends
         ],
     )
-    connection.execute(_STOP_RUNNING, named)
     connection.execute(_ANNOUNCE[connection.dialect.name], named)
 
 
@@ -151,6 +148,7 @@ def end_unclaimed(
     output that an earlier attempt stored stays.
     """
     stop_waiting(connection, tenant, job_id)
+    connection.execute(delete(running).where(running.c.tenant == tenant, running.c.job_id == job_id))
     contents = connection.scalars(
         select(choices.c.content)
         .where(choices.c.tenant == tenant, choices.c.job_id == job_id)

@@ -3,65 +3,72 @@
 In: a connection inside a transaction, and a job or its id, from ``keepstream.client.base``.  Out: rows of new and
 cancelled jobs; stored results.  Listings are in ``listing``.
 
-Nothing here commits: the caller's transaction decides what belongs together.  The worker uses the values of a new
-job's rows, ``cancel`` and ``get`` as well, so that producers and workers write and read the same rows.
+Nothing here commits: the caller's transaction decides what belongs together.  The worker uses the rows of a new job,
+``cancel`` and ``get`` as well, so that producers and workers write and read the same.
 """
 
 import json
 from collections.abc import Collection
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, Table, and_, bindparam, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from keepstream import estimates, names, tables
-from keepstream.client import waiting
 from keepstream.client.endings import CANCELLED_MESSAGE, end_unclaimed, stop_waiting
 from keepstream.client.lanes import lane_id, pool_id
 from keepstream.client.results_from_rows import SUMMARY_COLUMNS, completion_result, job_summary
+from keepstream.client.waiting import COLUMNS, reasons
 from keepstream.errors import ErrorCode, IdempotencyConflictError
 from keepstream.jobs import Chain, Job, parse_job
 from keepstream.results import TERMINAL_STATUSES, CompletionResult, JobStatus, JobSummary
-from keepstream.tables import attempts, choices, jobs, requests, running, tool_calls
+from keepstream.tables import arrivals, attempts, choices, jobs, pools, requests, running, tool_calls, waiting
 
 # -- writing --------------------------------------------------------------------------------------
 
 
-def queued_values(job: Job, queue: str = names.QUEUE, retry_of: str | None = None) -> dict[str, Any]:
-    """Return the column values of a new ``queued`` job, but for ``created_at``, which is the database's clock."""
-    return {
-        "tenant": job.tenant,
-        "id": job.id,
-        "status": JobStatus.QUEUED.value,
-        "model": job.model,
-        "provider": job.provider,
-        "class": job.job_class,
-        "request_hash": job.request_hash(),
-        "prompt_start": job.prompt_start(),
-        "metadata": job.metadata,
-        "retry_of": retry_of,
-        "queue": queue,
-        "expires_at": job.expires_at,
-        "attempt": 0,
-        "tries": 0,
-        "max_attempts": job.max_attempts,
-        "next_reason": "first",
-        "partial": False,
-    }
+def new_rows(job: Job, queue: str = names.QUEUE, retry_of: str | None = None) -> dict[Table, dict[str, Any]]:
+    """Return, by table, the column values of a new job.
 
+    What the database itself gives is missing: ``created_at`` of the job, and the ``seq`` by which it waits.
 
-def waiting_values(job: Job, queue: str = names.QUEUE) -> dict[str, Any]:
-    """Return the column values by which a new job waits; its ``seq`` is the database's."""
+    Raises:
+        InvalidJobError: the job cannot be written as JSON.
+    """
+    pool = pool_values(queue, job.job_class, job.chain)
     return {
-        "tenant": job.tenant,
-        "job_id": job.id,
-        "lane": lane_id(job.tenant, job.job_class, queue),
-        "pool": pool_id(queue, job.job_class, job.chain),
-        "attempt": 0,
-        "prompt_tokens": estimates.prompt_tokens(job.request),
-        "max_tokens": estimates.most_answer_tokens(job.request),
-        "expires_at": job.expires_at,
+        jobs: {
+            "tenant": job.tenant,
+            "id": job.id,
+            "status": JobStatus.QUEUED.value,
+            "model": job.model,
+            "provider": job.provider,
+            "class": job.job_class,
+            "request_hash": job.request_hash(),
+            "prompt_start": job.prompt_start(),
+            "metadata": job.metadata,
+            "retry_of": retry_of,
+            "queue": queue,
+            "expires_at": job.expires_at,
+            "attempt": 0,
+            "tries": 0,
+            "max_attempts": job.max_attempts,
+            "next_reason": "first",
+            "partial": False,
+        },
+        requests: {"tenant": job.tenant, "job_id": job.id, "job": job.to_json()},
+        pools: pool,
+        waiting: {
+            "tenant": job.tenant,
+            "job_id": job.id,
+            "lane": lane_id(job.tenant, job.job_class, queue),
+            "pool": pool["id"],
+            "attempt": 0,
+            "prompt_tokens": estimates.prompt_tokens(job.request),
+            "max_tokens": estimates.most_answer_tokens(job.request),
+            "expires_at": job.expires_at,
+        },
     }
 
 
@@ -83,7 +90,7 @@ def enqueue(connection: Connection, job: Job, queue: str = names.QUEUE, retry_of
     Raises:
         IdempotencyConflictError: the id belongs to a different request.
     """
-    if _insert(connection, job, queue, retry_of):
+    if _insert(connection, new_rows(job, queue, retry_of)):
         return True
     stored = connection.scalar(select(jobs.c.request_hash).where(_is(job.tenant, job.id)))
     if stored != job.request_hash():
@@ -91,27 +98,24 @@ def enqueue(connection: Connection, job: Job, queue: str = names.QUEUE, retry_of
     return False
 
 
-def _insert(connection: Connection, job: Job, queue: str, retry_of: str | None) -> bool:
-    """Insert all rows of a job, if there is none of its name; return whether there was none."""
-    rows = {
-        jobs: queued_values(job, queue, retry_of),
-        tables.pools: pool_values(queue, job.job_class, job.chain),
-        tables.waiting: waiting_values(job, queue),
-    }
-    request = job.to_json()
+def _insert(connection: Connection, rows: dict[Table, dict[str, Any]]) -> bool:
+    """Insert a new job, if there is none of its name; return whether there was none."""
     if connection.dialect.name == "postgresql":
-        values = {_name(table.c[column]): value for table, row in rows.items() for column, value in row.items()}
         statement = _insert_at_once(tuple((table, tuple(row)) for table, row in rows.items()))
-        return connection.scalar(statement, values | {_name(requests.c.job): request}) is not None
+        values = {_name(table.c[column]): value for table, row in rows.items() for column, value in row.items()}
+        return connection.scalar(statement, values) is not None
     new = sqlite.insert(jobs).values(created_at=tables.now(), **rows[jobs]).on_conflict_do_nothing()
     if connection.execute(new.returning(jobs.c.id)).one_or_none() is None:
         return False
-    connection.execute(requests.insert().values(tenant=job.tenant, job_id=job.id, job=request))
-    connection.execute(sqlite.insert(tables.pools).values(rows[tables.pools]).on_conflict_do_nothing())
-    seq = connection.scalar(tables.waiting.insert().values(rows[tables.waiting]).returning(tables.waiting.c.seq))
-    arrival = {column: rows[tables.waiting][column] for column in ("lane", "pool", "tenant")}
-    connection.execute(tables.arrivals.insert().values(seq=seq, **arrival))
+    connection.execute(requests.insert().values(rows[requests]))
+    connection.execute(sqlite.insert(pools).values(rows[pools]).on_conflict_do_nothing())
+    place = waiting.insert().values(rows[waiting]).returning(*_NOTED)
+    connection.execute(arrivals.insert().values(connection.execute(place).one()._asdict()))
     return True
+
+
+#: What an arrival says of the row that waits.
+_NOTED: Final = (waiting.c.seq, waiting.c.lane, waiting.c.pool, waiting.c.tenant)
 
 
 @cache
@@ -121,28 +125,24 @@ def _insert_at_once(rows: tuple[tuple[Table, tuple[str, ...]], ...]) -> Any:
         table: {name: bindparam(_name(table.c[name]), type_=table.c[name].type) for name in columns}
         for table, columns in rows
     }
-    job_row, waiting_row = bound[jobs], bound[tables.waiting]
     new = (
         postgresql.insert(jobs)
-        .values(created_at=tables.now(), **job_row)
+        .values(created_at=tables.now(), **bound[jobs])
         .on_conflict_do_nothing()
-        .returning(jobs.c.tenant, jobs.c.id)
+        .returning(jobs.c.id)
         .cte("new")
     )
-    request = requests.insert().from_select(
-        ["tenant", "job_id", "job"],
-        select(new.c.tenant, new.c.id, bindparam(_name(requests.c.job), type_=requests.c.job.type)),
-    )
-    pool = postgresql.insert(tables.pools).values(bound[tables.pools]).on_conflict_do_nothing()
-    further = {name: value for name, value in waiting_row.items() if name not in ("tenant", "job_id")}
-    place = (
-        tables.waiting.insert()
-        .from_select(["tenant", "job_id", *further], select(new.c.tenant, new.c.id, *further.values()))
-        .returning(*(tables.waiting.c[column] for column in ("seq", "lane", "pool", "tenant")))
-        .cte("place")
-    )
-    arrival = tables.arrivals.insert().from_select(["seq", "lane", "pool", "tenant"], select(*place.c))
-    return select(new.c.id).add_cte(request.cte("request"), pool.cte("pool"), arrival.cte("arrival"))
+
+    def insert_if_new(table: Table) -> Any:
+        return table.insert().from_select(list(bound[table]), select(*bound[table].values()).select_from(new))
+
+    place = insert_if_new(waiting).returning(*_NOTED).cte("place")
+    further = {
+        "request": insert_if_new(requests),
+        "pool": postgresql.insert(pools).values(bound[pools]).on_conflict_do_nothing(),
+        "arrival": arrivals.insert().from_select([column.name for column in _NOTED], select(*place.c)),
+    }
+    return select(new.c.id).add_cte(*(statement.cte(name) for name, statement in further.items()))
 
 
 def _name(column: Any) -> str:
@@ -192,7 +192,7 @@ def get(connection: Connection, tenant: str, job_id: str, *, whole: bool = False
     return completion_result(
         row,
         request=None if request is None else json.loads(request).get("request"),
-        waiting_for=waiting.reasons(connection, tenant, [row]).get(job_id) if whole else None,
+        waiting_for=reasons(connection, tenant, [row]).get(job_id) if whole else None,
         tool_calls=connection.execute(
             select(tool_calls).where(_of(tool_calls, tenant, job_id)).order_by(tool_calls.c.position)
         ),
@@ -212,9 +212,9 @@ def get_summary(connection: Connection, tenant: str, job_id: str) -> JobSummary 
 
 def get_summaries(connection: Connection, tenant: str, job_ids: Collection[str]) -> dict[str, JobSummary]:
     """Return the same for those of some jobs that there are."""
-    columns = (*SUMMARY_COLUMNS, *waiting.COLUMNS)
+    columns = (*SUMMARY_COLUMNS, *COLUMNS)
     rows = connection.execute(select(*columns).where(jobs.c.tenant == tenant, jobs.c.id.in_(job_ids))).all()
-    found = waiting.reasons(connection, tenant, rows)
+    found = reasons(connection, tenant, rows)
     return {row.id: job_summary(row, found.get(row.id)) for row in rows}
 
 

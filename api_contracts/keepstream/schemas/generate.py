@@ -89,7 +89,8 @@ def _event_schema() -> dict[str, Any]:
 def _message_definitions() -> dict[str, Any]:
     """Return what a message on the queue may bring, and what that consists of."""
     _, schema = models_json_schema([(Job, "validation"), (JobRef, "validation")], schema_generator=_Generator)
-    return schema["$defs"] | {
+    definitions: dict[str, Any] = schema["$defs"]
+    return definitions | {
         "Message": {
             "description": "A job, or the name of one that its producer has stored already.",
             "oneOf": [{"$ref": "#/$defs/Job"}, {"$ref": "#/$defs/JobRef"}],
@@ -235,7 +236,9 @@ def _job_message_schema() -> dict[str, Any]:
             "body": {
                 **text,
                 "contentEncoding": "base64",
-                "description": "Base64 of the JSON text [[job], {}, {}], where job is as in #/components/schemas/Message.",
+                "description": (
+                    "Base64 of the JSON text [[job], {}, {}], where job is as in #/components/schemas/Message."
+                ),
             },
             "content-type": {"const": "application/json"},
             "content-encoding": {"const": "utf-8"},
