@@ -73,6 +73,7 @@ def test_whole_answer_completes_the_job_unless_it_was_cancelled(stop: Stop | Non
         "counted": True,
         "chain": None,
         "least_tokens": None,
+        "rate_limits": None,
         "next_reason": AttemptReason.RETRY,
         "provider_request_id": "req-of-the-stream",
     }

@@ -37,7 +37,7 @@ from keepstream_worker.limits import Policy
 from keepstream_worker.providers.config import ProviderConfig
 from keepstream_worker.providers.provider import Providers
 from keepstream_worker.scheduling.chooser import Chooser
-from keepstream_worker.scheduling.observations import charge_of, is_refusal, observation_of
+from keepstream_worker.scheduling.observations import accepted_of, charge_of, is_refusal, observation_of
 from keepstream_worker.settings import Settings
 from keepstream_worker.store import Claim, Refused, Rejection
 from keepstream_worker.store.database import Health, WorkerDatabase
@@ -98,6 +98,7 @@ class Service:
             self._publisher,
             AttemptStreams(settings, self._providers),
             Recovery(self._client, settings.prefix, self._database),
+            lambda claim: self._chooser.observe(accepted_of(claim)),
             self._note_end,
         )
         self._chooser = Chooser(
@@ -109,6 +110,7 @@ class Service:
             self._turns,
             self._database,
             self.engine.active.keys(),
+            self.engine.streams,
             self.engine.start,
             self._nudge,
         )

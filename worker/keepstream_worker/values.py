@@ -7,6 +7,7 @@ from typing import Any, Final, NamedTuple
 
 from keepstream.errors import ErrorCode
 from keepstream.results import Choice, JobStatus, ProviderError, Usage
+from keepstream_worker.limits import RateLimits
 
 #: Characters of a host's name in the id of its workers.
 _HOST_LENGTH: Final = 64
@@ -96,6 +97,7 @@ class Ending:
     provider_request_id: str | None = None
     provider_details: dict[str, Any] | None = None
     terminal_event_id: str | None = None
+    rate_limits: RateLimits | None = None  #: As the provider's answer says; not stored.
 
 
 class Ended(NamedTuple):

@@ -6,6 +6,7 @@ publisher while the stream lasts; then the failure that ended it, or None, and a
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Any, Final
 
 from keepstream.errors import ErrorCode
@@ -16,6 +17,7 @@ from keepstream_worker.events.publisher import Publisher
 from keepstream_worker.jobs import usage
 from keepstream_worker.jobs.active_job import ActiveJob, Stop
 from keepstream_worker.jobs.verdict import AttemptReport
+from keepstream_worker.limits import RateLimits
 from keepstream_worker.providers.config import ProviderConfig
 from keepstream_worker.providers.provider import ProviderFailure, Providers, ProviderStream, Timeouts
 from keepstream_worker.providers.stream import Limits, Output, StreamReader
@@ -43,6 +45,7 @@ class Attempt:
         "key",
         "provider_request_id",
         "publication",
+        "rate_limits",
         "reader",
         "target",
     )
@@ -67,6 +70,7 @@ class Attempt:
         self._prompts = prompts
         self.carried: list[Choice] | None = None  #: Output of an earlier attempt, whose worker died.
         self.provider_request_id: str | None = None
+        self.rate_limits: RateLimits | None = None  #: As the answer's head says.
         self._requested_at = time.monotonic()
         self._first_output_at: float | None = None
 
@@ -128,6 +132,7 @@ class Attempt:
             first_token_ms=first_token_ms,
             provider_request_id=self.provider_request_id,
             provider_details=output.provider_details,
+            rate_limits=self.rate_limits,
         )
 
     def usage_of(self, output: Output) -> Usage:
@@ -165,13 +170,16 @@ class AttemptStreams:
         self._settings = settings
         self._providers = providers
 
-    async def run(self, active: ActiveJob, attempt: Attempt) -> Failure | None:
-        """Stream until the answer ends, fails or is stopped; return why it is not whole, or None if it is."""
+    async def run(self, active: ActiveJob, attempt: Attempt, on_accepted: Callable[[], None]) -> Failure | None:
+        """Stream until the answer ends, fails or is stopped; return why it is not whole, or None if it is.
+
+        ``on_accepted`` is called when the provider has taken the request.
+        """
         timer = asyncio.get_running_loop().call_later(
             max(attempt.claim.remaining_seconds, 0.0), active.request_stop, Stop.TOTAL_TIMEOUT
         )
         try:
-            failure = await active.interruptibly(self._read(active, attempt))
+            failure = await active.interruptibly(self._read(active, attempt, on_accepted))
         finally:
             timer.cancel()
         failure = attempt.reader.finish(failure)
@@ -183,7 +191,7 @@ class AttemptStreams:
             return failure
         return self._providers.get(provider).scrubbed(failure)
 
-    async def _read(self, active: ActiveJob, attempt: Attempt) -> Failure | None:
+    async def _read(self, active: ActiveJob, attempt: Attempt, on_accepted: Callable[[], None]) -> Failure | None:
         """Read the provider's answer to its end; return why it broke off, or None."""
         job = attempt.job
         usage_timer: asyncio.TimerHandle | None = None
@@ -193,6 +201,8 @@ class AttemptStreams:
             attempt.begin_request()
             async with provider.stream(attempt.request, timeouts) as response:
                 attempt.provider_request_id = response.provider_request_id
+                attempt.rate_limits = response.rate_limits
+                on_accepted()
                 reader = attempt.reader = self._make_reader(job, provider.config, response)
                 data_events = 0
                 async for data in response:

@@ -13,6 +13,7 @@ whoever counts it.
 import asyncio
 import json
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Final
@@ -34,7 +35,7 @@ from keepstream_worker.store import Claim, NotEnded
 from keepstream_worker.store.database import WorkerDatabase
 from keepstream_worker.store.error_answers import StoreRefusedError
 from keepstream_worker.telemetry.logs import get_logger
-from keepstream_worker.values import AttemptReason, Ended, Ending, Failure, JobKey
+from keepstream_worker.values import AttemptReason, Ended, Ending, Failure, JobKey, Target
 
 log = get_logger()
 
@@ -53,15 +54,18 @@ class Engine:
         publisher: Publisher,
         streams: AttemptStreams,
         recovery: Recovery,
+        on_accepted: Callable[[Claim], None] = lambda _claim: None,
         on_end: Callable[[Claim, Ending], None] = lambda _claim, _ending: None,
     ) -> None:
         self.active: dict[JobKey, ActiveJob] = {}  #: What runs or is being ended here.
+        self.streams: Counter[Target] = Counter()  #: How many of them, by target.
         self._settings = settings
         self._worker_id = worker_id
         self._database = database
         self._publisher = publisher
         self._streams = streams
         self._recovery = recovery
+        self._on_accepted = on_accepted
         self._on_end = on_end
         self._backoff = BackoffPolicy(base=settings.backoff_base, cap=settings.backoff_cap)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -77,6 +81,7 @@ class Engine:
             earlier.request_stop(Stop.SUPERSEDED)
         active = self.active[claim.key] = ActiveJob(task)
         active.attempt = claim.attempt
+        self.streams[claim.target] += 1
         if claim.cancel_requested:
             active.request_stop(Stop.CANCELLED)
 
@@ -99,6 +104,9 @@ class Engine:
         except Exception:  # the last resort: the sweep finds the job
             log.exception("job_defect", tenant=claim.key.tenant, job_id=claim.key.id)
         finally:
+            self.streams[claim.target] -= 1
+            if not self.streams[claim.target]:
+                del self.streams[claim.target]
             if self.active.get(claim.key) is active:
                 del self.active[claim.key]
 
@@ -145,7 +153,7 @@ class Engine:
                 return await self._commit(attempt, ending)
         if failure is None:
             attempt.publish_started()
-            failure = await self._streams.run(active, attempt)
+            failure = await self._streams.run(active, attempt, lambda: self._on_accepted(claim))
             if active.stop is Stop.SUPERSEDED:
                 return await self._abandon(attempt, failure)
         report = attempt.report(self._worker_id, failure, active.stop)

@@ -14,6 +14,7 @@ from keepstream.errors import ErrorCode
 from keepstream.results import Choice, JobStatus, Usage
 from keepstream_worker.jobs import retry
 from keepstream_worker.jobs.active_job import STOP_FAILURES, Stop
+from keepstream_worker.limits import RateLimits
 from keepstream_worker.store import Claim
 from keepstream_worker.values import AttemptReason, Ending, Failure, JobKey, Outcome, Target
 
@@ -38,6 +39,7 @@ class AttemptReport:
     first_token_ms: float | None = None
     provider_request_id: str | None = None
     provider_details: dict[str, Any] | None = None
+    rate_limits: RateLimits | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,7 @@ def decide(report: AttemptReport, policy: RetryPolicy, random: Callable[[], floa
         first_token_ms=report.first_token_ms,
         provider_request_id=report.provider_request_id,
         provider_details=report.provider_details,
+        rate_limits=report.rate_limits,
     )
     if failure is None:
         return replace(ending, status=JobStatus.CANCELLED) if report.stop is Stop.CANCELLED else ending

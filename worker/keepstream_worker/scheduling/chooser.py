@@ -11,7 +11,7 @@ import asyncio
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from typing import Final
 
@@ -62,6 +62,7 @@ class Chooser:
         turns: WorkerDatabase,
         work: WorkerDatabase,
         running: Collection[JobKey],
+        streams: Mapping[Target, int],
         start: Callable[[Claim], None],
         nudge: Callable[[list[str]], None],
     ) -> None:
@@ -76,6 +77,7 @@ class Chooser:
             turns: For the turn alone, one operation in a transaction.
             work: For claims.
             running: The jobs that run here; it changes.
+            streams: How many of them there are, by target; it changes.
             start: Called with each claim.
             nudge: Called with queues whose jobs wait for a worker that has a place.
         """
@@ -88,6 +90,7 @@ class Chooser:
         self._turns = turns
         self._work = work
         self._running = running
+        self._streams = streams
         self._start = start
         self._nudge = nudge
         self._nudged_at = 0.0
@@ -255,7 +258,7 @@ class Chooser:
         self, chain: tuple[Target, ...], tenant: str, prompt_tokens: int, max_tokens: int | None
     ) -> tuple[Target, int] | None:
         state = self._state
-        target = may_start_directly(self._policy, state, chain, tenant)
+        target = may_start_directly(self._policy, state, chain, tenant, self._streams)
         return target and (target, state.estimate(target, prompt_tokens, max_tokens))
 
     # -- the turn --
