@@ -644,6 +644,13 @@ def test_the_doctor_meets_a_provider_that_refuses_the_key(cluster: Cluster, monk
     assert (done.returncode, findings(done)["provider default"]) == (UNSUCCESSFUL, "fail")
 
 
+def test_the_doctor_warns_of_a_limit_that_is_hardly_meant(cluster: Cluster, tmp_path: Path):
+    file = tmp_path / "providers.toml"
+    file.write_text("[providers.default]\ntokens_per_minute = 10\n")
+    done = run(cluster.environment() | {"KEEPSTREAM_PROVIDERS_FILE": str(file)}, "doctor", "--json")
+    assert (done.returncode, findings(done)["limits"]) == (OK, "warn")
+
+
 def test_the_doctor_warns_of_a_redis_that_forgets(cluster: Cluster):
     with redis.Redis.from_url(cluster.valkey.url) as client:
         client.config_set("maxmemory-policy", "allkeys-lru")

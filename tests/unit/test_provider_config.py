@@ -12,6 +12,7 @@ from keepstream_worker.providers.config import (
 )
 
 ENV = {"OPENAI_API_KEY": "sk-default", "GROQ_API_KEY": "gsk_secret", "PROXY_URL": "http://me:word@proxy.example:3128"}
+ONLY_TABLES = "only tables named [providers.NAME], [tenants.NAME] and [scheduling] belong here"
 KEY_LIKE = ["sk-proj-abcdef", "gsk_abcdef", "AIzaSyAbcdef", "0123456789abcdef0123456789abcdef", "Bearer abc"]
 
 
@@ -145,7 +146,8 @@ def test_ordinary_header_values_are_accepted(value: str) -> None:
     [
         ("[providers.x", "providers.toml: not valid TOML (end of document)"),
         ("[providers.x]\nbase_url = sk-secret", "providers.toml: not valid TOML (line 2, column 12)"),
-        ("[provider.x]", "providers.toml: 'provider': only tables named [providers.NAME] belong here"),
+        ("[provider.x]", f"providers.toml: 'provider': {ONLY_TABLES}; did you mean 'providers'?"),
+        ("[server.x]", f"providers.toml: 'server': {ONLY_TABLES}"),
         ("providers = 1", "providers.toml: 'providers' must be tables named [providers.NAME]"),
         ("[providers]\nx = 1", "providers.toml: providers.x must be a table [providers.x]"),
         ("[providers.x]", "providers.toml: [providers.x]: 'base_url' is missing; kind 'openai' needs it"),

@@ -16,7 +16,7 @@ from keepstream import names
 from keepstream.events import parse_event
 from keepstream.jobs import parse_job
 from keepstream_worker.commands.main import app
-from keepstream_worker.providers.config import parse_providers
+from keepstream_worker.providers.config import parse_policy, parse_providers
 from keepstream_worker.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -123,9 +123,12 @@ def test_the_example_of_an_event_is_one() -> None:
 
 
 def test_the_example_of_a_providers_file_is_accepted() -> None:
-    (text,) = blocks("toml")
+    text, limits = blocks("toml")
     environment = {"GROQ_API_KEY": "k", "AZURE_OPENAI_API_KEY": "k", "GATEWAY_KEY": "k"}
     assert set(parse_providers(text, environment)) == {"default", "groq", "azure-eu", "local", "gateway"}
+    policy = parse_policy(limits, {})
+    assert [key for key, _ in policy.limits_of("openai", "gpt-6-mini")] == ["openai", "openai/gpt-6-mini"]
+    assert policy.doubts() == []
 
 
 def test_channel_and_log_are_named_as_they_are() -> None:

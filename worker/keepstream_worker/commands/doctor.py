@@ -23,7 +23,7 @@ from keepstream.client.database import ClientDatabase, make_engine
 from keepstream.client.redis_url import RedisServer
 from keepstream.errors import InvalidSettingError, StoreUnavailableError
 from keepstream_worker.commands.formats import count
-from keepstream_worker.providers.config import DEFAULT, ProviderConfig, ProviderConfigError, load_providers
+from keepstream_worker.providers.config import DEFAULT, ProviderConfig, ProviderConfigError, load
 from keepstream_worker.redis_check import RedisFault, check_redis_server
 from keepstream_worker.settings import Settings, SettingsError, load_settings
 from keepstream_worker.store import inspection, schema
@@ -225,11 +225,13 @@ def _rejected(overview: Overview) -> Finding:
 
 def _providers(settings: Settings) -> Iterator[Finding]:
     try:
-        configs = load_providers(settings.providers_file, os.environ)
+        configuration = load(settings.providers_file, os.environ)
     except ProviderConfigError as error:
         yield Finding("providers", Severity.FAIL, str(error), "correct KEEPSTREAM_PROVIDERS_FILE or what it names")
         return
-    yield from asyncio.run(_try_providers(configs))
+    for doubt in configuration.policy.doubts():
+        yield Finding("limits", Severity.WARN, doubt, "raise it in KEEPSTREAM_PROVIDERS_FILE, if it is not meant")
+    yield from asyncio.run(_try_providers(configuration.providers))
 
 
 async def _try_providers(configs: dict[str, ProviderConfig]) -> list[Finding]:

@@ -1,7 +1,8 @@
-"""Provider configuration: which providers a job may name, and how each is reached.
+"""Provider configuration: which providers a job may name, how each is reached, and how much of each may be used.
 
 In: the providers file (TOML) and the environment.
-Out: ``ProviderConfig`` values by name, to the provider module; or one line that says what is wrong.
+Out: ``ProviderConfig`` values by name, to the provider module; a ``Policy``, to whoever decides what runs next; or one
+line that says what is wrong.
 
 A job only names a provider. URLs come from the operator's file, keys from the operator's environment.
 
@@ -28,21 +29,43 @@ OPENAI_PROJECT_ID, as for the openai SDK. A file looks like this::
     base_url = "https://gateway.example/v1"
     api_key_env = "GATEWAY_API_KEY"
     api = "chat"                          # or "responses", or "auto": by chat completions, until the provider refuses
-    models = { "gpt-6-*" = { api = "responses" } }
+    models = { "gpt-6-*" = { api = "responses", concurrency = 20 } }
+    concurrency = 200                     # streams at once, of all its models, for the whole deployment
+    requests_per_minute = 3000
+    tokens_per_minute = 1_000_000
+
+    [tenants."*"]                         # every tenant without a table of its own
+    concurrency = 50
+
+    [scheduling]
+    bulk_share = 0.1
 """
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from types import MappingProxyType
+from typing import Annotated, Any, Final, Literal, NamedTuple, Self, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]  # typeshed does not know it
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, ValidationError, model_validator
 
 from keepstream import names
+from keepstream_worker.limits import (
+    DEFAULT_BROKEN_AFTER,
+    DEFAULT_BROKEN_FOR,
+    DEFAULT_BULK_SHARE,
+    DEFAULT_CREDIT,
+    DEFAULT_MAX_COOLDOWN,
+    OTHER_TENANTS,
+    Limits,
+    Policy,
+    ProviderPolicy,
+    TenantPolicy,
+)
 
 DEFAULT: Final = "default"
 OPENAI_URL: Final = "https://api.openai.com/v1"
@@ -59,6 +82,9 @@ _SECRET_HEADERS: Final = frozenset({"authorization", "proxy-authorization", "api
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 Bytes = Annotated[int, Field(ge=1024)]
 Name = Annotated[str, StringConstraints(pattern=names.ID_PATTERN)]
+# Strict, because pydantic would take `true` for 1.
+Places = Annotated[int, Field(strict=True, ge=1, le=1_000_000)]
+PerMinute = Annotated[float, Field(strict=True, gt=0, le=1e12)]
 
 
 class ProviderConfigError(Exception):
@@ -67,6 +93,9 @@ class ProviderConfigError(Exception):
 
 class _Value(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+_V = TypeVar("_V", bound=_Value)
 
 
 class ProviderTimeouts(_Value):
@@ -87,8 +116,21 @@ class ProviderLimits(_Value):
 Api = Literal["auto", "chat", "responses"]
 
 
-class ModelConfig(_Value):
-    """What holds for some models of a provider."""
+class _Limited(_Value):
+    """What may be used of a provider or a model by the whole deployment; None: no limit."""
+
+    concurrency: Places | None = None  #: Streams at once.
+    requests_per_minute: PerMinute | None = None
+    tokens_per_minute: PerMinute | None = None  #: Prompt and completion together.
+
+    @property
+    def use(self) -> Limits:
+        """The limits as one value."""
+        return Limits(self.concurrency, self.requests_per_minute, self.tokens_per_minute)
+
+
+class ModelConfig(_Limited):
+    """What holds for some models of a provider; a pattern's limits hold for each of them by itself."""
 
     api: Api | None = None  #: In which dialect they are asked; None: as the provider's other models.
 
@@ -103,8 +145,8 @@ class ResponsesConfig(_Value):
     item_ids: bool = True  #: Whether reasoning that goes back keeps its id.
 
 
-class ProviderConfig(_Value):
-    """How one provider is reached. Values that may be secret print as ``**********``."""
+class ProviderConfig(_Limited):
+    """How one provider is reached, and its limits. Values that may be secret print as ``**********``."""
 
     name: Name
     kind: Literal["openai", "azure"] = "openai"
@@ -125,6 +167,9 @@ class ProviderConfig(_Value):
     limits: ProviderLimits = ProviderLimits()
     proxy: SecretStr | None = None  #: URL of an HTTP proxy; None: a direct connection.
     max_connections: Annotated[int, Field(ge=1)] | None = None  #: None: no limit.
+    max_cooldown: Annotated[float, Field(strict=True, ge=0, le=86_400)] = DEFAULT_MAX_COOLDOWN  #: Seconds.
+    broken_after: Annotated[int, Field(strict=True, ge=1, le=1000)] = DEFAULT_BROKEN_AFTER  #: Failures in a row.
+    broken_for: Annotated[float, Field(strict=True, gt=0, le=300)] = DEFAULT_BROKEN_FOR  #: Seconds, doubled up to 300.
 
     @property
     def url(self) -> str:
@@ -141,6 +186,17 @@ class ProviderConfig(_Value):
         matching = [self.models[model]] if model in self.models else []
         matching += [config for pattern, config in self.models.items() if fnmatchcase(model, pattern)]
         return next((config.api for config in matching if config.api is not None), self.api)
+
+    @property
+    def policy(self) -> ProviderPolicy:
+        """What may be used of it, and when it counts as unfit."""
+        return ProviderPolicy(
+            limits=self.use,
+            models=MappingProxyType({pattern: model.use for pattern, model in self.models.items() if model.use}),
+            max_cooldown=self.max_cooldown,
+            broken_after=self.broken_after,
+            broken_for=self.broken_for,
+        )
 
     @property
     def key_missing(self) -> bool:
@@ -162,6 +218,39 @@ class ProviderConfig(_Value):
                 raise ValueError(f"'{key}' has no meaning for kind {self.kind!r}")
         return self
 
+    @model_validator(mode="after")
+    def _no_model_may_use_more_than_all(self) -> Self:
+        for pattern, model in self.models.items():
+            for key in _LIMITS:
+                of_all, of_one = getattr(self, key), getattr(model, key)
+                if of_all is not None and of_one is not None and of_one > of_all:
+                    raise ValueError(
+                        f"models.{pattern}.{key} is above the provider's own {key}, which holds for all its models "
+                        "together and wins; lower the one or raise the other"
+                    )
+        return self
+
+
+class TenantConfig(_Value):
+    """What a tenant may use."""
+
+    concurrency: Places | None = None  #: Jobs running at once; None: no limit.
+    weight: Annotated[float, Field(strict=True, ge=0.001, le=1_000_000)] = 1.0
+
+
+class SchedulingConfig(_Value):
+    """How the deployment is divided."""
+
+    bulk_share: Annotated[float, Field(strict=True, ge=0, lt=1)] = DEFAULT_BULK_SHARE
+    credit: Annotated[int, Field(strict=True, ge=1, le=10**12)] = DEFAULT_CREDIT  #: Tokens ÷ weight.
+
+
+class Configuration(NamedTuple):
+    """All that the providers file and the environment say."""
+
+    providers: dict[str, ProviderConfig]  #: By name; ``default`` is always among them.
+    policy: Policy
+
 
 #: The tables inside a provider's, by their key.
 _INNER_TABLES: Final[Mapping[int | str, type[BaseModel]]] = {
@@ -170,6 +259,10 @@ _INNER_TABLES: Final[Mapping[int | str, type[BaseModel]]] = {
     "models": ModelConfig,
     "responses": ResponsesConfig,
 }
+_LIMITS: Final = tuple(_Limited.model_fields)
+_TABLES: Final = ("providers", "tenants", "scheduling")
+#: Where the environment's own configuration of the default provider does not help: it is reached elsewhere.
+_ANOTHER_PLACE: Final = frozenset({"kind", "base_url", "endpoint"})
 _PYDANTIC_TABLE: Final = re.compile(r"Input should be a valid dictionary( or instance of \w+)?")
 
 
@@ -179,14 +272,32 @@ def load_providers(file: Path | None, environment: Mapping[str, str]) -> dict[st
     Raises:
         ProviderConfigError: the file is missing or invalid.
     """
+    return load(file, environment).providers
+
+
+def load_policy(file: Path | None, environment: Mapping[str, str]) -> Policy:
+    """Return the limits, and how they are divided, as ``file`` (if given) says.
+
+    Raises:
+        ProviderConfigError: the file is missing or invalid.
+    """
+    return load(file, environment).policy
+
+
+def load(file: Path | None, environment: Mapping[str, str]) -> Configuration:
+    """Return what the environment and ``file`` (if given) say.
+
+    Raises:
+        ProviderConfigError: the file is missing or invalid.
+    """
     if file is None:
-        return parse_providers("", environment)
+        return parse("", environment)
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise ProviderConfigError(f"{file}: cannot be read ({reason}); see KEEPSTREAM_PROVIDERS_FILE") from None
-    return parse_providers(text, environment, file=str(file))
+    return parse(text, environment, file=str(file))
 
 
 def parse_providers(
@@ -197,34 +308,89 @@ def parse_providers(
     Raises:
         ProviderConfigError: something is invalid; the message names ``file``, the table and the key.
     """
+    return parse(toml_text, environment, file=file).providers
+
+
+def parse_policy(toml_text: str, environment: Mapping[str, str], *, file: str = "providers file") -> Policy:
+    """Return the limits, and how they are divided, as ``toml_text`` says.
+
+    Raises:
+        ProviderConfigError: something is invalid; the message names ``file``, the table and the key.
+    """
+    return parse(toml_text, environment, file=file).policy
+
+
+def parse(toml_text: str, environment: Mapping[str, str], *, file: str = "providers file") -> Configuration:
+    """Return what ``toml_text`` and ``environment`` say.
+
+    Raises:
+        ProviderConfigError: something is invalid; the message names ``file``, the table and the key.
+    """
     try:
         document = tomllib.loads(toml_text)
     except tomllib.TOMLDecodeError as error:
         # The decoder's message may quote the line, and with it a key that should not be there.
         position = re.search(r"\(at (.*)\)\Z", str(error))
         raise ProviderConfigError(f"{file}: not valid TOML{f' ({position[1]})' if position else ''}") from None
-    for key in document:
-        if key != "providers":
-            raise ProviderConfigError(f"{file}: '{key}': only tables named [providers.NAME] belong here")
-    tables = document.get("providers", {})
+    for key in document.keys() - set(_TABLES):
+        nearest = names.nearest(key, _TABLES)
+        hint = f"; did you mean '{nearest}'?" if nearest else ""
+        raise ProviderConfigError(
+            f"{file}: '{key}': only tables named [providers.NAME], [tenants.NAME] and [scheduling] belong here{hint}"
+        )
+    providers = {DEFAULT: _provider(DEFAULT, _default_table(environment), environment, "environment")}
+    for name, table in _named_tables(document, "providers", file):
+        if name == DEFAULT and not table.keys() & _ANOTHER_PLACE:
+            table = _default_table(environment, table)  # noqa: PLW2901  # the same provider, with more said about it
+        providers[name] = _provider(name, table, environment, f"{file}: [providers.{name}]")
+    tenants = {
+        name: _tenant(name, table, f"{file}: [tenants.{_quoted(name)}]")
+        for name, table in _named_tables(document, "tenants", file)
+    }
+    scheduling = document.get("scheduling", {})
+    if not isinstance(scheduling, dict):
+        raise ProviderConfigError(f"{file}: 'scheduling' must be a table [scheduling]")
+    division = _checked(SchedulingConfig, scheduling, f"{file}: [scheduling]")
+    policy = Policy(
+        providers=MappingProxyType({name: provider.policy for name, provider in providers.items()}),
+        tenants=MappingProxyType(tenants),
+        bulk_share=division.bulk_share,
+        credit=division.credit,
+    )
+    return Configuration(providers, policy)
+
+
+def _named_tables(document: Mapping[str, Any], group: str, file: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the tables [GROUP.NAME] with their names."""
+    tables = document.get(group, {})
     if not isinstance(tables, dict):
-        raise ProviderConfigError(f"{file}: 'providers' must be tables named [providers.NAME]")
-    configs = {DEFAULT: _provider(DEFAULT, _default_table(environment), environment, "environment")}
+        raise ProviderConfigError(f"{file}: '{group}' must be tables named [{group}.NAME]")
     for name, table in tables.items():
         if not isinstance(table, dict):
-            raise ProviderConfigError(f"{file}: providers.{name} must be a table [providers.{name}]")
-        configs[name] = _provider(name, table, environment, f"{file}: [providers.{name}]")
-    return configs
+            raise ProviderConfigError(f"{file}: {group}.{name} must be a table [{group}.{name}]")
+        yield name, table
 
 
-def _default_table(environment: Mapping[str, str]) -> dict[str, Any]:
-    return {
-        "base_url": environment.get(_URL_VARIABLE) or OPENAI_URL,
-        "api_key_env": _KEY_VARIABLE,
-        "headers": {
-            name: {"env": variable} for name, variable in _ACCOUNT_HEADERS.items() if environment.get(variable)
-        },
+def _tenant(name: str, table: Mapping[str, Any], where: str) -> TenantPolicy:
+    if name != OTHER_TENANTS and re.fullmatch(names.ID_PATTERN, name) is None:
+        raise ProviderConfigError(f'{where}: must be named like a tenant, or "*" for all that have no table')
+    tenant = _checked(TenantConfig, table, where)
+    return TenantPolicy(tenant.concurrency, tenant.weight)
+
+
+def _quoted(name: str) -> str:
+    """Return a key as TOML wants it."""
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else f'"{name}"'
+
+
+def _default_table(environment: Mapping[str, str], more: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """Return the table of the default provider: what the environment says, and what the file says in addition."""
+    headers: dict[str, Any] = {
+        name: {"env": variable} for name, variable in _ACCOUNT_HEADERS.items() if environment.get(variable)
     }
+    table = {"base_url": environment.get(_URL_VARIABLE) or OPENAI_URL, "api_key_env": _KEY_VARIABLE, **more}
+    given = more.get("headers", {})
+    return table | {"headers": headers | given if isinstance(given, dict) else given}
 
 
 def _provider(name: str, table: Mapping[str, Any], environment: Mapping[str, str], where: str) -> ProviderConfig:
@@ -249,23 +415,30 @@ def _provider(name: str, table: Mapping[str, Any], environment: Mapping[str, str
     if "proxy" in table:
         fields["proxy"] = _secret(table["proxy"], environment, f"{where} proxy")
         _check_url(fields["proxy"].get_secret_value(), f"{where} proxy", with_password="env" in table["proxy"])
+    config = _checked(ProviderConfig, fields, where)
+    return config if config.proxy else config.model_copy(update={"proxy": _environment_proxy(config.url, environment)})
+
+
+def _checked(kind: type[_V], fields: Mapping[str, Any], where: str) -> _V:
+    """Return the fields as a checked value; raise ``ProviderConfigError`` about the first one that is wrong."""
     try:
-        config = ProviderConfig.model_validate(fields)
+        return kind.model_validate(fields)
     except ValidationError as error:
         item = error.errors(include_url=False, include_input=False, include_context=False)[0]
         location = " ".join([where, ".".join(map(str, item["loc"]))]).rstrip()
         if item["type"] == "extra_forbidden":
-            message = _unknown_key(*item["loc"])
+            message = _unknown_key(kind, *item["loc"])
         else:
             message = _PYDANTIC_TABLE.sub("must be a table", item["msg"].removeprefix("Value error, "))
             message = message.replace("Input should be", "must be")
+            if item["type"].startswith("greater_than") and item["loc"][-1] in _LIMITS:
+                message += "; leave it out for no limit"
         raise ProviderConfigError(f"{location}: {message}") from None
-    return config if config.proxy else config.model_copy(update={"proxy": _environment_proxy(config.url, environment)})
 
 
-def _unknown_key(*location: int | str) -> str:
-    """Return the complaint about a key that a provider's table, or a table inside it, does not know."""
-    owner = _INNER_TABLES[location[0]] if len(location) > 1 else ProviderConfig
+def _unknown_key(kind: type[_Value], *location: int | str) -> str:
+    """Return the complaint about a key that a table, or a table inside a provider's, does not know."""
+    owner = _INNER_TABLES[location[0]] if len(location) > 1 else kind
     known = owner.model_fields.keys() - {"name", "api_key"}
     nearest = names.nearest(str(location[-1]), sorted(known))
     return (
