@@ -17,7 +17,7 @@ from keepstream_worker.dev_stack.embedded import EmbeddedValkey
 from keepstream_worker.events.log_script import APPEND, HEAL, SCRIPT, SCRIPT_SHA, VERIFY
 from keepstream_worker.events.publication import FlushResult, Publication
 from keepstream_worker.events.publisher import Publisher
-from keepstream_worker.events.redis_link import pack
+from keepstream_worker.events.redis_link import RedisLink, pack
 from keepstream_worker.values import Delta
 from tests.log_model import LogModel
 
@@ -479,3 +479,32 @@ async def test_closing_sends_what_is_pending_and_never_hangs(server: EmbeddedVal
         async with asyncio.timeout(PATIENCE):
             await publisher.close(timeout=3)
         assert text_of(log(client, f"job-{number}")) == "the last words"
+
+
+async def test_healing_many_large_outputs_goes_in_steps(
+    server: EmbeddedValkey, client: "redis.Redis", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step encodes a bounded number of bytes, between which the event loop does other work."""
+    publisher = make_publisher(server)
+    jobs = [Job(publisher, job_id=f"job-{number}") for number in range(24)]
+    for job in jobs:
+        assert await job.is_sent()
+    server.kill()
+    for job in jobs:
+        job.say("x" * 500_000)
+    flushed: list[int] = []
+    call = RedisLink.call
+
+    async def recording(link: RedisLink, commands: list[bytes], answers: int) -> Any:
+        flushed.append(sum(map(len, commands)))
+        return await call(link, commands, answers)
+
+    monkeypatch.setattr(RedisLink, "call", recording)
+    server.start()
+    for job in jobs:
+        job.end()
+        assert await job.is_sent()
+    assert max(flushed) < 2 * 1024 * 1024
+    for number, job in enumerate(jobs):
+        assert text_of(log(client, f"job-{number}")) == job.text
+    await publisher.close(timeout=0)

@@ -20,6 +20,9 @@ from keepstream_worker.telemetry.outages import Outage, Server, redis_reason
 log = get_logger()
 
 _CALL_TIMEOUT: Final = 5.0
+#: Bytes of one flush, more or less: after an outage each job may have a snapshot of megabytes to send, and until all are
+#: encoded the event loop does nothing else.
+_MOST_FLUSHED: Final = 1024 * 1024
 #: Seconds after which events that Redis refused, while it took others, are sent again.
 _REFUSED_PAUSE: Final = 1.0
 #: What Redis says when it is not the master any more.
@@ -173,14 +176,16 @@ class Publisher:
         return link
 
     async def _flush(self, link: RedisLink) -> None:
-        """Send one call for each publication that has something, in one pipeline."""
+        """Send one call for each publication that has something, in one pipeline; what is too much goes next time."""
         batch = [publication for publication in self._dirty if publication.has_pending]  # some were discarded
         self._dirty = {}
         if not batch:
             return
         self._in_flight = True
         try:
-            calls = {publication: call for publication in batch if (call := self._next_call(publication))}
+            calls, left = self._next_calls(batch)
+            self._dirty = dict.fromkeys(left) | self._dirty
+            batch = list(calls)
             if not calls:
                 return
             # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the answer.
@@ -207,6 +212,19 @@ class Publisher:
                 log.warning("events_refused", log_key=publication.keys[0].decode(), reason=redis_reason(refusal))
             publication.shed_buffer(self._buffer_bytes)
             self._mark_dirty_later(publication)
+
+    def _next_calls(self, batch: list[Publication]) -> tuple[dict[Publication, tuple[bytes, int]], list[Publication]]:
+        """Return the calls of one flush, and the publications that must wait for the next one."""
+        calls: dict[Publication, tuple[bytes, int]] = {}
+        size = 0
+        for position, publication in enumerate(batch):
+            call = self._next_call(publication)
+            if call is not None:
+                calls[publication] = call
+                size += len(call[0])
+            if size > _MOST_FLUSHED:
+                return calls, batch[position + 1 :]
+        return calls, []
 
     def _next_call(self, publication: Publication) -> tuple[bytes, int] | None:
         """Return a publication's call, or None after a defect, which must not hold up the events of other jobs."""

@@ -26,7 +26,8 @@ log = get_logger()
 
 #: Rows of each kind that one sweep takes; the next one follows soon.
 _LIMIT: Final = 200
-_ANNOUNCEMENTS_AT_ONCE: Final = 20
+#: Each of them may read an output of megabytes.
+_ANNOUNCEMENTS_AT_ONCE: Final = 4
 #: Sweeps for which a lease lasts: a worker that dies is followed soon, one that is slow is not replaced.
 _LEASE_SWEEPS: Final = 4.0
 #: Seconds to give the lease up at the end.
