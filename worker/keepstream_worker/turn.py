@@ -86,7 +86,8 @@ class Question:
     restarted: int = 0
     counted_providers: tuple[str, ...] = ()  #: Whose running jobs are counted, by target.
     counted_tenants: tuple[str, ...] = ()  #: The same, by tenant; those of the standings read are counted as well.
-    counts_all_tenants: bool = False  #: Whether tenants of the standings and restarted jobs read are to be counted.
+    #: Whether the tenants of the standings, arrivals and restarted jobs read are to be counted.
+    counts_all_tenants: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,744 @@
+"""The choice: which jobs the worker gets that has the turn.
+
+In: the policy, the newest state, what was read, what this worker has learned.  Out: what to read; then picks, changed
+standings, and the next state.  Pure, and the only place where order is decided.
+
+The rules are sequential: k jobs are k choices, one after the other, each with all before it done.  (1) Targets that
+are open; (2) jobs that were started before; (3) interactive before bulk, which has a small share; (4) the lane that is
+least far; (5) its oldest job.  What is read is bounded, so a batch ends early where it would have to know more.
+"""
+
+import heapq
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from keepstream_worker.limits import Policy
+from keepstream_worker.scheduling import learning
+from keepstream_worker.scheduling.gates import Gate, Gates
+from keepstream_worker.scheduling.lanes import Lane, Row
+from keepstream_worker.scheduling.observations import Accepted, Charged, End, Observation, Settled
+from keepstream_worker.scheduling.state import BULK, INTERACTIVE, FullTenant, PoolState, State, key_of, pool_state
+from keepstream_worker.turn import Decision, Move, Pick, Question, Reading, Retimed, Standing, WaitingJob
+from keepstream_worker.values import Target
+
+#: Pools of a class that are read in one turn; the others, whose lanes are further, wait for theirs.
+_MOST_POOLS: Final = 64
+#: Full tenants that are looked at again in one turn.
+_MOST_TENANTS: Final = 20
+#: Full tenants that are remembered; beyond, lanes are passed over without being parked.
+_MOST_PARKED: Final = 1000
+#: Seconds after which what waits for the end of a job is looked at again, in case nobody tells of it.
+_LAST_RESORT: Final = 1.0
+#: How far a slow transaction's arrival may be behind the newest one and still be found by a turn; a sweep finds others.
+_LATE_ARRIVALS: Final = 1000
+#: Streams at a target of which nothing is known that one worker may start without asking.
+_UNKNOWN_STREAMS: Final = 16
+_NEVER: Final = float("inf")
+#: Below every time of a lane; a number that both databases know.
+_LONG_AGO: Final = -1e300
+
+
+class Choice:
+    """One turn of one worker: asks, then decides."""
+
+    def __init__(self, policy: Policy, queue: str, places: int, observations: Sequence[Observation] = ()) -> None:
+        """Prepare a turn.
+
+        Args:
+            policy: Limits and weights.
+            queue: Whose jobs the worker runs.
+            places: Jobs that it takes at most; with 0 the turn only tells.
+            observations: What it tells, in order.
+        """
+        self._policy = policy
+        self._queue = queue
+        self._places = places
+        self._observations = observations
+
+    # -- what is to be read --
+
+    def ask(self, now: float, state: str) -> Question:
+        """Return what is to be read; ``state`` is that of the newest turn, ``{}`` before the first."""
+        self._now = now
+        self._before = state
+        self._state = State.from_json(state)
+        self._gates = Gates(self._policy, self._state, now)
+        self._lanes: dict[int, Lane] = {}
+        self._told: dict[int, list[Charged | Settled]] = {}  # by lane, in order
+        self._freed: set[str] = set()
+        for observation in self._observations:
+            self._hear(observation)
+        self._asked_pools, self._passed_pools = self._pools_to_read()
+        self._asked_tenants = self._tenants_to_read()
+        restarted = self._restarted_to_read()
+        self._asked_restarted = set(restarted)
+        full = tuple(name for name in self._state.tenants if name not in self._asked_tenants) if restarted else ()
+        self._excludes = bool(full)
+        places = self._places
+        lanes = sum(self._state.pools[pool].lanes for pool in self._asked_pools) or 1
+        times = self._least_times()
+        told = {
+            lane: times.get((self._queue, observations[0].place.job_class), _LONG_AGO)
+            for lane, observations in self._told.items()
+        }
+        providers = set(self._policy.providers)
+        for pool in self._state.pools.values():
+            providers.update(key.partition("/")[0] for key in pool.chain)
+        return Question(
+            queue=self._queue,
+            pools=tuple((pool, self._state.pools[pool].low or 0.0) for pool in self._asked_pools),
+            restarted_pools=restarted,
+            full_tenants=full,
+            lanes=tuple(told.items()),
+            arrival_times=times,
+            parked_tenants=self._asked_tenants,
+            standings=places,
+            first_jobs=places,
+            other_jobs=min(places, -(-2 * places // lanes) + 1),
+            restarted=places,
+            counted_providers=tuple(sorted(providers)),
+            counted_tenants=self._asked_tenants,
+            counts_all_tenants=any(tenant.concurrency is not None for tenant in self._policy.tenants.values()),
+        )
+
+    def _hear(self, observation: Observation) -> None:
+        """Apply what was learned to targets and buckets; lanes follow when they are read."""
+        place = observation.place
+        key = key_of(place.target)
+        use = self._state.use(key)
+        if isinstance(observation, Accepted):
+            use.learned = learning.accepted(use.learned, self._now, started=place.chosen_at, running=place.running)
+            use.used = self._now
+            return
+        if isinstance(observation, Charged):
+            self._gates.of(key).charge(observation.tokens)
+            self._told.setdefault(place.lane, []).append(observation)
+            return
+        self._freed.add(place.tenant)
+        learned = learning.told(use.learned, observation.rates)
+        if learned != use.learned:
+            use.learned = learned
+            self._gates.forget()
+        use.learned = self._learn(learned, observation)
+        if observation.output is not None:
+            use.answered(observation.output)
+        if observation.actual is not None and observation.actual != observation.estimated:
+            self._gates.of(key).settle(observation.actual - observation.estimated)
+            self._told.setdefault(place.lane, []).append(observation)
+
+    def _learn(self, learned: learning.TargetState, told: Settled) -> learning.TargetState:
+        now, place = self._now, told.place
+        started = place.chosen_at
+        if told.end is End.COMPLETED:
+            return learning.completed(learned, now, started=started)
+        if told.end is End.ANSWERED:
+            return learning.answered(learned, now, started=started)
+        if told.end is End.REFUSED:
+            return learning.refused(learned, now, started=started, running=place.running, retry_after=told.retry_after)
+        if told.end is End.FAILED:
+            provider = place.target.provider
+            return learning.failed(
+                learned,
+                now,
+                started=started,
+                broken_after=self._policy.broken_after(provider),
+                broken_for=self._policy.broken_for(provider),
+            )
+        return learning.withdrawn(learned, now, started=started)
+
+    def _pools_to_read(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the active pools of the queue that are open, those to be read and those that are too many."""
+        if not self._places:
+            return (), ()
+        found: dict[str, list[tuple[float, int]]] = {INTERACTIVE: [], BULK: []}
+        for number, pool in self._state.pools.items():
+            if pool.queue == self._queue and pool.low is not None and self._gate(pool, counted=False) is not None:
+                found[pool.job_class].append((pool.low, number))
+        asked: list[int] = []
+        passed: list[int] = []
+        for pools in found.values():
+            if len(pools) > _MOST_POOLS:
+                pools.sort()
+            asked += [number for _, number in pools[:_MOST_POOLS]]
+            passed += [number for _, number in pools[_MOST_POOLS:]]
+        return tuple(asked), tuple(passed)
+
+    def _tenants_to_read(self) -> tuple[str, ...]:
+        """Return full tenants of whom a job may have ended."""
+        full = self._state.tenants
+        found = [name for name in full if name in self._freed]
+        due = sorted(
+            (tenant.checked, name)
+            for name, tenant in full.items()
+            if name not in self._freed and tenant.checked <= self._now - _LAST_RESORT
+        )
+        return tuple((found + [name for _, name in due])[:_MOST_TENANTS])
+
+    def _restarted_to_read(self) -> tuple[int, ...]:
+        """Return the open pools in which restarted jobs are due."""
+        if not self._places:
+            return ()
+        found = []
+        for number, pool in self._state.pools.items():
+            if pool.queue != self._queue:
+                continue
+            due = pool.restarted is not None and pool.restarted <= self._now
+            if (due or (pool.hidden and self._asked_tenants)) and self._gate(pool, counted=False) is not None:
+                found.append(number)
+        return tuple(found)
+
+    def _least_times(self) -> dict[tuple[str, str], float]:
+        """Return, by queue and class, the least time that a standing can have which means anything."""
+        times = {
+            (name, job_class): reach - self._policy.credit
+            for name, queue in self._state.queues.items()
+            for job_class, reach in queue.reach.items()
+        }
+        for pool in self._state.pools.values():
+            key = (pool.queue, pool.job_class)
+            if pool.low is not None and key in times:
+                times[key] = min(times[key], pool.low)
+        for tenant in self._state.tenants.values():
+            for key, time in times.items():
+                if tenant.low is not None and key[0] in tenant.queues:
+                    times[key] = min(time, tenant.low)
+        return times
+
+    def _gate(self, pool: PoolState, *, counted: bool = True) -> Gate | None:
+        """Return the gate by which the pool's next job passes, if it is open."""
+        gate, _ = self._gates.effective(pool.chain)
+        return gate if gate is not None and gate.closed(counted=counted) is None else None
+
+    # -- what is to be written --
+
+    def decide(self, reading: Reading) -> Decision:
+        """Return what is to be written; called after ``ask``, in the same turn."""
+        self._reading = reading
+        self._running_tenants = dict(reading.running_tenants)
+        self._full: set[str] = set()
+        self._restarted_arrived: set[int] = set()
+        self._picks: list[tuple[WaitingJob, Target, int, Gate | None]] = []
+        self._cut: set[str] = set()  # classes of which more may be open than was read
+        self._open: dict[int, Gate | None] = {}
+        self._heaps: dict[str, list[tuple[float, int, int]]] = {}
+        self._gates.count(reading.running)
+        self._unread = {
+            number for number, pool in self._state.pools.items() if pool.queue == self._queue and pool.low is not None
+        }.difference(self._asked_pools)
+        self._read_standings()
+        self._horizons = self._find_horizons()
+        for number, told in self._told.items():
+            self._settle(number, told)
+        for lane in self._lanes.values():
+            self._note_tenant(lane.tenant)
+        self._park(self._full.difference(self._asked_tenants))
+        self._floors = self._find_floors()
+        self._unpark()
+        self._arrive(reading.arrivals)
+        self._choose()
+        return self._written()
+
+    def _pool(self, number: int) -> PoolState:
+        """Return what is known of a pool; at first, what it is."""
+        pool = self._state.pools.get(number)
+        if pool is None:
+            pool = self._state.pools[number] = pool_state(self._reading.pools[number])
+        return pool
+
+    def _lane(self, number: int, tenant: str, queue: str, job_class: str) -> Lane:
+        lane = self._lanes.get(number)
+        if lane is None:
+            weight = self._policy.tenant(tenant).weight
+            lane = self._lanes[number] = Lane(number, tenant, queue, job_class, weight)
+        return lane
+
+    def _read_standings(self) -> None:
+        jobs, whole = self._reading.jobs, self._reading.whole
+        for standing in self._reading.standings:
+            pool = self._pool(standing.pool)
+            row = self._lane(standing.lane, standing.tenant, pool.queue, pool.job_class).read(standing)
+            if row.old is standing:
+                place = (standing.lane, standing.pool)
+                row.jobs = jobs.get(place, ())
+                row.whole = place in whole
+                if row.whole and not row.jobs:
+                    row.active = row.parked = False
+
+    def _find_horizons(self) -> dict[str, list[tuple[float, int]]]:
+        """Return, by class, beyond which times there may be lanes that were not read, and in which pool."""
+        times: dict[int, list[float]] = {number: [] for number in self._asked_pools}
+        for standing in self._reading.standings:
+            if standing.active and standing.pool in times:
+                times[standing.pool].append(standing.time)
+        horizons: dict[str, list[tuple[float, int]]] = {INTERACTIVE: [], BULK: []}
+        for number, found in times.items():
+            pool = self._state.pools[number]
+            pool.lanes = min(len(found), self._places)
+            if len(found) >= self._places:
+                found.sort()
+                horizons[pool.job_class].append((found[self._places - 1], number))
+        for number in self._passed_pools:
+            pool = self._state.pools[number]
+            assert pool.low is not None
+            horizons[pool.job_class].append((pool.low, number))
+        for found_horizons in horizons.values():
+            found_horizons.sort()
+        return horizons
+
+    def _least(self, queue: str, job_class: str) -> float:
+        """Return the least start of a lane: none is further behind."""
+        reach = self._state.queue(queue).reach.get(job_class)
+        return 0.0 if reach is None else reach - self._policy.credit
+
+    def _reach(self, queue: str, job_class: str) -> float:
+        return self._state.queue(queue).reach.get(job_class, 0.0)
+
+    def _settle(self, number: int, told: Iterable[Charged | Settled]) -> None:
+        """Move a lane by what its jobs really took, and by jobs that were started without a turn."""
+        for observation in told:
+            place = observation.place
+            lane = self._lane(number, place.tenant, self._queue, place.job_class)
+            if isinstance(observation, Charged):
+                reach = self._reach(self._queue, place.job_class)
+                # Nothing waited when it was started, so it was the first to come after a time of idling.
+                start = lane.start(self._least(self._queue, place.job_class) if lane.waits else reach)
+                self._state.queue(self._queue).reach[place.job_class] = max(reach, start)
+                lane.time = start + observation.tokens / lane.weight
+            else:
+                assert observation.actual is not None
+                taken = observation.actual - observation.estimated
+                if not lane.rows and taken < 0:
+                    continue  # it is further behind than counts
+                lane.time = lane.start(self._least(self._queue, place.job_class)) if not lane.rows else lane.time
+                lane.time += taken / lane.weight
+            lane.is_charged = True
+            lane.pool = place.pool
+
+    # -- tenants --
+
+    def _note_tenant(self, name: str) -> None:
+        """Note whether a tenant is full."""
+        most = self._policy.tenant(name).concurrency
+        if most is not None and self._running_tenants.get(name, 0) >= most:
+            self._full.add(name)
+
+    def _park(self, names: set[str]) -> None:
+        """Let the lanes of full tenants wait apart, so that nobody has to look at them."""
+        if not names:
+            return
+        for lane in self._lanes.values():
+            is_meant = lane.tenant in names and any(row.active for row in lane.rows.values())
+            if is_meant and self._note_full(lane.tenant, lane.queue) is not None:
+                lane.park()
+
+    def _note_full(self, name: str, queue: str) -> FullTenant | None:
+        """Remember a full tenant of whom something waits; None: there are too many."""
+        running = self._running_tenants.get(name, 0)
+        tenant = self._state.tenants.get(name)
+        if tenant is None:
+            if len(self._state.tenants) >= _MOST_PARKED:
+                return None
+            tenant = self._state.tenants[name] = FullTenant(self._now, running, None, [queue])
+        tenant.running = running
+        if queue not in tenant.queues:
+            tenant.queues.append(queue)
+        return tenant
+
+    def _unpark(self) -> None:
+        """Let those wait as others do whose tenants have a place again."""
+        for name in self._asked_tenants:
+            self._note_tenant(name)
+            if name in self._full:
+                tenant = self._state.tenants[name]
+                tenant.checked, tenant.running = self._now, self._running_tenants.get(name, 0)
+            else:
+                del self._state.tenants[name]
+        self._park(self._full.intersection(self._asked_tenants))
+        for lane in self._lanes.values():
+            if lane.tenant in self._asked_tenants and lane.tenant not in self._full:
+                comes = not any(row.active for row in lane.rows.values())
+                if lane.unpark():
+                    self._come(lane, lifts=comes)
+
+    # -- coming to wait --
+
+    def _find_floors(self) -> dict[tuple[str, str], float]:
+        """Return, by queue and class, the smallest start of the lanes that can be served."""
+        floors = {
+            (name, job_class): floor
+            for name, queue in self._state.queues.items()
+            for job_class, floor in queue.floor.items()
+            if name != self._queue or not self._places
+        }
+        if self._places:
+            for lane in self._lanes.values():
+                if lane.queue == self._queue and self._is_open(lane):
+                    self._lower_floor(floors, lane)
+            for job_class, horizons in self._horizons.items():
+                for time, number in horizons:
+                    if self._gate(self._state.pools[number]) is not None:
+                        key = (self._queue, job_class)
+                        start = max(time, self._least(*key))
+                        floors[key] = min(floors.get(key, start), start)
+        return floors
+
+    def _is_open(self, lane: Lane) -> bool:
+        """Whether a new job of the lane could go now, as far as is known."""
+        return lane.tenant not in self._full and any(
+            row.active and row.pool not in self._unread and self._open_gate(row.pool) is not None
+            for row in lane.rows.values()
+        )
+
+    def _lower_floor(self, floors: dict[tuple[str, str], float], lane: Lane) -> None:
+        key = (lane.queue, lane.job_class)
+        start = lane.start(self._least(*key))
+        floors[key] = min(floors.get(key, start), start)
+
+    def _come(self, lane: Lane, *, lifts: bool) -> None:
+        """Take note of a lane whose jobs have come to wait; ``lifts``: none of them waited, so nothing is saved up."""
+        key = (lane.queue, lane.job_class)
+        if lifts:
+            lane.time = max(lane.time, self._floors.get(key, self._reach(*key)))
+        if any(row.active and self._gate(self._pool(row.pool)) is not None for row in lane.rows.values()):
+            self._lower_floor(self._floors, lane)
+
+    def _arrive(self, arrivals: Iterable[Any]) -> None:
+        for arrival in arrivals:
+            pool = self._pool(arrival.pool)
+            if arrival.due is not None and pool.queue == self._queue:
+                self._restarted_arrived.add(arrival.pool)
+                continue
+            if arrival.due is not None:
+                pool.restarted = arrival.due if pool.restarted is None else min(pool.restarted, arrival.due)
+                continue
+            self._note_tenant(arrival.tenant)
+            lane = self._lane(arrival.lane, arrival.tenant, pool.queue, pool.job_class)
+            row = lane.row(arrival.pool)
+            if row.active or row.parked:
+                row.head = min(row.head, arrival.seq)
+                continue
+            place = (arrival.lane, arrival.pool)
+            row.jobs = self._reading.jobs.get(place, ())
+            row.whole = place in self._reading.whole
+            if row.whole and not row.jobs:
+                continue  # it was taken or cancelled before its arrival was read
+            waited = lane.waits
+            row.head = arrival.seq
+            if lane.tenant in self._full and self._note_full(lane.tenant, lane.queue) is not None:
+                row.parked = True
+                continue
+            row.active = True
+            self._come(lane, lifts=not waited)
+
+    # -- choosing --
+
+    def _next(self, lane: Lane) -> tuple[WaitingJob | None, Row | None]:
+        """Return the lane's next job, if it has one that can go now and was read; and where it waits."""
+        job: WaitingJob | None = None
+        found: Row | None = None
+        for row in lane.rows.values():
+            if not row.active or row.pool in self._unread or self._open_gate(row.pool) is None:
+                continue
+            first = row.peek()
+            if first is None:
+                if not row.whole:  # it has more, which were not read: it keeps its place for the next turn
+                    self._cut.add(lane.job_class)
+                    return None, None
+            elif job is None or first.seq < job.seq:
+                job, found = first, row
+        return job, found
+
+    def _open_gate(self, pool: int) -> Gate | None:
+        """Return the gate of a pool, if it is open; asked often between two picks."""
+        if pool not in self._open:
+            self._open[pool] = self._gate(self._pool(pool))
+        return self._open[pool]
+
+    def _start(self, lane: Lane) -> float:
+        return lane.start(self._least(lane.queue, lane.job_class))
+
+    def _first(self, job_class: str) -> tuple[Lane, WaitingJob, Row] | None:
+        """Return the lane of a class that is next, with its job; None: there is none, or it was not read."""
+        heap = self._heaps[job_class]
+        while heap:
+            key = heap[0]
+            lane = self._lanes[key[2]]
+            job, row = self._next(lane)
+            if job is None or row is None or lane.tenant in self._full:
+                heapq.heappop(heap)
+                continue
+            now = (self._start(lane), job.seq, lane.id)
+            if now > key:  # it has moved on since it was put here; it never moves back
+                heapq.heapreplace(heap, now)
+                continue
+            if self._is_beyond(now[0], job_class):
+                self._cut.add(job_class)
+                return None
+            return lane, job, row
+        return None
+
+    def _is_beyond(self, start: float, job_class: str) -> bool:
+        """Whether a lane that was not read may come before one that starts there."""
+        least = self._least(self._queue, job_class)
+        for time, pool in self._horizons[job_class]:
+            if max(time, least) >= start:
+                return False
+            if self._open_gate(pool) is not None:
+                return True
+        return False
+
+    def _choose(self) -> None:
+        """Take jobs, one after the other."""
+        queue = self._state.queue(self._queue)
+        self._open = {}
+        self._cut.clear()
+        self._heaps = {INTERACTIVE: [], BULK: []}
+        for lane in self._lanes.values():
+            if lane.queue == self._queue and lane.tenant not in self._full:
+                job, _ = self._next(lane)
+                if job is not None:
+                    self._heaps[lane.job_class].append((self._start(lane), job.seq, lane.id))
+        for heap in self._heaps.values():
+            heapq.heapify(heap)
+        if self._places and not self._bulk_waits():
+            queue.owed = 0.0
+        self._choose_restarted()
+        if not self._places:
+            return
+        while len(self._picks) < self._places:
+            bulk = self._first(BULK)
+            interactive = self._first(INTERACTIVE)
+            if bulk is not None and queue.owed >= self._cost(bulk[1]):
+                chosen = bulk
+            elif interactive is not None:
+                chosen = interactive
+            elif bulk is not None and INTERACTIVE not in self._cut:
+                chosen = bulk
+            else:
+                break
+            lane, job, row = chosen
+            gate = self._open_gate(row.pool)
+            assert gate is not None
+            row.pop()
+            self._take(job, lane, gate)
+        if not self._bulk_waits():
+            queue.owed = 0.0
+
+    def _choose_restarted(self) -> None:
+        """Take the jobs that were started before and are due, before all others."""
+        taken: set[int] = set()
+        by_pool: dict[int, list[WaitingJob]] = {}
+        due = []
+        for job in self._reading.restarted:
+            pool = self._pool(job.pool)
+            if pool.queue == self._queue:
+                by_pool.setdefault(job.pool, []).append(job)
+                if job.due is not None and job.due <= self._now:
+                    due.append(job)
+        due.sort(key=lambda job: (job.due, job.seq))
+        hidden = set()
+        for job in due:
+            if len(self._picks) >= self._places:
+                break
+            gate = self._open_gate(job.pool)
+            if gate is None:
+                continue
+            self._note_tenant(job.key.tenant)
+            if job.key.tenant in self._full:
+                if self._note_full(job.key.tenant, self._queue) is not None:
+                    hidden.add(job.seq)
+                    self._pool(job.pool).hidden = True
+                continue
+            pool = self._pool(job.pool)
+            lane = self._lane(job.lane, job.key.tenant, pool.queue, pool.job_class)
+            taken.add(job.seq)
+            self._take(job, lane, gate)
+        for number in self._asked_restarted | self._restarted_arrived:
+            self._note_restarted(number, by_pool.get(number, []), taken, hidden)
+
+    def _note_restarted(self, number: int, jobs: list[WaitingJob], taken: set[int], hidden: set[int]) -> None:
+        """Note when the next restarted job of a pool is due."""
+        pool = self._pool(number)
+        jobs.sort(key=lambda job: job.due or 0.0)
+        left = [job.due for job in jobs if job.seq not in taken and job.seq not in hidden and job.due is not None]
+        if number not in self._asked_restarted:
+            pool.restarted = min((*left, pool.restarted or _NEVER))
+            pool.restarted = None if pool.restarted == _NEVER else pool.restarted
+            return
+        pool.hidden = self._excludes or any(job.seq in hidden for job in jobs)
+        if len(jobs) > self._places:  # there may be more
+            left.append(jobs[self._places].due or 0.0)
+        pool.restarted = min(left, default=None)
+
+    def _bulk_waits(self) -> bool:
+        return self._first(BULK) is not None or BULK in self._cut
+
+    def _cost(self, job: WaitingJob) -> int:
+        gate = self._open_gate(job.pool)
+        if gate is None or job.expired:
+            return 0
+        return self._state.estimate(gate.target, job.prompt_tokens, job.max_tokens)
+
+    def _take(self, job: WaitingJob, lane: Lane, gate: Gate) -> None:
+        """Let a job pass: charge its target, its lane, its tenant and its class."""
+        if job.expired:  # it is handed out to be ended
+            self._picks.append((job, gate.target, 0, None))
+            return
+        tokens = self._cost(job)
+        queue = self._state.queue(lane.queue)
+        if lane.job_class == BULK:
+            queue.owed = max(0.0, queue.owed - tokens)
+        elif self._policy.bulk_share and self._bulk_waits():
+            share = self._policy.bulk_share
+            queue.owed = min(float(self._policy.credit), queue.owed + tokens * share / (1 - share))
+        gate.let_in(tokens)
+        self._open.clear()
+        start = self._start(lane)
+        queue.reach[lane.job_class] = max(self._reach(lane.queue, lane.job_class), start)
+        lane.time = start + tokens / lane.weight
+        lane.is_charged = True
+        lane.pool = job.pool
+        self._picks.append((job, gate.target, tokens, gate))
+        self._running_tenants[lane.tenant] = self._running_tenants.get(lane.tenant, 0) + 1
+        self._note_tenant(lane.tenant)
+        if lane.tenant in self._full:
+            self._park({lane.tenant})
+
+    # -- writing --
+
+    def _written(self) -> Decision:
+        moves: list[Move] = []
+        made: list[Standing] = []
+        times: list[Retimed] = []
+        for lane in self._lanes.values():
+            changes = lane.written()
+            moves += changes[0]
+            made += changes[1]
+            times += changes[2]
+        self._note_lows()
+        if self._places:
+            self._note_floors()
+        state = self._state
+        arrivals = tuple(arrival.seq for arrival in self._reading.arrivals)
+        if arrivals:
+            state.arrivals_low = max(state.arrivals_low, max(arrivals) - _LATE_ARRIVALS)
+        ready, closed = self._outlook()
+        for name in state.queues.keys() | ready.keys():
+            state.queue(name).ready = ready.get(name)
+        text = state.to_json()
+        return Decision(
+            picks=tuple(
+                Pick(job, target, tokens, self._now, 0 if gate is None else gate.running)
+                for job, target, tokens, gate in self._picks
+            ),
+            moves=tuple(moves),
+            times=tuple(times),
+            new_standings=tuple(made),
+            arrivals=arrivals,
+            arrivals_low=state.arrivals_low,
+            ready=ready,
+            closed=closed,
+            state=text,
+            changed=bool(self._picks or moves or made or times or arrivals or text != self._before),
+        )
+
+    def _note_lows(self) -> None:
+        """Note below which time no lane of a pool is."""
+        for number in self._asked_pools:
+            self._state.pools[number].low = None
+        for horizons in self._horizons.values():
+            for time, number in horizons:
+                if number not in self._unread:
+                    self._state.pools[number].low = time
+        for lane in self._lanes.values():
+            for row in lane.rows.values():
+                if row.active:
+                    pool = self._pool(row.pool)
+                    pool.low = lane.time if pool.low is None else min(pool.low, lane.time)
+                elif row.parked:
+                    tenant = self._state.tenants.get(lane.tenant)
+                    if tenant is not None:
+                        tenant.low = lane.time if tenant.low is None else min(tenant.low, lane.time)
+
+    def _note_floors(self) -> None:
+        floors = self._find_floors()
+        queue = self._state.queue(self._queue)
+        queue.floor = {job_class: floor for (name, job_class), floor in floors.items() if name == self._queue}
+        for (name, job_class), floor in self._floors.items():
+            if name != self._queue:
+                self._state.queue(name).floor[job_class] = floor
+
+    def _outlook(self) -> tuple[dict[str, float], dict[str, Any]]:
+        """Return when each queue's next turn is worth taking, and why what waits waits."""
+        ready: dict[str, float] = {}
+        closed: dict[str, Any] = {}
+        soon = self._now + _LAST_RESORT
+
+        def note(queue: str, at: float) -> None:
+            ready[queue] = min(ready.get(queue, at), at)
+
+        for pool in self._state.pools.values():
+            if pool.low is None and pool.restarted is None:
+                if pool.hidden:
+                    note(pool.queue, soon)
+                continue
+            opens = self._opens(pool, closed)
+            if pool.low is not None:
+                note(pool.queue, opens)
+            if pool.restarted is not None:
+                at = max(pool.restarted, opens)
+                note(pool.queue, at if at > self._now else 0.0)
+        for name, tenant in self._state.tenants.items():
+            for queue in tenant.queues:
+                note(queue, soon)
+            most = self._policy.tenant(name).concurrency
+            closed[f"tenant:{name}"] = {"why": "tenant", "running": tenant.running, "most": most}
+        if self._reading.more_arrivals:
+            note(self._queue, 0.0)
+        return ready, closed
+
+    def _opens(self, pool: PoolState, closed: dict[str, Any]) -> float:
+        """Return the moment from which a job of the pool can go, 0 if that is now; note why not in ``closed``."""
+        gate, back = self._gates.effective(pool.chain)
+        for key in pool.chain:
+            if gate is not None and key == gate.key:
+                break
+            unfit = self._gates.of(key).unfit()
+            if unfit is not None:
+                closed[key] = unfit.as_json()
+        if gate is None:
+            return back
+        shut = gate.closed()
+        if shut is None:
+            return 0.0
+        closed[shut.key] = shut.as_json()
+        return min(back, self._now + _LAST_RESORT if shut.until is None else shut.until)
+
+
+def may_start_directly(
+    policy: Policy, state: State, chain: Sequence[Target], tenant: str, running_here: Mapping[Target, int]
+) -> Target | None:
+    """Return the target at which a job may start without a turn; None: it has to wait for one.
+
+    It may if choice would give the same whatever else happens: nothing waits, nothing limits its target or tenant, and
+    this worker has few streams there, for what is known of the target (other workers' are not counted).
+
+    Args:
+        policy: Limits.
+        state: Of the newest turn that is known.
+        chain: The job's targets.
+        tenant: The job's.
+        running_here: This worker's streams by target.
+    """
+    if policy.tenant(tenant).concurrency is not None or tenant in state.tenants:
+        return None
+    if any(pool.low is not None for pool in state.pools.values()):
+        return None
+    target = chain[0]
+    if policy.limits_of(*target):
+        return None
+    use = state.uses.get(key_of(target))
+    learned = learning.TargetState() if use is None else use.learned
+    if learned.is_limited or running_here.get(target, 0) >= max(_UNKNOWN_STREAMS, learned.accepted // 2):
+        return None
+    return target

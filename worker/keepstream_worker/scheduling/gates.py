@@ -1,0 +1,231 @@
+"""Gates: whether a target may be asked now, and if not, why and until when.
+
+In: the policy, the state, the running jobs.  Out: gates, to ``Choice``, which passes jobs through them, and reports.
+
+A gate is closed, in this order, if its target cools down or is broken, runs as many streams as it may, has no request
+left, or is in debt of tokens.  Limits hold for a model and for its provider as a whole.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
+
+from keepstream_worker.limits import Limits, Policy
+from keepstream_worker.scheduling import learning
+from keepstream_worker.scheduling.state import State, UseState
+from keepstream_worker.values import Target
+
+#: Of a limit per minute that is used: a provider's minute is not ours.
+_USED_PART: Final = 0.95
+#: Seconds of a limit that may be used at once.
+_BURST: Final = 3.0
+#: Seconds by which sums of fractions may be off.
+_ROUNDING: Final = 1e-6
+
+
+class Closed(NamedTuple):
+    """Why a target, or its provider, may not be asked."""
+
+    key: str  #: ``PROVIDER/MODEL`` or ``PROVIDER``.
+    why: str  #: cooling, broken, probing, concurrency, requests_per_minute or tokens_per_minute.
+    until: float | None  #: None: until a job ends.
+    running: int | None = None  #: With concurrency.
+    most: int | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it without its key, for people."""
+        if self.most is not None:
+            return {"why": self.why, "running": self.running, "most": self.most}
+        return {"why": self.why, "until": self.until}
+
+
+class Limit:
+    """One limit, of a model or of a provider as a whole, and its use."""
+
+    __slots__ = ("key", "limits", "request_seconds", "requests_full", "running", "token_seconds", "use")
+
+    def __init__(self, key: str, limits: Limits, use: UseState, running: int, now: float) -> None:
+        self.key = key
+        self.limits = limits
+        self.use = use
+        self.running = running
+        per_minute = limits.requests_per_minute
+        self.request_seconds = 0.0 if per_minute is None else 60.0 / (per_minute * _USED_PART)
+        self.requests_full = max(_BURST, self.request_seconds)
+        per_minute = limits.tokens_per_minute
+        self.token_seconds = 0.0 if per_minute is None else 60.0 / (per_minute * _USED_PART)
+        if use.requests + self.requests_full <= now:
+            use.requests = 0.0
+        if use.tokens + _BURST <= now:
+            use.tokens = 0.0
+
+    def request_at(self) -> float:
+        """Return the moment from which a request is left."""
+        return self.use.requests + self.request_seconds if self.request_seconds else 0.0
+
+    def tokens_at(self) -> float:
+        """Return the moment from which no tokens are owed."""
+        return self.use.tokens if self.token_seconds else 0.0
+
+    def requests_left(self, now: float) -> float | None:
+        """Return the requests that may be made at once; None: there is no limit."""
+        if not self.request_seconds:
+            return None
+        return min(now - self.use.requests, self.requests_full) / self.request_seconds
+
+    def tokens_left(self, now: float) -> float | None:
+        """Return the tokens that may be taken at once, or with a minus those that are owed; None: there is no limit."""
+        return min(now - self.use.tokens, _BURST) / self.token_seconds if self.token_seconds else None
+
+    def charge(self, now: float, tokens: int) -> None:
+        """Take one request and ``tokens``."""
+        self.running += 1
+        if self.request_seconds:
+            self.use.requests = max(self.use.requests, now - self.requests_full) + self.request_seconds
+        if self.token_seconds:
+            self.use.tokens = max(self.use.tokens, now - _BURST) + tokens * self.token_seconds
+
+    def settle(self, now: float, tokens: int) -> None:
+        """Take further tokens, or give them back."""
+        if self.token_seconds:
+            self.use.tokens = max(self.use.tokens, now - _BURST) + tokens * self.token_seconds
+
+
+class Gate:
+    """A target's limits and what was learned of it; changes as jobs pass."""
+
+    __slots__ = ("_configured", "_now", "key", "limits", "target", "use")
+
+    def __init__(self, key: str, use: UseState, limits: tuple[Limit, ...], now: float) -> None:
+        self.key = key
+        self.target = target_of(key)
+        self.use = use
+        self.limits = limits  #: Of the provider and of the model; the model's own always last.
+        self._now = now
+        # Whoever configured a limit, of the model or of its provider, knows what is accepted.
+        self._configured = min(
+            (most for limit in limits if (most := limit.limits.concurrency) is not None), default=None
+        )
+
+    @property
+    def running(self) -> int:
+        """Streams at this target."""
+        return self.limits[-1].running
+
+    def unfit(self) -> Closed | None:
+        """Return why no job can go there, whatever runs: it cools down, or is broken."""
+        closed = learning.closed(self.use.learned, self._now)
+        return closed and Closed(self.key, closed.cause, closed.until)
+
+    def closed(self, *, counted: bool = True) -> Closed | None:
+        """Return why no further job can go there now; without ``counted``, but for its running ones."""
+        unfit = self.unfit()
+        if unfit is not None:
+            return unfit
+        if counted:
+            for limit in self.limits[:-1]:
+                most = limit.limits.concurrency
+                if most is not None and limit.running >= most:
+                    return Closed(limit.key, "concurrency", None, limit.running, most)
+            own = self.limits[-1]
+            if learning.places(self.use.learned, self._now, own.running, self._configured) <= 0:
+                most = int(learning.ceiling(self.use.learned, self._configured))
+                return Closed(self.key, "concurrency", None, own.running, most)
+        now = self._now + _ROUNDING
+        for limit in self.limits:
+            at = limit.request_at()
+            if at > now:
+                return Closed(limit.key, "requests_per_minute", at)
+        for limit in self.limits:
+            at = limit.tokens_at()
+            if at > now:
+                return Closed(limit.key, "tokens_per_minute", at)
+        return None
+
+    def charge(self, tokens: int) -> None:
+        """Take a request and ``tokens``."""
+        for limit in self.limits:
+            limit.charge(self._now, tokens)
+        self.use.used = self._now
+
+    def let_in(self, tokens: int) -> None:
+        """Let a job pass, which takes ``tokens``."""
+        self.charge(tokens)
+        self.use.learned = learning.let_in(self.use.learned, self._now)
+
+    def settle(self, tokens: int) -> None:
+        """Take further tokens for a job that has passed, or give them back."""
+        for limit in self.limits:
+            limit.settle(self._now, tokens)
+
+
+class Gates:
+    """The gates of all targets, made when they are first asked for."""
+
+    def __init__(self, policy: Policy, state: State, now: float) -> None:
+        self.now = now
+        self._policy = policy
+        self._state = state
+        self._running: Mapping[Target, int] = {}
+        self._running_of: dict[str, int] = {}
+        self._gates: dict[str, Gate] = {}
+        self._limits: dict[str, Limit] = {}
+
+    def count(self, running: Mapping[Target, int]) -> None:
+        """Set the running jobs; before, there are none."""
+        for target, number in running.items():
+            self._running_of[target.provider] = self._running_of.get(target.provider, 0) + number
+            self._running_of[f"{target.provider}/{target.model}"] = number
+        for key, limit in self._limits.items():
+            limit.running = self._running_of.get(key, 0)
+
+    def forget(self) -> None:
+        """Make all gates anew when they are next asked for: what was learned has changed."""
+        self._gates.clear()
+        self._limits.clear()
+
+    def of(self, key: str) -> Gate:
+        """Return the gate of a target."""
+        gate = self._gates.get(key)
+        if gate is None:
+            provider, _, model = key.partition("/")
+            use = self._state.use(key)
+            limits = {name: limits for name, limits in self._policy.limits_of(provider, model) if name != key}
+            own = dict(self._policy.limits_of(provider, model)).get(key, _NO_LIMITS)
+            own = learning.limits(use.learned, own)
+            shared = [self._limit(name, limit, self._state.use(name)) for name, limit in limits.items()]
+            gate = self._gates[key] = Gate(key, use, (*shared, self._limit(key, own, use)), self.now)
+        return gate
+
+    def _limit(self, key: str, limits: Limits, use: UseState) -> Limit:
+        limit = self._limits.get(key)
+        if limit is None:
+            limit = self._limits[key] = Limit(key, limits, use, self._running_of.get(key, 0), self.now)
+        return limit
+
+    def effective(self, chain: tuple[str, ...]) -> tuple[Gate | None, float]:
+        """Return the gate by which a pool's jobs pass, and the moment when another target may come before it.
+
+        That is the first target which neither is broken nor cools down for longer than its provider may.  None: there
+        is no such target before that moment.
+        """
+        back = _NEVER
+        for key in chain:
+            gate = self.of(key)
+            unfit = gate.unfit()
+            if unfit is None:
+                return gate, back
+            until = self.now + 1.0 if unfit.until is None else unfit.until
+            if unfit.why == "cooling" and until - self.now <= self._policy.max_cooldown(gate.target.provider):
+                return gate, back
+            back = min(back, until)
+        return None, back
+
+
+def target_of(key: str) -> Target:
+    """Return the target of a key ``PROVIDER/MODEL``; a provider's name has no slash."""
+    provider, _, model = key.partition("/")
+    return Target(provider, model)
+
+
+_NO_LIMITS: Final = Limits()
+_NEVER: Final = float("inf")

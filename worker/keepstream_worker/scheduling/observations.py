@@ -1,0 +1,158 @@
+"""Observations: what workers have learned since their last turn, and tell at the next.
+
+In: claims and their endings.  Out: values, to ``Choice``, which applies them in order before it chooses.
+
+They are kept in the worker until they are told; with a worker that dies they are lost, and an estimate stays what it
+was.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final, Protocol
+
+from keepstream_worker.limits import RateLimits
+from keepstream_worker.scheduling.learning import Verdict, verdict_of
+from keepstream_worker.values import Ending, JobKey, Outcome, Target
+
+
+class End(StrEnum):
+    """How an attempt ended, as far as its target is concerned."""
+
+    COMPLETED = "completed"
+    ANSWERED = "answered"  #: By an error that is the request's own.
+    REFUSED = "refused"  #: It has no room for now.
+    FAILED = "failed"  #: It may be broken.
+    WITHDRAWN = "withdrawn"  #: It says nothing of the target: cancelled, handed back, lost.
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an attempt was let in, and when."""
+
+    lane: int
+    pool: int
+    tenant: str
+    job_class: str
+    target: Target
+    chosen_at: float = 0.0  #: Moment of the turn that let it in.
+    running: int = 0  #: Streams at the target after that turn.
+
+
+@dataclass(frozen=True, slots=True)
+class Charged:
+    """A job was started without a turn: nothing waited, and nothing was limited."""
+
+    place: Place
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The provider has begun to answer."""
+
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """An attempt has ended, and its tenant has a place again."""
+
+    place: Place
+    estimated: int  #: Tokens charged when it was let in.
+    actual: int | None  #: Tokens taken; None: unknown, and the estimate stands.
+    output: int | None  #: Tokens of the answer, if it was whole.
+    end: End
+    retry_after: float | None = None  #: Seconds that a refusal asks to wait.
+    rates: RateLimits | None = None  #: What the provider says of its limits.
+
+
+Observation = Charged | Accepted | Settled
+
+_VERDICTS: Final = {
+    Verdict.REFUSED: End.REFUSED,
+    Verdict.FAILED: End.FAILED,
+    Verdict.ANSWERED: End.ANSWERED,
+    Verdict.NOTHING: End.WITHDRAWN,
+}
+#: Endings of attempts about which their targets can do nothing.
+_WITHDRAWN: Final = frozenset(
+    {Outcome.CANCELLED, Outcome.INTERRUPTED, Outcome.LOST, Outcome.RECOVERED, Outcome.UNSTARTED}
+)
+
+
+class Claimed(Protocol):
+    """What is to be known of a claim: the store's, which this module need not know."""
+
+    @property
+    def key(self) -> JobKey: ...  # noqa: D102
+    @property
+    def lane(self) -> int: ...  # noqa: D102
+    @property
+    def pool(self) -> int: ...  # noqa: D102
+    @property
+    def job_class(self) -> str: ...  # noqa: D102
+    @property
+    def target(self) -> Target: ...  # noqa: D102
+    @property
+    def tokens(self) -> int: ...  # noqa: D102
+    @property
+    def chosen_at(self) -> float: ...  # noqa: D102
+    @property
+    def running(self) -> int: ...  # noqa: D102
+
+
+def charge_of(claim: Claimed) -> Observation:
+    """Return what is told of a job that was started without a turn."""
+    return Charged(_place(claim), claim.tokens)
+
+
+def accepted_of(claim: Claimed) -> Observation:
+    """Return what is told when a provider has begun to answer."""
+    return Accepted(_place(claim))
+
+
+def observation_of(claim: Claimed, ending: Ending) -> Observation:
+    """Return what is told of an attempt that has ended."""
+    failure = ending.failure
+    rates = ending.rate_limits
+    if ending.outcome in _WITHDRAWN or failure is None:
+        end = End.WITHDRAWN if ending.outcome in _WITHDRAWN else End.COMPLETED
+        retry_after = None
+    else:
+        end = _VERDICTS[verdict_of(failure)]
+        retry_after = failure.retry_after
+        rates = rates or getattr(failure, "rate_limits", None)
+    return Settled(
+        place=_place(claim),
+        estimated=claim.tokens,
+        actual=_taken(ending),
+        output=ending.usage.completion_tokens if end is End.COMPLETED else None,
+        end=end,
+        retry_after=retry_after,
+        rates=rates,
+    )
+
+
+def is_refusal(ending: Ending) -> bool:
+    """Whether an ending should be told at once: its target has no room."""
+    return (
+        ending.failure is not None
+        and ending.outcome not in _WITHDRAWN
+        and verdict_of(ending.failure) is Verdict.REFUSED
+    )
+
+
+def _taken(ending: Ending) -> int | None:
+    """Return the tokens that an attempt has taken; None: nobody knows."""
+    if ending.usage.total_tokens is not None:
+        return ending.usage.total_tokens
+    if ending.outcome in (Outcome.RECOVERED, Outcome.UNSTARTED):
+        return 0  # no request was made
+    refused = ending.failure is not None and ending.failure.http_status is not None
+    return 0 if refused and ending.first_token_ms is None else None
+
+
+def _place(claim: Claimed) -> Place:
+    return Place(
+        claim.lane, claim.pool, claim.key.tenant, claim.job_class, claim.target, claim.chosen_at, claim.running
+    )

@@ -1,0 +1,184 @@
+"""The state: what one turn leaves for the next.
+
+In: the JSON text of the newest turn.  Out: what is known of pools, queues, targets and full tenants, to ``Choice`` and
+to whoever looks on; the JSON text again.
+
+It is all that a turn knows before it reads: which pools have jobs, how far their lanes are, what is used of each limit.
+It is parsed under the lock of the whole deployment, so it is kept small and plain: rows without names, nothing that
+says nothing.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Final, Self
+
+import orjson
+
+from keepstream_worker.scheduling.learning import TargetState as Learned
+from keepstream_worker.turn import Pool
+from keepstream_worker.values import Target
+
+INTERACTIVE: Final = "interactive"
+BULK: Final = "bulk"
+
+#: Tokens of an answer of which nothing is known.
+_USUAL_OUTPUT: Final = 500
+#: How much a new answer moves the mean.
+_MEAN_STEP: Final = 0.1
+#: Targets remembered; beyond, those that were used longest ago are forgotten.
+_MOST_TARGETS: Final = 1000
+
+
+@dataclass(slots=True)
+class PoolState:
+    """What is known of a pool in which jobs wait."""
+
+    queue: str
+    job_class: str
+    chain: tuple[str, ...]  #: Keys of its targets: ``PROVIDER/MODEL``.
+    low: float | None = None  #: No lane that is active here has a smaller time; None: none is active.
+    restarted: float | None = None  #: No restarted job goes on here earlier; None: none waits, as far as is known.
+    lanes: int = 0  #: Active ones that were read last.
+    #: Whether restarted jobs may wait here that were not read, because their tenants were full.
+    hidden: bool = False
+
+
+@dataclass(slots=True)
+class QueueState:
+    """What is known of a queue."""
+
+    #: The largest start ever served, by class. Missing: nothing was ever chosen.
+    reach: dict[str, float] = field(default_factory=dict)
+    #: The smallest start of the lanes that could be served at the end of its newest turn, by class; missing: none.
+    floor: dict[str, float] = field(default_factory=dict)
+    owed: float = 0.0  #: Tokens that bulk is behind its share.
+    ready: float | None = None  #: When its next turn is worth taking; 0: at once; None: nothing waits.
+
+
+@dataclass(slots=True)
+class UseState:
+    """What is known of a target, or of a provider as a whole."""
+
+    #: A bucket is the moment at which it was, or will be, empty and free of debt: so its balance is kept in seconds,
+    #: and a new rate applies from now.  0: it is full.
+    requests: float = 0.0
+    tokens: float = 0.0
+    output: float | None = None  #: Running mean of the tokens of an answer.
+    used: float = 0.0  #: When it was last used.
+    learned: Learned = field(default_factory=Learned)
+
+    def answered(self, output_tokens: int) -> None:
+        """Take note of the length of an answer."""
+        mean = self.output
+        self.output = float(output_tokens) if mean is None else mean + _MEAN_STEP * (output_tokens - mean)
+
+
+@dataclass(slots=True)
+class FullTenant:
+    """A tenant of whom jobs wait, because it runs as many as it may."""
+
+    checked: float  #: When its jobs were last counted.
+    running: int
+    low: float | None  #: No parked lane of it has a smaller time; None: none is parked.
+    queues: list[str]  #: Where its jobs wait.
+
+
+class State:
+    """What one turn leaves for the next."""
+
+    __slots__ = ("arrivals_low", "pools", "queues", "tenants", "uses")
+
+    def __init__(self) -> None:
+        self.arrivals_low = 0  #: From where the next turn looks for arrivals.
+        self.pools: dict[int, PoolState] = {}  #: Those in which jobs wait, new or restarted, by id.
+        self.queues: dict[str, QueueState] = {}
+        self.uses: dict[str, UseState] = {}  #: By the key of a limit: ``PROVIDER/MODEL`` or ``PROVIDER``.
+        self.tenants: dict[str, FullTenant] = {}  #: The full ones.
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read a state; ``{}`` is that before the first turn."""
+        state = cls()
+        document: dict[str, Any] = orjson.loads(text)
+        state.arrivals_low = document.get("a", 0)
+        for pool, (queue, job_class, chain, *rest) in document.get("p", {}).items():
+            state.pools[int(pool)] = PoolState(queue, job_class, tuple(chain), *rest)
+        for queue, row in document.get("q", {}).items():
+            state.queues[queue] = QueueState(*row)
+        for key, (requests, tokens, output, used, *learned) in document.get("u", {}).items():
+            known = Learned.from_json(learned[0]) if learned else _NOTHING
+            state.uses[key] = UseState(requests, tokens, output, used, known)
+        for tenant, row in document.get("t", {}).items():
+            state.tenants[tenant] = FullTenant(*row)
+        return state
+
+    def to_json(self) -> str:
+        """Write it, without what says nothing."""
+        pools = {
+            str(number): [pool.queue, pool.job_class, pool.chain, pool.low, pool.restarted, pool.lanes, pool.hidden]
+            for number, pool in self.pools.items()
+            if pool.low is not None or pool.restarted is not None or pool.hidden
+        }
+        queues = {name: [each.reach, each.floor, each.owed, each.ready] for name, each in self.queues.items()}
+        uses = {}
+        for key, use in self._kept_uses():
+            row: list[Any] = [use.requests, use.tokens, use.output, use.used]
+            if use.learned != _NOTHING:
+                row.append(use.learned.to_json())
+            uses[key] = row
+        tenants = {
+            name: [tenant.checked, tenant.running, tenant.low, tenant.queues] for name, tenant in self.tenants.items()
+        }
+        parts: dict[str, Any] = {"a": self.arrivals_low, "p": pools, "q": queues, "u": uses, "t": tenants}
+        return orjson.dumps({name: part for name, part in parts.items() if part}).decode()
+
+    def _kept_uses(self) -> list[tuple[str, UseState]]:
+        says = [
+            (key, use)
+            for key, use in self.uses.items()
+            if use.requests or use.tokens or use.output is not None or use.learned != _NOTHING
+        ]
+        if len(says) > _MOST_TARGETS:
+            says.sort(key=lambda item: item[1].used, reverse=True)
+            del says[_MOST_TARGETS:]
+        return says
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether something was learned that limits a target."""
+        return any(use.learned.is_limited for use in self.uses.values())
+
+    def use(self, key: str) -> UseState:
+        """Return what is known under the key of a limit."""
+        found = self.uses.get(key)
+        if found is None:
+            found = self.uses[key] = UseState()
+        return found
+
+    def queue(self, name: str) -> QueueState:
+        """Return what is known of a queue."""
+        found = self.queues.get(name)
+        if found is None:
+            found = self.queues[name] = QueueState()
+        return found
+
+    def estimate(self, target: Target, prompt_tokens: int, max_tokens: int | None) -> int:
+        """Return the tokens that a job will take there, as far as can be known before; at least 1."""
+        known = self.uses.get(f"{target.provider}/{target.model}")
+        if known is not None and known.output is not None:
+            output = round(known.output) if max_tokens is None else min(round(known.output), max_tokens)
+        else:
+            output = _USUAL_OUTPUT if max_tokens is None else max_tokens
+        return max(1, prompt_tokens + output)
+
+
+_NOTHING: Final = Learned()
+
+
+def key_of(target: Target) -> str:
+    """Return the key of a target: ``PROVIDER/MODEL``."""
+    return f"{target.provider}/{target.model}"
+
+
+def pool_state(pool: Pool) -> PoolState:
+    """Return what is known of a pool before anything is."""
+    return PoolState(pool.queue, pool.job_class, tuple(map(key_of, pool.chain)))
