@@ -90,6 +90,13 @@ class Policy:
     bulk_share: float = DEFAULT_BULK_SHARE  #: Of the tokens, for bulk jobs, while interactive ones wait: 0 to below 1.
     credit: int = DEFAULT_CREDIT  #: Tokens ÷ weight by which a lane may be behind the others at most.
 
+    @property
+    def is_limited(self) -> bool:
+        """Whether the use of anything is limited."""
+        return any(policy.limits or any(policy.models.values()) for policy in self.providers.values()) or any(
+            tenant.concurrency is not None for tenant in self.tenants.values()
+        )
+
     def limits_of(self, provider: str, model: str) -> list[tuple[str, Limits]]:
         """Return all limits that hold for a model, each with the key under which its use is counted.
 
