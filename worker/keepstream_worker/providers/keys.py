@@ -36,6 +36,7 @@ _FILE_PATIENCE: Final = 1.0  #: Seconds a request waits for a file while there i
 _RENEWED_AT: Final = 0.8  #: The share of its time after which a command's key is renewed.
 _COMMAND_PAUSE: Final = 10.0  #: Seconds between a run that did not help and the next one.
 _COMMAND_SECONDS: Final = 30.0  #: A run may take.
+_END_SECONDS: Final = 5.0  #: To see a killed command end.
 _KEYS_KNOWN: Final = 8  #: Former keys that are still removed from what providers say.
 
 
@@ -259,13 +260,23 @@ async def _run(command: tuple[str, ...]) -> str:
         raise KeyUnreadableError(f"{name} did not end within {_COMMAND_SECONDS:g} s", advice) from None
     finally:
         if process.returncode is None:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            await process.wait()
+            await _end(process)
     if status:
         how = f"exit code {status}" if status > 0 else f"signal {-status}"
         raise KeyUnreadableError(f"{name} failed ({how})", advice)
     return _key_in(content, f"{name} printed", "it must print the key and nothing else")
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """Kill a command with all that it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with suppress(TimeoutError):  # something that has left its group may keep the pipe open
+        async with asyncio.timeout(_END_SECONDS):
+            # To asyncio, a process has not ended before its pipe has been read to the end.
+            while await cast("asyncio.StreamReader", process.stdout).read(_MAX_KEY_BYTES):
+                pass
+            await process.wait()
 
 
 async def _read_up_to(stream: asyncio.StreamReader, limit: int) -> bytes:
