@@ -370,6 +370,7 @@ def test_the_manifests_of_kubernetes_name_what_exists() -> None:
             assert named in defined, name
         for volume in pod["volumes"]:
             assert "configMap" not in volume or ("ConfigMap", volume["configMap"]["name"]) in defined, name
+            assert "secret" not in volume or ("Secret", volume["secret"]["secretName"]) in defined, name
     labels = MANIFESTS["worker Deployment keepstream-worker"]["spec"]["selector"]
     assert MANIFESTS["worker PodDisruptionBudget keepstream-worker"]["spec"]["selector"] == labels
     target = MANIFESTS["scaling ScaledObject keepstream-worker"]["spec"]["scaleTargetRef"]["name"]
@@ -380,7 +381,9 @@ def test_the_manifests_of_kubernetes_name_what_exists() -> None:
         assert {variable for variable in used if variable.startswith("KEEPSTREAM_")} <= known
 
 
-def test_the_providers_file_of_the_manifests_can_be_read() -> None:
+def test_the_providers_file_of_the_manifests_names_keys_that_are_mounted() -> None:
     text = MANIFESTS["config ConfigMap keepstream-providers"]["data"]["providers.toml"]
-    secret = MANIFESTS["config Secret keepstream-providers"]["stringData"]
-    assert parse_providers(text, secret)["openai"].key_missing is False
+    (container,) = pods()["worker Deployment keepstream-worker"]["containers"]
+    (keys,) = [Path(mount["mountPath"]) for mount in container["volumeMounts"] if mount["name"] == "keys"]
+    mounted = {keys / name for name in MANIFESTS["config Secret keepstream-providers"]["stringData"]}
+    assert {config.api_key_file for name, config in parse_providers(text, {}).items() if name != "default"} == mounted

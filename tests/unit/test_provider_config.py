@@ -14,6 +14,9 @@ from keepstream_worker.providers.config import (
 ENV = {"OPENAI_API_KEY": "sk-default", "GROQ_API_KEY": "gsk_secret", "PROXY_URL": "http://me:word@proxy.example:3128"}
 ONLY_TABLES = "only tables named [providers.NAME], [tenants.NAME] and [scheduling] belong here"
 KEY_LIKE = ["sk-proj-abcdef", "gsk_abcdef", "AIzaSyAbcdef", "0123456789abcdef0123456789abcdef", "Bearer abc"]
+NO_COMMAND = (
+    'providers.toml: [providers.x] api_key_command: must be a list of texts, ["program", "argument"]; no shell reads it'
+)
 
 
 def only(toml: str, env: dict[str, str] | None = None) -> ProviderConfig:
@@ -116,6 +119,8 @@ def test_no_secret_is_ever_printed() -> None:
         'key = "{}"',
         'token = "{}"',
         'api_key_env = "{}"',
+        'api_key_file = "{}"',
+        'api_key_command = ["{}"]',
         'headers = {{ X-Gateway = "{}" }}',
         'query = {{ sig = "{}" }}',
     ],
@@ -125,6 +130,17 @@ def test_a_key_in_the_file_is_refused_and_not_repeated(line: str, key: str) -> N
     assert message.startswith("providers.toml: [providers.x] ")
     assert line.split(" ", 1)[0] in message
     assert key not in message
+
+
+def test_a_key_among_the_arguments_of_the_command_is_refused_but_not_an_id() -> None:
+    message = complaint('[providers.x]\nbase_url = "https://h.example"\napi_key_command = ["p", "sk-proj-abcdef"]')
+    assert message == (
+        "providers.toml: [providers.x] api_key_command: "
+        "holds what looks like a key; let the program read it from its environment"
+    )
+    words = ("/opt/azure-cli-2/bin/print-token", "--tenant", "72f988bf-86f1-41af-91ab-2d7cd011db47")
+    config = only(f'base_url = "https://h.example"\napi_key_command = {list(words)}\napi_key_valid = 300')
+    assert (config.api_key_command, config.api_key_valid) == (words, 300)
 
 
 def test_a_secret_header_must_come_from_the_environment() -> None:
@@ -197,7 +213,7 @@ def test_ordinary_header_values_are_accepted(value: str) -> None:
         ),
         (
             '[providers.x]\nkind = "azure"\nendpoint = "http://h"\napi_version = "v"',
-            "providers.toml: [providers.x]: 'api_key_env' is missing; kind 'azure' needs it",
+            "providers.toml: [providers.x]: kind 'azure' needs 'api_key_env', 'api_key_file' or 'api_key_command'",
         ),
         (
             '[providers."a b"]\nbase_url = "http://h"',
@@ -210,6 +226,38 @@ def test_ordinary_header_values_are_accepted(value: str) -> None:
         (
             '[providers.x]\nbase_url = "http://h"\nheaders = { A = 1 }',
             'providers.toml: [providers.x] headers.A: must be a text or { env = "NAME" }',
+        ),
+        (
+            '[providers.x]\nbase_url = "http://h"\napi_key_env = "K"\napi_key_file = "/k"',
+            "providers.toml: [providers.x]: 'api_key_env' and 'api_key_file' both name the key; keep one of them",
+        ),
+        (
+            '[providers.x]\nbase_url = "http://h"\napi_key_file = "secrets/key"',
+            "providers.toml: [providers.x] api_key_file: must be a file's whole path, from / on, not a key",
+        ),
+        (
+            '[providers.x]\nbase_url = "http://h"\napi_key_command = "az account"',
+            NO_COMMAND,
+        ),
+        (
+            '[providers.x]\nbase_url = "http://h"\napi_key_command = []',
+            NO_COMMAND,
+        ),
+        (
+            '[providers.x]\nbase_url = "http://h"\napi_key_command = ["p"]\napi_key_valid = 0',
+            "providers.toml: [providers.x] api_key_valid: must be greater than 0",
+        ),
+        (
+            '[providers.x]\nbase_url = "http://h"\napi_key_env = "K"\napi_key_valid = 60',
+            "providers.toml: [providers.x]: 'api_key_valid' has no meaning without 'api_key_command'",
+        ),
+        (
+            '[providers.x]\nbase_url = "http://h"\napi_key_header = "api-key"',
+            "providers.toml: [providers.x]: 'api_key_header' has no meaning without a key",
+        ),
+        (
+            '[providers.x]\nbase_url = "http://h"\napi_key_env = "K"\napi_key_header = "x-key"',
+            "providers.toml: [providers.x] api_key_header: must be 'authorization', 'api-key' or 'x-api-key'",
         ),
     ],
 )

@@ -125,7 +125,8 @@ def test_the_example_of_an_event_is_one() -> None:
 def test_the_example_of_a_providers_file_is_accepted() -> None:
     text, limits = blocks("toml")
     environment = {"GROQ_API_KEY": "k", "AZURE_OPENAI_API_KEY": "k", "GATEWAY_KEY": "k"}
-    assert set(parse_providers(text, environment)) == {"default", "groq", "azure-eu", "local", "gateway"}
+    providers = {"default", "groq", "mistral", "azure-eu", "azure-entra", "local", "gateway"}
+    assert set(parse_providers(text, environment)) == providers
     policy = parse_policy(limits, {})
     assert [key for key, _ in policy.limits_of("openai", "gpt-6-mini")] == ["openai", "openai/gpt-6-mini"]
     assert policy.doubts() == []

@@ -253,4 +253,5 @@ def _provider(config: ProviderConfig, check: "ProviderCheck", providers: int) ->
         return Finding(name, Severity.OK, check.line)
     if config.name == DEFAULT and config.key_missing and providers > 1:
         return Finding(name, Severity.WARN, check.line, "only needed for jobs that name no other provider")
-    return Finding(name, Severity.FAIL, check.line, "until then, jobs for this provider fail")
+    advice = f"{check.advice}; " if check.advice else ""
+    return Finding(name, Severity.FAIL, check.line, f"{advice}until then, jobs for this provider fail")

@@ -134,7 +134,9 @@ def doctor(
     """
     from keepstream_worker.commands.doctor import as_json as findings_json
     from keepstream_worker.commands.doctor import examine, healthy, show
+    from keepstream_worker.telemetry.logs import configure_logging
 
+    configure_logging("error", "console")  # the findings say what a worker would log
     findings = examine(quick=quick)
     if as_json:
         typer.echo(json.dumps(findings_json(findings), indent=2))

@@ -4,7 +4,8 @@ In: the providers file (TOML) and the environment.
 Out: ``ProviderConfig`` values by name, to the provider module; a ``Policy``, to whoever decides what runs next; or one
 line that says what is wrong.
 
-A job only names a provider. URLs come from the operator's file, keys from the operator's environment.
+A job only names a provider. URLs come from the operator's file; keys from the operator's environment, or from a file or
+a command that the worker reads anew while it runs (``keys``).
 
 The provider ``default`` needs no file: it is configured by OPENAI_API_KEY, OPENAI_BASE_URL, OPENAI_ORG_ID and
 OPENAI_PROJECT_ID, as for the openai SDK. A file looks like this::
@@ -17,7 +18,13 @@ OPENAI_PROJECT_ID, as for the openai SDK. A file looks like this::
     kind = "azure"
     endpoint = "https://example.openai.azure.com"
     api_version = "2024-10-21"
-    api_key_env = "AZURE_OPENAI_API_KEY"
+    api_key_command = ["print-entra-token"]   # run anew before its key's time is over
+    api_key_valid = 3000                  # seconds
+    api_key_header = "authorization"      # as a bearer token; without this, Azure is sent a key as "api-key"
+
+    [providers.mistral]
+    base_url = "https://api.mistral.ai/v1"
+    api_key_file = "/run/secrets/mistral" # read anew when it changes
 
     [providers.local]                     # no api_key_env: a server that wants no key
     base_url = "http://127.0.0.1:8000/v1"
@@ -78,6 +85,7 @@ _KEY_PREFIX: Final = re.compile(r"(sk|pk|gsk|xai|hf|r8|nvapi|pplx|key|csk|tgp|fw
 _OPAQUE: Final = re.compile(r"(?=.*[0-9])(?=.*[A-Za-z])[A-Za-z0-9+/=_-]{24,}\Z")
 _NAMES_OF_KEYS: Final = frozenset({"api_key", "apikey", "key", "token", "secret", "password"})
 _SECRET_HEADERS: Final = frozenset({"authorization", "proxy-authorization", "api-key", "x-api-key", "cookie"})
+_KEY_SOURCES: Final = ("api_key_env", "api_key_file", "api_key_command")  #: Keys of which a table has at most one.
 
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 Bytes = Annotated[int, Field(ge=1024)]
@@ -154,8 +162,13 @@ class ProviderConfig(_Limited):
     endpoint: str | None = None  #: For kind azure; the resource's URL.
     api_version: str | None = None  #: For kind azure.
     deployment: str | None = None  #: For kind azure; None: the deployment has the model's name.
-    api_key_env: str | None = None  #: The variable that holds the key; None: the provider needs none.
+    # Where the key comes from; without any of the three, the provider needs none.
+    api_key_env: str | None = None  #: The variable that holds it.
     api_key: SecretStr | None = None  #: The variable's value; None if it is unset or empty.
+    api_key_file: Path | None = None  #: The file that holds it, and nothing else.
+    api_key_command: tuple[str, ...] | None = None  #: The program that prints it, and nothing else; its arguments.
+    api_key_valid: Seconds | None = None  #: How long what the command prints is good for; None: until it is refused.
+    api_key_header: Literal["authorization", "api-key", "x-api-key"] | None = None  #: None: what the kind wants.
     headers: dict[str, SecretStr] = Field(default_factory=dict)
     query: dict[str, SecretStr] = Field(default_factory=dict)
     stream_options: bool = True  #: Whether to request usage; a few servers refuse the parameter.
@@ -203,11 +216,16 @@ class ProviderConfig(_Limited):
         """Whether the provider needs a key that the environment does not have."""
         return self.api_key_env is not None and self.api_key is None
 
+    @property
+    def key_header(self) -> str:
+        """The header that carries the key; ``authorization`` carries it as a bearer token."""
+        return self.api_key_header or ("api-key" if self.kind == "azure" else "authorization")
+
     @model_validator(mode="after")
     def _has_what_its_kind_needs(self) -> Self:
         needed, foreign = ("base_url",), ("endpoint", "api_version", "deployment")
         if self.kind == "azure":
-            needed, foreign = ("endpoint", "api_version", "api_key_env"), ("base_url",)  # type: ignore[assignment]
+            needed, foreign = ("endpoint", "api_version"), ("base_url",)  # type: ignore[assignment]
         for key in needed:
             if getattr(self, key) is None:
                 raise ValueError(f"'{key}' is missing; kind {self.kind!r} needs it")
@@ -228,6 +246,19 @@ class ProviderConfig(_Limited):
                         f"models.{pattern}.{key} is above the provider's own {key}, which holds for all its models "
                         "together and wins; lower the one or raise the other"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _has_one_key(self) -> Self:
+        sources = [key for key in _KEY_SOURCES if getattr(self, key) is not None]
+        if len(sources) > 1:
+            raise ValueError(f"'{sources[0]}' and '{sources[1]}' both name the key; keep one of them")
+        if self.kind == "azure" and not sources:
+            raise ValueError("kind 'azure' needs 'api_key_env', 'api_key_file' or 'api_key_command'")
+        if self.api_key_valid is not None and self.api_key_command is None:
+            raise ValueError("'api_key_valid' has no meaning without 'api_key_command'")
+        if self.api_key_header is not None and not sources:
+            raise ValueError("'api_key_header' has no meaning without a key")
         return self
 
 
@@ -388,7 +419,10 @@ def _default_table(environment: Mapping[str, str], more: Mapping[str, Any] = Map
     headers: dict[str, Any] = {
         name: {"env": variable} for name, variable in _ACCOUNT_HEADERS.items() if environment.get(variable)
     }
-    table = {"base_url": environment.get(_URL_VARIABLE) or OPENAI_URL, "api_key_env": _KEY_VARIABLE, **more}
+    table: dict[str, Any] = {"base_url": environment.get(_URL_VARIABLE) or OPENAI_URL}
+    if not more.keys() & _KEY_SOURCES:
+        table["api_key_env"] = _KEY_VARIABLE
+    table |= more
     given = more.get("headers", {})
     return table | {"headers": headers | given if isinstance(given, dict) else given}
 
@@ -397,12 +431,20 @@ def _provider(name: str, table: Mapping[str, Any], environment: Mapping[str, str
     """Return one table as a checked value, with keys and secrets read from the environment."""
     fields: dict[str, Any] = {**table, "name": name}
     for key in table.keys() & {"name", "api_key", *_NAMES_OF_KEYS}:
-        hint = "name the variable that holds the key in 'api_key_env'" if key != "name" else "the table's name says it"
+        hint = (
+            "name the variable that holds the key in 'api_key_env', or its file in 'api_key_file'"
+            if key != "name"
+            else "the table's name says it"
+        )
         raise ProviderConfigError(f"{where} {key}: does not belong here; {hint}")
     if (variable := table.get("api_key_env")) is not None:
         if not isinstance(variable, str) or not _ENVIRONMENT_NAME.match(variable) or _looks_like_a_key(variable):
             raise ProviderConfigError(f"{where} api_key_env: must be the name of an environment variable, not a key")
         fields["api_key"] = _clean(environment.get(variable, ""), variable) or None
+    if (file := table.get("api_key_file")) is not None and not (isinstance(file, str) and Path(file).is_absolute()):
+        raise ProviderConfigError(f"{where} api_key_file: must be a file's whole path, from / on, not a key")
+    if (command := table.get("api_key_command")) is not None:
+        _check_command(command, f"{where} api_key_command")
     for key in ("headers", "query"):
         if isinstance(table.get(key), dict):
             fields[key] = {
@@ -436,6 +478,15 @@ def _checked(kind: type[_V], fields: Mapping[str, Any], where: str) -> _V:
         raise ProviderConfigError(f"{location}: {message}") from None
 
 
+def _check_command(command: object, where: str) -> None:
+    words = command if isinstance(command, list) else []
+    if not words or not all(isinstance(word, str) and "\x00" not in word for word in words) or not words[0]:
+        raise ProviderConfigError(f'{where}: must be a list of texts, ["program", "argument"]; no shell reads it')
+    # The id of a tenant or an application looks as random as a key does; the name of a program does not.
+    if any(_KEY_PREFIX.match(word) for word in words) or ("/" not in words[0] and _looks_like_a_key(words[0])):
+        raise ProviderConfigError(f"{where}: holds what looks like a key; let the program read it from its environment")
+
+
 def _unknown_key(kind: type[_Value], *location: int | str) -> str:
     """Return the complaint about a key that a table, or a table inside a provider's, does not know."""
     owner = _INNER_TABLES[location[0]] if len(location) > 1 else kind
@@ -463,9 +514,14 @@ def _secret(value: object, environment: Mapping[str, str], where: str, *, must_b
 def _clean(secret: str, variable: str) -> str:
     """Return ``secret`` without surrounding white space; it must be valid in an HTTP header."""
     secret = secret.strip()
-    if not (secret.isascii() and (secret.isprintable() or not secret)):
+    if not fits_a_header(secret):
         raise ProviderConfigError(f"the environment variable {variable} holds characters that no key has")
     return secret
+
+
+def fits_a_header(secret: str) -> bool:
+    """Return whether a key can be sent as the value of an HTTP header."""
+    return secret.isascii() and (secret.isprintable() or not secret)
 
 
 def _looks_like_a_key(text: str) -> bool:

@@ -1,6 +1,6 @@
-"""Provider HTTP: the transport beneath the SDK's client, built on aiohttp.
+"""Provider HTTP: the transport, built on aiohttp.
 
-In: finished HTTP requests, from the SDK through httpx2's transport interface, or from the provider module directly.
+In: finished HTTP requests, from the provider module.
 Out: responses whose body is read as it arrives, or a ``ProviderFailure`` that names what went wrong.
 
 The SDK ships an aiohttp transport of its own, but it reports a dropped connection as a time-out, reads error bodies
@@ -12,7 +12,6 @@ import os
 import re
 import ssl
 import zlib
-from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -61,10 +60,23 @@ class Head:
 
     method: str
     url: URL
-    headers: list[tuple[str, str]]  #: Without the content length, which depends on the body.
+    headers: list[tuple[str, str]]  #: Without the content length, which depends on the body, and without a key.
 
 
-class HttpTransport(httpx2.AsyncBaseTransport):
+class HeadRecorder(httpx2.AsyncBaseTransport):
+    """A transport for the SDK that sends nothing: the response carries the ``Head`` of the request as an extension."""
+
+    @override
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        head = Head(
+            request.method,
+            URL(str(request.url), encoded=True),
+            [(name, value) for name, value in request.headers.multi_items() if name.lower() != "content-length"],
+        )
+        return httpx2.Response(200, extensions={"head": head})
+
+
+class HttpTransport:
     """The connections to one provider. Created, used and closed on one event loop."""
 
     def __init__(self, *, tls: ssl.SSLContext, proxy: str | None = None, max_connections: int | None = None) -> None:
@@ -79,18 +91,6 @@ class HttpTransport(httpx2.AsyncBaseTransport):
             auto_decompress=False,
             trace_configs=[trace],
         )
-
-    @override
-    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        """Send a request from the SDK; the response carries its ``Body`` and ``Head`` as extensions."""
-        head = Head(
-            request.method,
-            URL(str(request.url), encoded=True),
-            [(name, value) for name, value in request.headers.multi_items() if name.lower() != "content-length"],
-        )
-        body = await self.send(head, request.content, request.extensions["timeout"]["connect"])
-        extensions = {"body": body, "head": head}
-        return httpx2.Response(body.status, headers=body.raw_headers, stream=body, extensions=extensions)
 
     async def send(self, head: Head, content: bytes, connect_timeout: float) -> "Body":
         """Send a request; return as soon as the headers of a successful response have arrived.
@@ -145,13 +145,12 @@ class HttpTransport(httpx2.AsyncBaseTransport):
         finally:
             slot.release()
 
-    @override
     async def aclose(self) -> None:
         """Close every connection."""
         await self._session.close()
 
 
-class Body(httpx2.AsyncByteStream):
+class Body:
     """The body of one response, decompressed as it arrives."""
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
@@ -165,11 +164,6 @@ class Body(httpx2.AsyncByteStream):
     def status(self) -> int:
         """The HTTP status."""
         return self._response.status
-
-    @property
-    def raw_headers(self) -> tuple[tuple[bytes, bytes], ...]:
-        """The headers as received."""
-        return self._response.raw_headers
 
     @property
     def content_type(self) -> str:
@@ -222,15 +216,6 @@ class Body(httpx2.AsyncByteStream):
     def close(self) -> None:
         """Release the connection, resetting it if the body is incomplete. May be repeated."""
         self._response.close()
-
-    @override
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        while data := await self.read():
-            yield data
-
-    @override
-    async def aclose(self) -> None:
-        self.close()
 
 
 #: What we can decompress. Anything else is passed on as it is: it may be plain text with a wrong label.

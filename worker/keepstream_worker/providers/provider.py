@@ -3,8 +3,8 @@
 In: a job's request and its time-outs, from the engine.
 Out: the answer's bytes as they arrive, or a ``ProviderFailure``; no exception of a library escapes.
 
-The openai SDK supplies keys, base URLs, Azure's paths and headers. Its part ends with the response headers, since its
-decoder loses events and its chunk objects cost ten times as much as everything else together.
+The openai SDK supplies base URLs, Azure's paths and headers, once for each path. Its part ends there: it reads keys
+once, its decoder loses events, and its chunk objects cost ten times as much as everything else together.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ import contextlib
 import json
 import ssl
 import urllib.parse
-from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any, Final, NamedTuple, Self, TypeVar, cast
@@ -32,7 +32,8 @@ from keepstream_worker.providers.dialects.choice import (
 )
 from keepstream_worker.providers.dialects.responses_request import ITEMS_FIELD, NotExpressibleError, ResponsesOptions
 from keepstream_worker.providers.dialects.responses_request import encode as encode_response
-from keepstream_worker.providers.http import Body, Head, HttpTransport, ProviderFailure
+from keepstream_worker.providers.http import Body, Head, HeadRecorder, HttpTransport, ProviderFailure
+from keepstream_worker.providers.keys import key_of
 from keepstream_worker.telemetry.logs import get_logger
 from keepstream_worker.values import Failure
 
@@ -48,6 +49,7 @@ _REFUSED_REQUEST: Final = frozenset({400, 404, 405, 422, 501})
 _MAX_MODELS: Final = 1024  #: Of which is remembered what they refuse.
 _CHAT: Final = "/chat/completions"
 _RESPONSES: Final = "/responses"
+_MODELS: Final = "/models"
 _MAX_HEADS: Final = 256  #: Cached heads; paths differ only by Azure's deployments.
 _SECURITY: Final[Any] = {"bearer_auth": True}  #: Never send the administrator's key, even if the environment holds one.
 _MODEL_LIST_BYTES: Final = 4 * 1024 * 1024
@@ -69,6 +71,7 @@ class ProviderCheck(NamedTuple):
 
     ok: bool
     line: str  #: One line to show to people.
+    advice: str = ""  #: What to do, where that is known.
 
 
 class _Watchdog:
@@ -169,12 +172,13 @@ class Provider:
             proxy=config.proxy.get_secret_value() if config.proxy else None,
             max_connections=config.max_connections,
         )
-        self._client = _sdk_client(config, self._transport)
+        self._client = _sdk_client(config)
         self._heads: dict[str, Head] = {}  #: What the SDK puts before a body, by path.
         self._headers = _headers(config)
+        self._key = key_of(config)
         self._secrets = [
             secret.get_secret_value()
-            for secret in (config.api_key, config.proxy, *config.headers.values(), *config.query.values())
+            for secret in (config.proxy, *config.headers.values(), *config.query.values())
             if secret is not None
         ]
         self._deployment_per_model = config.kind == "azure" and config.deployment is None
@@ -194,7 +198,6 @@ class Provider:
             ProviderFailure: on entering, if there is no response or the provider refuses the request; while
                 iterating, if the answer breaks off or stalls.
         """
-        self._require_key()
         watchdog = _Watchdog(timeouts)
         try:
             body, by_responses = await watchdog.wait_for(self._ask(request, timeouts.connect))
@@ -286,26 +289,42 @@ class Provider:
         if self._deployment_per_model:  # the SDK reads the model only from bodies it encodes itself
             path = f"/deployments/{urllib.parse.quote(model, safe='')}{path}"
         with _only_provider_failures():
-            if head := self._heads.get(path):
-                return await self._transport.send(head, content, connect_timeout)
-            # The SDK's low-level call: `chat.completions.create` without the conversion of typed parameters, which
-            # costs more than the request itself. `cast_to` returns the response unread.
-            response = await self._client.post(
-                path,
-                content=content,
-                cast_to=httpx2.Response,
-                stream=True,
-                stream_cls=openai.AsyncStream[Any],
-                options={
-                    "headers": self._headers,
-                    "timeout": httpx2.Timeout(None, connect=connect_timeout),
-                    "security": _SECURITY,
-                },
-            )
-            extensions = cast("httpx2.Response", response).extensions
-            if len(self._heads) < _MAX_HEADS:
-                self._heads[path] = cast("Head", extensions["head"])
-            return cast("Body", extensions["body"])
+            head = self._heads.get(path)
+            if head is None:
+                head = await self._head(self._client.post, path)
+                if len(self._heads) < _MAX_HEADS:
+                    self._heads[path] = head
+            return await self._send(head, content, connect_timeout)
+
+    async def _head(self, method: Callable[..., Awaitable[Any]], path: str) -> Head:
+        """Return what the SDK puts before a body, without a key."""
+        response = await method(
+            path,
+            cast_to=httpx2.Response,
+            stream=True,  # so that the response is handed out as it is
+            stream_cls=openai.AsyncStream[Any],
+            options={"headers": self._headers, "timeout": httpx2.Timeout(None), "security": _SECURITY},
+        )
+        return cast("Head", response.extensions["head"])
+
+    async def _send(self, head: Head, content: bytes, connect_timeout: float) -> Body:
+        """Send a request with the key; if it is refused and there is another by now, send it again with that one."""
+        key = await self._key.current()
+        try:
+            return await self._transport.send(self._with_key(head, key), content, connect_timeout)
+        except ProviderFailure as error:
+            if error.failure.code is not ErrorCode.AUTH:
+                raise
+            other = await self._key.other_than(key)
+            if other is None:
+                raise
+        return await self._transport.send(self._with_key(head, other), content, connect_timeout)
+
+    def _with_key(self, head: Head, key: str | None) -> Head:
+        name = self.config.key_header
+        if key is None or any(given.lower() == name for given in self.config.headers):
+            return head
+        return replace(head, headers=[*head.headers, (name, f"Bearer {key}" if name == "authorization" else key)])
 
     def _release(self, body: Body) -> None:
         """Read the rest of an answer in the background, so that its connection can be reused."""
@@ -319,46 +338,42 @@ class Provider:
         """Return ``failure`` without any value of the configuration, however the provider came to quote it."""
         if failure.provider_error is None:
             return failure
-        return replace(failure, provider_error=words.without(failure.provider_error, self._secrets))
+        secrets = [*self._secrets, *self._key.known]
+        return replace(failure, provider_error=words.without(failure.provider_error, secrets))
 
     async def check(self) -> ProviderCheck:
         """Check the provider free of charge: ask for its list of models."""
         try:
-            self._require_key()
+            await self._key.current()
+        except ProviderFailure as error:
+            line, _, advice = error.failure.message.partition("; ")
+            return ProviderCheck(False, f"{self.config.url}: {line}", advice)
+        try:
             async with asyncio.timeout(_CHECK_SECONDS):
                 with _only_provider_failures():
-                    response = await self._client.get(
-                        "/models",
-                        cast_to=httpx2.Response,
-                        stream=True,
-                        stream_cls=openai.AsyncStream[Any],
-                        options={"headers": self._headers, "security": _SECURITY},
-                    )
-                    text = await _read_up_to(cast("httpx2.Response", response).extensions["body"], _MODEL_LIST_BYTES)
+                    head = await self._head(self._client.get, _MODELS)
+                    text = await _read_up_to(await self._send(head, b"", _CHECK_SECONDS), _MODEL_LIST_BYTES)
         except TimeoutError:
             return ProviderCheck(False, f"{self.config.url} does not answer within {_CHECK_SECONDS:g} s")
         except ProviderFailure as error:
             if error.failure.code is ErrorCode.NOT_FOUND:
                 return ProviderCheck(True, f"{self.config.url} answers, but lists no models (HTTP 404)")
-            return ProviderCheck(False, f"{self.config.url}: {error.failure.message}")
+            source = f" of its {self._key.origin}" if error.failure.code is ErrorCode.AUTH and self._key.origin else ""
+            return ProviderCheck(False, f"{self.config.url}: {error.failure.message}{source}")
         try:
             count = len(orjson.loads(text)["data"])
         except (ValueError, KeyError, TypeError):
             return ProviderCheck(False, f"{self.config.url} answers, but not like an OpenAI-compatible provider")
-        return ProviderCheck(True, f"{self.config.url} answers and lists {count} model{'s' * (count != 1)}")
-
-    def _require_key(self) -> None:
-        if self.config.key_missing:
-            message = (
-                f"provider {self.config.name!r} has no key: set the environment variable {self.config.api_key_env}"
-            )
-            raise ProviderFailure(Failure(code=ErrorCode.AUTH, message=message))
+        source = f"; its key is that of {self._key.origin}" if self._key.origin else ""
+        return ProviderCheck(True, f"{self.config.url} answers and lists {count} model{'s' * (count != 1)}{source}")
 
     async def aclose(self) -> None:
         """Close every connection."""
         for task in self._draining:
             task.cancel()
         await asyncio.gather(*self._draining, return_exceptions=True)
+        await self._key.aclose()
+        await self._transport.aclose()
         await self._client.close()
 
 
@@ -426,16 +441,14 @@ def _refuses_usage_option(error: ProviderFailure) -> bool:
     return refused and any(name in error.body for name in (b"stream_options", b"include_usage"))
 
 
-def _sdk_client(config: ProviderConfig, transport: HttpTransport) -> openai.AsyncOpenAI:
+def _sdk_client(config: ProviderConfig) -> openai.AsyncOpenAI:
+    """Return the SDK's client, which builds requests, but knows no key and sends nothing."""
     shared: dict[str, Any] = {
-        "api_key": config.api_key.get_secret_value() if config.api_key else "none",
-        "max_retries": 0,  # the engine retries: its attempts are counted, visible to followers and accounted for
+        "api_key": "none",
+        "max_retries": 0,
         "default_query": {name: value.get_secret_value() for name, value in config.query.items()},
         "http_client": httpx2.AsyncClient(
-            transport=transport,
-            follow_redirects=False,
-            trust_env=False,
-            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
+            transport=HeadRecorder(), trust_env=False, cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[]))
         ),
     }
     client: openai.AsyncOpenAI
@@ -456,14 +469,11 @@ def _sdk_client(config: ProviderConfig, transport: HttpTransport) -> openai.Asyn
 
 
 def _headers(config: ProviderConfig) -> dict[str, str | openai.Omit]:
-    headers: dict[str, str | openai.Omit] = {
-        # Compressing proxies hold small events back until a block is full, and decompressing costs time.
-        "Accept-Encoding": "identity",
-        **{name: value.get_secret_value() for name, value in config.headers.items()},
-    }
-    if config.api_key_env is None and "authorization" not in map(str.lower, headers):
-        headers["Authorization"] = openai.omit
-    return headers
+    given = {name: value.get_secret_value() for name, value in config.headers.items()}
+    # The key comes with each request, so the SDK is told to leave it out.
+    no_key = {name: openai.omit for name in ("authorization", "api-key") if name not in map(str.lower, given)}
+    # Compressing proxies hold small events back until a block is full, and decompressing costs time.
+    return {"Accept-Encoding": "identity", **given, **no_key}
 
 
 @contextlib.contextmanager
