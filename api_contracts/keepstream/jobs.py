@@ -198,8 +198,10 @@ class Job(BaseModel):
     )
     request: Request
     provider: Identifier = Field(default="default", description="Name of a configured provider; never a URL or a key.")
-    fallbacks: Annotated[tuple[Fallback, ...], Field(max_length=MAX_FALLBACKS)] = Field(
+    fallbacks: tuple[Fallback, ...] = Field(
         default=(),
+        max_length=MAX_FALLBACKS,
+        json_schema_extra={"uniqueItems": True},
         description=(
             "Further targets, in their order. A job goes on to the next one when its target is cooling down for long,"
             " is broken, or refuses the request for good."

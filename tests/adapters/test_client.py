@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import redis
-from sqlalchemy import create_engine, select, update
+from sqlalchemy import create_engine, select
 
 from keepstream import AsyncClient, Client, names, tables
 from keepstream.client.sender import Sender
@@ -30,6 +30,7 @@ from keepstream.tables import jobs, waiting
 from keepstream_worker.dev_stack.embedded import EmbeddedValkey, sqlite_url
 from keepstream_worker.settings import Settings
 from tests.jobs import make_job
+from tests.stored_jobs import start
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
 REQUEST: dict[str, Any] = {"model": "m", "messages": MESSAGES}
@@ -325,7 +326,7 @@ def test_a_running_job_stays_running_until_its_worker_has_stopped(client: Client
     job_id = client.enqueue(model="m", messages=MESSAGES)
     engine = create_engine(database_url)
     with engine.begin() as connection:
-        connection.execute(update(jobs).values(status="running", attempt=1, worker_id="w"))
+        start(connection, job_id)
     engine.dispose()
     assert client.cancel(job_id) is JobStatus.RUNNING
     assert rows(database_url)[0].cancel_requested_at is not None

@@ -14,9 +14,10 @@ from typing import Any, Self
 
 import pytest
 import redis
-from sqlalchemy import Engine, create_engine, insert, select, update
+from sqlalchemy import Engine, create_engine, event, func, insert, select
 
 from keepstream import AsyncClient, Client, WaitingFor, names, tables
+from keepstream.client.listing import list_jobs
 from keepstream.errors import (
     FollowTimeoutError,
     InvalidSettingError,
@@ -25,8 +26,9 @@ from keepstream.errors import (
     NotConfiguredError,
 )
 from keepstream.results import CompletionResult, JobStatus
-from keepstream.tables import jobs, now, seconds_from_now, workers
+from keepstream.tables import now, seconds_from_now, turns, workers
 from keepstream_worker.dev_stack.embedded import EmbeddedValkey, free_port
+from tests import stored_jobs
 from tests.cluster import PATIENCE
 from tests.redis_servers import Certificates, RedisTls
 
@@ -55,19 +57,42 @@ def away(database_url: str, engine: Engine) -> Iterator[Client]:
         yield client
 
 
-def change(engine: Engine, job_id: str, **values: Any) -> None:
-    with engine.begin() as connection:
-        connection.execute(update(jobs).where(jobs.c.id == job_id).values(values))
-
-
 def end(engine: Engine, job_id: str, status: str = "completed", **values: Any) -> None:
-    ended = {"status": status, "attempt": 1, "finished_at": now(), "terminal_event_id": "1-1", "announced": True}
-    change(engine, job_id, **(ended | values))
+    with engine.begin() as connection:
+        stored_jobs.finish(connection, job_id, JobStatus(status))
+        if values:
+            stored_jobs.change(connection, job_id, **values)
+
+
+def run(engine: Engine, job_id: str, worker_id: str = "w") -> None:
+    with engine.begin() as connection:
+        stored_jobs.start(connection, job_id, worker_id=worker_id)
+
+
+def pause(engine: Engine, job_id: str, seconds: float) -> None:
+    """Let a job wait for its next attempt."""
+    run(engine, job_id)
+    with engine.begin() as connection:
+        stored_jobs.pause(connection, job_id, seconds=seconds)
+
+
+def close(engine: Engine, **closed: Any) -> None:
+    """Let the newest turn have found something closed."""
+    with engine.begin() as connection:
+        newest = connection.scalar(select(func.max(turns.c.n))) or 0
+        values = {"n": newest + 1, "arrivals_low": 0, "ready": "{}", "closed": json.dumps(closed), "state": "{}"}
+        connection.execute(insert(turns).values(values))
 
 
 def row(engine: Engine, job_id: str) -> Any:
     with engine.begin() as connection:
-        return connection.execute(select(jobs).where(jobs.c.id == job_id)).one()
+        return stored_jobs.row(connection, job_id)
+
+
+def request_of(engine: Engine, job_id: str) -> Any:
+    """Return a job's JSON as it was enqueued."""
+    with engine.begin() as connection:
+        return stored_jobs.stored_job(connection, job_id).to_wire()
 
 
 def work(
@@ -120,7 +145,7 @@ def test_a_backlog_is_not_counted_to_its_end(client: Client, engine: Engine) -> 
 def test_a_job_waits_for_its_next_attempt(client: Client, engine: Engine) -> None:
     work(engine)
     job_id = enqueue(client)
-    change(engine, job_id, status="retrying", due_at=seconds_from_now(60.0))
+    pause(engine, job_id, 3600.0)
     reason = client.waiting_for(job_id)
     assert reason is not None
     assert reason.cause == "retry"
@@ -130,15 +155,103 @@ def test_a_job_waits_for_its_next_attempt(client: Client, engine: Engine) -> Non
 def test_a_job_whose_worker_died_waits_for_another(client: Client, engine: Engine) -> None:
     work(engine, "dead", silent_for=60)
     job_id = enqueue(client)
-    change(engine, job_id, status="running", worker_id="dead")
+    run(engine, job_id, "dead")
     assert str(client.waiting_for(job_id)) == "another worker to take it over: its own gives no sign of life"
+
+
+# -- what the newest turn has found closed --
+
+FULL = {"cause": "concurrency", "running": 200, "limit": 200}
+LATER = 4_102_444_805.0  # seconds since the epoch: 2100-01-01 00:00:05 UTC
+COOLING = {"cause": "cooling", "until": LATER}
+FALLBACKS = {"provider": "a", "fallbacks": [{"provider": "b", "model": "n"}]}
+
+
+@pytest.mark.parametrize(
+    ("targets", "cause", "text"),
+    [
+        ({"a": FULL}, "concurrency", "provider a: 200 of 200 streams"),
+        ({"a/m": FULL}, "concurrency", "a/m: 200 of 200 streams"),
+        ({"a": {"cause": "tokens_per_minute", "until": LATER}}, "tokens_per_minute", "tokens per minute of provider a"),
+        ({"a/m": {"cause": "requests_per_minute"}}, "requests_per_minute", "requests per minute of a/m"),
+        ({"a/m": COOLING}, "cooling", "cool-down of a/m until 00:00:05 UTC"),
+        ({"a/m": COOLING, "b": FULL}, "concurrency", "provider b: 200 of 200 streams"),
+        (
+            {"a": {"cause": "broken", "until": LATER}, "b/n": COOLING},
+            "broken",
+            "provider a, which fails again and again; next try at 00:00:05 UTC",
+        ),
+    ],
+)
+def test_a_job_waits_for_what_is_closed(
+    client: Client, engine: Engine, targets: dict[str, Any], cause: str, text: str
+) -> None:
+    work(engine)
+    job_id = enqueue(client, **FALLBACKS)
+    assert str(client.waiting_for(job_id)) == "a worker to take it"
+    close(engine, targets=targets)
+    reason = client.waiting_for(job_id)
+    assert reason == WaitingFor(cause=cause, text=text)
+    assert reason.passes is (cause != "broken")
+    assert [job.waiting_for for job in client.list()] == [reason]
+
+
+@pytest.mark.parametrize(
+    "closed",
+    [
+        {"targets": {"a": COOLING | {"until": 1.0}}},  # that was long ago
+        {"targets": {"b": FULL, "a/other": FULL}},  # not its own target
+        {"tenants": {"somebody else": {"running": 1, "limit": 1}}},
+        {},
+    ],
+)
+def test_what_is_closed_for_others_is_no_reason(client: Client, engine: Engine, closed: dict[str, Any]) -> None:
+    work(engine)
+    job_id = enqueue(client, **FALLBACKS)
+    close(engine, targets={"a": FULL})
+    close(engine, **closed)  # the newest turn counts
+    assert str(client.waiting_for(job_id)) == "a worker to take it"
+
+
+def test_a_job_of_a_tenant_at_its_limit_waits_for_the_tenants_own_jobs(client: Client, engine: Engine) -> None:
+    work(engine, running=3)
+    job_id = enqueue(client)
+    close(engine, tenants={"default": {"running": 2, "limit": 2}})
+    assert client.waiting_for(job_id) == WaitingFor(cause="tenant", text="tenant default: 2 of 2 at once")
+
+
+def test_a_page_of_waiting_jobs_costs_as_many_statements_as_one_job(client: Client, engine: Engine) -> None:
+    work(engine)
+    close(engine, targets={"a": FULL})
+    ids = [enqueue(client, provider=provider) for provider in ("a", "b") * 25]
+    statements: list[str] = []
+
+    def note(*arguments: Any) -> None:
+        statements.append(arguments[2])
+
+    def cost(limit: int) -> int:
+        del statements[:]
+        with engine.begin() as connection:
+            assert len(list_jobs(connection, "default", limit=limit)) == limit
+        return len(statements)
+
+    event.listen(engine, "before_cursor_execute", note)
+    assert cost(50) == cost(1) <= 10
+    assert len(ids) == 50
+
+
+# -- what runs --
 
 
 def test_a_job_that_runs_or_has_ended_waits_for_nothing(client: Client, engine: Engine) -> None:
     work(engine)
     job_id = enqueue(client)
     assert str(client.waiting_for(job_id)) == "a worker to take it"
-    change(engine, job_id, status="running", worker_id="w")
+    with engine.begin() as connection:
+        stored_jobs.take(connection, job_id)
+    assert client.waiting_for(job_id) is None  # a turn has chosen it; its attempt is about to begin
+    with engine.begin() as connection:
+        stored_jobs.change(connection, job_id, status="running", attempt=1)
     assert client.waiting_for(job_id) is None
     end(engine, job_id)
     assert client.waiting_for(job_id) is None
@@ -348,8 +461,7 @@ def test_an_ended_job_is_run_again_as_a_new_one(client: Client, engine: Engine, 
     end(engine, job_id, status)
     again = client.retry(job_id)
     assert again not in (job_id, client.retry(job_id))
-    stored = json.loads(row(engine, again).job)
-    original = json.loads(row(engine, job_id).job)
+    stored, original = request_of(engine, again), request_of(engine, job_id)
     assert stored == {name: original[name] for name in original.keys() - {"idempotency_key", "expires_at"}} | {
         "id": again
     }
@@ -384,7 +496,7 @@ def test_a_job_of_another_queue_is_run_again_there(client: Client, engine: Engin
     job_id = enqueue(client)
     end(engine, job_id, "failed", queue="other")
     again = row(engine, client.retry(job_id))
-    assert (again.queue, again.sends) == ("other", 0)  # the other queue's workers send it
+    assert again.queue == "other"  # whose workers find it in the table
     with redis.Redis.from_url(redis_url) as connection:
         assert connection.llen(names.QUEUE) == 1
 
@@ -408,7 +520,8 @@ def test_a_request_that_the_database_has_stays_on_redis_for_a_minute(
     client: Client, engine: Engine, redis_url: str, status: str
 ) -> None:
     job_id = enqueue(client)
-    change(engine, job_id, status=status, worker_id="w")
+    if status == "running":
+        run(engine, job_id)
     client.cancel(job_id)
     with redis.Redis.from_url(redis_url) as connection:
         assert 0 < connection.ttl(names.job_keys("default", job_id).cancel) <= 60

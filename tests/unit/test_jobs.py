@@ -10,10 +10,21 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from keepstream.errors import InvalidJobError
-from keepstream.jobs import MAX_JOB_BYTES, NOT_IN_A_REQUEST, RESERVED_FIELDS, Job, parse_job
+from keepstream.jobs import (
+    MAX_JOB_BYTES,
+    NOT_IN_A_REQUEST,
+    RESERVED_FIELDS,
+    Fallback,
+    Job,
+    JobRef,
+    make_job,
+    parse_job,
+    parse_message,
+)
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
 REQUEST: dict[str, Any] = {"model": "m", "messages": MESSAGES}
+TARGET = {"provider": "q", "model": "n"}
 
 
 def job(request: Any = None, **fields: Any) -> Job:
@@ -184,12 +195,100 @@ def test_a_name_that_may_be_a_text_in_the_wrong_place_is_not_repeated(name: Any)
         ("max_attempts", [0, 101, 10**400, True, 3.5, "3", float("nan"), float("inf")]),
         ("first_token_timeout", [0, -1, 86_401, 10**400, True, "3", float("nan"), float("inf"), [1]]),
         ("idle_timeout", [0, True, "3", float("nan")]),
+        ("class", [None, "", "Bulk", "batch", 1, ["bulk"]]),
+        ("fallbacks", [None, "q", {}, [None], [{}], [{"provider": "q"}], [{"model": "n"}], [TARGET | {"url": "x"}]]),
+        ("fallbacks", [[TARGET | {"provider": "a b"}], [TARGET | {"model": ""}], [TARGET | {"model": 5}]]),
+        ("fallbacks", [[TARGET | {"model": "a\x00b"}], [TARGET | {"model": "m" * 257}]]),
         ("total_timeout", [0, False, "3", float("-inf")]),
     ],
 )
 def test_a_wrong_value_is_refused_by_the_name_of_its_field(field: str, values: list[object]) -> None:
     for value in values:
         assert refusal({"v": 2, "request": REQUEST, field: value}).startswith(f"{field}: ")
+
+
+# -- targets and class --
+
+
+def test_a_job_has_a_class_and_further_targets() -> None:
+    targets = [{"provider": "q", "model": "n"}, {"provider": "default", "model": "n"}]
+    before = job(**{"class": "bulk"}, fallbacks=targets)
+    assert (before.job_class, before.fallbacks) == ("bulk", tuple(Fallback(**target) for target in targets))
+    assert before.chain == (("default", "m"), ("q", "n"), ("default", "n"))
+    wire = before.to_wire()
+    assert (wire["class"], wire["fallbacks"], "job_class" in wire) == ("bulk", targets, False)
+    assert reads(before.to_json()) == before
+    assert (job().job_class, job().fallbacks, job().chain) == ("interactive", (), (("default", "m"),))
+
+
+def test_the_class_is_a_keyword_of_its_own_in_python_and_nowhere_else() -> None:
+    assert make_job({"request": REQUEST, "job_class": "bulk"}).job_class == "bulk"
+    assert Job(request=REQUEST, job_class="bulk").job_class == "bulk"
+    assert refusal({"v": 2, "request": REQUEST, "job_class": "bulk"}).endswith("did you mean 'class'?")
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        [{"provider": "default", "model": "m"}],
+        [TARGET, TARGET],
+        [TARGET, {"provider": "q", "model": "o"}, TARGET],
+    ],
+)
+def test_a_target_is_named_once(targets: list[dict[str, str]]) -> None:
+    said = "fallbacks: each must be another provider or model than the job's own and the others"
+    assert refusal({"v": 2, "request": REQUEST, "fallbacks": targets}) == said
+
+
+def test_there_are_eight_fallbacks_at_most() -> None:
+    targets = [TARGET | {"model": f"n{number}"} for number in range(9)]
+    assert len(job(fallbacks=targets[:8]).chain) == 9
+    assert refusal({"v": 2, "request": REQUEST, "fallbacks": targets}) == "fallbacks: at most 8 are accepted"
+
+
+def test_what_is_wrong_with_a_fallback_is_said_without_its_values() -> None:
+    wrong = [{"provider": "q"}, TARGET | {"secret": "x"}, TARGET | {"model": "secret\x00"}]
+    refused = refusal({"v": 2, "request": REQUEST, "fallbacks": wrong})
+    assert "fallbacks: 'model' is missing" in refused
+    assert "a 'provider' and a 'model', and nothing else" in refused
+    assert "secret" not in refused
+
+
+# -- messages that name a stored job --
+
+
+def test_a_message_may_carry_the_name_of_a_stored_job_alone() -> None:
+    named = JobRef(tenant="acme", id="a-1")
+    assert named.to_wire() == {"v": 2, "id": "a-1", "tenant": "acme"}
+    assert parse_message(named.to_wire()) == named
+    assert parse_message({"v": 2, "id": "a-1"}) == JobRef(tenant="default", id="a-1")
+
+
+def test_a_message_may_carry_a_job() -> None:
+    made = job(id="a-1", tenant="acme")
+    assert parse_message(made.to_wire()) == made
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ({"v": 2}, "request: is missing"),
+        ({"v": 2, "tenant": "acme"}, "request: is missing"),
+        ({"v": 2, "id": "a-1", "metadata": {}}, "request: is missing"),
+        ({"v": 2, "id": "a b"}, "id: must be 1 to 128 letters"),
+        ({"v": 2, "id": "a-1", "tenant": None}, "tenant: "),
+        ({"v": 3, "id": "a-1"}, "v: this library knows version 2"),
+        ({"id": "a-1"}, "v: a job says the version"),
+        (["a-1"], "a job is a JSON object"),
+    ],
+)
+def test_a_message_that_is_neither_is_refused(message: object, said: str) -> None:
+    with pytest.raises(InvalidJobError, match=f"^{said}") as caught:
+        parse_message(message)
+    assert caught.value.__cause__ is None
+
+
+# -- times --
 
 
 @pytest.mark.parametrize(
@@ -321,7 +420,14 @@ def test_the_hash_tells_providers_apart() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"metadata": {"a": 1}}, {"max_attempts": 2}, {"total_timeout": 9}, {"expires_at": "2030-01-01T00:00:00Z"}],
+    [
+        {"metadata": {"a": 1}},
+        {"max_attempts": 2},
+        {"total_timeout": 9},
+        {"expires_at": "2030-01-01T00:00:00Z"},
+        {"class": "bulk"},
+        {"fallbacks": [TARGET]},
+    ],
 )
 def test_the_hash_leaves_out_what_a_repetition_may_change(change: dict[str, Any]) -> None:
     assert job(**change).request_hash() == job().request_hash()

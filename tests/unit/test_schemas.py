@@ -13,7 +13,7 @@ from jsonschema.protocols import Validator  # type: ignore[import-untyped]
 
 from keepstream.errors import InvalidJobError
 from keepstream.events import KNOWN_EVENTS, UnknownEvent, parse_event, snapshot_event, terminal_event
-from keepstream.jobs import parse_job
+from keepstream.jobs import JobRef, parse_job
 from keepstream.schemas import generate as generate_schemas
 from tests.event_texts import attempt_failed, attempt_finished, delta, ended, snapshot, started
 from tests.jobs import make_job
@@ -92,7 +92,14 @@ def test_an_event_of_a_new_type_stays_valid(type_: str) -> None:
 
 
 def test_jobs_are_valid_as_they_are_sent() -> None:
-    job = make_job(temperature=1, x_vendor={"a": None}, max_attempts=2, expires_at="2030-01-01T00:00:00Z")
+    job = make_job(
+        temperature=1,
+        x_vendor={"a": None},
+        max_attempts=2,
+        expires_at="2030-01-01T00:00:00Z",
+        job_class="bulk",
+        fallbacks=[{"provider": "q", "model": "n"}],
+    )
     validator("job.schema.json").validate(job.to_wire())
 
 
@@ -109,6 +116,13 @@ REFUSED_FIELDS: list[dict[str, Any]] = [
     {"idle_timeout": -1},
     {"v": 1},
     {"v": "2"},
+    {"class": "batch"},
+    {"job_class": "bulk"},
+    {"fallbacks": [{"provider": "q"}]},
+    {"fallbacks": [{"provider": "q", "model": ""}]},
+    {"fallbacks": [{"provider": "q", "model": "n", "url": "x"}]},
+    {"fallbacks": [{"provider": "q", "model": "n"}] * 2},
+    {"fallbacks": [{"provider": "q", "model": f"n{number}"} for number in range(9)]},
 ]
 REFUSED_PARAMETERS: list[dict[str, Any]] = [{"model": ""}, {"messages": []}, {"stream": True}, {"base_url": "x"}]
 
@@ -169,6 +183,18 @@ def test_the_asyncapi_document_refers_only_to_what_is_in_it() -> None:
         found = document
         for part in parts:
             found = found[part]
+
+
+def test_a_message_on_the_queue_is_a_job_or_names_one() -> None:
+    schemas = read("asyncapi.json")["components"]["schemas"]
+    job = make_job()
+    message = jsonschema.Draft202012Validator(
+        {"$ref": "#/components/schemas/Message", "components": {"schemas": schemas}}
+    )
+    for valid in (job.to_wire(), JobRef(tenant=job.tenant, id=job.id).to_wire(), {"v": 2, "id": "a"}):
+        message.validate(valid)
+    for invalid in ({"v": 2}, {"id": "a"}, {"v": 2, "id": "a", "metadata": {}}, {"v": 2, "id": "a b"}):
+        assert not message.is_valid(invalid)
 
 
 def test_the_asyncapi_document_carries_every_type_of_event() -> None:
