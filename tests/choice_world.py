@@ -185,7 +185,9 @@ class World:
             least = question.arrival_times.get((where.queue, where.job_class), float("-inf"))
             times[lane] = min(times.get(lane, least), least)
         for standing in self.standings:
-            if (standing.lane in times and standing.time >= times[standing.lane]) or (standing.parked and standing.tenant in question.parked_tenants):
+            if (standing.lane in times and standing.time >= times[standing.lane]) or (
+                standing.parked and standing.tenant in question.parked_tenants
+            ):
                 take(standing)
             else:
                 continue

@@ -135,22 +135,23 @@ def test_a_purge_of_a_large_table_reads_what_it_deletes_and_little_else(
     seen: list[tuple[str, Any]] = []
 
     def note(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
-        seen.append((statement, parameters))
+        if statement.startswith("SELECT"):
+            seen.append((statement, parameters))
 
     event.listen(engine, "before_cursor_execute", note)
     try:
         counts = purge(transaction, MANY - 2000.0, count_only=True)
     finally:
         event.remove(engine, "before_cursor_execute", note)
-    assert 2000 <= counts.jobs < 4000  # one more with each second since they were made
-    assert counts.rejected_messages == 0
-    assert len(seen) < 20
+    assert all(2000 <= count < 4000 for count in counts)  # one more of each with each second since they were made
+    assert len(seen) < 30
     with transaction() as connection:
         for statement, parameters in seen:
             if not postgres:
                 for *_, step in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters):
-                    assert "INDEX" in step or "SUBQUERY" in step, (statement, step)
-                    assert "TEMP B-TREE" not in step or "rejected" in statement, (statement, step)
+                    # Messages of one moment are sorted by their ids; the index has the moments in order.
+                    ties = "TEMP B-TREE FOR RIGHT PART" in step and "rejected" in statement
+                    assert "INDEX" in step or "SUBQUERY" in step or ties, (statement, step)
                 continue
             explain = f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {statement}"
             (plan,) = connection.exec_driver_sql(explain, parameters).scalar_one()
@@ -159,7 +160,7 @@ def test_a_purge_of_a_large_table_reads_what_it_deletes_and_little_else(
 
 
 def fill(connection: Connection, *, postgres: bool) -> None:
-    """Give three tenants jobs of which one was made each second."""
+    """Give three tenants jobs of which one was made each second, and let there be as many rejected messages."""
     numbers = (
         f"SELECT n FROM generate_series(1, {MANY}) AS n"
         if postgres
@@ -179,6 +180,12 @@ def fill(connection: Connection, *, postgres: bool) -> None:
         text(
             f"INSERT INTO keepstream_jobs ({names})"
             f" SELECT {chosen} FROM keepstream_jobs t, ({numbers}) AS numbers WHERE t.tenant = 'z'"
+        )
+    )
+    connection.execute(
+        text(
+            "INSERT INTO keepstream_rejected_messages (id, rejected_at, reason, size)"
+            f" SELECT 'm-' || n, {made}, 'not JSON', 3 FROM ({numbers}) AS numbers"
         )
     )
 

@@ -137,9 +137,9 @@ def _rejected(transaction: Transaction, tenant: str | None, older_than: float, s
     while True:
         further = walk
         if place is not None:
-            time = bindparam(None, place.time, type_=NullType())
             # The first condition is the index's.
-            further = walk.where(message.rejected_at >= time, tuple_(message.rejected_at, message.id) > _bound(place))
+            here = type_coerce(message.rejected_at, NullType()) >= place.time
+            further = walk.where(here, tuple_(message.rejected_at, message.id) > _bound(place))
         with transaction() as connection:
             rows = connection.execute(further).all()
         if ids := [message_id for _, message_id, whose in rows if tenant in (None, whose)]:
