@@ -28,6 +28,7 @@ from keepstream.errors import (
 from keepstream.results import CompletionResult, JobStatus
 from keepstream.tables import now, seconds_from_now, turns, workers
 from keepstream_worker.dev_stack.embedded import EmbeddedValkey, free_port
+from keepstream_worker.scheduling.gates import Closed
 from tests import stored_jobs
 from tests.cluster import PATIENCE
 from tests.redis_servers import Certificates, RedisTls
@@ -76,7 +77,7 @@ def pause(engine: Engine, job_id: str, seconds: float) -> None:
         stored_jobs.pause(connection, job_id, seconds=seconds)
 
 
-def close(engine: Engine, **closed: Any) -> None:
+def close(engine: Engine, closed: dict[str, Any]) -> None:
     """Let the newest turn have found something closed."""
     with engine.begin() as connection:
         newest = connection.scalar(select(func.max(turns.c.n))) or 0
@@ -161,35 +162,42 @@ def test_a_job_whose_worker_died_waits_for_another(client: Client, engine: Engin
 
 # -- what the newest turn has found closed --
 
-FULL = {"cause": "concurrency", "running": 200, "limit": 200}
+FULL = {"why": "concurrency", "running": 200, "most": 200}
 LATER = 4_102_444_805.0  # seconds since the epoch: 2100-01-01 00:00:05 UTC
-COOLING = {"cause": "cooling", "until": LATER}
+COOLING = {"why": "cooling", "until": LATER}
+BROKEN = {"why": "broken", "until": LATER}
 FALLBACKS = {"provider": "a", "fallbacks": [{"provider": "b", "model": "n"}]}
 
 
 @pytest.mark.parametrize(
-    ("targets", "cause", "text"),
+    ("closed", "cause", "text"),
     [
         ({"a": FULL}, "concurrency", "provider a: 200 of 200 streams"),
         ({"a/m": FULL}, "concurrency", "a/m: 200 of 200 streams"),
-        ({"a": {"cause": "tokens_per_minute", "until": LATER}}, "tokens_per_minute", "tokens per minute of provider a"),
-        ({"a/m": {"cause": "requests_per_minute"}}, "requests_per_minute", "requests per minute of a/m"),
+        ({"a": {"why": "tokens_per_minute", "until": LATER}}, "tokens_per_minute", "tokens per minute of provider a"),
+        ({"a/m": {"why": "requests_per_minute"}}, "requests_per_minute", "requests per minute of a/m"),
         ({"a/m": COOLING}, "cooling", "cool-down of a/m until 00:00:05 UTC"),
+        ({"a/m": COOLING | {"until": None}}, "cooling", "cool-down of a/m"),
         ({"a/m": COOLING, "b": FULL}, "concurrency", "provider b: 200 of 200 streams"),
         (
-            {"a": {"cause": "broken", "until": LATER}, "b/n": COOLING},
+            {"a/m": BROKEN, "b/n": COOLING},
             "broken",
-            "provider a, which fails again and again; next try at 00:00:05 UTC",
+            "a/m, which fails again and again; next try at 00:00:05 UTC",
+        ),
+        (
+            {"a/m": {"why": "probing", "until": None}},
+            "broken",
+            "a/m, which failed again and again; one job is trying it",
         ),
     ],
 )
 def test_a_job_waits_for_what_is_closed(
-    client: Client, engine: Engine, targets: dict[str, Any], cause: str, text: str
+    client: Client, engine: Engine, closed: dict[str, Any], cause: str, text: str
 ) -> None:
     work(engine)
     job_id = enqueue(client, **FALLBACKS)
     assert str(client.waiting_for(job_id)) == "a worker to take it"
-    close(engine, targets=targets)
+    close(engine, closed)
     reason = client.waiting_for(job_id)
     assert reason == WaitingFor(cause=cause, text=text)
     assert reason.passes is (cause != "broken")
@@ -199,30 +207,44 @@ def test_a_job_waits_for_what_is_closed(
 @pytest.mark.parametrize(
     "closed",
     [
-        {"targets": {"a": COOLING | {"until": 1.0}}},  # that was long ago
-        {"targets": {"b": FULL, "a/other": FULL}},  # not its own target
-        {"tenants": {"somebody else": {"running": 1, "limit": 1}}},
+        {"a/m": COOLING | {"until": 1.0}},  # that was long ago
+        {"b": FULL, "a/other": FULL},  # not its own target
+        {"tenant:somebody else": {"why": "tenant", "running": 1, "most": 1}},
         {},
     ],
 )
 def test_what_is_closed_for_others_is_no_reason(client: Client, engine: Engine, closed: dict[str, Any]) -> None:
     work(engine)
     job_id = enqueue(client, **FALLBACKS)
-    close(engine, targets={"a": FULL})
-    close(engine, **closed)  # the newest turn counts
+    close(engine, {"a": FULL})
+    close(engine, closed)  # the newest turn counts
     assert str(client.waiting_for(job_id)) == "a worker to take it"
 
 
 def test_a_job_of_a_tenant_at_its_limit_waits_for_the_tenants_own_jobs(client: Client, engine: Engine) -> None:
     work(engine, running=3)
     job_id = enqueue(client)
-    close(engine, tenants={"default": {"running": 2, "limit": 2}})
+    close(engine, {"tenant:default": {"why": "tenant", "running": 2, "most": 2}})
     assert client.waiting_for(job_id) == WaitingFor(cause="tenant", text="tenant default: 2 of 2 at once")
+
+
+def test_what_a_turn_finds_closed_is_what_a_waiting_job_is_told(client: Client, engine: Engine) -> None:
+    """The words of the turn are those that are read here."""
+    work(engine)
+    job_id = enqueue(client)
+    for key, shut in {
+        "default": Closed("default", "concurrency", None, 5, 5),
+        "default/m": Closed("default/m", "broken", LATER),
+    }.items():
+        close(engine, {key: shut.as_json()})
+        reason = client.waiting_for(job_id)
+        assert reason is not None
+        assert reason.cause == shut.why
 
 
 def test_a_page_of_waiting_jobs_costs_as_many_statements_as_one_job(client: Client, engine: Engine) -> None:
     work(engine)
-    close(engine, targets={"a": FULL})
+    close(engine, {"a": FULL})
     ids = [enqueue(client, provider=provider) for provider in ("a", "b") * 25]
     statements: list[str] = []
 

@@ -130,49 +130,46 @@ def closed_reason(
 ) -> WaitingFor | None:
     """Return why a turn leaves a tenant's jobs with these targets waiting; None: nothing is closed for them.
 
-    ``closed`` has two parts: ``tenants``, by name, with ``running`` and ``limit`` of those that run as many jobs as
-    they may; and ``targets``, by ``provider`` or ``provider/model``, with their ``cause`` and either the same, or
-    ``until``, seconds since the epoch.
+    ``closed`` says ``why`` of each ``PROVIDER/MODEL``, ``PROVIDER`` and ``tenant:NAME`` that is closed, with
+    ``running`` jobs and the ``most`` there may be, or ``until``, seconds since the epoch; null: not known.
     """
-    at_limit = closed.get("tenants", {}).get(tenant)
+    at_limit = closed.get(f"tenant:{tenant}")
     if at_limit is not None:
         return WaitingFor(cause="tenant", text=f"tenant {tenant}: {_used(at_limit)} at once")
     passed_over = None
     for provider, model in chain:
-        reason, goes_on = _target_reason(closed.get("targets", {}), provider, model, at.timestamp())
+        reason = _target_reason(closed, provider, model, at.timestamp())
         if reason is None:
             return passed_over  # a short cool-down of a target before it is waited for
-        if not goes_on:
+        if reason.cause not in _PASSED_OVER:
             return reason
         passed_over = passed_over or reason
     return passed_over
 
 
-def _target_reason(targets: Mapping[str, Any], provider: str, model: str, at: float) -> tuple[WaitingFor | None, bool]:
-    """Return why a target is closed, and whether a job goes on to its next one for it."""
+def _target_reason(closed: Mapping[str, Any], provider: str, model: str, at: float) -> WaitingFor | None:
     for key, name in ((f"{provider}/{model}", f"{provider}/{model}"), (provider, f"provider {provider}")):
-        entry = targets.get(key)
-        if entry is None or entry.get("until", at) < at:
+        entry = closed.get(key)
+        until = None if entry is None else entry.get("until")
+        if entry is None or (until is not None and until < at):
             continue
-        cause = entry["cause"]
+        cause = entry["why"]
+        when = "" if until is None else f"{_clock_time(datetime.fromtimestamp(until, UTC))}"
         if cause == "concurrency":
-            text = f"{name}: {_used(entry)} streams"
-        elif cause == "cooling":
-            text = f"cool-down of {name}{_until(entry)}"
-        elif cause == "broken":
-            text = f"{name}, which fails again and again; next try{_until(entry).replace('until', 'at')}"
-        else:
-            text = f"{cause.replace('_', ' ')} of {name}"
-        return WaitingFor(cause=cause, text=text), cause in _PASSED_OVER
-    return None, False
+            return WaitingFor(cause=cause, text=f"{name}: {_used(entry)} streams")
+        if cause == "cooling":
+            return WaitingFor(cause=cause, text=f"cool-down of {name}{when and f' until {when}'}")
+        if cause == "broken":
+            text = f"{name}, which fails again and again{when and f'; next try at {when}'}"
+            return WaitingFor(cause=cause, text=text)
+        if cause == "probing":
+            return WaitingFor(cause="broken", text=f"{name}, which failed again and again; one job is trying it")
+        return WaitingFor(cause=cause, text=f"{cause.replace('_', ' ')} of {name}")
+    return None
 
 
 def _used(entry: Mapping[str, Any]) -> str:
-    return f"{entry['running']} of {entry['limit']}"
-
-
-def _until(entry: Mapping[str, Any]) -> str:
-    return f" until {_clock_time(datetime.fromtimestamp(entry['until'], UTC))}" if "until" in entry else ""
+    return f"{entry['running']} of {entry['most']}"
 
 
 def _clock_time(time: datetime) -> str:
