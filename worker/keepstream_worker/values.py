@@ -7,6 +7,7 @@ from typing import Any, Final, NamedTuple
 
 from keepstream.errors import ErrorCode
 from keepstream.results import Choice, JobStatus, ProviderError, Usage
+from keepstream_worker.limits import RateLimits
 
 #: Characters of a host's name in the id of its workers.
 _HOST_LENGTH: Final = 64
@@ -63,6 +64,7 @@ class Failure:
     #: The provider's own words, for the attempt's row: they may quote the prompt, so they go to no event and no log.
     provider_error: ProviderError | None = field(default=None, repr=False)
     provider_code: str | None = None  #: The provider's own name for it, if that is a plain identifier.
+    rate_limits: RateLimits | None = None  #: What the refusal said about the provider's limits, beside the wait.
 
 
 @dataclass(frozen=True, slots=True)
