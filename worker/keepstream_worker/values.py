@@ -72,6 +72,7 @@ class Failure:
     #: The provider's own words, for the attempt's row: they may quote the prompt, so they go to no event and no log.
     provider_error: ProviderError | None = field(default=None, repr=False)
     provider_code: str | None = None  #: The provider's own name for it, if that is a plain identifier.
+    rate_limits: RateLimits | None = None  #: What the refusal said about the provider's limits, beside the wait.
 
 
 @dataclass(frozen=True, slots=True)

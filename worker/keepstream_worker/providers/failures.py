@@ -13,13 +13,10 @@ send them with any status, and gateways wrap them in errors of their own. So the
 codes and types first (``_CAUSES``), then by what the message says (``_TEXTS``).
 """
 
-import math
 import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC
-from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -27,6 +24,8 @@ import orjson
 
 from keepstream.errors import ErrorCode
 from keepstream.results import ProviderError
+from keepstream_worker.providers import durations
+from keepstream_worker.providers.rate_headers import read_rate_limits
 from keepstream_worker.providers.words import provider_error
 from keepstream_worker.values import Failure
 
@@ -44,7 +43,8 @@ def failure_from_response(
     """
     lowered = {name.lower(): value for name, value in headers.items()}
     report = _Report.of(body)
-    wait = _retry_after(lowered, time.time() if now is None else now)
+    now = time.time() if now is None else now
+    wait = _retry_after(lowered, now)
     asked_to_wait = wait is not None and bool(lowered.keys() & {"retry-after", "retry-after-ms"})
     code = _code_of_response(status, report, asked_to_wait=asked_to_wait)
     return Failure(
@@ -54,6 +54,7 @@ def failure_from_response(
         retry_after=report.retry_after if wait is None else wait,
         should_retry=_SHOULD_RETRY.get(lowered.get("x-should-retry", "").strip().lower()),
         provider_request_id=_request_id(lowered),
+        rate_limits=read_rate_limits(lowered, now=now),
         provider_error=report.provider_error,
         provider_code=report.provider_code,
     )
@@ -477,7 +478,9 @@ def _waits(layer: Mapping[str, Any]) -> Iterator[float]:
     """Yield the waits, in seconds, that an error object asks for."""
     for key, unit in _WAIT_KEYS.items():
         asked = layer.get(key)
-        if isinstance(asked, int | float | str) and (wait := _seconds(str(asked), unit) or _duration(str(asked))):
+        if isinstance(asked, int | float | str) and (
+            wait := durations.of_number(str(asked), unit) or durations.of_units(str(asked))
+        ):
             yield wait
     headers = layer.get("headers")  # OpenRouter, LiteLLM: those of the provider behind them
     if isinstance(headers, Mapping):
@@ -485,7 +488,7 @@ def _waits(layer: Mapping[str, Any]) -> Iterator[float]:
         if (wait := _retry_after(lowered, time.time())) is not None:
             yield wait
     delay = layer.get("retryDelay")  # Google: a RetryInfo among the details
-    if isinstance(delay, str) and (wait := _duration(delay)) is not None:
+    if isinstance(delay, str) and (wait := durations.of_units(delay)) is not None:
         yield wait
 
 
@@ -496,8 +499,10 @@ def _wait_in(text: str) -> float | None:
         return None
     number, unit = match["number"], match["unit"]
     if unit is None:
-        return _duration(match["duration"]) if match["duration"] else None
-    return _plausible(float(number) * _UNIT_SECONDS["ms" if unit.lower().startswith("mil") else unit[0].lower()])
+        return durations.of_units(match["duration"]) if match["duration"] else None
+    return durations.plausible(
+        float(number) * durations.UNIT_SECONDS["ms" if unit.lower().startswith("mil") else unit[0].lower()]
+    )
 
 
 # -- headers --------------------------------------------------------------------------------------
@@ -518,15 +523,6 @@ _TRY_AGAIN: Final = re.compile(
 )
 _RESET: Final = "x-ratelimit-reset"
 _REMAINING: Final = "x-ratelimit-remaining"
-_MAX_WAIT: Final = 30 * 86_400.0  #: Seconds; anything longer is a mistake.
-_LEAST_DATE: Final = 1e9  #: From here on a number is a time since 1970 rather than a wait, in seconds …
-_LEAST_DATE_IN_MS: Final = 1e12  #: … or in milliseconds.
-_DURATION: Final = re.compile(
-    r"(?:(?P<d>[0-9]+)d)?(?:(?P<h>[0-9]+)h)?(?:(?P<m>[0-9]+)m(?!s))?"
-    r"(?:(?P<s>[0-9]+(?:\.[0-9]+)?)s)?(?:(?P<ms>[0-9]+(?:\.[0-9]+)?)ms)?"
-)
-_LONGEST_DURATION: Final = 64  #: Characters; a body may hold a text of megabytes in its place.
-_UNIT_SECONDS: Final = {"d": 86_400.0, "h": 3_600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
 
 
 def _request_id(headers: Mapping[str, str]) -> str | None:
@@ -539,43 +535,12 @@ def _request_id(headers: Mapping[str, str]) -> str | None:
 
 def _retry_after(headers: Mapping[str, str], now: float) -> float | None:
     """Return the seconds that the headers ask to wait; the most precise header counts."""
-    milliseconds = _seconds(headers.get("retry-after-ms", ""), unit=0.001)
+    milliseconds = durations.of_number(headers.get("retry-after-ms", ""), unit=0.001)
     if milliseconds is not None:
         return milliseconds
     text = headers.get("retry-after", "")
-    asked = _seconds(text) or _duration(text) or _until_date(text, now)
+    asked = durations.of_number(text) or durations.of_units(text) or durations.until_date(text, now)
     return _until_reset(headers, now) if asked is None else asked
-
-
-def _seconds(text: str, unit: float = 1.0) -> float | None:
-    try:
-        value = float(text) * unit
-    except ValueError:
-        return None
-    return _plausible(value)
-
-
-def _until_date(text: str, now: float) -> float | None:
-    try:
-        date = parsedate_to_datetime(text)
-        # A date without a zone is in UTC; `timestamp` would take it for local time.
-        return _plausible((date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - now)
-    except (ValueError, OverflowError, TypeError, IndexError):
-        return None
-
-
-def _duration(text: str) -> float | None:
-    """Parse a duration such as ``6m0s`` or ``20ms``; return seconds."""
-    if len(text) > _LONGEST_DURATION:
-        return None
-    match = _DURATION.fullmatch(text.strip())
-    if match is None:
-        return None
-    return _plausible(sum(float(value) * _UNIT_SECONDS[unit] for unit, value in match.groupdict().items() if value))
-
-
-def _plausible(seconds: float) -> float | None:
-    return seconds if math.isfinite(seconds) and 0 < seconds <= _MAX_WAIT else None
 
 
 def _until_reset(headers: Mapping[str, str], now: float) -> float | None:
@@ -583,20 +548,8 @@ def _until_reset(headers: Mapping[str, str], now: float) -> float | None:
     exhausted: list[float] = []
     others: list[float] = []
     for name, value in headers.items():
-        if not name.startswith(_RESET) or (wait := _reset_wait(value, now)) is None:
+        if not name.startswith(_RESET) or (wait := durations.until_reset(value, now)) is None:
             continue
         remaining = headers.get(_REMAINING + name.removeprefix(_RESET), "").strip()
         (exhausted if remaining == "0" else others).append(wait)
     return max(exhausted) if exhausted else min(others, default=None)
-
-
-def _reset_wait(text: str, now: float) -> float | None:
-    try:
-        number = float(text)
-    except ValueError:
-        return _duration(text)
-    if number >= _LEAST_DATE_IN_MS:
-        return _plausible(number / 1000 - now)
-    if number >= _LEAST_DATE:
-        return _plausible(number - now)
-    return _plausible(number)

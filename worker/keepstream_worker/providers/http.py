@@ -24,7 +24,9 @@ from typing_extensions import override
 from yarl import URL
 
 from keepstream.errors import ErrorCode
+from keepstream_worker.limits import RateLimits
 from keepstream_worker.providers.failures import failure_from_response
+from keepstream_worker.providers.rate_headers import read_rate_limits
 from keepstream_worker.values import Failure
 
 #: Connections opened at the same time. A thousand handshakes at once on one loop would starve each other until they
@@ -176,6 +178,11 @@ class Body:
         headers = self._response.headers
         found = next((value for name in _REQUEST_ID_HEADERS if (value := headers.get(name))), None)
         return found[:_REQUEST_ID_LENGTH] if found and found.isascii() and found.isprintable() else None
+
+    @property
+    def rate_limits(self) -> RateLimits | None:
+        """What the provider says about its limits."""
+        return read_rate_limits(self._response.headers)
 
     @property
     def complete(self) -> bool:

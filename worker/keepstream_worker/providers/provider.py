@@ -151,6 +151,7 @@ class ProviderStream:
         self.http_status = body.status
         self.content_type = body.content_type
         self.provider_request_id = body.request_id
+        self.rate_limits = body.rate_limits  #: What the provider says about its limits; None: nothing.
 
     def __aiter__(self) -> Self:
         return self
