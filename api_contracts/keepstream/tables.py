@@ -1,7 +1,7 @@
 """The tables in which jobs and results are stored, and the database's clock.
 
 In: nothing.  Out: SQLAlchemy tables to the worker's store, the client's queries and the migrations; SQL
-expressions of the database's own clock (``now``, ``seconds_from_now``, ``seconds_until``).
+expressions of the database's own clock (``now``, ``seconds_from_now``, ``seconds_until``, ``epoch_seconds``).
 
 The tables and their columns are public: services may query them, and they change only additively.  Every name
 begins with ``keepstream_`` or contains it, so that the tables can share a schema with a host application's.
@@ -73,6 +73,13 @@ class seconds_until(FunctionElement[float]):  # noqa: N801  # reads as the SQL f
     inherit_cache = True
 
 
+class epoch_seconds(FunctionElement[float]):  # noqa: N801  # reads as the SQL function it is
+    """A time as seconds since the epoch."""
+
+    type = Float()
+    inherit_cache = True
+
+
 @compiles(now, "postgresql")
 def _now_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
     # now() would be the transaction's start, which a long grouped write leaves behind; clock_timestamp() changes within
@@ -104,6 +111,16 @@ def _seconds_until_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
 @compiles(seconds_until, "sqlite")
 def _seconds_until_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
     return f"((julianday({compiler.process(element.clauses, **kw)}) - julianday('now')) * 86400.0)"
+
+
+@compiles(epoch_seconds, "postgresql")
+def _epoch_seconds_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
+    return f"extract(epoch from {compiler.process(element.clauses, **kw)})::double precision"
+
+
+@compiles(epoch_seconds, "sqlite")
+def _epoch_seconds_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
+    return f"((julianday({compiler.process(element.clauses, **kw)}) - 2440587.5) * 86400.0)"
 
 
 #: Alembic's record of our revision. Its default, ``alembic_version``, belongs to a host application.
@@ -387,6 +404,7 @@ standings: Final = Table(
         "ix_keepstream_standings_active",
         "pool",
         "time",
+        "lane",  # of many lanes with one time a bounded number can be read in a fixed order
         postgresql_where=text("active IS NOT NULL"),
         sqlite_where=text("active IS NOT NULL"),
     ),

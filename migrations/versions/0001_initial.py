@@ -174,7 +174,7 @@ def upgrade() -> None:
     op.create_index(
         "ix_keepstream_standings_active",
         "keepstream_standings",
-        ["pool", "time"],
+        ["pool", "time", "lane"],
         unique=False,
         postgresql_where=sa.text("active IS NOT NULL"),
         sqlite_where=sa.text("active IS NOT NULL"),

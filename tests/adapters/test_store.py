@@ -5,10 +5,12 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, TypeVar
+from unittest.mock import ANY
 
 import pytest
-from sqlalchemy import Connection, Engine, func, select, update
+from sqlalchemy import Connection, Engine, Table, func, select, update
 
 from keepstream.client import queries
 from keepstream.client.endings import JobEnd, end_jobs, end_unclaimed
@@ -24,24 +26,39 @@ from keepstream.results import (
     UsageSource,
     output_sha256,
 )
-from keepstream.tables import attempts, choices, jobs, now, rejected_messages, seconds_from_now, workers
+from keepstream.tables import (
+    announcements,
+    arrivals,
+    attempts,
+    jobs,
+    leases,
+    now,
+    rejected_messages,
+    requests,
+    running,
+    seconds_from_now,
+    standings,
+    turns,
+    waiting,
+    workers,
+)
 from keepstream_worker import store
 from keepstream_worker.store import (
     Claim,
-    ClaimRequest,
     Heartbeat,
     LateUsage,
     NotEnded,
     OwnedJob,
-    Refusal,
     Refused,
     Rejection,
+    Stored,
     Sweep,
     SweepResult,
 )
-from keepstream_worker.store.retention import PurgeCounts, purge, purgeable
-from keepstream_worker.values import AttemptReason, Ended, Ending, Failure, JobKey, Outcome
+from keepstream_worker.turn import Pick
+from keepstream_worker.values import AttemptReason, Ended, Ending, Failure, JobKey, Outcome, Target
 from tests import jobs as test_jobs
+from tests.first_come import FirstComeDecider
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -66,23 +83,38 @@ class Store:
         with self.engine.begin() as connection:
             return operation(connection, list(arguments))
 
-    def claim(self, job_id: str = "a", worker: str = "w1", **job: Any) -> Claim | Refusal:
-        (answer,) = self(store.claim, request(job_id, worker, **job))
+    def take_in(self, job_id: str = "a", *, direct: store.Direct | None = None, **job: Any) -> Claim | Stored:
+        (answer,) = self(store.take_in, incoming(job_id, direct, **job))
         return answer
 
+    def turn(self, worker: str = "w1", places: int = 1, queue: str = QUEUE) -> store.Turned:
+        (turned,) = self(store.take_turn, store.Turn(worker, FirstComeDecider(places, queue)))
+        return turned
+
+    def begin(self, pick: Pick, worker: str = "w1") -> Claim | None:
+        (claim,) = self(store.begin, picked(pick, worker))
+        return claim
+
+    def claims(self, worker: str = "w1", places: int = 1) -> list[Claim]:
+        """Take up to that many jobs by a turn, and begin them."""
+        picks = self.turn(worker, places).picks
+        claims = self(store.begin, *(picked(pick, worker) for pick in picks)) if picks else []
+        return [claim for claim in claims if claim is not None]
+
     def claimed(self, job_id: str = "a", worker: str = "w1", **job: Any) -> Claim:
-        claim = self.claim(job_id, worker, **job)
-        assert isinstance(claim, Claim)
+        """Store a job, if it is not there, and take it; no other one must wait."""
+        self.take_in(job_id, **job)
+        (claim,) = self.claims(worker)
+        assert claim.key.id == job_id
         return claim
 
     def end(self, ending: Ending) -> Ended | NotEnded:
         (answer,) = self(store.end, ending)
         return answer
 
-    def sweep(self, *, lease: float = 6.0, reap: bool = True, queue_length: int | None = 0, **kw: Any) -> SweepResult:
-        swept: dict[str, Any] = {"resend_after": 30.0, "queue": QUEUE, "max_attempts": 5, "limit": 200}
-        swept |= {"asked_at": time.monotonic()} | kw
-        (found,) = self(store.sweep, Sweep(lease=lease, reap=reap, queue_length=queue_length, **swept))
+    def sweep(self, *, lease: float = 6.0, reap: bool = True, **kw: Any) -> SweepResult:
+        swept: dict[str, Any] = {"max_attempts": 5, "limit": 200, "asked_at": time.monotonic()} | kw
+        (found,) = self(store.sweep, Sweep(lease=lease, reap=reap, **swept))
         return found
 
     def enqueue(self, job_id: str = "a", **fields: Any) -> None:
@@ -99,16 +131,41 @@ class Store:
         assert result is not None
         return result
 
+    def rows(self, table: Table, job_id: str = "a") -> list[Any]:
+        """Return a table's rows of a job."""
+        name = table.c.id if table is jobs else table.c.job_id
+        with self.engine.begin() as connection:
+            return list(connection.execute(select(table).where(name == job_id)))
+
+    def rows_of_arrivals(self) -> list[Any]:
+        with self.engine.begin() as connection:
+            return list(connection.execute(select(arrivals).order_by(arrivals.c.seq)))
+
+    def rows_of_standings(self) -> list[Any]:
+        with self.engine.begin() as connection:
+            return list(connection.execute(select(standings)))
+
+    def retire(self, worker: str = "w1") -> None:
+        self(store.retire, worker)
+
+    def age_announcement(self, job_id: str = "a") -> None:
+        """Let a job have ended a while ago."""
+        with self.engine.begin() as connection:
+            this = announcements.c.job_id == job_id
+            connection.execute(update(announcements).where(this).values(ended_at=seconds_from_now(-5.0)))
+
     def change(self, job_id: str = "a", **values: Any) -> None:
         with self.engine.begin() as connection:
             connection.execute(update(jobs).where(jobs.c.id == job_id).values(**values))
 
-    def purge(self, older_than: float, **kw: Any) -> PurgeCounts:
+    def make_due(self, job_id: str = "a") -> None:
+        """Let a job that waits for its next attempt wait no longer."""
         with self.engine.begin() as connection:
-            return purge(connection, older_than, **kw)
+            connection.execute(update(waiting).where(waiting.c.job_id == job_id).values(restarted_due=now()))
 
-    def alive(self, worker: str = "w1", lease: float = 6.0) -> store.HeartbeatResult:
-        (result,) = self(store.record_heartbeat, Heartbeat(worker, lease, QUEUE, places=10, running=1))
+    def alive(self, worker: str = "w1", lease: float = 6.0, known_turn: int = -1) -> store.HeartbeatResult:
+        sign = Heartbeat(worker, lease, QUEUE, places=10, running=1, known_turn=known_turn)
+        (result,) = self(store.record_heartbeat, sign)
         return result
 
     def dead(self, worker: str = "w1") -> None:
@@ -129,8 +186,29 @@ def make_job(job_id: str = "a", **given: Any) -> Job:
     return test_jobs.make_job(id=job_id, **given)
 
 
-def request(job_id: str = "a", worker: str = "w1", **fields: Any) -> ClaimRequest:
-    return ClaimRequest(make_job(job_id, **fields), worker, QUEUE, total_timeout=60.0)
+def incoming(job_id: str = "a", direct: store.Direct | None = None, **fields: Any) -> store.Incoming:
+    return store.incoming(make_job(job_id, **fields), QUEUE)._replace(direct=direct)
+
+
+def picked(pick: Pick, worker: str = "w1") -> store.Picked:
+    return store.Picked(pick, worker, total_timeout=60.0)
+
+
+TARGET = Target("default", "m")
+
+
+def direct(worker: str = "w1") -> store.Direct:
+    """A job may start at once."""
+    return store.Direct(worker, 60.0, TARGET, tokens=7)
+
+
+def admits(worker: str = "w1", *, if_: bool = True) -> store.Admits:
+    """A named job may start at once, or not."""
+    return store.Admits(worker, 60.0, lambda *_: (TARGET, 7) if if_ else None)
+
+
+def named(job_id: str = "a", direct: store.Admits | None = None) -> store.Named:
+    return store.Named(JobKey("default", job_id), direct)
 
 
 def finished(claim: Claim, job_id: str = "a", worker: str = "w1", **changes: Any) -> Ending:
@@ -156,104 +234,285 @@ def failed(claim: Claim, job_id: str = "a", worker: str = "w1", **changes: Any) 
     return Ending(JobKey("default", job_id), claim.attempt, worker, **(fields | changes))
 
 
-# -- claims --
+# -- intake --
 
 
-def test_claim_of_an_unknown_job_creates_it(db: Store) -> None:
-    claim = db.claimed()
+def test_a_new_job_is_stored_and_waits(db: Store) -> None:
+    assert db.take_in(metadata={"user": "x"}) is Stored.NEW
+    result = db.get()
+    assert (result.status, result.attempt, result.metadata) == (JobStatus.QUEUED, 0, {"user": "x"})
+    (row,) = db.rows(waiting)
+    (arrival,) = db.rows_of_arrivals()
+    assert (row.seq, row.lane, row.pool) == (arrival.seq, arrival.lane, arrival.pool)
+    assert (row.restarted_due, row.attempt) == (None, 0)
+    assert db.take_in() is Stored.KNOWN
+    assert len(db.rows(waiting)) == len(db.rows_of_arrivals()) == 1
+
+
+def test_a_stored_job_is_what_a_client_would_have_stored(db: Store) -> None:
+    fields: dict[str, Any] = {"expires_at": "2099-01-01T00:00:00Z", "max_tokens": 5, "max_attempts": 2}
+    db.take_in("a", **fields)
+    db.enqueue("b", **fields)
+
+    def stored(job_id: str) -> list[dict[str, Any]]:
+        changing = {"id", "job_id", "seq", "created_at", "job"}
+        return [
+            {name: value for name, value in row._asdict().items() if name not in changing}
+            for table in (jobs, requests, waiting)
+            for row in db.rows(table, job_id)
+        ]
+
+    assert stored("a") == stored("b")
+
+
+def test_a_job_that_nothing_is_to_be_chosen_for_starts_when_it_is_stored(db: Store) -> None:
+    claim = db.take_in(direct=direct(), expires_at="2099-01-01T00:00:00Z", max_tokens=5)
+    assert isinstance(claim, Claim)
     assert (claim.attempt, claim.tries, claim.reason, claim.expired) == (1, 1, AttemptReason.FIRST, False)
+    assert (claim.target, claim.chain, claim.tokens, claim.max_tokens) == (TARGET, (TARGET,), 7, 5)
+    assert claim.job == make_job(expires_at="2099-01-01T00:00:00Z", max_tokens=5).to_json()
     assert 55 < claim.remaining_seconds < 60.1  # SQLite's clock counts days, in steps of 40 µs
     result = db.get()
     assert (result.status, result.attempt) == (JobStatus.RUNNING, 1)
     assert [(attempt.number, attempt.worker, attempt.outcome) for attempt in result.attempts] == [(1, "w1", None)]
+    assert db.rows(waiting) == []
+    assert db.rows_of_arrivals() == []
+    assert db.turn().picks == ()
+    assert isinstance(db.end(finished(claim)), Ended)
 
 
-def test_queued_job_is_claimed_once(db: Store) -> None:
-    db.enqueue()
-    assert isinstance(db.claim(worker="w1"), Claim)
-    assert db.claim(worker="w2") is Refusal.TAKEN
+def test_a_start_repeated_by_the_same_worker_is_the_same(db: Store) -> None:
+    """The commit may have succeeded although its answer was lost."""
+    first = db.take_in(direct=direct())
+    again = db.take_in(direct=direct())
+    assert isinstance(first, Claim)
+    assert isinstance(again, Claim)
+    again = replace(again, remaining_seconds=first.remaining_seconds, chosen_at=first.chosen_at)
+    assert again == first
+    assert len(db.get().attempts) == 1
+    assert db.take_in(direct=direct("w2")) is Stored.KNOWN
+    assert db.take_in() is Stored.KNOWN
 
 
-def test_job_that_waits_is_not_claimed_before_it_is_due(db: Store) -> None:
-    claim = db.claimed()
-    db.end(failed(claim, retry_in=60.0))
-    assert db.claim() is Refusal.TAKEN
-    db.change(due_at=now())
-    again = db.claimed()
-    assert (again.attempt, again.tries, again.reason) == (2, 2, AttemptReason.RETRY)
-
-
-def test_ended_job_is_not_claimed(db: Store) -> None:
-    db.end(finished(db.claimed()))
-    assert db.claim() is Refusal.ENDED
+def test_a_job_that_starts_past_its_time_is_said_to_have_expired(db: Store) -> None:
+    claim = db.take_in(direct=direct(), expires_at="2020-01-01T00:00:00Z")
+    assert isinstance(claim, Claim)
+    assert claim.expired
 
 
 def test_other_request_under_the_same_id_is_refused_and_changes_nothing(db: Store) -> None:
-    db.claimed()
+    db.take_in()
     before = db.get()
-    assert db.claim(model="other") is Refusal.OTHER_REQUEST
+    assert db.take_in(model="other") is Stored.OTHER_REQUEST
+    assert db.take_in(direct=direct(), model="other") is Stored.OTHER_REQUEST
     assert db.get() == before
 
 
-def test_claim_repeated_by_the_same_worker_is_adopted(db: Store) -> None:
-    """The commit may have succeeded although its answer was lost."""
-    first = db.claimed()
-    again = db.claimed()
-    assert (again.attempt, again.tries) == (first.attempt, first.tries)
-    assert len(db.get().attempts) == 1
-
-
-def test_claims_in_one_group_are_answered_in_their_order(db: Store) -> None:
-    db.enqueue("queued")
-    db.claimed("taken", worker="w2")
+def test_jobs_of_one_group_are_answered_in_their_order(db: Store) -> None:
     db.end(finished(db.claimed("ended"), "ended"))
+    db.enqueue("waits")
     answers = db(
-        store.claim,
-        *(request(job_id) for job_id in ("z", "ended", "queued", "taken", "a")),
-        request("queued", model="other"),
+        store.take_in,
+        incoming("z"),
+        incoming("ended"),
+        incoming("waits"),
+        incoming("b", direct()),
+        incoming("z", direct()),
+        incoming("a"),
+        incoming("waits", model="other"),
+        incoming("a", model="other"),
     )
-    kinds = [answer if isinstance(answer, Refusal) else "granted" for answer in answers]
-    assert kinds == ["granted", Refusal.ENDED, "granted", Refusal.TAKEN, "granted", Refusal.OTHER_REQUEST]
-
-
-def test_second_request_in_a_group_is_given_what_its_worker_owns_by_then(db: Store) -> None:
-    first, second = db(store.claim, request(), request())
-    assert isinstance(first, Claim)
-    assert isinstance(second, Claim)
-    assert first.attempt == second.attempt == 1
+    kinds = [answer if isinstance(answer, Stored) else answer.key.id for answer in answers]
+    known, other = Stored.KNOWN, Stored.OTHER_REQUEST
+    assert kinds == [Stored.NEW, known, known, "b", known, Stored.NEW, other, other]
 
 
 def test_tenants_do_not_meet(db: Store) -> None:
-    assert isinstance(db.claim(tenant="one"), Claim)
-    assert isinstance(db.claim(tenant="two"), Claim)
+    assert db.take_in(tenant="one") is Stored.NEW
+    assert db.take_in(tenant="two", model="other") is Stored.NEW
 
 
-def test_total_time_counts_from_the_first_claim(db: Store) -> None:
-    db.end(failed(db.claimed()))
-    db.change(deadline_at=seconds_from_now(-1.0))
-    assert db.claimed().remaining_seconds < 0
-
-
-def test_many_workers_that_claim_the_same_jobs_get_each_of_them_once(engine: Engine) -> None:
+def test_many_workers_that_store_the_same_jobs_start_each_of_them_once(engine: Engine) -> None:
     names = [f"job-{number}" for number in range(40)]
     start = threading.Barrier(8)
 
-    def claim_all(worker: str) -> list[str]:
+    def store_all(worker: str) -> list[str]:
         won = []
         start.wait()
         for position in range(0, len(names), 5):
             group = names[position : position + 5]
             if int(worker) % 2:
                 group.reverse()  # no two workers use the same order
-            answers = Store(engine)(store.claim, *(request(job_id, worker) for job_id in group))
+            answers = Store(engine)(store.take_in, *(incoming(job_id, direct(worker)) for job_id in group))
             won += [job_id for job_id, answer in zip(group, answers, strict=True) if isinstance(answer, Claim)]
         return won
 
     with ThreadPoolExecutor(8) as threads:
-        won = Counter(job_id for wins in threads.map(claim_all, map(str, range(8))) for job_id in wins)
+        won = Counter(job_id for wins in threads.map(store_all, map(str, range(8))) for job_id in wins)
     assert won == dict.fromkeys(names, 1)
     with engine.begin() as connection:
         assert connection.scalar(select(func.count()).select_from(attempts)) == len(names)
+        assert connection.scalar(select(func.count()).select_from(running)) == len(names)
+
+
+def test_a_named_job_is_started_if_it_waits_and_was_never_started(db: Store) -> None:
+    db.enqueue("a", max_tokens=5)
+    claim, other = db(store.take_named, named("a", admits()), named("a", admits()))
+    assert isinstance(claim, Claim)
+    assert other is Stored.KNOWN
+    assert (claim.attempt, claim.tries, claim.reason, claim.max_tokens) == (1, 1, AttemptReason.FIRST, 5)
+    assert (claim.job, claim.target, claim.tokens) == (make_job(max_tokens=5).to_json(), TARGET, 7)
+    assert (db.rows(waiting), db.rows_of_arrivals()) == ([], [])
+    assert db.get().status is JobStatus.RUNNING
+    (again,) = db(store.take_named, named("a", admits()))
+    assert isinstance(again, Claim), "the commit may have been cut"
+    assert (again.attempt, again.tries) == (1, 1)
+    assert db(store.take_named, named("a", admits("w2")), named("a")) == [Stored.KNOWN, Stored.KNOWN]
+    assert len(db.get().attempts) == 1
+    assert isinstance(db.end(finished(claim)), Ended)
+    assert db(store.take_named, named("a", admits())) == [Stored.KNOWN]
+
+
+def test_a_named_job_waits_if_it_may_not_start_now(db: Store) -> None:
+    db.enqueue("a")
+    assert db(store.take_named, named("a"), named("b", admits())) == [Stored.NEW, None]
+    assert db(store.take_named, named("a", admits(if_=False))) == [Stored.NEW]
+    db.end(failed(db.claimed("a"), retry_in=60.0))
+    assert db(store.take_named, named("a", admits())) == [Stored.NEW], "it goes on at its own time"
+    assert db.get().status is JobStatus.RETRYING
+
+
+# -- turns, and claims --
+
+
+def test_a_turn_gives_each_job_to_one_worker(db: Store) -> None:
+    for job_id in "abc":
+        db.enqueue(job_id)
+    first = db.turn("w1", places=2)
+    second = db.turn("w2", places=2)
+    assert [pick.job.key.id for pick in (*first.picks, *second.picks)] == ["a", "b", "c"]
+    assert (first.turn, second.turn) == (1, 2)
+    assert db.turn("w3").picks == ()
+    assert db.get("a").status is JobStatus.QUEUED, "the wide rows are written outside of the turn"
+    claim = db.begin(first.picks[0])
+    assert claim is not None
+    assert (claim.attempt, claim.tries, claim.reason, claim.expired) == (1, 1, AttemptReason.FIRST, False)
+    assert (claim.target, claim.chain, claim.queue, claim.job_class) == (TARGET, (TARGET,), QUEUE, "interactive")
+    assert claim.job == make_job("a").to_json()
+    assert 55 < claim.remaining_seconds < 60.1
+    assert db.get("a").status is JobStatus.RUNNING
+    assert [(attempt.number, attempt.worker) for attempt in db.get("a").attempts] == [(1, "w1")]
+    assert db.begin(first.picks[1], "w2") is None, "it is the first worker's"
+
+
+def test_the_state_of_a_turn_is_what_the_next_one_goes_on_with(db: Store) -> None:
+    assert db(store.look, store.Look()) == [store.Looked(ANY, 0, "{}", {}, arrivals=False)]
+    db.enqueue("a")
+    db.enqueue("b")
+    assert db(store.look, store.Look(0)) == [store.Looked(ANY, 0, None, {}, arrivals=True)]
+    turned = db.turn()
+    looked = store.Looked(ANY, 1, turned.state, {QUEUE: 0.0}, arrivals=False)
+    assert db(store.look, store.Look(0), store.Look(1)) == [looked, looked._replace(state=None)]
+    assert db.alive().looked == looked
+    assert db.alive(known_turn=1).looked == looked._replace(state=None)
+    assert turned.now == pytest.approx(time.time(), abs=30)
+
+
+def test_a_claim_repeated_by_the_same_worker_is_the_same(db: Store) -> None:
+    db.enqueue()
+    (pick,) = db.turn().picks
+    first, again = db.begin(pick), db.begin(pick)
+    assert first is not None
+    assert again is not None
+    assert replace(again, remaining_seconds=60.0) == replace(first, remaining_seconds=60.0)
+    assert len(db.get().attempts) == 1
+
+
+def test_a_job_that_was_ended_before_its_claim_is_not_begun(db: Store) -> None:
+    db.enqueue()
+    (pick,) = db.turn().picks
+    db.change(status=JobStatus.FAILED)
+    assert db.begin(pick) is None
+    assert db.rows(running) == []
+
+
+def test_a_job_that_was_cancelled_before_its_claim_is_said_to_be(db: Store) -> None:
+    db.enqueue()
+    (pick,) = db.turn().picks
+    assert db.cancel() is JobStatus.RUNNING
+    claim = db.begin(pick)
+    assert claim is not None
+    assert claim.cancel_requested
+    assert db.end(finished(claim)) is NotEnded.CANCEL_REQUESTED
+
+
+def test_a_job_that_goes_on_does_so_at_its_moment_and_before_new_ones(db: Store) -> None:
+    db.end(failed(db.claimed("a"), retry_in=60.0))
+    db.enqueue("b")
+    assert [claim.key.id for claim in db.claims(places=5)] == ["b"]
+    db.enqueue("c")
+    db.make_due("a")
+    (again,) = db.claims()
+    assert again.key.id == "a"
+    assert (again.attempt, again.tries, again.reason) == (2, 2, AttemptReason.RETRY)
+
+
+def test_total_time_counts_from_the_first_start(db: Store) -> None:
+    db.end(failed(db.claimed()))
+    db.change(deadline_at=seconds_from_now(-1.0))
+    (claim,) = db.claims()
+    assert claim.remaining_seconds < 0
+
+
+def test_jobs_of_another_queue_are_left_to_its_workers(db: Store) -> None:
+    with db.engine.begin() as connection:
+        queries.enqueue(connection, make_job(), "slow")
+    assert db.turn(places=5).picks == ()
+    assert db.turn(places=5).picks == ()
+    assert len(db.turn(places=5, queue="slow").picks) == 1
+
+
+def test_a_chain_of_targets_is_stored_and_what_is_left_of_it_is_told(db: Store) -> None:
+    first, second, third = Target("default", "m"), Target("p2", "m2"), Target("p3", "m3")
+    fallbacks = [{"provider": target.provider, "model": target.model} for target in (second, third)]
+    claim = db.claimed(fallbacks=fallbacks)
+    assert claim.chain == (first, second, third)
+    db.end(failed(claim, chain=(second, third)))
+    (again,) = db.claims()
+    assert (again.target, again.chain) == (second, (second, third))
+    assert (again.queue, again.job_class, again.lane) == (claim.queue, claim.job_class, claim.lane)
+    assert again.pool != claim.pool
+
+
+def test_an_estimate_grows_to_what_an_attempt_took(db: Store) -> None:
+    claim = db.claimed()
+    db.end(failed(claim, least_tokens=claim.tokens + 100))
+    (again,) = db.claims()
+    assert again.prompt_tokens == claim.prompt_tokens + 100
+    db.end(failed(again, least_tokens=None))
+    (again,) = db.claims()
+    assert again.prompt_tokens == claim.prompt_tokens + 100
+
+
+def test_many_workers_take_each_job_once(engine: Engine) -> None:
+    names = [f"job-{number}" for number in range(60)]
+    for name in names:
+        Store(engine).enqueue(name)
+    start = threading.Barrier(8)
+
+    def take(worker: str) -> list[str]:
+        won: list[str] = []
+        start.wait()
+        while claims := Store(engine).claims(worker, places=3):
+            won += [claim.key.id for claim in claims]
+        return won
+
+    with ThreadPoolExecutor(8) as threads:
+        won = Counter(job_id for wins in threads.map(take, map(str, range(8))) for job_id in wins)
+    assert won == dict.fromkeys(names, 1)
+    with engine.begin() as connection:
+        assert connection.scalar(select(func.count()).select_from(attempts)) == len(names)
+        assert connection.scalar(select(func.count()).select_from(waiting)) == 0
 
 
 # -- endings --
@@ -453,16 +712,31 @@ def test_worker_that_was_silent_beyond_its_lease_is_told_so(db: Store) -> None:
 def test_dead_workers_jobs_are_released_once(db: Store) -> None:
     db.dead("w1")
     db.alive("w2")
-    db.claimed("a", "w1")
-    db.claimed("b", "w2")
+    db.take_in("b", direct=direct("w2"))
+    db.take_in("a", direct=direct("w1"))
     found = db.sweep()
     assert found.lost == [JobKey("default", "a")]
-    assert [Job.model_validate_json(text).id for text in found.to_send] == ["a"]
     assert db.sweep().lost == []
-    assert db.get("a").attempts[0].outcome == "lost"
-    again = db.claimed("a", "w2")
-    assert (again.attempt, again.tries, again.reason) == (2, 2, AttemptReason.WORKER_LOST)
+    result = db.get("a")
+    assert (result.status, result.attempts[0].outcome) == (JobStatus.RETRYING, "lost")
+    (again,) = db.claims("w2", places=5)
+    assert (again.key.id, again.attempt, again.tries) == ("a", 2, 2)
+    assert again.reason is AttemptReason.WORKER_LOST
     assert db.get("b").status is JobStatus.RUNNING
+
+
+def test_a_job_that_its_dead_worker_had_not_begun_costs_no_try_and_goes_first(db: Store) -> None:
+    db.enqueue("a")
+    db.enqueue("b")
+    (pick,) = db.turn("w1").picks
+    db.dead("w1")
+    assert db.sweep().lost == [JobKey("default", "a")]
+    assert db.get("a").status is JobStatus.QUEUED
+    (again,) = db.claims("w2")
+    assert again.key.id == "a"
+    assert (again.attempt, again.tries, again.reason) == (1, 1, AttemptReason.FIRST)
+    assert db.begin(pick, "w1") is None, "its first worker comes too late"
+    assert [attempt.worker for attempt in db.get("a").attempts] == ["w2"]
 
 
 def test_nobody_is_reaped_by_a_sweeper_that_may_not_judge(db: Store) -> None:
@@ -475,21 +749,24 @@ def test_nobody_is_reaped_by_a_question_that_the_database_kept_waiting(db: Store
     db.dead()
     db.claimed()
     assert db.sweep(asked_at=time.monotonic() - 4.0).lost == []
-    assert db.sweep(asked_at=time.monotonic() - 2.0).lost == [JobKey("default", "a")]
+    assert db.sweep(lease=600.0, asked_at=time.monotonic() - 200.0).lost == []
+    db.retire()
+    assert db.sweep(lease=600.0, asked_at=time.monotonic() - 200.0).lost == [JobKey("default", "a")]
 
 
 def test_retired_workers_jobs_need_not_wait_for_the_lease(db: Store) -> None:
     db.alive()
     db.claimed()
-    db(store.retire, "w1")
+    db.retire()
     assert db.sweep().lost == [JobKey("default", "a")]
 
 
 def test_job_that_killed_too_many_workers_ends_as_failed(db: Store) -> None:
+    db.take_in(max_attempts=2)
     for number in range(20):
         worker = f"w{number}"
         db.dead(worker)
-        if not isinstance(db.claim(worker=worker, max_attempts=2), Claim):
+        if not db.claims(worker):
             break
         db.sweep()
     result = db.get()
@@ -507,84 +784,46 @@ def test_cancelled_job_of_a_dead_worker_ends_as_cancelled(db: Store) -> None:
     result = db.get()
     assert (result.status, result.attempt) == (JobStatus.CANCELLED, 2)
     assert result.terminal_event_id == "2-1"
+    assert [attempt.outcome for attempt in result.attempts] == ["lost"]
+    assert (db.rows(waiting), db.rows(running), db.rows_of_arrivals()) == ([], [], [])
 
 
-def test_queued_job_without_a_message_is_sent_again_after_its_time(db: Store) -> None:
-    db.enqueue()
-    assert db.sweep().to_send == []
-    db.change(resend_at=now())
-    (text,) = db.sweep().to_send
-    assert Job.model_validate_json(text).id == "a"
-    assert db.sweep().to_send == [], "its new message is given time"
-
-
-def test_retry_that_is_due_is_sent(db: Store) -> None:
-    db.end(failed(db.claimed(), retry_in=60.0, resend_in=60.0))
-    assert db.sweep().to_send == []
-    db.change(due_at=now(), resend_at=now())
-    assert len(db.sweep().to_send) == 1
-
-
-def test_nothing_is_sent_while_the_broker_is_away(db: Store) -> None:
-    db.enqueue()
-    db.change(resend_at=now())
-    assert db.sweep(queue_length=None).to_send == []
-    assert len(db.sweep().to_send) == 1
-
-
-def test_job_of_another_queue_is_left_to_its_own_workers(db: Store) -> None:
-    with db.engine.begin() as connection:
-        queries.enqueue(connection, make_job(), "slow")
-    db.change(resend_at=now())
-    assert db.sweep().to_send == []
-    assert len(db.sweep(queue="slow").to_send) == 1
-
-
-def test_backlog_is_not_sent_again(db: Store) -> None:
-    for number in range(10):
-        db.enqueue(f"job-{number}")
-    with db.engine.begin() as connection:
-        connection.execute(update(jobs).values(resend_at=now()))
-    assert db.sweep(queue_length=10).to_send == []
-    with db.engine.begin() as connection:
-        connection.execute(update(jobs).values(resend_at=now()))
-    assert len(db.sweep(queue_length=7).to_send) == 3, "as many as there are messages missing"
-
-
-def test_sweepers_at_the_same_time_send_each_job_once(engine: Engine) -> None:
+def test_sweepers_at_the_same_time_release_each_job_once(engine: Engine) -> None:
     db = Store(engine)
+    db.dead()
     for number in range(60):
-        db.enqueue(f"job-{number}")
-    with engine.begin() as connection:
-        connection.execute(update(jobs).values(resend_at=now(), sends=0))
+        db.take_in(f"job-{number}", direct=direct())
     start = threading.Barrier(6)
 
     def sweep(_: int) -> list[str]:
         start.wait()
-        return [text for _ in range(4) for text in Store(engine).sweep(limit=10).to_send]
+        return [key.id for _ in range(4) for key in Store(engine).sweep(limit=10, lease=30.0).lost]
 
     with ThreadPoolExecutor(6) as threads:
-        sent = Counter(Job.model_validate_json(text).id for texts in threads.map(sweep, range(6)) for text in texts)
-    assert set(sent.values()) == {1}
-    assert len(sent) + sum(len(db.sweep(limit=100).to_send) for _ in range(2)) == 60
+        released = Counter(job_id for ids in threads.map(sweep, range(6)) for job_id in ids)
+    while keys := db.sweep(limit=100).lost:
+        released.update(key.id for key in keys)
+    assert released == {f"job-{number}": 1 for number in range(60)}
+    with engine.begin() as connection:
+        assert connection.scalar(select(func.count()).select_from(waiting)) == 60
 
 
 def test_job_that_waited_too_long_expires_unless_it_has_begun(db: Store) -> None:
     past = "2020-01-01T00:00:00Z"
-    db.enqueue("waiting", expires_at=past)
-    db.enqueue("begun", expires_at=past)
     claim = db.claimed("begun", expires_at=past)
     assert claim.expired
     db.end(failed(claim, "begun", retry_in=60.0))
-    db.sweep()
+    db.enqueue("waiting", expires_at=past)
+    assert db.sweep().unannounced == [JobKey("default", "waiting")]
     assert db.get("waiting").status is JobStatus.EXPIRED
     assert db.get("begun").status is JobStatus.RETRYING
+    assert db.rows(waiting, "waiting") == []
 
 
 def test_end_whose_event_may_be_missing_is_found_until_it_is_announced(db: Store) -> None:
     db.end(finished(db.claimed()))
     assert db.sweep().unannounced == [], "its worker is given a moment"
-    db.change(finished_at=seconds_from_now(-5.0))
+    db.age_announcement()
     assert db.sweep().unannounced == [JobKey("default", "a")]
     db(store.mark_announced, JobKey("default", "a"))
     assert db.sweep().unannounced == []
@@ -597,7 +836,69 @@ def test_orphan_is_released_by_its_own_worker_only(db: Store) -> None:
     assert db.get().status is JobStatus.RUNNING
     db(store.release, OwnedJob(key, 1, "w1"))
     assert db.get().status is JobStatus.RETRYING
-    assert db.claimed(worker="w2").reason is AttemptReason.WORKER_LOST
+    (again,) = db.claims("w2")
+    assert again.reason is AttemptReason.WORKER_LOST
+
+
+def test_one_worker_sweeps_until_its_lease_ends_or_it_gives_it_up(db: Store) -> None:
+    assert db.alive("w1").sweeper_free
+    first, second = store.Candidacy("w1", 60.0), store.Candidacy("w2", 60.0)
+    assert db(store.lead, first, second) == [True, False]
+    assert db(store.lead, first) == [True], "it goes on"
+    assert not db.alive("w2").sweeper_free
+    assert db(store.lead, second._replace(seconds=0.0)) == [False], "what it has not, it cannot give up"
+    assert db(store.lead, second) == [False]
+    assert db(store.lead, first._replace(seconds=0.0), second) == [False, True]
+    with db.engine.begin() as connection:
+        connection.execute(update(leases).values(until=seconds_from_now(-1.0)))
+    assert db.alive("w1").sweeper_free
+    assert db(store.lead, first) == [True]
+
+
+def test_an_arrival_that_turns_have_passed_by_is_found_again(db: Store) -> None:
+    """A transaction that took its number early and committed late."""
+    db.enqueue("a")
+    with db.engine.begin() as connection:
+        row = {"n": 7, "arrivals_low": 5000, "ready": "{}", "closed": "{}", "state": "{}"}
+        connection.execute(turns.insert().values(row))
+    assert db.turn().picks == ()
+    assert not db.alive().looked.arrivals
+    db(store.tidy, store.Tidying(limit=200))
+    assert db.alive().looked.arrivals
+    assert [pick.job.key.id for pick in db.turn().picks] == ["a"]
+
+
+def test_old_turns_are_deleted_but_not_the_newest_ones(db: Store) -> None:
+    row = {"arrivals_low": 0, "ready": "{}", "closed": "{}", "state": "{}"}
+    with db.engine.begin() as connection:
+        connection.execute(turns.insert(), [row | {"n": n} for n in range(1, 401)])
+    bound = 0
+    for _ in range(5):
+        (bound,) = db(store.tidy, store.Tidying(limit=10, turns_from=bound))
+    with db.engine.begin() as connection:
+        assert list(connection.scalars(select(turns.c.n).order_by(turns.c.n))) == list(range(300, 401))
+    assert bound == 300
+
+
+def test_a_lane_that_means_nothing_any_more_is_deleted(db: Store) -> None:
+    db.claimed("a")
+    db.take_in("b", tenant="other")
+    rows = db.rows_of_standings()
+    assert [row.active for row in rows] == [None]
+    lane = {"lane": 5, "pool": rows[0].pool, "tenant": "x", "head": 0}
+    with db.engine.begin() as connection:
+        values = [
+            lane | {"time": 10.0, "active": None, "parked": None},
+            lane | {"time": 10.0, "active": 1, "parked": None},
+            lane | {"time": 10.0, "active": None, "parked": 1},
+            lane | {"time": 90.0, "active": None, "parked": None},
+        ]
+        connection.execute(standings.insert(), values)
+    db(store.tidy, store.Tidying(limit=10, idle_times={(QUEUE, "bulk"): 50.0, ("other", "interactive"): 50.0}))
+    assert len(db.rows_of_standings()) == 5
+    db(store.tidy, store.Tidying(limit=10, idle_times={(QUEUE, "interactive"): 50.0}))
+    left = [(row.time, row.active, row.parked) for row in db.rows_of_standings() if row.lane == 5]
+    assert sorted(left, key=str) == [(10.0, 1, None), (10.0, None, 1), (90.0, None, None)]
 
 
 def test_rejection_recorded_twice_is_one_row(db: Store) -> None:
@@ -621,12 +922,26 @@ def test_refused_job_is_a_failed_one_and_changes_no_job_that_is_there(db: Store)
         again = queries.get_for_retry(connection, "default", "a")
     assert again is not None
     assert (again.job, again.queue) == (make_job(), "special")
-    db.change(finished_at=seconds_from_now(-5.0))
+    db.age_announcement()
     assert db.sweep().unannounced == [JobKey("default", "a")]
     db.claimed("b")
     before = db.get("b")
     db(store.refuse, Refused(make_job("b"), "special", ErrorCode.INVALID_JOB, "model: missing"))
     assert db.get("b") == before
+
+
+def test_refused_job_that_waits_is_ended_if_it_is_the_very_one(db: Store) -> None:
+    db.enqueue()
+    hash_ = make_job().request_hash()
+    db(store.refuse, Refused(make_job(), QUEUE, ErrorCode.INTERNAL, "a defect", "another"))
+    assert db.get().status is JobStatus.QUEUED
+    db(store.refuse, Refused(make_job(), QUEUE, ErrorCode.INTERNAL, "a defect", hash_))
+    assert db.get().status is JobStatus.FAILED
+    assert (db.rows(waiting), db.rows_of_arrivals()) == ([], [])
+    db.enqueue("b")
+    db.turn()
+    db(store.refuse, Refused(make_job("b"), QUEUE, ErrorCode.INTERNAL, "a defect", make_job("b").request_hash()))
+    assert db.get("b").status is JobStatus.QUEUED, "a turn has given it to a worker"
 
 
 # -- one function ends a job --
@@ -668,7 +983,8 @@ def test_whoever_ends_a_job_leaves_the_same_kind_of_row(db: Store, end: Callable
         row = connection.execute(select(jobs)).one()
     assert row.status in TERMINAL_STATUSES
     assert row.finished_at is not None
-    assert (row.worker_id, row.announced) == (None, False)
+    assert (db.rows(waiting), db.rows(running), db.rows_of_arrivals()) == ([], [], [])
+    assert [(end.job_id, end.ended_at) for end in db.rows(announcements)] == [("a", row.finished_at)]
     assert row.terminal_event_id.startswith(f"{row.attempt}-")
     result = db.get()
     assert row.output_sha256 == output_sha256(choice.content for choice in result.choices)
@@ -700,62 +1016,3 @@ def test_job_that_has_ended_does_not_end_again(db: Store) -> None:
     with db.engine.begin() as connection:
         end_unclaimed(connection, "default", "a", 1, JobStatus.FAILED, ErrorCode.INTERNAL, "again")
     assert db.get() == before
-
-
-# -- retention --
-
-
-def test_old_ended_jobs_are_purged_with_all_that_is_theirs(db: Store) -> None:
-    for job_id in ("old", "fresh", "unannounced", "open"):
-        db.claimed(job_id, tenant="a")
-    db.claimed("other", tenant="b")
-    ended = {"status": "completed", "announced": True, "finished_at": seconds_from_now(-100)}
-    for job_id in ("old", "other"):
-        db.change(job_id, **ended)
-    db.change("unannounced", **ended | {"announced": False})
-    db.change("fresh", **ended | {"finished_at": now()})
-    with db.engine.begin() as connection:
-        output = {"content": "x", "reasoning": "", "refusal": ""}
-        connection.execute(choices.insert().values(tenant="a", job_id="old", index=0, **output))
-    assert db.purge(50, tenant="a") == (1, 0)
-    with db.engine.begin() as connection:
-        left = set(connection.scalars(select(jobs.c.id)))
-        assert left == {"fresh", "unannounced", "other", "open"}
-        assert set(connection.scalars(select(attempts.c.job_id))) == left
-        assert connection.execute(select(choices)).all() == []
-    assert db.purge(50) == (1, 0)
-    assert db.purge(50) == (0, 0)
-
-
-def test_purge_takes_no_more_than_its_limit_of_jobs_and_of_messages_the_oldest_first(db: Store) -> None:
-    for number in range(5):
-        db.claimed(f"job-{number}")
-        db.change(f"job-{number}", status="failed", announced=True, finished_at=seconds_from_now(-100))
-    for number in range(7):
-        db(store.reject, Rejection(id=f"message-{number}", reason="not JSON", size=3))
-        with db.engine.begin() as connection:
-            this_message = rejected_messages.c.id == f"message-{number}"
-            connection.execute(
-                update(rejected_messages).where(this_message).values(rejected_at=seconds_from_now(-200 + number))
-            )
-    with db.engine.begin() as connection:
-        assert purgeable(connection, 50) == (5, 7)
-    assert db.purge(50, limit=2) == (2, 2)
-    with db.engine.begin() as connection:
-        left = set(connection.scalars(select(rejected_messages.c.id)))
-    assert left == {f"message-{number}" for number in range(2, 7)}
-    assert [db.purge(50, limit=2) for _ in range(4)] == [(2, 2), (1, 2), (0, 1), (0, 0)]
-
-
-def test_purge_deletes_rejected_messages_of_that_age(db: Store) -> None:
-    db(store.reject, Rejection(id="r1", reason="not JSON", size=3))
-    db(store.reject, Rejection(id="r2", reason="no job", size=3, tenant="a"))
-    with db.engine.begin() as connection:
-        connection.execute(update(rejected_messages).values(rejected_at=seconds_from_now(-100)))
-    db(store.reject, Rejection(id="r3", reason="not JSON", size=3))
-    left = []
-    for tenant in ("a", None):
-        assert db.purge(50, tenant=tenant) == (0, 1)
-        with db.engine.begin() as connection:
-            left.append(set(connection.scalars(select(rejected_messages.c.id))))
-    assert left == [{"r1", "r3"}, {"r3"}]

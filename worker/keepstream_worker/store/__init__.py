@@ -1,12 +1,14 @@
 """The store: every statement that the worker puts to the database.
 
-In: groups of claims, endings and questions, by way of ``keepstream_worker.store.database``.  Out: rows, and an answer
-for each member of the group.
+In: groups of jobs, turns, endings and questions, by way of ``keepstream_worker.store.database``.  Out: rows, and an
+answer for each member of the group.
 
 The rules of ownership:
 
-* a claim raises the job's attempt number by one, and every later write names that number, so that a superseded
-  worker changes nothing (fencing);
+* a job that is not terminal waits or runs: it has one row in one of the two narrow tables, and changes from one to the
+  other in one transaction;
+* whoever takes a job raises its attempt number by one, and every later write names that number and the worker, so that
+  a superseded worker changes nothing (fencing);
 * all times are read from, and compared with, the database's own clock;
 * a write whose commit was cut may be repeated: it then answers the same and changes nothing.
 
@@ -14,39 +16,74 @@ Each function below takes a connection inside a transaction and a list of argume
 the same order.
 """
 
-from keepstream_worker.store.claims import Claim, ClaimRequest, Refusal, claim
+from keepstream_worker.store.claims import Claim, Picked, begin
 from keepstream_worker.store.client_calls import cancel, load_results
 from keepstream_worker.store.endings import LateUsage, NotEnded, end, record_usage
-from keepstream_worker.store.heartbeats import Heartbeat, HeartbeatResult, record_heartbeat, retire
+from keepstream_worker.store.heartbeats import (
+    Heartbeat,
+    HeartbeatResult,
+    Look,
+    Looked,
+    look,
+    record_heartbeat,
+    retire,
+)
+from keepstream_worker.store.intake import Admits, Direct, Incoming, Named, Stored, incoming, take_in, take_named
 from keepstream_worker.store.rejections import Refused, Rejection, refuse, reject
-from keepstream_worker.store.sweeps import Sweep, SweepResult, mark_announced, sweep
-from keepstream_worker.store.waiting import OwnedJob, release, requeue, schedule_resend
+from keepstream_worker.store.sweeps import (
+    Candidacy,
+    Sweep,
+    SweepResult,
+    Tidying,
+    lead,
+    mark_announced,
+    sweep,
+    tidy,
+)
+from keepstream_worker.store.turns import Turn, Turned, TurnLostError, take_turn
+from keepstream_worker.store.waiting import OwnedJob, release
 
 __all__ = [
+    "Admits",
+    "Candidacy",
     "Claim",
-    "ClaimRequest",
+    "Direct",
     "Heartbeat",
     "HeartbeatResult",
+    "Incoming",
     "LateUsage",
+    "Look",
+    "Looked",
+    "Named",
     "NotEnded",
     "OwnedJob",
-    "Refusal",
+    "Picked",
     "Refused",
     "Rejection",
+    "Stored",
     "Sweep",
     "SweepResult",
+    "Tidying",
+    "Turn",
+    "TurnLostError",
+    "Turned",
+    "begin",
     "cancel",
-    "claim",
     "end",
+    "incoming",
+    "lead",
     "load_results",
+    "look",
     "mark_announced",
     "record_heartbeat",
     "record_usage",
     "refuse",
     "reject",
     "release",
-    "requeue",
     "retire",
-    "schedule_resend",
     "sweep",
+    "take_in",
+    "take_named",
+    "take_turn",
+    "tidy",
 ]

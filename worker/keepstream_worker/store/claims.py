@@ -1,177 +1,262 @@
-"""Claims: who runs a job.
+"""Claims: a job that was chosen for a worker becomes its attempt.
 
-In: jobs that a worker has got a message for, from the engine.  Out: the job with a new attempt number, or the reason
-why not.
+In: what a turn has picked, from the chooser.  Out: the job under a new attempt number, written where everybody sees it.
 
-A claim is one conditional statement, so two workers never run one job.
+The turn has given the job to the worker already, in the narrow tables. Its commit need not be on the disk yet; this one
+is, and no stream starts before.
 """
 
-from dataclasses import dataclass
-from enum import StrEnum
-from functools import cache
-from typing import Any, Final
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, NamedTuple, Protocol
 
-from sqlalchemy import Connection, Float, Row, and_, bindparam, case, func, or_, select, true
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import Connection, Float, Integer, and_, bindparam, case, func, select, true, update
 
-from keepstream.client.queries import queued_values
-from keepstream.jobs import Job
 from keepstream.results import TERMINAL_STATUSES, JobStatus
-from keepstream.tables import attempts, jobs, now, seconds_from_now, seconds_until
-from keepstream_worker.store.conditions import WAITING, is_job
-from keepstream_worker.values import AttemptReason, JobKey
+from keepstream.tables import attempts, epoch_seconds, jobs, now, requests, running, seconds_from_now, seconds_until
+from keepstream_worker.store.conditions import among, is_named, name
+from keepstream_worker.store.pools import find_pools
+from keepstream_worker.store.waiting import OwnedJob, give_up
+from keepstream_worker.turn import Pick, Pool
+from keepstream_worker.values import AttemptReason, JobKey, Target
 
-_DATABASE_CLOCK: Final = {"created_at", "due_at", "resend_at"}
 
+class Picked(NamedTuple):
+    """A job that a turn has given to a worker."""
 
-@dataclass(frozen=True, slots=True)
-class ClaimRequest:
-    """A worker asks for a job."""
-
-    job: Job
+    pick: Pick
     worker_id: str
-    queue: str  #: Where its message came from.
-    total_timeout: float  #: Seconds, from the first claim.
+    total_timeout: float  #: Seconds from the first attempt's start, for a job that has none yet.
 
     @property
-    def key(self) -> JobKey:
-        """The job asked for."""
-        return JobKey(self.job.tenant, self.job.id)
+    def owned(self) -> OwnedJob:
+        """The job, with the attempt that begins, as the worker owns it."""
+        return OwnedJob(self.pick.job.key, self.pick.job.attempt + 1, self.worker_id)
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
     """The job is this worker's, under this attempt number."""
 
+    key: JobKey
     attempt: int
     tries: int  #: Attempts that count against ``max_attempts``, this one included.
     max_attempts: int | None
     reason: AttemptReason
     remaining_seconds: float  #: Until the job's total time is used up.
     expired: bool  #: The job's ``expires_at`` had passed before its first attempt.
+    cancel_requested: bool
+    job: str  #: As it was enqueued, JSON.
+    target: Target  #: Whom to ask.
+    chain: tuple[Target, ...]  #: What is left of the job's targets, from ``target`` on.
+    queue: str
+    job_class: str
+    lane: int
+    pool: int
+    tokens: int  #: Charged for this attempt.
+    prompt_tokens: int  #: As estimated.
+    max_tokens: int | None  #: Of the answer, if the request says so.
+    chosen_at: float  #: When it was chosen; seconds since the epoch, by the database's clock.
+    running: int = 0  #: Jobs at the target then, this one included; 0: they were not counted.
 
 
-class Refusal(StrEnum):
-    """Why a claim was not granted; there is nothing to do for its message."""
+class Place(Protocol):
+    """A job's row among those that run."""
 
-    TAKEN = "taken"  #: A worker runs it, or it is not due yet: the message is a duplicate.
-    ENDED = "ended"  #: The job is terminal.
-    OTHER_REQUEST = "other_request"  #: The id belongs to a different request.
+    @property
+    def attempt(self) -> int:
+        """The one that begins, or is under way."""
+
+    @property
+    def provider(self) -> str:
+        """Who is asked."""
+
+    @property
+    def model(self) -> str:
+        """Of that provider."""
+
+    @property
+    def lane(self) -> int:
+        """As the job's when it waited."""
+
+    @property
+    def pool(self) -> int:
+        """As the job's when it waited."""
+
+    @property
+    def tokens(self) -> int:
+        """Charged for the attempt."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """As the job's when it waited."""
+
+    @property
+    def max_tokens(self) -> int | None:
+        """As the job's when it waited."""
 
 
-_CLAIM_COLUMNS: Final = (
+HAS_EXPIRED: Final = case((jobs.c.expires_at <= now(), true()), else_=False).label("has_expired")
+
+NOW: Final = epoch_seconds(now()).label("now")
+
+#: What a claim takes from a job's row.
+COLUMNS: Final = (
     jobs.c.tenant,
     jobs.c.id,
+    jobs.c.status,
     jobs.c.attempt,
     jobs.c.tries,
     jobs.c.max_attempts,
     jobs.c.next_reason,
+    jobs.c.queue,
+    jobs.c["class"].label("job_class"),
     seconds_until(jobs.c.deadline_at).label("remaining"),
-    case((and_(jobs.c.attempt == 1, jobs.c.expires_at <= now()), true()), else_=False).label("expired"),
+    HAS_EXPIRED,
+    NOW,
+    jobs.c.cancel_requested_at,
 )
 
+_LOCK: Final = (
+    select(*COLUMNS, requests.c.job)
+    .join(requests, and_(requests.c.tenant == jobs.c.tenant, requests.c.job_id == jobs.c.id))
+    .where(among(jobs))
+    .order_by(jobs.c.tenant, jobs.c.id)  # one order of locks for all workers
+    .with_for_update(of=jobs, key_share=True)
+)
+_FIND_RUNNING: Final = select(running).where(among(running))
 
+
+def lock(connection: Connection, keys: Collection[JobKey]) -> dict[JobKey, Any]:
+    """Return the rows of jobs, which nobody else changes until the transaction ends, with their request."""
+    rows = connection.execute(_LOCK, {"keys": sorted(set(keys))}) if keys else ()
+    return {JobKey(row.tenant, row.id): row for row in rows}
+
+
+def find_running(connection: Connection, keys: Collection[JobKey]) -> dict[JobKey, Any]:
+    """Return the rows that jobs have among those that run."""
+    rows = connection.execute(_FIND_RUNNING, {"keys": sorted(set(keys))}) if keys else ()
+    return {JobKey(row.tenant, row.job_id): row for row in rows}
+
+
+def make_claim(
+    row: Any, place: Place, pools: Mapping[int, Pool], text: str, total_timeout: float, *, is_new: bool
+) -> Claim:
+    """Return a claim as its rows say.
+
+    Args:
+        row: The job's, with ``COLUMNS``.
+        place: The one that it has among those that run.
+        pools: Has its pool.
+        text: The job as JSON.
+        total_timeout: Seconds, if the job has not started before.
+        is_new: Whether ``row`` was read before the attempt was written there.
+    """
+    target = Target(place.provider, place.model)
+    pool = pools.get(place.pool)
+    chain = pool.chain if pool is not None else ()
+    return Claim(
+        key=JobKey(row.tenant, row.id),
+        attempt=place.attempt,
+        tries=row.tries + is_new,
+        max_attempts=row.max_attempts,
+        reason=AttemptReason(row.next_reason),
+        remaining_seconds=total_timeout if row.remaining is None else row.remaining,
+        expired=place.attempt == 1 and bool(row.has_expired),
+        cancel_requested=row.cancel_requested_at is not None,
+        job=text,
+        target=target,
+        chain=chain[chain.index(target) :] if target in chain else (target,),
+        queue=row.queue,
+        job_class=row.job_class,
+        lane=place.lane,
+        pool=place.pool,
+        tokens=place.tokens,
+        prompt_tokens=place.prompt_tokens,
+        max_tokens=place.max_tokens,
+        chosen_at=row.now,
+    )
+
+
+class Start(NamedTuple):
+    """An attempt that begins."""
+
+    owned: OwnedJob
+    reason: str
+    target: Target
+    total_timeout: float  #: Seconds, for a job that has not started before.
+
+
+#: The job's row says which attempt runs.
+_START: Final = (
+    update(jobs)
+    .where(is_named(jobs))
+    .values(
+        status=JobStatus.RUNNING,
+        attempt=bindparam("new_attempt", type_=Integer),
+        tries=jobs.c.tries + 1,
+        started_at=func.coalesce(jobs.c.started_at, now()),
+        deadline_at=func.coalesce(jobs.c.deadline_at, seconds_from_now(bindparam("total_timeout", type_=Float))),
+    )
+)
 _OPEN_ATTEMPT: Final = attempts.insert().values(started_at=now())
 
 
-def claim(connection: Connection, requests: list[ClaimRequest]) -> list[Claim | Refusal]:
-    """Take each job that is due and that nobody owns; create its row if it is missing."""
-    wanted: dict[JobKey, ClaimRequest] = {}
-    for request in requests:
-        wanted.setdefault(request.key, request)
-    ordered = [wanted[key] for key in sorted(wanted)]  # one order of locks for all workers
-    rows = connection.execute(
-        _claim_statement(connection.dialect.name),
-        [
-            {
-                name: value
-                for name, value in queued_values(request.job, request.queue).items()
-                if name not in _DATABASE_CLOCK
-            }
-            | {
-                "status": JobStatus.RUNNING,
-                "attempt": 1,
-                "tries": 1,
-                "worker_id": request.worker_id,
-                "total_timeout": request.total_timeout,
-            }
-            for request in ordered
-        ],
-    )
-    granted = {JobKey(row.tenant, row.id): row for row in rows}
-    if granted:
+def start(connection: Connection, starts: Sequence[Start]) -> None:
+    """Write that attempts begin, in the rows of their jobs, which the caller has locked, and in their own."""
+    if starts:
         connection.execute(
-            _OPEN_ATTEMPT,
+            _START,
             [
-                {
-                    "tenant": key.tenant,
-                    "job_id": key.id,
-                    "number": row.attempt,
-                    "reason": row.next_reason,
-                    "worker_id": wanted[key].worker_id,
-                    "provider": wanted[key].job.provider,
-                    "model": wanted[key].job.model,
-                }
-                for key, row in granted.items()
+                name(start.owned.key) | {"new_attempt": start.owned.attempt, "total_timeout": start.total_timeout}
+                for start in starts
             ],
         )
-    answers: list[Claim | Refusal] = []
-    for request in requests:
-        row = granted.pop(request.key, None)  # a second request for one job is a duplicate
-        answers.append(_granted(row) if row is not None else _refused(connection, request))
+        open_attempts(connection, starts)
+
+
+def open_attempts(connection: Connection, starts: Sequence[Start]) -> None:
+    """Write the rows of attempts that begin."""
+    connection.execute(
+        _OPEN_ATTEMPT,
+        [
+            {
+                "tenant": start.owned.key.tenant,
+                "job_id": start.owned.key.id,
+                "number": start.owned.attempt,
+                "reason": start.reason,
+                "worker_id": start.owned.worker_id,
+                "provider": start.target.provider,
+                "model": start.target.model,
+            }
+            for start in starts
+        ],
+    )
+
+
+def begin(connection: Connection, picked: list[Picked]) -> list[Claim | None]:
+    """Begin the attempts of jobs that a turn has picked; None: there is nothing to run."""
+    keys = [item.owned.key for item in picked]
+    rows = lock(connection, keys)
+    # Read after the rows are locked: from now on nobody takes these jobs away.
+    places = find_running(connection, keys)
+    pools = find_pools(connection, {place.pool for place in places.values()})
+    answers: list[Claim | None] = []
+    starts = []
+    for item in picked:
+        owned = item.owned
+        row, place = rows.get(owned.key), places.get(owned.key)
+        if place is None or (place.attempt, place.worker_id) != (owned.attempt, owned.worker_id):
+            answers.append(None)
+        elif row is None or row.status in TERMINAL_STATUSES or row.attempt not in (owned.attempt - 1, owned.attempt):
+            give_up(connection, owned)
+            answers.append(None)
+        else:
+            is_new = row.attempt < owned.attempt  # else its commit was cut before the worker heard of it
+            if is_new:
+                target = Target(place.provider, place.model)
+                starts.append(Start(owned, row.next_reason, target, item.total_timeout))
+            claim = make_claim(row, place, pools, row.job, item.total_timeout, is_new=is_new)
+            answers.append(replace(claim, chosen_at=item.pick.chosen_at, running=item.pick.running))
+    start(connection, starts)
     return answers
-
-
-@cache
-def _claim_statement(dialect: str) -> Any:
-    insert = (postgresql if dialect == "postgresql" else sqlite).insert(jobs)
-    statement = insert.values(
-        created_at=now(),
-        due_at=now(),
-        resend_at=now(),
-        started_at=now(),
-        deadline_at=seconds_from_now(bindparam("total_timeout", type_=Float)),
-    )
-    new = statement.excluded
-    return statement.on_conflict_do_update(
-        index_elements=[jobs.c.tenant, jobs.c.id],
-        set_={
-            "status": JobStatus.RUNNING,
-            "attempt": jobs.c.attempt + 1,
-            "tries": jobs.c.tries + 1,
-            "worker_id": new.worker_id,
-            "started_at": func.coalesce(jobs.c.started_at, new.started_at),
-            "deadline_at": func.coalesce(jobs.c.deadline_at, new.deadline_at),
-        },
-        where=and_(
-            # Not "in": SQLAlchemy expands that anew for each execution, which it cannot do for many rows at once.
-            or_(*(jobs.c.status == waiting for waiting in WAITING)),
-            jobs.c.due_at <= now(),
-            jobs.c.request_hash == new.request_hash,
-        ),
-    ).returning(*_CLAIM_COLUMNS)
-
-
-def _granted(row: Row[Any]) -> Claim:
-    return Claim(
-        attempt=row.attempt,
-        tries=row.tries,
-        max_attempts=row.max_attempts,
-        reason=AttemptReason(row.next_reason),
-        remaining_seconds=row.remaining,
-        expired=bool(row.expired),
-    )
-
-
-def _refused(connection: Connection, request: ClaimRequest) -> Claim | Refusal:
-    row = connection.execute(
-        select(*_CLAIM_COLUMNS, jobs.c.status, jobs.c.request_hash, jobs.c.worker_id).where(is_job(request.key))
-    ).one()
-    if row.request_hash != request.job.request_hash():
-        return Refusal.OTHER_REQUEST
-    if row.status in TERMINAL_STATUSES:
-        return Refusal.ENDED
-    if row.status == JobStatus.RUNNING and row.worker_id == request.worker_id:
-        # The engine asks only for jobs it does not run, so this is its own claim, whose commit was cut.
-        return _granted(row)
-    return Refusal.TAKEN

@@ -1,11 +1,14 @@
-"""Conditions that the store's statements share: which rows are a job's, and which jobs wait.
+"""Conditions that the store's statements share: which rows are a job's.
 
-In: a job's key.  Out: SQL conditions, to the other modules of the store.
+In: keys of jobs.  Out: SQL conditions and parameters, to the other modules of the store.
+
+Whoever changes a job locks its row in ``jobs`` first, several in the order of their keys, and then those in the other
+tables; only a turn, which locks no job's row, takes from ``waiting`` what nobody has locked.
 """
 
-from typing import Final
+from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Table, and_
+from sqlalchemy import ColumnElement, Table, and_, bindparam, tuple_
 
 from keepstream.results import JobStatus
 from keepstream.tables import jobs
@@ -22,3 +25,20 @@ def is_job(key: JobKey) -> ColumnElement[bool]:
 def of_job(table: Table, key: JobKey) -> ColumnElement[bool]:
     """Select a table's rows of a job."""
     return and_(table.c.tenant == key.tenant, table.c.job_id == key.id)
+
+
+def among(table: Table) -> ColumnElement[bool]:
+    """Select a table's rows of the jobs that the parameter ``keys`` names."""
+    name = table.c.id if table is jobs else table.c.job_id
+    return tuple_(table.c.tenant, name).in_(bindparam("keys", expanding=True))
+
+
+def is_named(table: Table) -> ColumnElement[bool]:
+    """Select a table's rows of the job that the parameters of ``name`` name."""
+    name = table.c.id if table is jobs else table.c.job_id
+    return and_(table.c.tenant == bindparam("of_tenant"), name == bindparam("of_job"))
+
+
+def name(key: JobKey) -> dict[str, Any]:
+    """Return the parameters that ``is_named`` needs."""
+    return {"of_tenant": key.tenant, "of_job": key.id}

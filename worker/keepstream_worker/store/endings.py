@@ -6,18 +6,23 @@ all.
 A superseded worker changes nothing, and a cancel that was accepted before wins.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, StrEnum, auto
 from types import SimpleNamespace
 from typing import Any, Final
 
-from sqlalchemy import Connection, Float, Integer, bindparam, delete, select, tuple_, update
+from sqlalchemy import Connection, Integer, bindparam, delete, or_, select, tuple_, update
 
+from keepstream.client import queries
 from keepstream.client.endings import JobEnd, end_jobs, sum_usage, usage_columns
+from keepstream.client.lanes import pool_id
 from keepstream.results import TERMINAL_STATUSES, JobStatus, Usage, UsageSource
-from keepstream.tables import attempts, choices, jobs, now, seconds_from_now, tool_calls
-from keepstream_worker.store.conditions import is_job, of_job
+from keepstream.tables import attempts, choices, jobs, now, running, tool_calls
+from keepstream_worker.store.claims import find_running
+from keepstream_worker.store.conditions import among, is_job, is_named, name, of_job
+from keepstream_worker.store.pools import add_pools
+from keepstream_worker.store.waiting import Restart, restart
 from keepstream_worker.values import Ended, Ending, JobKey, Outcome
 
 
@@ -37,23 +42,29 @@ class _Standing(Enum):
 
 def end(connection: Connection, endings: list[Ending]) -> list[Ended | NotEnded]:
     """Write each ending whose attempt still owns its job: status, output, usage and attempt, or nothing."""
-    rows = _lock(connection, [ending.key for ending in endings])
-    standings = [_standing(rows.get(ending.key), ending) for ending in endings]
+    keys = [ending.key for ending in endings]
+    rows = _lock(connection, keys)
+    places = find_running(connection, keys)  # read after the rows are locked: nobody takes these away any more
+    standings = [_standing(rows.get(ending.key), places.get(ending.key), ending) for ending in endings]
     owned = [ending for ending, standing in zip(endings, standings, strict=True) if standing is _Standing.OWNED]
     if owned:
         _write_attempts(connection, owned)
         _write_outputs(connection, owned)
+        connection.execute(_STOP, [name(ending.key) for ending in owned])
     totals = {ending.key: _total(connection, ending) for ending in endings}
     end_jobs(
         connection,
         [_job_end(ending, totals[ending.key]) for ending in owned if ending.status is not JobStatus.RETRYING],
     )
-    _write_pauses(connection, [ending for ending in owned if ending.status is JobStatus.RETRYING])
+    pauses = [ending for ending in owned if ending.status is JobStatus.RETRYING]
+    _write_pauses(connection, pauses, rows, places)
     return [
         standing if isinstance(standing, NotEnded) else totals[ending.key]
         for ending, standing in zip(endings, standings, strict=True)
     ]
 
+
+_STOP: Final = delete(running).where(is_named(running))
 
 _LOCK: Final = (
     select(
@@ -61,14 +72,15 @@ _LOCK: Final = (
         jobs.c.id,
         jobs.c.status,
         jobs.c.attempt,
-        jobs.c.worker_id,
         jobs.c.terminal_event_id,
         jobs.c.next_reason,
+        jobs.c.queue,
+        jobs.c["class"].label("job_class"),
         jobs.c.cancel_requested_at,
     )
-    .where(tuple_(jobs.c.tenant, jobs.c.id).in_(bindparam("keys", expanding=True)))
+    .where(among(jobs))
     .order_by(jobs.c.tenant, jobs.c.id)  # one order of locks for all workers
-    .with_for_update()
+    .with_for_update(key_share=True)
 )
 
 
@@ -77,14 +89,14 @@ def _lock(connection: Connection, keys: list[JobKey]) -> dict[JobKey, Any]:
     return {JobKey(row.tenant, row.id): row for row in connection.execute(_LOCK, {"keys": keys})}
 
 
-def _standing(row: Any, ending: Ending) -> NotEnded | _Standing:
+def _standing(row: Any, place: Any, ending: Ending) -> NotEnded | _Standing:
     if row is None or row.attempt != ending.attempt:
         return NotEnded.SUPERSEDED
-    if row.status != JobStatus.RUNNING or row.worker_id != ending.worker_id:
-        ours = row.status == ending.status and row.terminal_event_id == ending.terminal_event_id
+    if place is None or (place.attempt, place.worker_id) != (ending.attempt, ending.worker_id):
+        written = row.status == ending.status and row.terminal_event_id == ending.terminal_event_id
         if ending.status is JobStatus.RETRYING:
-            ours = ours and row.next_reason == ending.next_reason  # else a sweeper took it from us
-        return _Standing.WRITTEN if ours and row.worker_id is None else NotEnded.SUPERSEDED
+            written = written and row.next_reason == ending.next_reason  # else a sweeper took it from us
+        return _Standing.WRITTEN if written else NotEnded.SUPERSEDED
     if row.cancel_requested_at is not None and ending.status in (JobStatus.COMPLETED, JobStatus.RETRYING):
         return NotEnded.CANCEL_REQUESTED  # a cancel that was accepted wins over everything that comes after it
     return _Standing.OWNED
@@ -260,48 +272,63 @@ def _job_end(ending: Ending, total: Ended) -> JobEnd:
 
 _WRITE_PAUSE: Final = (
     update(jobs)
-    .where(jobs.c.tenant == bindparam("of_tenant"), jobs.c.id == bindparam("of_job"))
+    .where(is_named(jobs))
     .values(
         {column: bindparam(column) for column in ("status", "error_code", "error_message", "partial", "next_reason")}
-        | {
-            "worker_id": None,
-            "due_at": seconds_from_now(bindparam("retry_in", type_=Float)),
-            "resend_at": seconds_from_now(bindparam("resend_in", type_=Float)),
-            "sends": 0,
-            "tries": jobs.c.tries - bindparam("uncounted", type_=Integer),
-        }
+        | {"tries": jobs.c.tries - bindparam("uncounted", type_=Integer)}
     )
 )
 
 
-def _write_pauses(connection: Connection, endings: list[Ending]) -> None:
+def _write_pauses(
+    connection: Connection, endings: list[Ending], rows: Mapping[JobKey, Any], places: Mapping[JobKey, Any]
+) -> None:
     """Let jobs, whose rows ``_lock`` holds, wait for their next attempt."""
     if not endings:
         return
     connection.execute(
         _WRITE_PAUSE,
         [
-            {
-                "of_tenant": ending.key.tenant,
-                "of_job": ending.key.id,
+            name(ending.key)
+            | {
                 "status": ending.status,
                 "error_code": ending.failure and ending.failure.code,
                 "error_message": ending.failure and ending.failure.message,
                 "partial": bool(ending.choices),
                 "next_reason": ending.next_reason,
-                "retry_in": ending.retry_in,
-                "resend_in": ending.resend_in,
                 # A shutdown is not the job's fault.
-                "uncounted": int(ending.outcome is Outcome.INTERRUPTED),
+                "uncounted": not ending.counted or ending.outcome in (Outcome.INTERRUPTED, Outcome.UNSTARTED),
             }
             for ending in endings
         ],
+    )
+    add_pools(
+        connection,
+        [
+            queries.pool_values(rows[ending.key].queue, rows[ending.key].job_class, ending.chain)
+            for ending in endings
+            if ending.chain
+        ],
+    )
+    restart(connection, [_restart(ending, rows[ending.key], places[ending.key]) for ending in endings])
+
+
+def _restart(ending: Ending, row: Any, place: Any) -> Restart:
+    unforeseen = max((ending.least_tokens or 0) - place.tokens, 0)
+    return Restart(
+        ending.key,
+        ending.attempt,
+        place.lane,
+        pool_id(row.queue, row.job_class, ending.chain) if ending.chain else place.pool,
+        place.prompt_tokens + unforeseen,
+        place.max_tokens,
+        due_in=ending.retry_in,
     )
 
 
 @dataclass(frozen=True, slots=True)
 class LateUsage:
-    """What is learned from the log about an attempt whose worker died."""
+    """What an attempt has cost that its worker could not write: it died, or was superseded."""
 
     key: JobKey
     attempt: int
@@ -309,12 +336,18 @@ class LateUsage:
 
 
 def record_usage(connection: Connection, usages: list[LateUsage]) -> list[None]:
-    """Write the usage of lost attempts that nobody has reported yet; if their job has ended, sum it up again."""
+    """Write the usage of lost attempts that nobody has reported yet; if their job has ended, sum it up again.
+
+    What the provider has reported replaces an estimate.
+    """
     _lock(connection, [late.key for late in usages])  # so that no ending sums up between the two writes
     for late in usages:
+        known_worse = attempts.c.total_tokens.is_(None)
+        if late.usage.source is UsageSource.PROVIDER:
+            known_worse = or_(known_worse, attempts.c.usage_source == UsageSource.ESTIMATED)
         written = connection.execute(
             update(attempts)
-            .where(of_job(attempts, late.key), attempts.c.number == late.attempt, attempts.c.total_tokens.is_(None))
+            .where(of_job(attempts, late.key), attempts.c.number == late.attempt, known_worse)
             .values(usage_columns(late.usage) | {"usage": late.usage.details})
         ).rowcount
         if not written:

@@ -1,17 +1,35 @@
-"""Heartbeats: which workers are alive.
+"""Heartbeats: which workers are alive, and what each of them should know.
 
-In: signs of life, from the heartbeat.  Out: the workers' rows, and to each worker the jobs that it owns.
+In: signs of life, from the heartbeat; looks, from the chooser.  Out: the workers' rows; to each worker the jobs that it
+owns, and what is known of those that wait.
 """
 
-from typing import Final, NamedTuple
+import json
+from typing import Any, Final, NamedTuple
 
-from sqlalchemy import Connection, delete, select, update
+from sqlalchemy import (
+    BigInteger,
+    Connection,
+    Float,
+    Text,
+    bindparam,
+    case,
+    cast,
+    delete,
+    exists,
+    func,
+    select,
+    update,
+)
 
-from keepstream.tables import jobs, now, seconds_from_now, workers
+from keepstream.tables import arrivals, epoch_seconds, leases, now, running, seconds_from_now, turns, workers
 from keepstream_worker.values import JobKey
 
 #: Seconds for which a worker that is gone stays in the table, for `keepstream doctor` and for people.
 _REMEMBERED: Final = 172_800.0
+_FORGOTTEN_AT_ONCE: Final = 200
+#: The lease of whoever sweeps.
+SWEEPER: Final = "sweeper"
 
 
 class Heartbeat(NamedTuple):
@@ -22,6 +40,23 @@ class Heartbeat(NamedTuple):
     queue: str  #: Where it takes its jobs from.
     places: int  #: Jobs that it runs at once.
     running: int  #: Jobs that it runs now.
+    known_turn: int = -1  #: As of ``Look``.
+
+
+class Look(NamedTuple):
+    """A worker asks what is known of the jobs that wait."""
+
+    known_turn: int = -1  #: The newest turn whose state it has; -1: none.
+
+
+class Looked(NamedTuple):
+    """What is known of the jobs that wait."""
+
+    now: float  #: Seconds since the epoch, by the database's clock.
+    turn: int  #: The newest; 0: none was ever taken.
+    state: str | None  #: Its state, JSON; None: the worker has it.
+    ready: dict[str, float]  #: As the newest turn has it; see ``keepstream_worker.turn.Decision``.
+    arrivals: bool  #: Whether jobs have arrived after it.
 
 
 class HeartbeatResult(NamedTuple):
@@ -30,38 +65,93 @@ class HeartbeatResult(NamedTuple):
     lapsed: bool  #: It was silent for longer than its lease: others may have taken its jobs.
     owned: frozenset[tuple[JobKey, int]]  #: The jobs it owns, with their attempt.
     cancels: frozenset[JobKey]  #: Those of them that are to be cancelled.
+    sweeper_free: bool  #: Whether nobody sweeps.
+    looked: Looked
+
+
+def _newest(dialect: str) -> Any:
+    """Return what is read of the newest turn, as one value, so that it is one probe: number, ready, state, arrivals."""
+    pack = func.json_build_array if dialect == "postgresql" else func.json_array
+    known = bindparam("known_turn", type_=BigInteger)
+    # No turn looks below its bound, so neither do we: what was deleted there may still be in the way.
+    arrived = exists().where(arrivals.c.seq >= turns.c.arrivals_low)
+    newest = (
+        select(
+            cast(pack(turns.c.n, turns.c.ready, case((turns.c.n > known, turns.c.state), else_=None), arrived), Text)
+        )
+        .order_by(turns.c.n.desc())
+        .limit(1)
+        .scalar_subquery()
+    )
+    none = pack(0, "{}", case((known < 0, "{}"), else_=None), exists(select(arrivals.c.seq)))
+    return func.coalesce(newest, cast(none, Text)).label("newest")
+
+
+_NEWEST: Final = {dialect: _newest(dialect) for dialect in ("postgresql", "sqlite")}
+_NOW: Final = epoch_seconds(now()).label("now")
+_LOOK: Final = {dialect: select(_NOW, newest) for dialect, newest in _NEWEST.items()}
+
+
+def look(connection: Connection, looks: list[Look]) -> list[Looked]:
+    """Return what is known of the jobs that wait: a few probes, however many there are."""
+    statement = _LOOK[connection.dialect.name]
+    return [_looked(connection.execute(statement, item._asdict()).one()) for item in looks]
+
+
+def _looked(row: Any) -> Looked:
+    turn, ready, state, arrived = json.loads(row.newest)
+    return Looked(row.now, turn, state, json.loads(ready), bool(arrived))
+
+
+_SIGN: Final = {
+    "heartbeat_at": now(),
+    **{column: bindparam(f"new_{column}") for column in ("lease", "queue", "places", "running")},
+}
+_IS_WORKER: Final = workers.c.id == bindparam("of_worker")
+_RENEW: Final = update(workers).where(_IS_WORKER).values(_SIGN)
+_IS_ALIVE: Final = workers.c.heartbeat_at > seconds_from_now(-bindparam("new_lease", type_=Float))
+_APPEAR: Final = workers.insert().values(_SIGN | {"id": bindparam("of_worker"), "started_at": now()})
+
+_OWNED: Final = running.c.worker_id == bindparam("of_worker")
+_LED: Final = exists().where(leases.c.name == SWEEPER, leases.c.until > now())
+
+
+def _answer(dialect: str) -> Any:
+    return _NOW, _NEWEST[dialect], exists().where(_OWNED).label("owns"), _LED.label("led")
+
+
+_RENEW_IN_TIME: Final = {
+    dialect: _RENEW.where(_IS_ALIVE).returning(*_answer(dialect)) for dialect in ("postgresql", "sqlite")
+}
+_ANSWER: Final = {dialect: select(*_answer(dialect)) for dialect in ("postgresql", "sqlite")}
+_JOBS: Final = select(running.c.tenant, running.c.job_id, running.c.attempt, running.c.cancel_requested).where(_OWNED)
 
 
 def record_heartbeat(connection: Connection, heartbeats: list[Heartbeat]) -> list[HeartbeatResult]:
-    """Renew each worker's row, or create it."""
+    """Renew each worker's row, or create it: one statement, and one more for a worker that owns jobs."""
     return [_record(connection, heartbeat) for heartbeat in heartbeats]
 
 
 def _record(connection: Connection, heartbeat: Heartbeat) -> HeartbeatResult:
-    worker = workers.c.id == heartbeat.worker_id
-    within_lease = workers.c.heartbeat_at > seconds_from_now(-heartbeat.lease)
-    sign = {
-        "heartbeat_at": now(),
-        "lease": heartbeat.lease,
-        "queue": heartbeat.queue,
-        "places": heartbeat.places,
-        "running": heartbeat.running,
+    values = {
+        "of_worker": heartbeat.worker_id,
+        "known_turn": heartbeat.known_turn,
+        **{f"new_{column}": getattr(heartbeat, column) for column in ("lease", "queue", "places", "running")},
     }
-    alive = connection.execute(update(workers).where(worker, within_lease).values(sign)).rowcount
-    if not alive:
-        renewed = connection.execute(update(workers).where(worker).values(sign)).rowcount
-        if not renewed:
-            connection.execute(workers.insert().values(id=heartbeat.worker_id, started_at=now(), **sign))
-    rows = connection.execute(
-        select(jobs.c.tenant, jobs.c.id, jobs.c.attempt, jobs.c.cancel_requested_at.is_not(None)).where(
-            jobs.c.worker_id == heartbeat.worker_id
-        )
-    ).all()
+    answer = connection.execute(_RENEW_IN_TIME[connection.dialect.name], values).one_or_none()
+    lapsed = answer is None
+    if answer is None:
+        if not connection.execute(_RENEW, values).rowcount:
+            connection.execute(_APPEAR, values)
+        answer = connection.execute(_ANSWER[connection.dialect.name], values).one()
+    rows = connection.execute(_JOBS, values).all() if answer.owns else ()
     return HeartbeatResult(
-        lapsed=not alive,
+        lapsed=lapsed,
         # Unpacked: with a row's names it takes half as long again, and a worker may own thousands.
         owned=frozenset((JobKey(tenant, job_id), attempt) for tenant, job_id, attempt, _ in rows),
         cancels=frozenset(JobKey(tenant, job_id) for tenant, job_id, _, is_requested in rows if is_requested),
+        sweeper_free=not answer.led,
+        looked=_looked(answer),
     )
 
 
@@ -73,9 +163,18 @@ def retire(connection: Connection, worker_ids: list[str]) -> list[None]:
     return [None] * len(worker_ids)
 
 
+_GONE: Final = (
+    select(workers.c.id)
+    .where(
+        workers.c.heartbeat_at < seconds_from_now(-_REMEMBERED),
+        ~exists().where(running.c.worker_id == workers.c.id),
+    )
+    .order_by(workers.c.heartbeat_at)
+    .limit(_FORGOTTEN_AT_ONCE)
+)
+_FORGET: Final = delete(workers).where(workers.c.id.in_(_GONE), workers.c.heartbeat_at < seconds_from_now(-_REMEMBERED))
+
+
 def forget_workers(connection: Connection) -> None:
     """Delete workers that have been gone for two days and own nothing."""
-    owners = select(jobs.c.worker_id).where(jobs.c.worker_id.is_not(None))
-    connection.execute(
-        delete(workers).where(workers.c.heartbeat_at < seconds_from_now(-_REMEMBERED), workers.c.id.not_in(owners))
-    )
+    connection.execute(_FORGET)

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, select
 from sqlalchemy.dialects import postgresql, sqlite
 
+from keepstream.client import queries
 from keepstream.client.endings import end_unclaimed
-from keepstream.client.queries import queued_values
 from keepstream.errors import ErrorCode
 from keepstream.jobs import Job
 from keepstream.results import JobStatus
-from keepstream.tables import jobs, now, rejected_messages
-from keepstream_worker.store.conditions import WAITING, is_job
+from keepstream.tables import jobs, now, rejected_messages, requests, waiting
+from keepstream_worker.store.conditions import WAITING, is_job, of_job
 from keepstream_worker.values import JobKey
 
 
@@ -68,24 +68,28 @@ def refuse(connection: Connection, refusals: list[Refused]) -> list[None]:
     A job that has a row is left alone, unless it waits and is the very one that was refused.
     """
     insert = (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(jobs)
-    for refused in refusals:
+    for refused in sorted(refusals, key=lambda refused: (refused.job.tenant, refused.job.id)):
         job = refused.job
-        values = queued_values(job, refused.queue)
-        created = connection.execute(insert.values(values).on_conflict_do_nothing().returning(jobs.c.id)).one_or_none()
-        attempt = values["attempt"] if created is not None else _waiting_attempt(connection, refused)
+        rows = queries.new_rows(job, refused.queue)
+        new = insert.values(created_at=now(), **rows[jobs]).on_conflict_do_nothing().returning(jobs.c.attempt)
+        attempt = connection.scalar(new)
+        if attempt is not None:
+            connection.execute(requests.insert().values(rows[requests]))
+        else:
+            attempt = _waiting_attempt(connection, refused)
         if attempt is not None:
             end_unclaimed(connection, job.tenant, job.id, attempt, JobStatus.FAILED, refused.code, refused.message)
     return [None] * len(refusals)
 
 
 def _waiting_attempt(connection: Connection, refused: Refused) -> int | None:
-    row = connection.execute(
+    """Return the newest attempt of a job that waits and is the one that was refused; its row is locked then."""
+    key = JobKey(refused.job.tenant, refused.job.id)
+    attempt: int | None = connection.scalar(
         select(jobs.c.attempt)
-        .where(
-            is_job(JobKey(refused.job.tenant, refused.job.id)),
-            jobs.c.status.in_(WAITING),
-            jobs.c.request_hash == refused.request_hash,
-        )
-        .with_for_update()
-    ).one_or_none()
-    return None if row is None else int(row.attempt)
+        .where(is_job(key), jobs.c.status.in_(WAITING), jobs.c.request_hash == refused.request_hash)
+        .with_for_update(key_share=True)
+    )
+    if attempt is None or connection.scalar(select(waiting.c.seq).where(of_job(waiting, key))) is None:
+        return None  # a turn may have taken it, and its worker will write so in a moment
+    return attempt

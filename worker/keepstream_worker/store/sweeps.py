@@ -1,29 +1,81 @@
-"""Sweeps: jobs that nobody takes care of.
+"""Sweeps: jobs that nobody takes care of, and rows that nobody needs.
 
-In: what a sweeper asks for, from ``keepstream_worker.upkeep``.  Out: jobs of dead workers, released or ended; messages
-to be sent; ends to be announced.
+In: what a sweeper asks for, from ``keepstream_worker.upkeep``.  Out: jobs of dead workers, released or ended; ends to
+be announced; arrivals that turns have passed by, found again; old rows, deleted.
 
-Whatever one process leaves undone another one finds.  The statements are atomic, so several sweepers at once do no
-harm: each row goes to one.
+Whatever one process leaves undone another one finds.  One worker sweeps at a time; two would do no harm: each row goes
+to one. Each statement takes a bounded number of rows, by an index.
 """
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import Connection, and_, bindparam, func, select, tuple_, update
+from sqlalchemy import Connection, Float, Integer, bindparam, delete, or_, select, text
+from sqlalchemy.dialects import postgresql, sqlite
 
 from keepstream.client.endings import CANCELLED_MESSAGE, EXPIRED_MESSAGE, WORKERS_LOST_MESSAGE, end_unclaimed
 from keepstream.errors import ErrorCode
 from keepstream.results import JobStatus
-from keepstream.tables import jobs, now, seconds_from_now, workers
-from keepstream_worker.store.conditions import WAITING, is_job
-from keepstream_worker.store.heartbeats import forget_workers
-from keepstream_worker.store.waiting import RELEASED, mark_lost
+from keepstream.tables import (
+    announcements,
+    jobs,
+    leases,
+    now,
+    running,
+    seconds_from_now,
+    turns,
+    waiting,
+    workers,
+)
+from keepstream_worker.store.conditions import among, is_named, name
+from keepstream_worker.store.heartbeats import SWEEPER, forget_workers
+from keepstream_worker.store.turns import look_for_arrivals_below
+from keepstream_worker.store.waiting import OwnedJob, give_up, mark_lost, put_back
 from keepstream_worker.values import JobKey
 
 #: Claims beyond a job's max_attempts, each of which may still recover a finished stream from the log.
 _SPARE_CLAIMS: Final = 3
+#: Turns that are kept, for people; only the newest counts.
+_KEPT_TURNS: Final = 100
+#: Seconds in which a job's worker announces its end itself.
+_ANNOUNCED_WITHIN: Final = 2.0
+
+
+class Candidacy(NamedTuple):
+    """A worker would sweep."""
+
+    worker_id: str
+    seconds: float  #: For which it is the one to sweep; 0: no longer.
+
+
+def _lead_statement(dialect: Any) -> Any:
+    until = seconds_from_now(bindparam("seconds", type_=Float))
+    insert = dialect.insert(leases).values(name=SWEEPER, holder=bindparam("holder"), until=until)
+    is_free = or_(leases.c.until <= now(), leases.c.holder == insert.excluded.holder)
+    return insert.on_conflict_do_update(
+        index_elements=[leases.c.name],
+        set_={"holder": insert.excluded.holder, "until": insert.excluded.until},
+        where=is_free,
+    ).returning(leases.c.holder)
+
+
+_LEAD: Final = {"postgresql": _lead_statement(postgresql), "sqlite": _lead_statement(sqlite)}
+_STAND_DOWN: Final = delete(leases).where(leases.c.name == SWEEPER, leases.c.holder == bindparam("holder"))
+
+
+def lead(connection: Connection, candidacies: list[Candidacy]) -> list[bool]:
+    """Return whether each worker is the one to sweep from now on, for as long as it asked."""
+    return [_lead(connection, candidacy) for candidacy in candidacies]
+
+
+def _lead(connection: Connection, candidacy: Candidacy) -> bool:
+    if candidacy.seconds <= 0:
+        connection.execute(_STAND_DOWN, {"holder": candidacy.worker_id})
+        return False
+    values = {"holder": candidacy.worker_id, "seconds": candidacy.seconds}
+    return connection.scalar(_LEAD[connection.dialect.name], values) is not None
 
 
 class Sweep(NamedTuple):
@@ -32,9 +84,6 @@ class Sweep(NamedTuple):
     lease: float  #: Seconds of silence after which a worker is taken for dead.
     reap: bool  #: Whether the silence of other workers counts as death.
     asked_at: float  #: ``time.monotonic()`` of the question.
-    resend_after: float  #: Seconds until a message that was sent counts as overdue.
-    queue: str  #: The only one that this worker sends to.
-    queue_length: int | None  #: Messages that wait on the queue; None: the broker is away, so nothing can be sent.
     max_attempts: int  #: For jobs that do not say.
     limit: int  #: Rows of each kind at most.
 
@@ -43,125 +92,184 @@ class Sweep(NamedTuple):
 class SweepResult:
     """What a sweep found, and has already changed in the rows."""
 
-    lost: list[JobKey]  #: Their worker died; they are waiting again, or ended.
-    to_send: list[str]  #: Jobs (JSON) whose message is to be sent.
+    lost: list[JobKey]  #: Their worker died; they wait again, or have ended.
     unannounced: list[JobKey]  #: Ended, but their terminal event may be missing.
 
 
 def sweep(connection: Connection, sweeps: list[Sweep]) -> list[SweepResult]:
     """Find what nobody takes care of, take it over, and return it."""
+    _hurry(connection)
     return [
         SweepResult(
             lost=_release_lost(connection, request) if request.reap else [],
-            to_send=_take_due(connection, request),
             unannounced=_find_unannounced(connection, request) + _end_expired(connection, request),
         )
         for request in sweeps
     ]
 
 
+def _hurry(connection: Connection) -> None:
+    """Have what is slow given up: it must not hold up the work of others."""
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql("SET LOCAL statement_timeout = '1s'; SET LOCAL lock_timeout = '1s'")
+
+
+_FIND_LOST: Final = (
+    select(running.c.tenant, running.c.job_id, running.c.attempt, running.c.worker_id)
+    .join(workers, workers.c.id == running.c.worker_id)
+    .where(workers.c.heartbeat_at < seconds_from_now(-bindparam("lease", type_=Float)))
+    .limit(bindparam("limit", type_=Integer))
+)
+#: What somebody else has locked is looked after already.
+_TAKE_OVER: Final = (
+    select(jobs.c.tenant, jobs.c.id, jobs.c.attempt, jobs.c.tries, jobs.c.max_attempts, jobs.c.cancel_requested_at)
+    .where(among(jobs))
+    .order_by(jobs.c.tenant, jobs.c.id)
+    .with_for_update(skip_locked=True, key_share=True)
+)
+
+
 def _release_lost(connection: Connection, request: Sweep) -> list[JobKey]:
-    dead = select(workers.c.id).where(workers.c.heartbeat_at < seconds_from_now(-request.lease))
-    rows = connection.execute(
-        select(jobs.c.tenant, jobs.c.id, jobs.c.attempt, jobs.c.tries, jobs.c.max_attempts, jobs.c.cancel_requested_at)
-        .where(jobs.c.worker_id.in_(dead), jobs.c.status == JobStatus.RUNNING)
-        .limit(request.limit)
-        .with_for_update(skip_locked=True)
-    ).all()
+    found = connection.execute(_FIND_LOST, {"lease": request.lease, "limit": request.limit}).all()
+    owned = {JobKey(tenant, job_id): (attempt, worker_id) for tenant, job_id, attempt, worker_id in found}
+    rows = connection.execute(_TAKE_OVER, {"keys": sorted(owned)}).all() if owned else []
     if time.monotonic() - request.asked_at > request.lease / 2:
         return []  # the database kept us waiting, so it kept the others waiting too: their silence proves nothing
     lost = []
     for row in rows:
         key = JobKey(row.tenant, row.id)
-        mark_lost(connection, key, row.attempt)
-        if row.cancel_requested_at is not None:
-            end_unclaimed(connection, *key, row.attempt, JobStatus.CANCELLED, ErrorCode.CANCELLED, CANCELLED_MESSAGE)
-        elif row.tries > (row.max_attempts or request.max_attempts) + _SPARE_CLAIMS:
-            end_unclaimed(connection, *key, row.attempt, JobStatus.FAILED, ErrorCode.WORKER_LOST, WORKERS_LOST_MESSAGE)
-        else:
-            connection.execute(update(jobs).where(is_job(key), jobs.c.attempt == row.attempt).values(RELEASED))
-        lost.append(key)
+        attempt, worker_id = owned[key]
+        place = give_up(connection, OwnedJob(key, attempt, worker_id))
+        if place is not None:  # else its worker has ended it meanwhile
+            _go_on_without(connection, request, row, place)
+            lost.append(key)
     forget_workers(connection)
     return lost
 
 
-def _take_due(connection: Connection, request: Sweep) -> list[str]:
-    """Take the jobs whose message is to be sent: those that have none, and those whose message must be lost."""
-    if request.queue_length is None:
-        return []
-    waiting = and_(jobs.c.status.in_(WAITING), jobs.c.queue == request.queue)
-    overdue = and_(waiting, jobs.c.resend_at <= now())
-    unsent, sent = and_(overdue, jobs.c.sends == 0), and_(overdue, jobs.c.sends > 0)
-    to_send = _note_sent(connection, unsent, request.resend_after, request.limit)
-    if connection.scalar(select(jobs.c.id).where(sent).limit(1)) is None:
-        return to_send
-    # These have a message, or had one. In a backlog all are still in the queue, and sending them again would
-    # fill it without end; a message is missing only if more jobs are due than messages wait.
-    due = connection.scalar(select(func.count()).select_from(jobs).where(waiting, jobs.c.due_at <= now()))
-    missing = (due or 0) - request.queue_length - len(to_send)
-    if missing > 0:
-        to_send += _note_sent(connection, sent, request.resend_after, min(missing, request.limit))
+def _go_on_without(connection: Connection, request: Sweep, row: Any, place: Any) -> None:
+    """Let a job whose worker died wait again, or end it; ``place`` is the row that it had among those that run."""
+    key = JobKey(row.tenant, row.id)
+    begun = row.attempt == place.attempt
+    if row.cancel_requested_at is not None:
+        status, code, message = JobStatus.CANCELLED, ErrorCode.CANCELLED, CANCELLED_MESSAGE
+    elif begun and row.tries > (row.max_attempts or request.max_attempts) + _SPARE_CLAIMS:
+        status, code, message = JobStatus.FAILED, ErrorCode.WORKER_LOST, WORKERS_LOST_MESSAGE
     else:
-        connection.execute(update(jobs).where(sent).values(resend_at=seconds_from_now(request.resend_after)))
-    return to_send
+        put_back(connection, place, begun=begun)
+        return
+    if begun:
+        mark_lost(connection, key, place.attempt)
+    end_unclaimed(connection, *key, row.attempt, status, code, message)
 
 
-def _note_sent(connection: Connection, condition: Any, resend_after: float, limit: int) -> list[str]:
-    """Count a message for each job that meets the condition, oldest first; return the jobs."""
-    # A CTE, because PostgreSQL may run a sub-select once for each row it is compared with, each time with a new limit.
-    chosen = (
-        select(jobs.c.tenant, jobs.c.id)
-        .where(condition)
-        .order_by(jobs.c.resend_at)
-        .limit(limit)
-        .with_for_update(skip_locked=True)
-        .cte("chosen")
-    )
-    return list(
-        connection.scalars(
-            update(jobs)
-            .where(tuple_(jobs.c.tenant, jobs.c.id).in_(select(chosen.c.tenant, chosen.c.id)), condition)
-            .values(sends=jobs.c.sends + 1, resend_at=seconds_from_now(resend_after))
-            .returning(jobs.c.job)
-        )
-    )
+_FIND_EXPIRED: Final = (
+    select(waiting.c.tenant, waiting.c.job_id)
+    .where(waiting.c.expires_at <= now())
+    .order_by(waiting.c.expires_at)
+    .limit(bindparam("limit", type_=Integer))
+)
+_STILL_WAITING: Final = (
+    select(waiting.c.tenant, waiting.c.job_id).where(among(waiting)).with_for_update(skip_locked=True)
+)
 
 
 def _end_expired(connection: Connection, request: Sweep) -> list[JobKey]:
-    rows = connection.execute(
-        select(jobs.c.tenant, jobs.c.id, jobs.c.attempt)
-        .where(jobs.c.status.in_(WAITING), jobs.c.expires_at <= now(), jobs.c.attempt == 0)
-        .limit(request.limit)
-        .with_for_update(skip_locked=True)
-    ).all()
+    found = connection.execute(_FIND_EXPIRED, {"limit": request.limit}).all()
+    if not found:
+        return []
+    keys = sorted(JobKey(tenant, job_id) for tenant, job_id in found)
+    rows = {JobKey(row.tenant, row.id): row for row in connection.execute(_TAKE_OVER, {"keys": keys})}
+    # What a turn has taken meanwhile is its worker's to end.
+    waits = connection.execute(_STILL_WAITING, {"keys": sorted(rows)}).all() if rows else []
     ended = []
-    for row in rows:
-        key = JobKey(row.tenant, row.id)
-        end_unclaimed(connection, *key, row.attempt, JobStatus.EXPIRED, ErrorCode.EXPIRED, EXPIRED_MESSAGE)
+    for key in sorted(JobKey(tenant, job_id) for tenant, job_id in waits):
+        attempt = rows[key].attempt
+        end_unclaimed(connection, *key, attempt, JobStatus.EXPIRED, ErrorCode.EXPIRED, EXPIRED_MESSAGE)
         ended.append(key)
     return ended
 
 
-def _find_unannounced(connection: Connection, request: Sweep) -> list[JobKey]:
-    rows = connection.execute(
-        select(jobs.c.tenant, jobs.c.id)
-        .where(
-            jobs.c.announced.is_(False),
-            # The worker that ended it gets the time to announce it itself.
-            jobs.c.finished_at <= seconds_from_now(-2.0),
-        )
-        .order_by(jobs.c.finished_at)
-        .limit(request.limit)
-    )
-    return [JobKey(row.tenant, row.id) for row in rows]
-
-
-_MARK_ANNOUNCED: Final = (
-    update(jobs).where(tuple_(jobs.c.tenant, jobs.c.id).in_(bindparam("keys", expanding=True))).values(announced=True)
+_FIND_UNANNOUNCED: Final = (
+    select(announcements.c.tenant, announcements.c.job_id)
+    .where(announcements.c.ended_at <= seconds_from_now(-_ANNOUNCED_WITHIN))
+    .order_by(announcements.c.ended_at)
+    .limit(bindparam("limit", type_=Integer))
 )
+
+
+def _find_unannounced(connection: Connection, request: Sweep) -> list[JobKey]:
+    rows = connection.execute(_FIND_UNANNOUNCED, {"limit": request.limit})
+    return [JobKey(tenant, job_id) for tenant, job_id in rows]
+
+
+_MARK_ANNOUNCED: Final = delete(announcements).where(is_named(announcements))
 
 
 def mark_announced(connection: Connection, keys: list[JobKey]) -> list[None]:
     """Note that the terminal events of these jobs are in the log."""
-    connection.execute(_MARK_ANNOUNCED, {"keys": sorted(set(keys))})
+    # One after the other: a sweeper, and the worker that ended them, may do so at the same time.
+    connection.execute(_MARK_ANNOUNCED, [name(key) for key in sorted(set(keys))])
     return [None] * len(keys)
+
+
+# -- rows that nobody needs --
+
+
+class Tidying(NamedTuple):
+    """What is to be tidied up."""
+
+    limit: int  #: Rows of each kind at most.
+    turns_from: int = 0  #: As the last answer said: what was deleted before is not looked at again.
+    #: By queue and class: the virtual time below which a lane in which nothing waits means nothing any more.
+    idle_times: Mapping[tuple[str, str], float] = {}
+
+
+def tidy(connection: Connection, tidyings: list[Tidying]) -> list[int]:
+    """Delete old rows, and have arrivals handled that turns have passed by; return each ``turns_from``."""
+    _hurry(connection)
+    answers = []
+    for request in tidyings:
+        _delete_idle_standings(connection, request)
+        answers.append(_delete_old_turns(connection, request))
+        look_for_arrivals_below(connection)  # last, because it may take the turn
+    return answers
+
+
+_NEWEST_TURN: Final = select(turns.c.n).order_by(turns.c.n.desc()).limit(1)
+_DELETE_TURNS: Final = delete(turns).where(turns.c.n >= bindparam("oldest"), turns.c.n < bindparam("kept"))
+
+
+def _delete_old_turns(connection: Connection, request: Tidying) -> int:
+    newest: int = connection.scalar(_NEWEST_TURN) or 0
+    oldest: int | None = connection.scalar(_OLDEST_TURN, {"turns_from": request.turns_from})
+    if oldest is None:
+        return request.turns_from
+    kept = min(max(newest - _KEPT_TURNS, oldest), oldest + 10 * request.limit)
+    connection.execute(_DELETE_TURNS, {"oldest": oldest, "kept": kept})
+    return kept
+
+
+_OLDEST_TURN: Final = select(turns.c.n).where(turns.c.n >= bindparam("turns_from")).order_by(turns.c.n).limit(1)
+
+_DELETE_IDLE: Final = {
+    "postgresql": """
+DELETE FROM keepstream_standings WHERE ctid = ANY(ARRAY(
+  SELECT s.ctid FROM keepstream_pools p JOIN keepstream_standings s ON s.pool = p.id
+  WHERE p.queue = :queue AND p.class = :job_class AND s.active IS NULL AND s.parked IS NULL AND s.time < :time
+  LIMIT :limit FOR UPDATE OF s SKIP LOCKED))
+""",
+    "sqlite": """
+DELETE FROM keepstream_standings WHERE rowid IN (
+  SELECT s.rowid FROM keepstream_pools p JOIN keepstream_standings s ON s.pool = p.id
+  WHERE p.queue = :queue AND p.class = :job_class AND s.active IS NULL AND s.parked IS NULL AND s.time < :time
+  LIMIT :limit)
+""",
+}
+
+
+def _delete_idle_standings(connection: Connection, request: Tidying) -> None:
+    statement = text(_DELETE_IDLE[connection.dialect.name])
+    for (queue, job_class), moment in request.idle_times.items():
+        values = {"queue": queue, "job_class": job_class, "time": moment, "limit": request.limit}
+        connection.execute(statement, values)

@@ -1,28 +1,19 @@
-"""Waiting: jobs go back to where any worker may claim them, and their messages are to be sent.
+"""Waiting: jobs that were started before go back to where a turn finds them.
 
-In: jobs that their worker does not run, or whose message could not be sent, from the engine, the heartbeat
-and the sweeper.  Out: their rows, due for a claim and for a sweep.
+In: jobs whose attempt has ended, from ``endings``; jobs that their worker does not run, from the heartbeat and the
+sweep.  Out: their rows among those that wait, due at their moment, and notes of their arrival.
 """
 
+from collections.abc import Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import Connection, tuple_, update
+from sqlalchemy import Connection, Float, bindparam, delete, select, update
 
 from keepstream.errors import ErrorCode
 from keepstream.results import JobStatus, UsageSource
-from keepstream.tables import attempts, jobs, now, seconds_from_now
-from keepstream_worker.store.conditions import WAITING, is_job, of_job
+from keepstream.tables import arrivals, attempts, jobs, now, running, seconds_from_now, waiting
+from keepstream_worker.store.conditions import among, is_named, name
 from keepstream_worker.values import AttemptReason, JobKey, Outcome
-
-#: What becomes of a job whose worker does not run it any more.
-RELEASED: Final[dict[str, Any]] = {
-    "status": JobStatus.RETRYING,
-    "worker_id": None,
-    "next_reason": AttemptReason.WORKER_LOST,
-    "due_at": now(),
-    "resend_at": now(),
-    "sends": 0,
-}
 
 
 class OwnedJob(NamedTuple):
@@ -33,50 +24,116 @@ class OwnedJob(NamedTuple):
     worker_id: str
 
 
+class Restart(NamedTuple):
+    """A job that is to go on later."""
+
+    key: JobKey
+    attempt: int  #: The newest so far.
+    lane: int
+    pool: int
+    prompt_tokens: int
+    max_tokens: int | None
+    due_in: float = 0.0  #: Seconds.
+
+
+_WAIT: Final = waiting.insert().values(restarted_due=seconds_from_now(bindparam("due_in", type_=Float)))
+_ARRIVAL_COLUMNS: Final = ("seq", "lane", "pool", "tenant", "restarted_due")
+_ARRIVE: Final = arrivals.insert().from_select(
+    _ARRIVAL_COLUMNS, select(*(waiting.c[column] for column in _ARRIVAL_COLUMNS)).where(is_named(waiting))
+)
+
+
+def restart(connection: Connection, restarts: Sequence[Restart]) -> None:
+    """Let jobs wait that do not run any more, and whose rows the caller's transaction has locked."""
+    if not restarts:
+        return
+    connection.execute(
+        _WAIT,
+        [
+            {
+                "tenant": job.key.tenant,
+                "job_id": job.key.id,
+                "lane": job.lane,
+                "pool": job.pool,
+                "attempt": job.attempt,
+                "prompt_tokens": job.prompt_tokens,
+                "max_tokens": job.max_tokens,
+                "due_in": job.due_in,
+            }
+            for job in restarts
+        ],
+    )
+    note_arrivals(connection, [job.key for job in restarts])
+
+
+def note_arrivals(connection: Connection, keys: Iterable[JobKey]) -> None:
+    """Note the arrivals of jobs that have come to wait in this transaction."""
+    connection.execute(_ARRIVE, [name(key) for key in keys])
+
+
+_LOCK: Final = (
+    select(jobs.c.tenant, jobs.c.id, jobs.c.attempt)
+    .where(among(jobs))
+    .order_by(jobs.c.tenant, jobs.c.id)
+    .with_for_update(key_share=True)
+)
+_GIVE_UP: Final = (
+    delete(running)
+    .where(
+        is_named(running), running.c.attempt == bindparam("of_attempt"), running.c.worker_id == bindparam("of_worker")
+    )
+    .returning(running)
+)
+
+
 def release(connection: Connection, owned_jobs: list[OwnedJob]) -> list[None]:
-    """Give up jobs that their own worker does not run, so that they are sent again."""
-    for owned in owned_jobs:
-        released = connection.execute(
-            update(jobs)
-            .where(is_job(owned.key), jobs.c.attempt == owned.attempt, jobs.c.worker_id == owned.worker_id)
-            .values(RELEASED)
-        ).rowcount
-        if released:
-            mark_lost(connection, owned.key, owned.attempt)
+    """Give up jobs that their own worker does not run, so that any worker may go on with them."""
+    ordered = sorted(set(owned_jobs))
+    rows = connection.execute(_LOCK, {"keys": [owned.key for owned in ordered]})
+    attempt_of = {JobKey(row.tenant, row.id): row.attempt for row in rows}
+    for owned in ordered:
+        row = give_up(connection, owned)
+        if row is not None:
+            put_back(connection, row, begun=attempt_of.get(owned.key) == owned.attempt)
     return [None] * len(owned_jobs)
+
+
+def give_up(connection: Connection, owned: OwnedJob) -> Any | None:
+    """Take a job from those that run, if it is still run as said; return its row there."""
+    values = name(owned.key) | {"of_attempt": owned.attempt, "of_worker": owned.worker_id}
+    return connection.execute(_GIVE_UP, values).one_or_none()
+
+
+_MARK_LOST: Final = (
+    update(attempts)
+    .where(is_named(attempts), attempts.c.number == bindparam("of_number"))
+    .values(
+        outcome=Outcome.LOST,
+        finished_at=now(),
+        error_code=ErrorCode.WORKER_LOST,
+        error_message="the worker died",
+        retryable=True,
+        usage_source=UsageSource.UNKNOWN,
+    )
+)
+_RELEASE: Final = (
+    update(jobs).where(is_named(jobs)).values(status=JobStatus.RETRYING, next_reason=AttemptReason.WORKER_LOST)
+)
 
 
 def mark_lost(connection: Connection, key: JobKey, attempt: int) -> None:
     """Note that an attempt's worker died."""
-    connection.execute(
-        update(attempts)
-        .where(of_job(attempts, key), attempts.c.number == attempt)
-        .values(
-            outcome=Outcome.LOST,
-            finished_at=now(),
-            error_code=ErrorCode.WORKER_LOST,
-            error_message="the worker died",
-            retryable=True,
-            usage_source=UsageSource.UNKNOWN,
-        )
-    )
+    connection.execute(_MARK_LOST, name(key) | {"of_number": attempt})
 
 
-def requeue(connection: Connection, keys: list[JobKey]) -> list[None]:
-    """Leave the next attempt of waiting jobs to any worker, as soon as it is due."""
-    connection.execute(
-        update(jobs)
-        .where(tuple_(jobs.c.tenant, jobs.c.id).in_(sorted(set(keys))), jobs.c.status.in_(WAITING))
-        .values(resend_at=jobs.c.due_at)
-    )
-    return [None] * len(keys)
+def put_back(connection: Connection, row: Any, *, begun: bool) -> None:
+    """Let a job go on at once whose worker does not run it any more; ``row`` is the one it had among those that run.
 
-
-def schedule_resend(connection: Connection, keys: list[JobKey]) -> list[None]:
-    """Let the next sweeps send the messages of waiting jobs, because the broker was away."""
-    connection.execute(
-        update(jobs)
-        .where(tuple_(jobs.c.tenant, jobs.c.id).in_(sorted(set(keys))), jobs.c.status.in_(WAITING))
-        .values(resend_at=seconds_from_now(2.0), sends=0)
-    )
-    return [None] * len(keys)
+    An attempt that had not begun leaves no trace: its number is given again.
+    """
+    key = JobKey(row.tenant, row.job_id)
+    if begun:
+        mark_lost(connection, key, row.attempt)
+        connection.execute(_RELEASE, name(key))
+    attempt = row.attempt if begun else row.attempt - 1
+    restart(connection, [Restart(key, attempt, row.lane, row.pool, row.prompt_tokens, row.max_tokens)])

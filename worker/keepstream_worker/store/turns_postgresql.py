@@ -1,0 +1,256 @@
+"""The statements of a turn on PostgreSQL: few, because each costs a round trip, and all other workers wait meanwhile.
+
+In: what ``keepstream_worker.store.turns`` asks for.  Out: rows as values; what was decided, written by one statement.
+
+They are planned anew each time, when tables may be empty or full, and every row that a turn reads is found by an index
+from a known bound on: so the planner is not left the choice of reading whole tables, or of bitmaps, which would never
+mark the entries of deleted rows.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+from sqlalchemy import Connection
+
+from keepstream_worker.store.turn_values import Newest, Span, Written
+from keepstream_worker.turn import Arrival, Decision, Question, Standing, WaitingJob
+from keepstream_worker.values import JobKey, Target
+
+#: The wait for the turn is bounded by how many wait for it. Whoever has it and falls silent is cut off soon.
+_TAKE: Final = """
+SET LOCAL synchronous_commit = off;
+SET LOCAL statement_timeout = '10s';
+SET LOCAL lock_timeout = '10s';
+SET LOCAL idle_in_transaction_session_timeout = '2s';
+SET LOCAL enable_seqscan = off;
+SET LOCAL enable_bitmapscan = off;
+SET LOCAL enable_hashjoin = off;
+SET LOCAL enable_mergejoin = off;
+SELECT pg_advisory_xact_lock(hashtextextended('keepstream turn ' || current_schema(), 0));
+SET LOCAL statement_timeout = '2s';
+SET LOCAL lock_timeout = '1s'
+"""
+
+_NEWEST: Final = """
+SELECT t.n, t.state, extract(epoch FROM statement_timestamp())::float8, (
+  SELECT json_agg(json_build_array(seq, lane, pool, tenant, extract(epoch FROM restarted_due)::float8))
+  FROM (SELECT * FROM keepstream_arrivals WHERE seq >= coalesce(t.arrivals_low, 0) ORDER BY seq LIMIT %(most)s) a
+)::text
+FROM (SELECT 1) one LEFT JOIN LATERAL (SELECT * FROM keepstream_turns ORDER BY n DESC LIMIT 1) t ON true
+"""
+
+
+def open_turn(connection: Connection, most_arrivals: int) -> Newest:
+    """Wait for the turn; return what the turn before has left, and what has arrived since."""
+    connection.exec_driver_sql(_TAKE)
+    # A statement of its own: one that locks and reads would see what was before the lock.
+    n, state, now, arrivals = connection.exec_driver_sql(_NEWEST, {"most": most_arrivals}).one()
+    found = tuple(Arrival(*arrival) for arrival in json.loads(arrivals or "[]"))
+    return Newest(n or 0, state or "{}", now, found)
+
+
+_JOB: Final = "w.seq, w.tenant, w.job_id, w.lane, w.pool, w.attempt, w.prompt_tokens, w.max_tokens"
+_RESTARTED: Final = f"""
+SELECT {_JOB}, extract(epoch FROM w.restarted_due)::float8, false
+FROM unnest(%(pools)s::bigint[]) p(pool) CROSS JOIN LATERAL (
+  SELECT * FROM keepstream_waiting
+  WHERE pool = p.pool AND restarted_due IS NOT NULL AND tenant <> ALL(%(full_tenants)s::text[])
+  ORDER BY restarted_due LIMIT %(most)s
+) w
+UNION ALL
+SELECT {_JOB}, extract(epoch FROM w.restarted_due)::float8, false
+FROM unnest(%(seqs)s::bigint[]) a(seq) JOIN keepstream_waiting w ON w.seq = a.seq
+"""  # noqa: S608  # of constants
+
+
+def find_restarted(connection: Connection, question: Question, seqs: Sequence[int]) -> list[WaitingJob]:
+    """Return jobs that were started before: the first of the pools asked for, and those of ``seqs``."""
+    values = {
+        "pools": list(question.restarted_pools),
+        "full_tenants": list(question.full_tenants),
+        "most": question.restarted + 1,
+        "seqs": list(seqs),
+    }
+    return _jobs(connection.exec_driver_sql(_RESTARTED, values))
+
+
+def _jobs(rows: Iterable[Any]) -> list[WaitingJob]:
+    return [WaitingJob(seq, JobKey(tenant, job_id), *rest) for seq, tenant, job_id, *rest in rows]
+
+
+_STANDING: Final = "s.lane, s.pool, s.tenant, s.time, s.head, s.active IS NOT NULL, s.parked IS NOT NULL"
+_STANDINGS: Final = f"""
+SELECT {_STANDING}
+FROM unnest(%(pools)s::bigint[], %(lows)s::float8[]) p(pool, low) CROSS JOIN LATERAL (
+  SELECT * FROM keepstream_standings
+  WHERE pool = p.pool AND active IS NOT NULL AND time >= p.low ORDER BY time, lane LIMIT %(most)s
+) s
+UNION ALL
+SELECT {_STANDING}
+FROM unnest(%(lanes)s::bigint[], %(times)s::float8[]) l(lane, low)
+JOIN keepstream_standings s ON s.lane = l.lane AND s.time >= l.low
+UNION ALL
+SELECT {_STANDING}
+FROM unnest(%(tenants)s::text[]) t(tenant) JOIN keepstream_standings s ON s.tenant = t.tenant AND s.parked IS NOT NULL
+"""  # noqa: S608  # of constants
+
+
+def find_standings(connection: Connection, question: Question, lanes: Sequence[tuple[int, float]]) -> list[Standing]:
+    """Return standings: the first of the pools asked for, by pool and time; of ``lanes``; of parked tenants."""
+    values = {
+        "pools": [pool for pool, _ in question.pools],
+        "lows": [low for _, low in question.pools],
+        "most": question.standings,
+        "lanes": [lane for lane, _ in lanes],
+        "times": [time for _, time in lanes],
+        "tenants": list(question.parked_tenants),
+    }
+    return [Standing(*row) for row in connection.exec_driver_sql(_STANDINGS, values)]
+
+
+_NEW_JOBS: Final = f"""
+SELECT {_JOB}, NULL::float8, coalesce(w.expires_at <= statement_timestamp(), false)
+FROM unnest(%(lanes)s::bigint[], %(pools)s::bigint[], %(lows)s::bigint[], %(most)s::bigint[]) s(lane, pool, low, most)
+CROSS JOIN LATERAL (
+  SELECT * FROM keepstream_waiting
+  WHERE lane = s.lane AND pool = s.pool AND restarted_due IS NULL AND seq >= s.low ORDER BY seq LIMIT s.most
+) w
+"""  # noqa: S608  # of constants
+
+
+def find_jobs(connection: Connection, spans: Sequence[Span]) -> list[WaitingJob]:
+    """Return new jobs, oldest first."""
+    values = {
+        "lanes": [span.lane for span in spans],
+        "pools": [span.pool for span in spans],
+        "lows": [span.low for span in spans],
+        "most": [span.most + 1 for span in spans],
+    }
+    return _jobs(connection.exec_driver_sql(_NEW_JOBS, values))
+
+
+_COUNT: Final = """
+SELECT r.provider, r.model, NULL, count(*) FROM unnest(%(providers)s::text[]) p(provider)
+JOIN keepstream_running r ON r.provider = p.provider GROUP BY r.provider, r.model
+UNION ALL
+SELECT NULL, NULL, r.tenant, count(*) FROM unnest(%(tenants)s::text[]) t(tenant)
+JOIN keepstream_running r ON r.tenant = t.tenant GROUP BY r.tenant
+"""
+
+
+def count_running(
+    connection: Connection, providers: Sequence[str], tenants: Sequence[str]
+) -> tuple[dict[Target, int], dict[str, int]]:
+    """Return how many jobs run, by target and by tenant."""
+    rows = connection.exec_driver_sql(_COUNT, {"providers": list(providers), "tenants": list(tenants)}).all()
+    targets = {Target(provider, model): count for provider, model, _, count in rows if provider is not None}
+    return targets, {tenant: count for _, _, tenant, count in rows if tenant is not None}
+
+
+#: A waiting job that somebody else has locked is about to be ended, or started: it is left out, and found again by the
+#: note of its arrival if that is taken back. An arrival that somebody has locked goes with its job.
+_WRITE: Final = """
+WITH pick AS (
+  SELECT * FROM unnest(%(seqs)s::bigint[], %(providers)s::text[], %(models)s::text[], %(tokens)s::bigint[])
+    p(seq, provider, model, tokens)
+), free AS (
+  SELECT w.seq FROM pick JOIN keepstream_waiting w ON w.seq = pick.seq FOR UPDATE OF w SKIP LOCKED
+), gone AS (
+  DELETE FROM keepstream_waiting w USING free WHERE w.seq = free.seq
+  RETURNING w.seq, w.tenant, w.job_id, w.lane, w.pool, w.attempt, w.prompt_tokens, w.max_tokens
+), started AS (
+  INSERT INTO keepstream_running (tenant, job_id, attempt, worker_id, provider, model, lane, pool, tokens,
+    prompt_tokens, max_tokens, started_at, cancel_requested)
+  SELECT g.tenant, g.job_id, g.attempt + 1, %(worker_id)s, p.provider, p.model, g.lane, g.pool, p.tokens,
+    g.prompt_tokens, g.max_tokens, statement_timestamp(), false
+  FROM gone g JOIN pick p ON p.seq = g.seq
+), held AS (
+  SELECT w.seq, w.lane, w.pool, w.tenant, w.restarted_due
+  FROM pick JOIN keepstream_waiting w ON w.seq = pick.seq WHERE pick.seq NOT IN (SELECT seq FROM free)
+), noted AS (
+  INSERT INTO keepstream_arrivals (seq, lane, pool, tenant, restarted_due) SELECT * FROM held ON CONFLICT DO NOTHING
+), handled AS (
+  SELECT a.seq FROM unnest(%(arrivals)s::bigint[]) h(seq) JOIN keepstream_arrivals a ON a.seq = h.seq
+  WHERE h.seq NOT IN (SELECT seq FROM held) FOR UPDATE OF a SKIP LOCKED
+), arrived AS (
+  DELETE FROM keepstream_arrivals a USING handled WHERE a.seq = handled.seq
+), move AS (
+  SELECT * FROM unnest(%(lanes)s::bigint[], %(pools)s::bigint[], %(old_times)s::float8[], %(was_active)s::bool[],
+      %(times)s::float8[], %(heads)s::bigint[], %(active)s::int[], %(parked)s::int[])
+    m(lane, pool, old_time, was_active, time, head, active, parked)
+), moved AS (
+  UPDATE keepstream_standings s SET time = m.time, head = m.head, active = m.active, parked = m.parked
+  FROM move m
+  WHERE s.lane = m.lane AND s.time = m.old_time AND s.pool = m.pool AND (s.active IS NOT NULL) = m.was_active
+  RETURNING 1
+), retimed AS (
+  UPDATE keepstream_standings s SET time = r.time
+  FROM unnest(%(retimed_lanes)s::bigint[], %(retimed_from)s::float8[], %(retimed_to)s::float8[]) r(lane, old_time, time)
+  WHERE s.lane = r.lane AND s.time = r.old_time
+    AND NOT EXISTS (SELECT FROM move m WHERE m.lane = s.lane AND m.pool = s.pool)
+), added AS (
+  INSERT INTO keepstream_standings (lane, pool, tenant, time, head, active, parked)
+  SELECT * FROM unnest(%(new_lanes)s::bigint[], %(new_pools)s::bigint[], %(new_tenants)s::text[],
+    %(new_times)s::float8[], %(new_heads)s::bigint[], %(new_active)s::int[], %(new_parked)s::int[])
+), appended AS (
+  INSERT INTO keepstream_turns (n, arrivals_low, ready, closed, state)
+  SELECT %(n)s, least(%(arrivals_low)s, (SELECT min(seq) FROM held)), %(ready)s, %(closed)s, %(state)s
+)
+SELECT (SELECT array_agg(seq) FROM gone), (SELECT count(*) FROM moved)
+"""
+
+
+def write(connection: Connection, worker_id: str, n: int, decision: Decision) -> Written:
+    """Write what was decided, as turn ``n``."""
+    values: dict[str, Any] = {
+        "worker_id": worker_id,
+        "seqs": [pick.job.seq for pick in decision.picks],
+        "providers": [pick.target.provider for pick in decision.picks],
+        "models": [pick.target.model for pick in decision.picks],
+        "tokens": [pick.tokens for pick in decision.picks],
+        "arrivals": list(decision.arrivals),
+        "lanes": [move.old.lane for move in decision.moves],
+        "pools": [move.old.pool for move in decision.moves],
+        "old_times": [move.old.time for move in decision.moves],
+        "was_active": [move.old.active for move in decision.moves],
+        "times": [move.new.time for move in decision.moves],
+        "heads": [move.new.head for move in decision.moves],
+        "active": [int(move.new.active) or None for move in decision.moves],
+        "parked": [int(move.new.parked) or None for move in decision.moves],
+        "retimed_lanes": [retimed.lane for retimed in decision.times],
+        "retimed_from": [retimed.old for retimed in decision.times],
+        "retimed_to": [retimed.new for retimed in decision.times],
+        "new_lanes": [standing.lane for standing in decision.new_standings],
+        "new_pools": [standing.pool for standing in decision.new_standings],
+        "new_tenants": [standing.tenant for standing in decision.new_standings],
+        "new_times": [standing.time for standing in decision.new_standings],
+        "new_heads": [standing.head for standing in decision.new_standings],
+        "new_active": [int(standing.active) or None for standing in decision.new_standings],
+        "new_parked": [int(standing.parked) or None for standing in decision.new_standings],
+        "n": n,
+        "arrivals_low": decision.arrivals_low,
+        "ready": json.dumps(dict(decision.ready)),
+        "closed": json.dumps(decision.closed),
+        "state": decision.state,
+    }
+    taken, moved = connection.exec_driver_sql(_WRITE, values).one()
+    return Written(frozenset(taken or ()), moved)
+
+
+_STALE: Final = """
+SELECT seq FROM keepstream_arrivals
+WHERE seq < (SELECT arrivals_low FROM keepstream_turns ORDER BY n DESC LIMIT 1) ORDER BY seq LIMIT 1
+"""
+_LOWER: Final = """
+INSERT INTO keepstream_turns (n, arrivals_low, ready, closed, state)
+SELECT n + 1, least(arrivals_low, %(seq)s), ready, closed, state FROM keepstream_turns ORDER BY n DESC LIMIT 1
+"""
+
+
+def lower(connection: Connection) -> None:
+    """Have the next turn begin with the oldest arrival, if it lies below what turns look at."""
+    seq = connection.exec_driver_sql(_STALE).scalar()
+    if seq is not None:
+        connection.exec_driver_sql(_TAKE)
+        connection.exec_driver_sql(_LOWER, {"seq": seq})
