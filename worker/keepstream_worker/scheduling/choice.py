@@ -170,7 +170,8 @@ class Choice:
         due = sorted(
             (tenant.checked, name)
             for name, tenant in full.items()
-            if name not in self._freed and tenant.checked <= self._now - _LAST_RESORT
+            if name not in self._freed
+            and (tenant.checked <= self._now - _LAST_RESORT or self._has_place(name, tenant.running))
         )
         return tuple((found + [name for _, name in due])[:_MOST_TENANTS])
 
@@ -307,9 +308,10 @@ class Choice:
             else:
                 assert observation.actual is not None
                 taken = observation.actual - observation.estimated
-                if not lane.rows and taken < 0:
-                    continue  # it is further behind than counts
-                lane.time = lane.start(self._least(self._queue, place.job_class)) if not lane.rows else lane.time
+                if lane.is_unknown:  # then it is further behind than counts
+                    if taken < 0:
+                        continue
+                    lane.time = self._least(self._queue, place.job_class)
                 lane.time += taken / lane.weight
             lane.is_charged = True
             lane.pool = place.pool
@@ -318,9 +320,13 @@ class Choice:
 
     def _note_tenant(self, name: str) -> None:
         """Note whether a tenant is full."""
-        most = self._policy.tenant(name).concurrency
-        if most is not None and self._running_tenants.get(name, 0) >= most:
+        if not self._has_place(name, self._running_tenants.get(name, 0)):
             self._full.add(name)
+
+    def _has_place(self, name: str, running: int) -> bool:
+        """Whether a tenant with so many running jobs may run another one."""
+        most = self._policy.tenant(name).concurrency
+        return most is None or running < most
 
     def _park(self, names: set[str]) -> None:
         """Let the lanes of full tenants wait apart, so that nobody has to look at them."""
@@ -354,7 +360,7 @@ class Choice:
             else:
                 del self._state.tenants[name]
         self._park(self._full.intersection(self._asked_tenants))
-        for lane in self._lanes.values():
+        for lane in sorted(self._lanes.values(), key=lambda lane: (lane.time, lane.id)):
             if lane.tenant in self._asked_tenants and lane.tenant not in self._full:
                 comes = not any(row.active for row in lane.rows.values())
                 if lane.unpark():
@@ -426,6 +432,8 @@ class Choice:
             row.head = arrival.seq
             if lane.tenant in self._full and self._note_full(lane.tenant, lane.queue) is not None:
                 row.parked = True
+                if lane.is_unknown:  # it comes when it leaves the park
+                    lane.time = self._least(lane.queue, lane.job_class)
                 continue
             row.active = True
             self._come(lane, lifts=not waited)

@@ -70,6 +70,11 @@ class Lane:
         return row
 
     @property
+    def is_unknown(self) -> bool:
+        """Whether nothing is known of how far it is."""
+        return self.time == _LONG_AGO
+
+    @property
     def waits(self) -> bool:
         """Whether jobs of it wait, parked or not, as far as is known."""
         return any(row.active or row.parked for row in self.rows.values())
