@@ -284,6 +284,10 @@ class Service:
             self._chooser.pause()
             self._sweeper.pause()
 
+    @property
+    def _has_jobs(self) -> bool:
+        return bool(self.engine.active or self._chooser.expected)
+
     def force_stop(self) -> None:
         """Interrupt what runs now instead of at the end of the grace period."""
         self.drain()
@@ -294,11 +298,7 @@ class Service:
         self.drain()
         await self._chooser.settle()
         deadline = time.monotonic() + self._settings.shutdown_grace
-        while (
-            (self.engine.active or self._chooser.expected)
-            and time.monotonic() < deadline
-            and not self._stop_forced.is_set()
-        ):  # the end of the process is no hot path
+        while self._has_jobs and time.monotonic() < deadline and not self._stop_forced.is_set():  # noqa: ASYNC110  # the end of the process is no hot path
             await asyncio.sleep(0.02)
         interrupted = len(self.engine.active)
         for key in list(self.engine.active):

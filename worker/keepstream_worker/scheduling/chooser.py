@@ -148,6 +148,10 @@ class Chooser:
         """Number of the newest turn whose state is known here."""
         return self._turn
 
+    def idle_times(self) -> dict[tuple[str, str], float]:
+        """Return below which times standings that are not active mean nothing, by queue and class."""
+        return self._state.idle_times(self._policy.credit)
+
     # -- wake-ups --
 
     def wake(self) -> None:

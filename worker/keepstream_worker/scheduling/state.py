@@ -147,6 +147,14 @@ class State:
         """Whether something was learned that limits a target."""
         return any(use.learned.is_limited for use in self.uses.values())
 
+    def idle_times(self, credit: float) -> dict[tuple[str, str], float]:
+        """Return, by queue and class, the time below which a standing that is not active means nothing."""
+        return {
+            (name, job_class): reach - credit
+            for name, queue in self.queues.items()
+            for job_class, reach in queue.reach.items()
+        }
+
     def use(self, key: str) -> UseState:
         """Return what is known under the key of a limit."""
         found = self.uses.get(key)

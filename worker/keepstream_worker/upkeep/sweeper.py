@@ -55,6 +55,7 @@ class Sweeper:
         self._announcer = announcer
         self._unreadable_messages = unreadable_messages
         self._leads = False
+        self._turns_from = 0  #: Turns below are deleted.
         self._paused = False
         self._task: PeriodicTask | None = None
 
@@ -102,7 +103,13 @@ class Sweeper:
         if found.lost:
             self._chooser.wake()
         await self._apart("announce", self._announce(found.unannounced))
+        await self._apart("tidy", self._tidy())
         await self._apart("record unreadable messages", self._unreadable_messages.record(limit=_LIMIT))
+
+    async def _tidy(self) -> None:
+        """Delete rows that nobody needs any more, apart from the sweep, whose work a time-out here must not undo."""
+        tidying = store.Tidying(_LIMIT, self._turns_from, self._chooser.idle_times())
+        self._turns_from = await self._database.run(store.tidy, tidying)
 
     async def _apart(self, name: str, step: Coroutine[Any, Any, None]) -> None:
         """Await one step of the sweep; a defect in it must not keep the next from being made."""
