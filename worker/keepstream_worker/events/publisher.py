@@ -20,8 +20,8 @@ from keepstream_worker.telemetry.outages import Outage, Server, redis_reason
 log = get_logger()
 
 _CALL_TIMEOUT: Final = 5.0
-#: Bytes of one flush, more or less: after an outage each job may have a snapshot of megabytes to send, and until all are
-#: encoded the event loop does nothing else.
+#: Bytes of one flush, more or less: after an outage each job may have a snapshot of megabytes to send, and until all
+#: are encoded the event loop does nothing else.
 _MOST_FLUSHED: Final = 1024 * 1024
 #: Seconds after which events that Redis refused, while it took others, are sent again.
 _REFUSED_PAUSE: Final = 1.0
