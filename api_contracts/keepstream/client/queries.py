@@ -194,7 +194,9 @@ def get(connection: Connection, tenant: str, job_id: str, *, whole: bool = False
         request=None if request is None else json.loads(request).get("request"),
         waiting_for=reasons(connection, tenant, [row]).get(job_id) if whole else None,
         tool_calls=connection.execute(
-            select(tool_calls).where(_of(tool_calls, tenant, job_id)).order_by(tool_calls.c.position)
+            select(tool_calls)
+            .where(_of(tool_calls, tenant, job_id))
+            .order_by(tool_calls.c.choice_index, tool_calls.c.position)
         ),
         choices=connection.execute(
             select(choices, choices.c.index.label("choice_index"))

@@ -39,7 +39,7 @@ def read_job(file: str) -> dict[str, Any]:
     if job.keys() & {"v", "request"}:
         return job
     # "metadata" and "provider" may be the API's own; all other names of the envelope are ours alone.
-    misplaced = sorted(job.keys() & (Job.model_fields.keys() - {"metadata", "provider"}))
+    misplaced = sorted(job.keys() & ((Job.model_fields.keys() | {"class"}) - {"job_class", "metadata", "provider"}))
     if misplaced:
         example = f'{{"v": 2, "request": {{…}}, "{misplaced[0]}": …}}'
         fail(f"{_name(file)}: '{misplaced[0]}' belongs beside the request, not in it; write {example}", INVALID)
