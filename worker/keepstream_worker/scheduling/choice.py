@@ -84,6 +84,8 @@ class Choice:
         providers = set(self._policy.providers)
         for pool in self._state.pools.values():
             providers.update(key.partition("/")[0] for key in pool.chain)
+        # One more than can be served says that there are no others before; those that are settled now may fall behind.
+        self._standings = places + 1 + min(places, len(told)) if places else 0
         return Question(
             queue=self._queue,
             pools=tuple((pool, self._state.pools[pool].low or 0.0) for pool in self._asked_pools),
@@ -92,7 +94,7 @@ class Choice:
             lanes=tuple(told.items()),
             arrival_times=times,
             parked_tenants=self._asked_tenants,
-            standings=places,
+            standings=self._standings,
             first_jobs=places,
             other_jobs=min(places, -(-2 * places // lanes) + 1),
             restarted=places,
@@ -274,10 +276,10 @@ class Choice:
         horizons: dict[str, list[tuple[float, int]]] = {INTERACTIVE: [], BULK: []}
         for number, found in times.items():
             pool = self._state.pools[number]
-            pool.lanes = min(len(found), self._places)
-            if len(found) >= self._places:
+            pool.lanes = len(found)
+            if len(found) >= self._standings:
                 found.sort()
-                horizons[pool.job_class].append((found[self._places - 1], number))
+                horizons[pool.job_class].append((found[self._standings - 1], number))
         for number in self._passed_pools:
             pool = self._state.pools[number]
             assert pool.low is not None
