@@ -192,11 +192,7 @@ class Choice:
 
     def _least_times(self) -> dict[tuple[str, str], float]:
         """Return, by queue and class, the least time that a standing can have which means anything."""
-        times = {
-            (name, job_class): reach - self._policy.credit
-            for name, queue in self._state.queues.items()
-            for job_class, reach in queue.reach.items()
-        }
+        times = self._state.idle_times(self._policy.credit)
         for pool in self._state.pools.values():
             key = (pool.queue, pool.job_class)
             if pool.low is not None and key in times:
