@@ -16,7 +16,7 @@ Each function below takes a connection inside a transaction and a list of argume
 the same order.
 """
 
-from keepstream_worker.store.claims import Claim, Picked, begin
+from keepstream_worker.store.claims import Claim, Direct, Picked, begin
 from keepstream_worker.store.client_calls import cancel, load_results
 from keepstream_worker.store.endings import LateUsage, NotEnded, end, record_usage
 from keepstream_worker.store.heartbeats import (
@@ -28,7 +28,7 @@ from keepstream_worker.store.heartbeats import (
     record_heartbeat,
     retire,
 )
-from keepstream_worker.store.intake import Admits, Direct, Incoming, Named, Stored, incoming, take_in, take_named
+from keepstream_worker.store.intake import Admits, Incoming, Named, Stored, incoming, take_in, take_named
 from keepstream_worker.store.rejections import Refused, Rejection, refuse, reject
 from keepstream_worker.store.sweeps import (
     Candidacy,

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple, Protocol
 
-from sqlalchemy import Connection, Float, Integer, and_, bindparam, case, func, select, true, update
+from sqlalchemy import Connection, Float, Integer, Table, and_, bindparam, case, func, select, true, update
 
 from keepstream.results import TERMINAL_STATUSES, JobStatus
 from keepstream.tables import attempts, epoch_seconds, jobs, now, requests, running, seconds_from_now, seconds_until
@@ -19,6 +19,8 @@ from keepstream_worker.store.pools import find_pools
 from keepstream_worker.store.waiting import OwnedJob, give_up
 from keepstream_worker.turn import Pick, Pool
 from keepstream_worker.values import AttemptReason, JobKey, Target
+
+Rows = Mapping[Table, Mapping[str, Any]]  #: What is stored of a new job.
 
 
 class Picked(NamedTuple):
@@ -32,6 +34,15 @@ class Picked(NamedTuple):
     def owned(self) -> OwnedJob:
         """The job, with the attempt that begins, as the worker owns it."""
         return OwnedJob(self.pick.job.key, self.pick.job.attempt + 1, self.worker_id)
+
+
+class Direct(NamedTuple):
+    """How a job starts at once."""
+
+    worker_id: str
+    total_timeout: float  #: Seconds from the first attempt's start.
+    target: Target
+    tokens: int  #: Charged for it.
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +228,8 @@ def start(connection: Connection, starts: Sequence[Start]) -> None:
 
 def open_attempts(connection: Connection, starts: Sequence[Start]) -> None:
     """Write the rows of attempts that begin."""
+    if not starts:
+        return
     connection.execute(
         _OPEN_ATTEMPT,
         [

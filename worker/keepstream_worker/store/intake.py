@@ -10,18 +10,16 @@ from collections.abc import Callable, Mapping
 from enum import StrEnum
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import Connection, Float, Table, bindparam, delete, select
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import Connection, select
 
 from keepstream.client import queries
 from keepstream.jobs import Job
 from keepstream.results import JobStatus
-from keepstream.tables import arrivals, jobs, now, pools, requests, running, seconds_from_now, waiting
-from keepstream_worker.store import claims
-from keepstream_worker.store.claims import Claim, Start, open_attempts
+from keepstream.tables import jobs, requests, waiting
+from keepstream_worker.store import claims, intake_postgresql, intake_sqlite
+from keepstream_worker.store.claims import Claim, Direct, Rows
 from keepstream_worker.store.conditions import among
-from keepstream_worker.store.pools import add_pools, find_pools
-from keepstream_worker.store.waiting import OwnedJob, note_arrivals
+from keepstream_worker.store.pools import find_pools
 from keepstream_worker.turn import Pool
 from keepstream_worker.values import AttemptReason, JobKey, Target
 
@@ -34,21 +32,12 @@ class Stored(StrEnum):
     OTHER_REQUEST = "other_request"  #: The id belongs to a different request.
 
 
-class Direct(NamedTuple):
-    """How a job starts at once."""
-
-    worker_id: str
-    total_timeout: float  #: Seconds from the first attempt's start.
-    target: Target
-    tokens: int  #: Charged for it.
-
-
 class Incoming(NamedTuple):
     """A job that a message brought."""
 
     job: Job
     queue: str
-    rows: Mapping[Table, Mapping[str, Any]]  #: What is stored of it, if it is new and waits.
+    rows: Rows  #: What is stored of it, if it is new and waits.
     direct: Direct | None = None  #: Nothing is to be chosen: it starts, if it is new.
 
     @property
@@ -122,9 +111,11 @@ def take_in(connection: Connection, given: list[Incoming]) -> list[Claim | Store
     for item in given:
         first.setdefault(item.key, item)
     ordered = [first[key] for key in sorted(first)]  # one order of locks for all workers
-    new = _insert_jobs(connection, [item for item in ordered if item.direct is None])
-    new |= _insert_jobs(connection, [item for item in ordered if item.direct is not None])
-    _insert_what_is_theirs(connection, [item for item in ordered if item.key in new])
+    insert = _INSERT[connection.dialect.name]
+    new = {
+        JobKey(tenant, job_id): _New(bool(expired), now)
+        for tenant, job_id, expired, now in insert(connection, [(_rows_of(item), item.direct) for item in ordered])
+    }
     asked = Counter(item.key for item in given)
     stored = _find(connection, [key for key, times in asked.items() if times > 1 or key not in new])
     answers: list[Claim | Stored] = []
@@ -143,62 +134,18 @@ class _New(NamedTuple):
     now: float
 
 
-def _insert_jobs(connection: Connection, items: list[Incoming]) -> dict[JobKey, _New]:
-    """Insert the rows of jobs that have none, which all wait or all start; return what is known of the new ones."""
-    if not items:
-        return {}
-    rows = []
-    for item in items:
-        row = dict(item.rows[jobs])
-        if item.direct is not None:
-            row |= {"status": JobStatus.RUNNING, "attempt": 1, "tries": 1, "total_timeout": item.direct.total_timeout}
-        rows.append(row)
-    found = connection.execute(_INSERT_JOBS[connection.dialect.name, items[0].direct is not None], rows)
-    return {JobKey(tenant, job_id): _New(bool(expired), now) for tenant, job_id, expired, now in found}
+_INSERT: Final = {"postgresql": intake_postgresql.insert, "sqlite": intake_sqlite.insert}
 
 
-def _insert_statement(dialect: Any, *, starts: bool) -> Any:
-    statement = dialect.insert(jobs).values(created_at=now())
-    if starts:
-        deadline = seconds_from_now(bindparam("total_timeout", type_=Float))
-        statement = statement.values(started_at=now(), deadline_at=deadline)
-    return statement.on_conflict_do_nothing().returning(jobs.c.tenant, jobs.c.id, claims.HAS_EXPIRED, claims.NOW)
-
-
-_INSERT_JOBS: Final = {
-    (dialect_name, starts): _insert_statement(dialect, starts=starts)
-    for dialect_name, dialect in (("postgresql", postgresql), ("sqlite", sqlite))
-    for starts in (False, True)
-}
-
-
-def _insert_what_is_theirs(connection: Connection, items: list[Incoming]) -> None:
-    """Insert the further rows of new jobs."""
-    if not items:
-        return
-    connection.execute(requests.insert(), [item.rows[requests] for item in items])
-    add_pools(connection, [item.rows[pools] for item in items])
-    waits = [item for item in items if item.direct is None]
-    if waits:
-        connection.execute(waiting.insert(), [item.rows[waiting] for item in waits])
-        note_arrivals(connection, [item.key for item in waits])
-    starts = [(item, item.direct) for item in items if item.direct is not None]
-    if starts:
-        _insert_running(connection, [_place_of(item, direct) for item, direct in starts])
-        open_attempts(
-            connection,
-            [
-                Start(_owned(item.key, direct), AttemptReason.FIRST, direct.target, direct.total_timeout)
-                for item, direct in starts
-            ],
-        )
+def _rows_of(item: Incoming) -> Rows:
+    if item.direct is None:
+        return item.rows
+    return {**item.rows, jobs: {**item.rows[jobs], "status": JobStatus.RUNNING, "attempt": 1, "tries": 1}}
 
 
 class _Place(NamedTuple):
     """The row of a job's first attempt among those that run."""
 
-    key: JobKey
-    worker_id: str
     provider: str
     model: str
     lane: int
@@ -209,42 +156,9 @@ class _Place(NamedTuple):
     attempt: int = 1
 
 
-def _place_of(item: Incoming, direct: Direct) -> _Place:
-    row = item.rows[waiting]
-    return _Place(
-        item.key,
-        direct.worker_id,
-        *direct.target,
-        lane=row["lane"],
-        pool=row["pool"],
-        tokens=direct.tokens,
-        prompt_tokens=item.prompt_tokens,
-        max_tokens=item.max_tokens,
-    )
-
-
-def _owned(key: JobKey, direct: Direct | Admits) -> OwnedJob:
-    return OwnedJob(key, 1, direct.worker_id)
-
-
-_INSERT_RUNNING: Final = running.insert().values(started_at=now(), cancel_requested=False)
-
-
-def _insert_running(connection: Connection, places: list[_Place]) -> None:
-    connection.execute(
-        _INSERT_RUNNING,
-        [
-            {"tenant": place.key.tenant, "job_id": place.key.id}
-            | {column: value for column, value in place._asdict().items() if column != "key"}
-            for place in places
-        ],
-    )
-
-
 def _new_claim(item: Incoming, direct: Direct, new: _New) -> Claim:
-    job = item.job
+    job, place = item.job, item.rows[waiting]
     chain = tuple(Target(*target) for target in job.chain)
-    place = _place_of(item, direct)
     return Claim(
         key=item.key,
         attempt=1,
@@ -259,8 +173,8 @@ def _new_claim(item: Incoming, direct: Direct, new: _New) -> Claim:
         chain=chain[chain.index(direct.target) :],
         queue=item.queue,
         job_class=job.job_class,
-        lane=place.lane,
-        pool=place.pool,
+        lane=place["lane"],
+        pool=place["pool"],
         tokens=direct.tokens,
         prompt_tokens=item.prompt_tokens,
         max_tokens=item.max_tokens,
@@ -336,12 +250,6 @@ def take_named(connection: Connection, given: list[Named]) -> list[Claim | Store
 
 
 _FIND_WAITING: Final = select(waiting).where(among(waiting))
-_TAKE: Final = (
-    delete(waiting)
-    .where(waiting.c.seq.in_(bindparam("seqs", expanding=True)))
-    .returning(waiting.c.tenant, waiting.c.job_id)
-)
-_ARRIVED: Final = delete(arrivals).where(arrivals.c.seq.in_(bindparam("seqs", expanding=True)))
 
 
 def _start_waiting(
@@ -356,42 +264,25 @@ def _start_waiting(
         for key, place in places.items()
         if _is_ours(rows[key], place, direct[key].worker_id)
     }
-    admitted = {}
-    for key, how in direct.items():
+    starts: list[tuple[Any, Direct]] = []
+    for key, how in sorted(direct.items(), key=lambda item: item[0]):
         row = waits.get(key)
         if row is None or row.restarted_due is not None or row.pool not in known:
             continue
         answer = how.admits(known[row.pool], key.tenant, row.prompt_tokens, row.max_tokens)
         if answer is not None:
-            admitted[key] = _Place(
-                key, how.worker_id, *answer[0], row.lane, row.pool, answer[1], row.prompt_tokens, row.max_tokens
-            )
-    if not admitted:
+            starts.append((row, Direct(how.worker_id, how.total_timeout, *answer)))
+            del waits[key]
+    if not starts:
         return found
-    seqs = {"seqs": [waits[key].seq for key in admitted]}
-    # A turn may have been quicker.
-    taken = {JobKey(tenant, job_id) for tenant, job_id in connection.execute(_TAKE, seqs)}
-    connection.execute(_ARRIVED, seqs)
-    for key in admitted:
-        del waits[key]
-    started = [place for key, place in sorted(admitted.items()) if key in taken]
-    if started:
-        _insert_running(connection, started)
-        claims.start(
-            connection,
-            [
-                Start(
-                    _owned(place.key, direct[place.key]),
-                    rows[place.key].next_reason,
-                    Target(place.provider, place.model),
-                    direct[place.key].total_timeout,
-                )
-                for place in started
-            ],
-        )
-    return found | {
-        place.key: claims.make_claim(
-            rows[place.key], place, known, rows[place.key].job, direct[place.key].total_timeout, is_new=True
-        )
-        for place in started
-    }
+    started = {JobKey(*key) for key in _TAKE[connection.dialect.name](connection, starts)}
+    for row, start in starts:
+        key = JobKey(row.tenant, row.job_id)
+        if key in started:
+            place = _Place(*start.target, row.lane, row.pool, start.tokens, row.prompt_tokens, row.max_tokens)
+            text = rows[key].job
+            found[key] = claims.make_claim(rows[key], place, known, text, start.total_timeout, is_new=True)
+    return found
+
+
+_TAKE: Final = {"postgresql": intake_postgresql.take, "sqlite": intake_sqlite.take}
