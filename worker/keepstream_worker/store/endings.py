@@ -19,7 +19,6 @@ from keepstream.client.endings import JobEnd, end_jobs, sum_usage, usage_columns
 from keepstream.client.lanes import pool_id
 from keepstream.results import TERMINAL_STATUSES, JobStatus, Usage, UsageSource
 from keepstream.tables import attempts, choices, jobs, now, running, tool_calls
-from keepstream_worker.store.claims import find_running
 from keepstream_worker.store.conditions import among, is_job, is_named, name, of_job
 from keepstream_worker.store.pools import add_pools
 from keepstream_worker.store.waiting import Restart, restart
@@ -36,21 +35,26 @@ class NotEnded(StrEnum):
 class _Standing(Enum):
     """How the job's row stands to an ending that is answered with ``Ended``."""
 
-    OWNED = auto()  #: The attempt still owns its job: the ending is to be written.
+    OWNED = auto()  #: The attempt runs, and owns its job if it is among those that run: the ending is to be written.
     WRITTEN = auto()  #: By this very worker, whose commit was cut before it heard of it.
 
 
 def end(connection: Connection, endings: list[Ending]) -> list[Ended | NotEnded]:
     """Write each ending whose attempt still owns its job: status, output, usage and attempt, or nothing."""
-    keys = [ending.key for ending in endings]
-    rows = _lock(connection, keys)
-    places = find_running(connection, keys)  # read after the rows are locked: nobody takes these away any more
-    standings = [_standing(rows.get(ending.key), places.get(ending.key), ending) for ending in endings]
+    rows = _lock(connection, [ending.key for ending in endings])
+    standings = [_standing(rows.get(ending.key), ending) for ending in endings]
+    places = _stop(
+        connection,
+        [ending for ending, standing in zip(endings, standings, strict=True) if standing is _Standing.OWNED],
+    )
+    standings = [
+        NotEnded.SUPERSEDED if standing is _Standing.OWNED and ending.key not in places else standing
+        for ending, standing in zip(endings, standings, strict=True)
+    ]
     owned = [ending for ending, standing in zip(endings, standings, strict=True) if standing is _Standing.OWNED]
     if owned:
         _write_attempts(connection, owned)
         _write_outputs(connection, owned)
-        connection.execute(_STOP, [name(ending.key) for ending in owned])
     totals = {ending.key: _total(connection, ending) for ending in endings}
     end_jobs(
         connection,
@@ -64,7 +68,25 @@ def end(connection: Connection, endings: list[Ending]) -> list[Ended | NotEnded]
     ]
 
 
-_STOP: Final = delete(running).where(is_named(running))
+#: The fence: whose attempt is not among those that run has lost its job.
+_STOP: Final = (
+    delete(running)
+    .where(
+        tuple_(running.c.tenant, running.c.job_id, running.c.attempt, running.c.worker_id).in_(
+            bindparam("attempts", expanding=True)
+        )
+    )
+    .returning(running)
+)
+
+
+def _stop(connection: Connection, endings: list[Ending]) -> dict[JobKey, Any]:
+    """Take jobs, whose rows ``_lock`` holds, from those that run; return the rows of those that did so as said."""
+    if not endings:
+        return {}
+    named = [(*ending.key, ending.attempt, ending.worker_id) for ending in endings]
+    return {JobKey(row.tenant, row.job_id): row for row in connection.execute(_STOP, {"attempts": named})}
+
 
 _LOCK: Final = (
     select(
@@ -89,17 +111,18 @@ def _lock(connection: Connection, keys: list[JobKey]) -> dict[JobKey, Any]:
     return {JobKey(row.tenant, row.id): row for row in connection.execute(_LOCK, {"keys": keys})}
 
 
-def _standing(row: Any, place: Any, ending: Ending) -> NotEnded | _Standing:
+def _standing(row: Any, ending: Ending) -> NotEnded | _Standing:
+    """Return how a job's row stands to an ending; whether the attempt still runs is for ``_stop`` to say."""
     if row is None or row.attempt != ending.attempt:
         return NotEnded.SUPERSEDED
-    if place is None or (place.attempt, place.worker_id) != (ending.attempt, ending.worker_id):
-        written = row.status == ending.status and row.terminal_event_id == ending.terminal_event_id
-        if ending.status is JobStatus.RETRYING:
-            written = written and row.next_reason == ending.next_reason  # else a sweeper took it from us
-        return _Standing.WRITTEN if written else NotEnded.SUPERSEDED
-    if row.cancel_requested_at is not None and ending.status in (JobStatus.COMPLETED, JobStatus.RETRYING):
-        return NotEnded.CANCEL_REQUESTED  # a cancel that was accepted wins over everything that comes after it
-    return _Standing.OWNED
+    if row.status == JobStatus.RUNNING:
+        if row.cancel_requested_at is not None and ending.status in (JobStatus.COMPLETED, JobStatus.RETRYING):
+            return NotEnded.CANCEL_REQUESTED  # a cancel that was accepted wins over everything that comes after it
+        return _Standing.OWNED
+    written = row.status == ending.status and row.terminal_event_id == ending.terminal_event_id
+    if ending.status is JobStatus.RETRYING:
+        written = written and row.next_reason == ending.next_reason  # else a sweeper took it from us
+    return _Standing.WRITTEN if written else NotEnded.SUPERSEDED
 
 
 _WRITE_ATTEMPT: Final = (

@@ -6,11 +6,11 @@ A new job's rows and the note of its arrival are one transaction, so that no tur
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from enum import StrEnum
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, and_, select
 
 from keepstream.client import queries
 from keepstream.jobs import Job
@@ -228,16 +228,10 @@ def take_named(connection: Connection, given: list[Named]) -> list[Claim | Store
     for item in given:
         if item.direct is not None:
             direct.setdefault(item.key, item.direct)
-    rows = claims.lock(connection, direct.keys())
-    others = sorted({item.key for item in given} - direct.keys())
-    if others:
-        rows |= {JobKey(row.tenant, row.id): row for row in connection.execute(_FIND_JOBS, {"keys": others})}
-    # Read after the rows are locked: nobody but a turn moves these jobs any more.
-    waits = {
-        JobKey(row.tenant, row.job_id): row
-        for row in connection.execute(_FIND_WAITING, {"keys": sorted(rows)} if rows else {"keys": []})
-    }
-    found = _start_waiting(connection, rows, waits, direct)
+    rows = _find_named(connection, _LOCK_NAMED, direct.keys())
+    rows |= _find_named(connection, _FIND_NAMED, {item.key for item in given} - direct.keys())
+    found = _start_named(connection, rows, direct)
+    started = frozenset(found)
     answers: list[Claim | Stored | None] = []
     for item in given:
         if item.key not in rows:
@@ -245,43 +239,59 @@ def take_named(connection: Connection, given: list[Named]) -> list[Claim | Store
         elif item.direct is not None and item.key in found:
             answers.append(found.pop(item.key))  # a second message for one job is a duplicate
         else:
-            answers.append(Stored.NEW if item.key in waits else Stored.KNOWN)
+            waits = item.key not in started and rows[item.key].seq is not None
+            answers.append(Stored.NEW if waits else Stored.KNOWN)
     return answers
 
 
-_FIND_WAITING: Final = select(waiting).where(among(waiting))
+#: What is read of jobs that are named: their rows, and those by which they wait, if they do.
+_NAMED: Final = (
+    *claims.COLUMNS,
+    *(waiting.c[name] for name in ("seq", "lane", "pool", "restarted_due", "prompt_tokens", "max_tokens")),
+)
+_WAITS: Final = and_(waiting.c.tenant == jobs.c.tenant, waiting.c.job_id == jobs.c.id)
+_FIND_NAMED: Final = select(*_NAMED).outerjoin_from(jobs, waiting, _WAITS).where(among(jobs))
+#: The same with their requests, and locked: from then on nobody but a turn moves them. If somebody had them locked, the
+#: rows by which they wait may be gone when this returns.
+_LOCK_NAMED: Final = (
+    _FIND_NAMED.add_columns(requests.c.job)
+    .join_from(jobs, requests, and_(requests.c.tenant == jobs.c.tenant, requests.c.job_id == jobs.c.id))
+    .order_by(jobs.c.tenant, jobs.c.id)
+    .with_for_update(of=jobs, key_share=True)
+)
 
 
-def _start_waiting(
-    connection: Connection, rows: Mapping[JobKey, Any], waits: dict[JobKey, Any], direct: Mapping[JobKey, Admits]
+def _find_named(connection: Connection, statement: Any, keys: Collection[JobKey]) -> dict[JobKey, Any]:
+    rows = connection.execute(statement, {"keys": sorted(keys)}) if keys else ()
+    return {JobKey(row.tenant, row.id): row for row in rows}
+
+
+def _start_named(
+    connection: Connection, rows: Mapping[JobKey, Any], direct: Mapping[JobKey, Admits]
 ) -> dict[JobKey, Claim]:
-    """Start those of the jobs that may; they do not wait any more. Return the claims, also of those started before."""
-    places = claims.find_running(connection, [key for key in direct if key in rows and key not in waits])
-    near = [row for key, row in waits.items() if key in direct]
-    known = find_pools(connection, {row.pool for row in (*near, *places.values())})
+    """Start those of the jobs that may; return their claims, also of those that were started before."""
+    places = claims.find_running(connection, [key for key in direct if key in rows and rows[key].seq is None])
+    waits = {key: rows[key] for key in sorted(direct) if key in rows and rows[key].seq is not None}
+    pools = find_pools(connection, {row.pool for row in (*waits.values(), *places.values())})
     found = {
-        key: claims.make_claim(rows[key], place, known, rows[key].job, direct[key].total_timeout, is_new=False)
+        key: claims.make_claim(rows[key], place, pools, rows[key].job, direct[key].total_timeout, is_new=False)
         for key, place in places.items()
         if _is_ours(rows[key], place, direct[key].worker_id)
     }
-    starts: list[tuple[Any, Direct]] = []
-    for key, how in sorted(direct.items(), key=lambda item: item[0]):
-        row = waits.get(key)
-        if row is None or row.restarted_due is not None or row.pool not in known:
-            continue
-        answer = how.admits(known[row.pool], key.tenant, row.prompt_tokens, row.max_tokens)
-        if answer is not None:
-            starts.append((row, Direct(how.worker_id, how.total_timeout, *answer)))
-            del waits[key]
+    starts: dict[JobKey, tuple[Any, Direct]] = {}
+    for key, row in waits.items():
+        if row.restarted_due is None and row.pool in pools:
+            how = direct[key]
+            answer = how.admits(pools[row.pool], key.tenant, row.prompt_tokens, row.max_tokens)
+            if answer is not None:
+                starts[key] = (row, Direct(how.worker_id, how.total_timeout, *answer))
     if not starts:
         return found
-    started = {JobKey(*key) for key in _TAKE[connection.dialect.name](connection, starts)}
-    for row, start in starts:
-        key = JobKey(row.tenant, row.job_id)
-        if key in started:
-            place = _Place(*start.target, row.lane, row.pool, start.tokens, row.prompt_tokens, row.max_tokens)
-            text = rows[key].job
-            found[key] = claims.make_claim(rows[key], place, known, text, start.total_timeout, is_new=True)
+    for tenant, job_id in _TAKE[connection.dialect.name](connection, list(starts.values())):
+        row, start = starts[JobKey(tenant, job_id)]
+        place = _Place(*start.target, row.lane, row.pool, start.tokens, row.prompt_tokens, row.max_tokens)
+        claim = claims.make_claim(row, place, pools, row.job, start.total_timeout, is_new=True)
+        found[claim.key] = claim
     return found
 
 

@@ -131,7 +131,7 @@ SELECT tenant, job_id FROM gone
 
 
 def take(connection: Connection, starts: Sequence[tuple[Any, Direct]]) -> Iterable[tuple[str, str]]:
-    """Start jobs that wait, whose rows there are given; return which did: a turn may have been quicker."""
+    """Start jobs that wait, whose rows are given; return which did: a turn may have been quicker."""
     values = {
         "seqs": [row.seq for row, _ in starts],
         "worker_ids": [direct.worker_id for _, direct in starts],

@@ -85,10 +85,10 @@ _ARRIVED: Final = delete(arrivals).where(arrivals.c.seq == bindparam("of_seq"))
 
 
 def take(connection: Connection, starts: Sequence[tuple[Any, Direct]]) -> list[tuple[str, str]]:
-    """Start jobs that wait, whose rows there are given; return which did: all, because nobody else writes now."""
+    """Start jobs that wait, whose rows are given; return which did: all, because nobody else writes now."""
     seqs = [{"of_seq": row.seq} for row, _ in starts]
     connection.execute(_LEAVE, seqs)
     connection.execute(_ARRIVED, seqs)
-    _run(connection, [(row._asdict(), direct) for row, direct in starts])
-    start(connection, [_first(JobKey(row.tenant, row.job_id), direct) for row, direct in starts])
-    return [(row.tenant, row.job_id) for row, _ in starts]
+    _run(connection, [({**row._asdict(), "job_id": row.id}, direct) for row, direct in starts])
+    start(connection, [_first(JobKey(row.tenant, row.id), direct) for row, direct in starts])
+    return [(row.tenant, row.id) for row, _ in starts]

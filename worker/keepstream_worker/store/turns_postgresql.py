@@ -9,6 +9,7 @@ mark the entries of deleted rows.
 
 import json
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any, Final
 
 from sqlalchemy import Connection
@@ -80,17 +81,19 @@ def _jobs(rows: Iterable[Any]) -> list[WaitingJob]:
 
 
 _STANDING: Final = "s.lane, s.pool, s.tenant, s.time, s.head, s.active IS NOT NULL, s.parked IS NOT NULL"
-_STANDINGS: Final = f"""
+_OF_POOLS: Final = f"""
 SELECT {_STANDING}
 FROM unnest(%(pools)s::bigint[], %(lows)s::float8[]) p(pool, low) CROSS JOIN LATERAL (
   SELECT * FROM keepstream_standings
   WHERE pool = p.pool AND active IS NOT NULL AND time >= p.low ORDER BY time, lane LIMIT %(most)s
 ) s
-UNION ALL
+"""  # noqa: S608  # of constants
+_OF_LANES: Final = f"""
 SELECT {_STANDING}
 FROM unnest(%(lanes)s::bigint[], %(times)s::float8[]) l(lane, low)
 JOIN keepstream_standings s ON s.lane = l.lane AND s.time >= l.low
-UNION ALL
+"""  # noqa: S608  # of constants
+_OF_TENANTS: Final = f"""
 SELECT {_STANDING}
 FROM unnest(%(tenants)s::text[]) t(tenant) JOIN keepstream_standings s ON s.tenant = t.tenant AND s.parked IS NOT NULL
 """  # noqa: S608  # of constants
@@ -98,15 +101,19 @@ FROM unnest(%(tenants)s::text[]) t(tenant) JOIN keepstream_standings s ON s.tena
 
 def find_standings(connection: Connection, question: Question, lanes: Sequence[tuple[int, float]]) -> list[Standing]:
     """Return standings: the first of the pools asked for, by pool and time; of ``lanes``; of parked tenants."""
-    values = {
-        "pools": [pool for pool, _ in question.pools],
-        "lows": [low for _, low in question.pools],
-        "most": question.standings,
-        "lanes": [lane for lane, _ in lanes],
-        "times": [time for _, time in lanes],
-        "tenants": list(question.parked_tenants),
-    }
-    return [Standing(*row) for row in connection.exec_driver_sql(_STANDINGS, values)]
+    parts = []
+    values: dict[str, Any] = {}
+    if question.pools:
+        parts.append(_OF_POOLS)
+        values["pools"], values["lows"] = (list(column) for column in zip(*question.pools, strict=True))
+        values["most"] = question.standings
+    if lanes:
+        parts.append(_OF_LANES)
+        values["lanes"], values["times"] = (list(column) for column in zip(*lanes, strict=True))
+    if question.parked_tenants:
+        parts.append(_OF_TENANTS)
+        values["tenants"] = list(question.parked_tenants)
+    return [Standing(*row) for row in connection.exec_driver_sql("UNION ALL".join(parts), values)]
 
 
 _NEW_JOBS: Final = f"""
@@ -148,10 +155,13 @@ def count_running(
     return targets, {tenant: count for _, _, tenant, count in rows if tenant is not None}
 
 
+#: The parts of the writing statement, each used if there is something to write: planning all of them takes longer than
+#: executing those that are needed.
+#:
 #: A waiting job that somebody else has locked is about to be ended, or started: it is left out, and found again by the
-#: note of its arrival if that is taken back. An arrival that somebody has locked goes with its job.
-_WRITE: Final = """
-WITH pick AS (
+#: note of its arrival if that is taken back.
+_PICK: Final = """
+pick AS (
   SELECT * FROM unnest(%(seqs)s::bigint[], %(providers)s::text[], %(models)s::text[], %(tokens)s::bigint[])
     p(seq, provider, model, tokens)
 ), free AS (
@@ -170,12 +180,19 @@ WITH pick AS (
   FROM pick JOIN keepstream_waiting w ON w.seq = pick.seq WHERE pick.seq NOT IN (SELECT seq FROM free)
 ), noted AS (
   INSERT INTO keepstream_arrivals (seq, lane, pool, tenant, restarted_due) SELECT * FROM held ON CONFLICT DO NOTHING
-), handled AS (
+)"""
+_NO_PICK: Final = """
+gone AS (SELECT 0::bigint AS seq WHERE false), held AS (SELECT 0::bigint AS seq WHERE false)"""
+#: An arrival that somebody has locked goes with its job.
+_ARRIVED: Final = """
+handled AS (
   SELECT a.seq FROM unnest(%(arrivals)s::bigint[]) h(seq) JOIN keepstream_arrivals a ON a.seq = h.seq
   WHERE h.seq NOT IN (SELECT seq FROM held) FOR UPDATE OF a SKIP LOCKED
 ), arrived AS (
   DELETE FROM keepstream_arrivals a USING handled WHERE a.seq = handled.seq
-), move AS (
+)"""
+_MOVE: Final = """
+move AS (
   SELECT * FROM unnest(%(lanes)s::bigint[], %(pools)s::bigint[], %(old_times)s::float8[], %(was_active)s::bool[],
       %(times)s::float8[], %(heads)s::bigint[], %(active)s::int[], %(parked)s::int[])
     m(lane, pool, old_time, was_active, time, head, active, parked)
@@ -184,16 +201,24 @@ WITH pick AS (
   FROM move m
   WHERE s.lane = m.lane AND s.time = m.old_time AND s.pool = m.pool AND (s.active IS NOT NULL) = m.was_active
   RETURNING 1
-), retimed AS (
+)"""
+_NO_MOVE: Final = """
+move AS (SELECT 0::bigint AS lane, 0::bigint AS pool WHERE false), moved AS (SELECT 1 WHERE false)"""
+_RETIME: Final = """
+retimed AS (
   UPDATE keepstream_standings s SET time = r.time
   FROM unnest(%(retimed_lanes)s::bigint[], %(retimed_from)s::float8[], %(retimed_to)s::float8[]) r(lane, old_time, time)
   WHERE s.lane = r.lane AND s.time = r.old_time
     AND NOT EXISTS (SELECT FROM move m WHERE m.lane = s.lane AND m.pool = s.pool)
-), added AS (
+)"""
+_ADD: Final = """
+added AS (
   INSERT INTO keepstream_standings (lane, pool, tenant, time, head, active, parked)
   SELECT * FROM unnest(%(new_lanes)s::bigint[], %(new_pools)s::bigint[], %(new_tenants)s::text[],
     %(new_times)s::float8[], %(new_heads)s::bigint[], %(new_active)s::int[], %(new_parked)s::int[])
-), appended AS (
+)"""
+_APPEND: Final = """
+appended AS (
   INSERT INTO keepstream_turns (n, arrivals_low, ready, closed, state)
   SELECT %(n)s, least(%(arrivals_low)s, (SELECT min(seq) FROM held)), %(ready)s, %(closed)s, %(state)s
 )
@@ -201,41 +226,78 @@ SELECT (SELECT array_agg(seq) FROM gone), (SELECT count(*) FROM moved)
 """
 
 
+@cache
+def _write_statement(*, picks: bool, arrivals: bool, moves: bool, times: bool, new: bool) -> str:
+    parts = [
+        _PICK if picks else _NO_PICK,
+        _ARRIVED if arrivals else None,
+        _MOVE if moves else _NO_MOVE,
+        _RETIME if times else None,
+        _ADD if new else None,
+        _APPEND,
+    ]
+    return "WITH" + ",".join(part for part in parts if part is not None)
+
+
 def write(connection: Connection, worker_id: str, n: int, decision: Decision) -> Written:
     """Write what was decided, as turn ``n``."""
+    statement = _write_statement(
+        picks=bool(decision.picks),
+        arrivals=bool(decision.arrivals),
+        moves=bool(decision.moves),
+        times=bool(decision.times),
+        new=bool(decision.new_standings),
+    )
+    taken, moved = connection.exec_driver_sql(statement, _values(worker_id, n, decision)).one()
+    return Written(frozenset(taken or ()), moved)
+
+
+def _values(worker_id: str, n: int, decision: Decision) -> dict[str, Any]:
     values: dict[str, Any] = {
-        "worker_id": worker_id,
-        "seqs": [pick.job.seq for pick in decision.picks],
-        "providers": [pick.target.provider for pick in decision.picks],
-        "models": [pick.target.model for pick in decision.picks],
-        "tokens": [pick.tokens for pick in decision.picks],
-        "arrivals": list(decision.arrivals),
-        "lanes": [move.old.lane for move in decision.moves],
-        "pools": [move.old.pool for move in decision.moves],
-        "old_times": [move.old.time for move in decision.moves],
-        "was_active": [move.old.active for move in decision.moves],
-        "times": [move.new.time for move in decision.moves],
-        "heads": [move.new.head for move in decision.moves],
-        "active": [int(move.new.active) or None for move in decision.moves],
-        "parked": [int(move.new.parked) or None for move in decision.moves],
-        "retimed_lanes": [retimed.lane for retimed in decision.times],
-        "retimed_from": [retimed.old for retimed in decision.times],
-        "retimed_to": [retimed.new for retimed in decision.times],
-        "new_lanes": [standing.lane for standing in decision.new_standings],
-        "new_pools": [standing.pool for standing in decision.new_standings],
-        "new_tenants": [standing.tenant for standing in decision.new_standings],
-        "new_times": [standing.time for standing in decision.new_standings],
-        "new_heads": [standing.head for standing in decision.new_standings],
-        "new_active": [int(standing.active) or None for standing in decision.new_standings],
-        "new_parked": [int(standing.parked) or None for standing in decision.new_standings],
         "n": n,
         "arrivals_low": decision.arrivals_low,
         "ready": json.dumps(dict(decision.ready)),
         "closed": json.dumps(decision.closed),
         "state": decision.state,
     }
-    taken, moved = connection.exec_driver_sql(_WRITE, values).one()
-    return Written(frozenset(taken or ()), moved)
+    if decision.picks:
+        values |= {
+            "worker_id": worker_id,
+            "seqs": [pick.job.seq for pick in decision.picks],
+            "providers": [pick.target.provider for pick in decision.picks],
+            "models": [pick.target.model for pick in decision.picks],
+            "tokens": [pick.tokens for pick in decision.picks],
+        }
+    if decision.arrivals:
+        values["arrivals"] = list(decision.arrivals)
+    if decision.moves:
+        values |= {
+            "lanes": [move.old.lane for move in decision.moves],
+            "pools": [move.old.pool for move in decision.moves],
+            "old_times": [move.old.time for move in decision.moves],
+            "was_active": [move.old.active for move in decision.moves],
+            "times": [move.new.time for move in decision.moves],
+            "heads": [move.new.head for move in decision.moves],
+            "active": [int(move.new.active) or None for move in decision.moves],
+            "parked": [int(move.new.parked) or None for move in decision.moves],
+        }
+    if decision.times:
+        values |= {
+            "retimed_lanes": [retimed.lane for retimed in decision.times],
+            "retimed_from": [retimed.old for retimed in decision.times],
+            "retimed_to": [retimed.new for retimed in decision.times],
+        }
+    if decision.new_standings:
+        values |= {
+            "new_lanes": [standing.lane for standing in decision.new_standings],
+            "new_pools": [standing.pool for standing in decision.new_standings],
+            "new_tenants": [standing.tenant for standing in decision.new_standings],
+            "new_times": [standing.time for standing in decision.new_standings],
+            "new_heads": [standing.head for standing in decision.new_standings],
+            "new_active": [int(standing.active) or None for standing in decision.new_standings],
+            "new_parked": [int(standing.parked) or None for standing in decision.new_standings],
+        }
+    return values
 
 
 _STALE: Final = """
