@@ -16,7 +16,7 @@ from keepstream.client.database import make_engine
 from keepstream.client.listing import list_jobs
 from keepstream.results import JobStatus
 from keepstream.tables import metadata, now, rejected_messages, requests, waiting, workers
-from keepstream_worker.store import inspection
+from keepstream_worker.store import activity, inspection
 from tests.jobs import make_job
 from tests.stored_jobs import change, finish, pause, start
 
@@ -179,6 +179,8 @@ def test_an_overview_counts_no_further_than_it_says(engine: Engine) -> None:
             assert (overview.backlog.queued, overview.rejected) == (inspection.COUNTED + 1,) * 2
             assert (overview.backlog.running, overview.backlog.retrying) == (RUNNING + 1, RUNNING + 1)
         inspection.rejected(connection, 50)
+        seen = activity.look(connection)
+        assert seen.more_waiting == bool(overview.workers)
         assert connection.scalar(select(waiting.c.seq).limit(1)) is None or overview.backlog.oldest_wait is not None
     # It stops where it has counted enough, so a walk through what waits or runs is as good as one by an index.
-    explained.check(600, scanned=frozenset({"keepstream_waiting", "keepstream_running", "keepstream_workers"}))
+    explained.check(600, scanned=BY_THEIR_END | {"keepstream_running", "keepstream_workers", "keepstream_pools"})

@@ -33,7 +33,7 @@ from tests.cluster import Cluster, wait_until
 OK, UNSUCCESSFUL, INVALID, UNAVAILABLE, NOT_FOUND, INTERRUPTED = 0, 1, 2, 3, 4, 130
 COMMANDS = (
     *("demo", "dev", "submit", "follow", "get", "list", "cancel", "retry"),
-    *("worker", "alive", "migrate", "doctor", "rejected", "purge", "schema"),
+    *("worker", "alive", "migrate", "top", "limits", "doctor", "rejected", "purge", "schema"),
 )
 TEXT = "Grüße, ¡saludos!, 你好 🌊 - a text for the tests of the command line."
 SECRET = "hunter2-secret"  # part of URLs; must never be printed

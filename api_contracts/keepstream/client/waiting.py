@@ -79,7 +79,7 @@ def _look_around(connection: Connection, tenant: str, job_ids: Sequence[str]) ->
     places = dict(_rows(connection, tenant, job_ids, waiting, waiting.c.pool, waiting.c.restarted_due, until))
     runs = dict(_rows(connection, tenant, job_ids, running, running.c.worker_id))
     pool_ids = {row.pool for row in places.values()}
-    chains = connection.execute(select(pools.c.id, pools.c.chain).where(pools.c.id.in_(pool_ids)))
+    chains = select(pools.c.id, pools.c.chain).where(pools.c.id.in_(pool_ids))
     # The newest, because before the oldest there may be many that are gone.
     some = select(waiting.c.seq).order_by(waiting.c.seq.desc()).limit(_COUNTED + 1).subquery()
     return _Surroundings(
@@ -87,7 +87,7 @@ def _look_around(connection: Connection, tenant: str, job_ids: Sequence[str]) ->
         workers=living_workers(connection),
         waiting=places,
         running=runs,
-        chains={row.id: row.chain for row in chains},
+        chains={row.id: row.chain for row in connection.execute(chains)} if pool_ids else {},
         closed=closed_now(connection),
         backlog=connection.scalar(select(func.count()).select_from(some)) or 0,
     )

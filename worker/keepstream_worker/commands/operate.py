@@ -1,4 +1,4 @@
-"""The commands for operators: worker, alive, migrate, doctor, rejected, purge, schema.
+"""The commands for operators: worker, alive, migrate, top, limits, doctor, rejected, purge, schema.
 
 In: arguments and the settings of a deployment.
 Out: a running worker, changes to the database, or a report on standard output as text or JSON.
@@ -26,6 +26,7 @@ from keepstream_worker.telemetry.pulse import LIMIT
 
 if TYPE_CHECKING:
     from keepstream.client.database import ClientDatabase
+    from keepstream_worker.limits import Policy
     from keepstream_worker.store.retention import PurgeCounts
 
 group = CommandGroup("Operate")
@@ -116,6 +117,42 @@ def migrate(
         typer.echo(f"migrated the database from {before or 'nothing'} to {after}")
     if after != needed:
         raise typer.Exit(UNSUCCESSFUL)
+
+
+@group.command("keepstream top", "keepstream top --once", "keepstream top --json | jq .tenants")
+def top(
+    *,
+    every: Annotated[float, typer.Option(min=0.2, max=3600, metavar="SECONDS", help="Pause between two looks.")] = 1.0,
+    once: Annotated[
+        bool, typer.Option("--once", help="Look once; so it does where the output is no terminal.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what runs, what waits and why, by provider and tenant, until Ctrl-C.
+
+    What waits for a limit, a cool-down, a worker or a free place says so. With --json it prints one look for programs.
+    """
+    from keepstream_worker.commands.top import show_top
+
+    show_top(settings_from_environment(), _policy(), every=every, once=once, as_json=as_json)
+
+
+@group.command("keepstream limits", "keepstream limits --json | jq .limits")
+def limits(*, as_json: AsJson = False) -> None:
+    """Show each limit of providers, models and tenants, configured or learned, and what is used of it now."""
+    from keepstream_worker.commands.top import show_limits_now
+
+    show_limits_now(settings_from_environment(), _policy(), as_json=as_json)
+
+
+def _policy() -> "Policy":
+    """Return the limits that the providers file says; a wrong one ends the command with one line."""
+    from keepstream_worker.providers.config import ProviderConfigError, load_policy
+
+    try:
+        return load_policy(settings_from_environment().providers_file, os.environ)
+    except ProviderConfigError as error:
+        fail(str(error), INVALID)
 
 
 @group.command("keepstream doctor", "keepstream doctor --quick", "keepstream doctor --json | jq .healthy")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 COMMAND: Final = "keepstream"
 
 #: What our own texts show on a console that has only ASCII; any other character that it lacks becomes "?".
-_PLAIN: Final = str.maketrans({"✓": "+", "✗": "x", "·": "-", "…": "~", "→": ">"})
+_PLAIN: Final = str.maketrans({"✓": "+", "✗": "x", "·": "-", "…": "~", "→": ">", "━": "#", "─": "."})
 
 
 def make_streams_tolerant() -> None:

@@ -1,0 +1,80 @@
+"""The commands that look on: `keepstream top`, live, and `keepstream limits`.
+
+In: settings and the policy.  Out: screens on a terminal, one after the other; tables or JSON on standard output.
+"""
+
+import json
+import os
+import sys
+import time
+
+import typer
+from rich.live import Live
+
+from keepstream.client.database import ClientDatabase
+from keepstream.errors import StoreUnavailableError
+from keepstream_worker.commands.activity import Picture, as_json, draw, limits_json
+from keepstream_worker.commands.activity_view import screen, show_limits
+from keepstream_worker.commands.output import make_console
+from keepstream_worker.limits import Policy
+from keepstream_worker.settings import Settings
+from keepstream_worker.store import activity
+
+
+def show_top(settings: Settings, policy: Policy, *, every: float, once: bool, as_json: bool) -> None:
+    """Show what goes on, once or until Ctrl-C, which is the way to end it."""
+    database = ClientDatabase(settings.database_url)
+    try:
+        picture = _look(database, policy)
+        if as_json:
+            typer.echo(_dump(picture))
+        elif once or not sys.stdout.isatty():
+            console = make_console()
+            lines = len(picture.targets) + len(picture.tenants)
+            console.print(screen(picture, console.width, 3 * lines + 20))
+        else:
+            _go_on(database, policy, picture, every)
+    finally:
+        database.close()
+
+
+def _go_on(database: ClientDatabase, policy: Policy, picture: Picture, every: float) -> None:
+    console = make_console()
+    trouble = None
+    try:
+        with Live(console=console, screen=True, auto_refresh=False) as live:
+            while True:
+                columns, lines = os.get_terminal_size(sys.stdout.fileno())  # which may change
+                if columns > 0 and lines > 0:
+                    console.width, console.height = columns, lines
+                live.update(screen(picture, console.width, console.height, trouble), refresh=True)
+                time.sleep(every)
+                try:
+                    picture, trouble = _look(database, policy), None
+                except StoreUnavailableError as error:
+                    trouble = str(error)
+    except KeyboardInterrupt:
+        pass
+
+
+def show_limits_now(settings: Settings, policy: Policy, *, as_json: bool) -> None:
+    """Show what is used of each limit."""
+    database = ClientDatabase(settings.database_url)
+    try:
+        picture = _look(database, policy)
+    finally:
+        database.close()
+    if as_json:
+        typer.echo(json.dumps(limits_json(picture), indent=2))
+    else:
+        show_limits(make_console(), picture, policy.doubts())
+
+
+def _look(database: ClientDatabase, policy: Policy) -> Picture:
+    with database.transaction() as connection:
+        seen = activity.look(connection)
+    return draw(seen, policy)
+
+
+def _dump(picture: Picture) -> str:
+    return json.dumps(as_json(picture), indent=2)
