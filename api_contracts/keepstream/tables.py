@@ -157,6 +157,7 @@ jobs: Final = Table(
     Column("attempt", Integer, nullable=False, comment="the newest attempt; the fencing token of every write"),
     Column("tries", Integer, nullable=False, comment="attempts that count against max_attempts"),
     Column("max_attempts", Integer, comment="null: the worker's setting"),
+    Column("total_timeout", Float, comment="seconds; null: the worker's setting"),
     Column("queue", String(128), nullable=False, comment="whose workers run it"),
     Column("next_reason", String(16), nullable=False, comment="why the next attempt will be made"),
     Column("cancel_requested_at", UtcDateTime),

@@ -74,6 +74,7 @@ def upgrade() -> None:
         ),
         sa.Column("tries", sa.Integer(), nullable=False, comment="attempts that count against max_attempts"),
         sa.Column("max_attempts", sa.Integer(), nullable=True, comment="null: the worker's setting"),
+        sa.Column("total_timeout", sa.Float(), nullable=True, comment="seconds; null: the worker's setting"),
         sa.Column("queue", sa.String(length=128), nullable=False, comment="whose workers run it"),
         sa.Column("next_reason", sa.String(length=16), nullable=False, comment="why the next attempt will be made"),
         sa.Column("cancel_requested_at", sa.DateTime(timezone=True), nullable=True),

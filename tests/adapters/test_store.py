@@ -37,6 +37,7 @@ from keepstream.tables import (
     requests,
     running,
     seconds_from_now,
+    seconds_until,
     standings,
     turns,
     waiting,
@@ -140,6 +141,13 @@ class Store:
     def rows_of_arrivals(self) -> list[Any]:
         with self.engine.begin() as connection:
             return list(connection.execute(select(arrivals).order_by(arrivals.c.seq)))
+
+    def seconds_left(self, job_id: str) -> float:
+        """Return the seconds until a job's total time is used up, as the row has it."""
+        with self.engine.begin() as connection:
+            left = connection.scalar(select(seconds_until(jobs.c.deadline_at)).where(jobs.c.id == job_id))
+        assert left is not None
+        return left
 
     def rows_of_standings(self) -> list[Any]:
         with self.engine.begin() as connection:
@@ -455,6 +463,22 @@ def test_a_job_that_goes_on_does_so_at_its_moment_and_before_new_ones(db: Store)
     (again,) = db.claims()
     assert again.key.id == "a"
     assert (again.attempt, again.tries, again.reason) == (2, 2, AttemptReason.RETRY)
+
+
+@pytest.mark.parametrize(("given", "seconds"), [(None, 60), (7.5, 7.5)])
+def test_total_time_is_the_jobs_own_or_the_workers(db: Store, given: float | None, seconds: float) -> None:
+    db.take_in("waiting", total_timeout=given)
+    chosen = db.claims()
+    started = db.take_in("b", direct=direct(), total_timeout=given)
+    again = db.take_in("b", direct=direct(), total_timeout=given)
+    db.enqueue("c", total_timeout=given)
+    answers = db(store.take_named, named("c", admits()))
+    for claim in (*chosen, started, again, *answers):
+        assert isinstance(claim, Claim)
+        assert seconds * 0.5 < claim.remaining_seconds < seconds + 0.1  # SQLite's clock counts days, in steps of 40 µs
+        assert db.rows(jobs, claim.key.id)[0].total_timeout == given
+        left = db.seconds_left(claim.key.id)
+        assert seconds * 0.5 < left < seconds + 0.1
 
 
 def test_total_time_counts_from_the_first_start(db: Store) -> None:

@@ -54,6 +54,7 @@ def new_rows(job: Job, queue: str = names.QUEUE, retry_of: str | None = None) ->
             "attempt": 0,
             "tries": 0,
             "max_attempts": job.max_attempts,
+            "total_timeout": job.total_timeout,
             "next_reason": "first",
             "partial": False,
         },

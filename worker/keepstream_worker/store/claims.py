@@ -28,7 +28,7 @@ class Picked(NamedTuple):
 
     pick: Pick
     worker_id: str
-    total_timeout: float  #: Seconds from the first attempt's start, for a job that has none yet.
+    total_timeout: float  #: Seconds from the first attempt's start, for a job that does not say.
 
     @property
     def owned(self) -> OwnedJob:
@@ -40,7 +40,7 @@ class Direct(NamedTuple):
     """How a job starts at once."""
 
     worker_id: str
-    total_timeout: float  #: Seconds from the first attempt's start.
+    total_timeout: float  #: Seconds from the first attempt's start, for a job that does not say.
     target: Target
     tokens: int  #: Charged for it.
 
@@ -122,6 +122,7 @@ COLUMNS: Final = (
     jobs.c.next_reason,
     jobs.c.queue,
     jobs.c["class"].label("job_class"),
+    jobs.c.total_timeout,
     seconds_until(jobs.c.deadline_at).label("remaining"),
     HAS_EXPIRED,
     NOW,
@@ -160,7 +161,7 @@ def make_claim(
         place: The one that it has among those that run.
         pools: Has its pool.
         text: The job as JSON.
-        total_timeout: Seconds, if the job has not started before.
+        total_timeout: Seconds, if the job does not say.
         is_new: Whether ``row`` was read before the attempt was written there.
     """
     target = Target(place.provider, place.model)
@@ -172,7 +173,7 @@ def make_claim(
         tries=row.tries + is_new,
         max_attempts=row.max_attempts,
         reason=AttemptReason(row.next_reason),
-        remaining_seconds=total_timeout if row.remaining is None else row.remaining,
+        remaining_seconds=(row.total_timeout or total_timeout) if row.remaining is None else row.remaining,
         expired=place.attempt == 1 and bool(row.has_expired),
         cancel_requested=row.cancel_requested_at is not None,
         job=text,
@@ -195,8 +196,11 @@ class Start(NamedTuple):
     owned: OwnedJob
     reason: str
     target: Target
-    total_timeout: float  #: Seconds, for a job that has not started before.
+    total_timeout: float  #: Seconds, for a job that does not say.
 
+
+#: The job's own, or the worker's.
+_TOTAL_TIMEOUT: Final = func.coalesce(jobs.c.total_timeout, bindparam("given_timeout", type_=Float))
 
 #: The job's row says which attempt runs.
 _START: Final = (
@@ -207,7 +211,7 @@ _START: Final = (
         attempt=bindparam("new_attempt", type_=Integer),
         tries=jobs.c.tries + 1,
         started_at=func.coalesce(jobs.c.started_at, now()),
-        deadline_at=func.coalesce(jobs.c.deadline_at, seconds_from_now(bindparam("total_timeout", type_=Float))),
+        deadline_at=func.coalesce(jobs.c.deadline_at, seconds_from_now(_TOTAL_TIMEOUT)),
     )
 )
 _OPEN_ATTEMPT: Final = attempts.insert().values(started_at=now())
@@ -219,7 +223,7 @@ def start(connection: Connection, starts: Sequence[Start]) -> None:
         connection.execute(
             _START,
             [
-                name(start.owned.key) | {"new_attempt": start.owned.attempt, "total_timeout": start.total_timeout}
+                name(start.owned.key) | {"new_attempt": start.owned.attempt, "given_timeout": start.total_timeout}
                 for start in starts
             ],
         )

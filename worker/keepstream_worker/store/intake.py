@@ -71,7 +71,7 @@ class Admits(NamedTuple):
     """By what a stored job starts at once."""
 
     worker_id: str
-    total_timeout: float  #: Seconds from the first attempt's start.
+    total_timeout: float  #: Seconds from the first attempt's start, for a job that does not say.
     #: By pool, tenant, the prompt's tokens and the answer's: whom to ask, and the tokens to be charged; None: it waits.
     #: Quick, and without I/O: it is asked in the middle of a transaction.
     admits: Callable[[Pool, str, int, int | None], tuple[Target, int] | None]
@@ -165,7 +165,7 @@ def _new_claim(item: Incoming, direct: Direct, new: _New) -> Claim:
         tries=1,
         max_attempts=job.max_attempts,
         reason=AttemptReason.FIRST,
-        remaining_seconds=direct.total_timeout,
+        remaining_seconds=job.total_timeout or direct.total_timeout,
         expired=new.expired,
         cancel_requested=False,
         job=item.text,

@@ -66,7 +66,8 @@ def _statement(columns: tuple[tuple[Table, str], ...]) -> str:
 
     arrays = ", ".join(f"%({name})s::{type_}[]" for name, type_ in types.items())
     started = "CASE WHEN g.at_worker_id IS NOT NULL THEN statement_timestamp() END"
-    deadline = "statement_timestamp() + make_interval(secs => g.at_total_timeout)"
+    seconds = f"coalesce(g.{_name(jobs, 'total_timeout')}, g.at_total_timeout)"
+    deadline = f"CASE WHEN g.at_worker_id IS NOT NULL THEN statement_timestamp() + make_interval(secs => {seconds}) END"
     place = ", ".join(f"g.{_name(waiting, name)}" for name in ("tenant", "job_id", "lane", "pool"))
     sizes = ", ".join(f"g.{_name(waiting, name)}" for name in ("prompt_tokens", "max_tokens"))
     return f"""
@@ -120,7 +121,7 @@ WITH given AS (
   FROM gone
 ), job AS (
   UPDATE keepstream_jobs j SET status = 'running', attempt = 1, tries = j.tries + 1, started_at = statement_timestamp(),
-    deadline_at = statement_timestamp() + make_interval(secs => gone.total_timeout)
+    deadline_at = statement_timestamp() + make_interval(secs => coalesce(j.total_timeout, gone.total_timeout))
   FROM gone WHERE j.tenant = gone.tenant AND j.id = gone.job_id
 ), attempt AS (
   INSERT INTO keepstream_attempts (tenant, job_id, number, reason, worker_id, provider, model, started_at)

@@ -17,7 +17,7 @@ from keepstream_worker.store.waiting import OwnedJob, note_arrivals
 from keepstream_worker.values import AttemptReason, JobKey
 
 _NEW: Final = sqlite.insert(jobs).values(created_at=now())
-_STARTED: Final = _NEW.values(started_at=now(), deadline_at=seconds_from_now(bindparam("total_timeout", type_=Float)))
+_STARTED: Final = _NEW.values(started_at=now(), deadline_at=seconds_from_now(bindparam("seconds", type_=Float)))
 _RUN: Final = running.insert().values(attempt=1, started_at=now(), cancel_requested=False)
 
 
@@ -27,7 +27,11 @@ def insert(connection: Connection, given: Sequence[tuple[Rows, Direct | None]]) 
     new += _insert_jobs(
         connection,
         _STARTED,
-        [{**rows[jobs], "total_timeout": direct.total_timeout} for rows, direct in given if direct is not None],
+        [
+            {**rows[jobs], "seconds": rows[jobs]["total_timeout"] or direct.total_timeout}
+            for rows, direct in given
+            if direct is not None
+        ],
     )
     keys = {JobKey(tenant, job_id) for tenant, job_id, _, _ in new}
     kept = [(rows, direct) for rows, direct in given if _key(rows) in keys]
