@@ -113,12 +113,14 @@ def test_redis_out_of_memory_loses_nothing(cluster: Cluster) -> None:
 
 
 def test_redis_out_of_memory_while_messages_wait_stops_no_worker(cluster: Cluster) -> None:
-    worker = cluster.start_worker(concurrency=1)
+    worker = cluster.start_worker()
     first = cluster.enqueue(deltas=40, rate=20)
-    waiting = [cluster.enqueue(deltas=3) for _ in range(5)]
     cluster.wait_for_deltas(first, 5)
+    cluster.freeze(worker)
+    waiting = [cluster.enqueue(deltas=3) for _ in range(5)]
     with cluster.redis() as client:
         client.config_set("maxmemory", 1)
+        worker.thaw()
         cluster.wait_for(first)
         worker.wait_to_say("broker_unavailable", waiting_to="note messages", reason="OOM")
         client.config_set("maxmemory", 0)

@@ -25,6 +25,8 @@ _CALL_TIMEOUT: Final = 5.0
 _MOST_FLUSHED: Final = 1024 * 1024
 #: Seconds after which events that Redis refused, while it took others, are sent again.
 _REFUSED_PAUSE: Final = 1.0
+#: Seconds without a failure after which an outage is over.
+_SETTLED: Final = 3.0
 #: What Redis says when it is not the master any more.
 _MOVED: Final = frozenset({"READONLY", "MASTERDOWN"})
 
@@ -63,6 +65,7 @@ class Publisher:
         self._outage = Outage(Server.REDIS, "publish events")
         self._link: RedisLink | None = None
         self._dirty: dict[Publication, None] = {}
+        self._over: asyncio.TimerHandle | None = None
         self._in_flight = False  #: Whether Redis still owes the answer to a flush.
         self._wake: asyncio.Future[None] | None = None
         self._task = asyncio.get_running_loop().create_task(self._run(), name="publisher")
@@ -119,6 +122,8 @@ class Publisher:
         while (self._dirty or self._in_flight) and time.monotonic() < deadline:  # noqa: ASYNC110  # the end of the process is no hot path
             await asyncio.sleep(0.02)
         self._task.cancel()
+        if self._over is not None:
+            self._over.cancel()
         await asyncio.wait((self._task,), timeout=2.0)
         if self._link is not None:
             self._link.close()
@@ -133,8 +138,8 @@ class Publisher:
             try:
                 if self._link is None or not self._link.alive:
                     self._link = await self._connect()
-                await self._flush(self._link)
-                self._outage.worked()
+                if await self._flush(self._link):
+                    self._note_success()
                 delay = 0.05
             except Exception as error:  # noqa: BLE001  # whatever it is, the events of all jobs depend on this loop
                 self._note_failure(error)
@@ -143,8 +148,20 @@ class Publisher:
                 for publication in self._dirty:
                     publication.shed_buffer(self._buffer_bytes)
 
+    def _note_success(self) -> None:
+        """Say that an outage is over once nothing has failed for a while: a full Redis takes one flush of several."""
+        if self._outage.lasts and self._over is None:
+            self._over = asyncio.get_running_loop().call_later(_SETTLED, self._note_over)
+
+    def _note_over(self) -> None:
+        self._over = None
+        self._outage.worked()
+
     def _note_failure(self, error: Exception) -> None:
         """Begin anew with another connection, and with snapshots after a defect."""
+        if self._over is not None:
+            self._over.cancel()
+            self._over = None
         if self._link is not None:
             self._link.close()
             self._link = None
@@ -175,19 +192,22 @@ class Publisher:
         self.epoch += 1
         return link
 
-    async def _flush(self, link: RedisLink) -> None:
-        """Send one call for each publication that has something, in one pipeline; what is too much goes next time."""
+    async def _flush(self, link: RedisLink) -> bool:
+        """Send one call for each publication that has something, in one pipeline; what is too much goes next time.
+
+        Return whether Redis has taken something.
+        """
         batch = [publication for publication in self._dirty if publication.has_pending]  # some were discarded
         self._dirty = {}
         if not batch:
-            return
+            return False
         self._in_flight = True
         try:
             calls, left = self._next_calls(batch)
             self._dirty = dict.fromkeys(left) | self._dirty
             batch = list(calls)
             if not calls:
-                return
+                return False
             # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the answer.
             async with asyncio.timeout(_CALL_TIMEOUT):
                 answers = await link.call([command for command, _ in calls.values()], len(calls))
@@ -212,6 +232,7 @@ class Publisher:
                 log.warning("events_refused", log_key=publication.keys[0].decode(), reason=redis_reason(refusal))
             publication.shed_buffer(self._buffer_bytes)
             self._mark_dirty_later(publication)
+        return not refused
 
     def _next_calls(self, batch: list[Publication]) -> tuple[dict[Publication, tuple[bytes, int]], list[Publication]]:
         """Return the calls of one flush, and the publications that must wait for the next one."""
