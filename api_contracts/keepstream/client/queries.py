@@ -105,18 +105,24 @@ def _insert(connection: Connection, rows: dict[Table, dict[str, Any]]) -> bool:
         statement = _insert_at_once(tuple((table, tuple(row)) for table, row in rows.items()))
         values = {_name(table.c[column]): value for table, row in rows.items() for column, value in row.items()}
         return connection.scalar(statement, values) is not None
-    new = sqlite.insert(jobs).values(created_at=tables.now(), **rows[jobs]).on_conflict_do_nothing()
-    if connection.execute(new.returning(jobs.c.id)).one_or_none() is None:
+    if connection.execute(_NEW_JOB, rows[jobs]).one_or_none() is None:
         return False
-    connection.execute(requests.insert().values(rows[requests]))
-    connection.execute(sqlite.insert(pools).values(rows[pools]).on_conflict_do_nothing())
-    place = waiting.insert().values(rows[waiting]).returning(*_NOTED)
-    connection.execute(arrivals.insert().values(connection.execute(place).one()._asdict()))
+    connection.execute(_REQUEST, rows[requests])
+    connection.execute(_POOL, rows[pools])
+    place = connection.execute(_PLACE, rows[waiting]).one()
+    connection.execute(_ARRIVAL, place._asdict())
     return True
 
 
 #: What an arrival says of the row that waits.
 _NOTED: Final = (waiting.c.seq, waiting.c.lane, waiting.c.pool, waiting.c.tenant)
+
+# On SQLite, where a statement costs no round trip. They are made once, which takes longer than to execute them.
+_NEW_JOB: Final = sqlite.insert(jobs).values(created_at=tables.now()).on_conflict_do_nothing().returning(jobs.c.id)
+_REQUEST: Final = requests.insert()
+_POOL: Final = sqlite.insert(pools).on_conflict_do_nothing()
+_PLACE: Final = waiting.insert().returning(*_NOTED)
+_ARRIVAL: Final = arrivals.insert()
 
 
 @cache
