@@ -79,6 +79,9 @@ class Settings(BaseSettings):
     first_token_timeout: Seconds = Field(
         120.0, description="Seconds from the request to the first data; reasoning models think for long."
     )
+    responses_first_token_timeout: Seconds = Field(
+        600.0, description="The same where a provider is asked by the Responses API, which may think unseen."
+    )
     idle_timeout: Seconds = Field(
         180.0,
         description="Seconds between two data events; gateways are silent for minutes while a tool call is built.",
@@ -131,7 +134,21 @@ class Settings(BaseSettings):
         ge=1024,
         description="Bytes of one job's whole output; a model that repeats itself without end is stopped there.",
     )
-    max_event_bytes: int = Field(8 * 1024 * 1024, ge=1024, description="Bytes of one event from the provider.")
+    max_event_bytes: int = Field(
+        64 * 1024 * 1024, ge=1024, description="Bytes of one event from the provider; an image comes in one."
+    )
+    max_extra_bytes: int = Field(
+        64 * 1024 * 1024,
+        ge=1024,
+        description="Bytes of one job's images, audio, logprobs and other extras; what is more is left out, and the"
+        " result says so.",
+    )
+    live_extra_bytes: int = Field(
+        262_144,
+        ge=1024,
+        description="Bytes of one image or other extra that events carry; of a larger one they carry the size, and the"
+        " row the whole.",
+    )
 
     # -- for whoever watches --
     alive_dir: Path | None = Field(

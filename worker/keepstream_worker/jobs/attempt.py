@@ -87,15 +87,17 @@ class Attempt:
     def publish_finished(self, report: AttemptReport) -> None:
         """Publish ``attempt.finished``: the answer is whole."""
         self.finished = True
-        self.publication.send("attempt.finished", finished_fields(report.choices, report.usage))
+        self.publication.send(
+            "attempt.finished", finished_fields(report.choices, report.usage, report.provider_details)
+        )
 
-    def publish_carried(self, choices: list[Choice], spent: Usage) -> None:
+    def publish_carried(self, choices: list[Choice], spent: Usage, details: dict[str, Any] | None) -> None:
         """Publish the whole answer of an earlier attempt as this one's."""
         self.carried = choices
         self.finished = True
         self.publish_started(continues=True)
-        self.publication.send("snapshot", snapshot_fields(choices, spent, finished=True))
-        self.publication.send("attempt.finished", finished_fields(choices, spent))
+        self.publication.send("snapshot", self._snapshot_of(choices, spent, details))
+        self.publication.send("attempt.finished", finished_fields(choices, spent, details))
 
     def report(self, worker_id: str, failure: Failure | None, stop: Stop | None) -> AttemptReport:
         """Return what the verdict is to be based on."""
@@ -131,9 +133,14 @@ class Attempt:
 
     def _snapshot(self) -> dict[str, Any]:
         if self.carried is not None:
-            return snapshot_fields(self.carried, Usage(), finished=self.finished)
+            return self._snapshot_of(self.carried, Usage(), None)
         output = self.reader.output()
-        return snapshot_fields(output.choices, self.usage_of(output), finished=self.finished)
+        return self._snapshot_of(output.choices, self.usage_of(output), output.provider_details)
+
+    def _snapshot_of(self, choices: list[Choice], spent: Usage, details: dict[str, Any] | None) -> dict[str, Any]:
+        return snapshot_fields(
+            choices, spent, finished=self.finished, details=details, live_bytes=self.reader.limits.live_extra_bytes
+        )
 
 
 def first_token_timeout(first: float, *, tries: int, remaining_seconds: float) -> float:
@@ -230,6 +237,8 @@ class AttemptStreams:
             Limits(
                 max_event_bytes=config.limits.max_event_bytes or self._settings.max_event_bytes,
                 max_output_bytes=config.limits.max_output_bytes or self._settings.max_output_bytes,
+                max_extra_bytes=config.limits.max_extra_bytes or self._settings.max_extra_bytes,
+                live_extra_bytes=self._settings.live_extra_bytes,
             ),
             done_completes=config.done_completes,
             content_type=response.content_type,

@@ -110,7 +110,9 @@ def decide(report: AttemptReport, policy: RetryPolicy, random: Callable[[], floa
     )
 
 
-def recovered(key: JobKey, attempt: int, worker_id: str, choices: Sequence[Choice]) -> Ending:
+def recovered(
+    key: JobKey, attempt: int, worker_id: str, choices: Sequence[Choice], details: dict[str, Any] | None
+) -> Ending:
     """The attempt before had finished when its worker died; its output is this one's."""
     return Ending(
         key=key,
@@ -119,6 +121,7 @@ def recovered(key: JobKey, attempt: int, worker_id: str, choices: Sequence[Choic
         outcome=Outcome.RECOVERED,
         status=JobStatus.COMPLETED,
         choices=choices,
+        provider_details=details,
     )
 
 
