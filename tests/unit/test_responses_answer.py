@@ -6,10 +6,10 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from keepstream.next_turn import ITEMS_FIELD
 from keepstream.results import Choice
 from keepstream_worker.providers.accumulator import Limits
 from keepstream_worker.providers.dialects.responses_answer import ResponsesAccumulator
-from keepstream_worker.providers.dialects.responses_request import ITEMS_FIELD
 from keepstream_worker.values import Delta
 from tests.streams import check
 

@@ -221,13 +221,15 @@ class AttemptStreams:
     def _timeouts(self, job: Job, config: ProviderConfig, claim: Claim) -> Timeouts:
         """The job's own limits come first, then the provider's, then the worker's."""
         given, settings = config.timeouts, self._settings
+        chosen = job.first_token_timeout or given.first_token
+
+        def first_token(default: float) -> float:
+            return first_token_timeout(chosen or default, tries=claim.tries, remaining_seconds=claim.remaining_seconds)
+
         return Timeouts(
             connect=given.connect or settings.connect_timeout,
-            first_token=first_token_timeout(
-                job.first_token_timeout or given.first_token or settings.first_token_timeout,
-                tries=claim.tries,
-                remaining_seconds=claim.remaining_seconds,
-            ),
+            first_token=first_token(settings.first_token_timeout),
+            first_token_by_responses=first_token(settings.responses_first_token_timeout),
             idle=job.idle_timeout or given.idle or settings.idle_timeout,
         )
 

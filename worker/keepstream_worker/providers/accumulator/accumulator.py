@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from keepstream.extras import REASONING_FIELDS as REASONING_NAMES_FIELD
 from keepstream.extras import abridged, merged_extra
+from keepstream.next_turn import LEGACY_CALL
 from keepstream.results import Choice
 from keepstream_worker.providers.accumulator.bounds import Bounded, Limits
 from keepstream_worker.providers.accumulator.builders import ChoiceBuilder, TextBuilder, ToolCallBuilder
@@ -504,7 +505,7 @@ class Accumulator(Bounded):
             call_id = "call_" + sha256(seed.encode()).hexdigest()[:24]
         call = ToolCallBuilder(position, call_id, part.type or "function", generated_id=not part.id)
         if part.key == FUNCTION_CALL:
-            call.extra = {"legacy_function_call": True}  # its result is sent with the role "function"
+            call.extra = {LEGACY_CALL: True}  # its result is sent with the role "function"
         choice.calls.append(call)
         return call
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 from keepstream.extras import abridged
+from keepstream.next_turn import ITEMS_FIELD
 from keepstream_worker.providers.accumulator import Limits, Output
 from keepstream_worker.providers.accumulator.bounds import Bounded
 from keepstream_worker.providers.accumulator.builders import ChoiceBuilder, TextBuilder, ToolCallBuilder
@@ -22,7 +23,6 @@ from keepstream_worker.providers.accumulator.json_values import (
     storable,
     whole_number,
 )
-from keepstream_worker.providers.dialects.responses_request import ITEMS_FIELD
 from keepstream_worker.values import Delta
 
 _MESSAGE: Final = "message"
