@@ -1,6 +1,6 @@
 """Streams for tests: the conformance cases as bytes, and a stream played to the reader.
 
-In: ``conformance/sse_cases.jsonl``.
+In: ``conformance/sse_cases.jsonl`` and ``conformance/responses_cases.jsonl``.
 Out: cases, and what the reader made of a stream, to unit tests and the fuzzer.
 """
 
@@ -18,7 +18,9 @@ from keepstream.extras import Extras, merged_extra, omissions
 from keepstream_worker.providers.stream import Limits, Output, StreamReader
 from keepstream_worker.values import Delta, Failure
 
-CASES: Final = Path(__file__).parent / "conformance" / "sse_cases.jsonl"
+_CASES: Final = Path(__file__).parent / "conformance"
+#: The files of cases, by the dialect in which the provider was asked.
+FILES: Final = {"chat": _CASES / "sse_cases.jsonl", "responses": _CASES / "responses_cases.jsonl"}
 CAUSES: Final[dict[str, Failure | None]] = {
     "clean": None,
     "reset": Failure(ErrorCode.CONNECTION, "the connection was reset"),
@@ -36,15 +38,16 @@ class Case:
     chunks: list[bytes]
     cause: Failure | None  #: What the transport says at the end.
     expect: dict[str, Any]
+    responses: bool = False  #: Whether the provider was asked by the Responses API.
 
     @property
     def body(self) -> bytes:
         return b"".join(self.chunks)
 
 
-def load_cases() -> list[Case]:
-    """Return all cases."""
-    lines = [json.loads(line) for line in CASES.read_text(encoding="utf-8").splitlines()]
+def load_cases(dialect: str = "chat") -> list[Case]:
+    """Return all cases of a dialect."""
+    lines = [json.loads(line) for line in FILES[dialect].read_text(encoding="utf-8").splitlines()]
     return [
         Case(
             name=line["name"],
@@ -53,6 +56,7 @@ def load_cases() -> list[Case]:
             chunks=[base64.b64decode(c["b64"]) if isinstance(c, dict) else c.encode() for c in line["chunks"]],
             cause=CAUSES[line["close"]],
             expect=line["expect"],
+            responses=dialect == "responses",
         )
         for line in lines
     ]
@@ -77,9 +81,10 @@ def play(
     *,
     limits: Limits | None = None,
     done_completes: bool = True,
+    responses: bool = False,
 ) -> Played:
     """Feed ``pieces`` to a reader until it is done, then finish it, checking its promises on the way."""
-    reader = StreamReader(limits, done_completes=done_completes, call_seed="job-1")
+    reader = StreamReader(limits, done_completes=done_completes, call_seed="job-1", responses=responses)
     deltas: list[Delta] = []
     for piece in pieces:
         if reader.done:

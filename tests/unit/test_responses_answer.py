@@ -462,6 +462,14 @@ EVENTS = st.fixed_dictionaries(
 )
 
 
+def test_a_call_that_is_never_named_is_told_without_a_name() -> None:
+    piece = {"type": "response.function_call_arguments.delta", "output_index": 0, "item_id": "fc_1", "delta": "{}"}
+    _, deltas, error = play(piece)
+    assert error is None
+    ((call,),) = [delta.fields["tool_calls"] for delta in deltas]
+    assert call.keys() == {"index", "id", "arguments"}, "an empty name says nothing"
+
+
 @settings(max_examples=400, deadline=None)
 @given(st.lists(EVENTS, max_size=12))
 def test_whatever_comes_the_deltas_joined_equal_the_output_and_can_be_stored(events: list[dict[str, Any]]) -> None:
