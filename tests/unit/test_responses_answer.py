@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,6 +12,7 @@ from keepstream.results import Choice
 from keepstream_worker.providers.accumulator import Limits
 from keepstream_worker.providers.dialects.responses_answer import ResponsesAccumulator
 from keepstream_worker.values import Delta
+from tests import streams
 from tests.streams import check
 
 
@@ -460,6 +462,20 @@ EVENTS = st.fixed_dictionaries(
         | ANY,
     },
 )
+
+
+@pytest.mark.parametrize("held", ["in the item", "before the name", "for ever"])
+def test_arguments_that_were_held_back_may_hold_half_a_surrogate_pair(held: str) -> None:
+    place: dict[str, Any] = {"output_index": 0}
+    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": ""}
+    added = place | {"type": "response.output_item.added", "item": call | {"arguments": '"\ud83d'}}
+    first = place | {"type": "response.function_call_arguments.delta", "delta": '"\ud83d'}
+    rest = first | {"delta": '\ude00"'}
+    done = place | {"type": "response.output_item.done", "item": call}
+    events = {"in the item": [added, rest], "before the name": [first, rest, done], "for ever": [first, rest]}[held]
+    body = b"".join(b"data: %b\n\n" % json.dumps(event).encode() for event in events)
+    played = streams.play([body], responses=True)
+    assert [call.arguments for call in played.output.choices[0].tool_calls] == ['"😀"']
 
 
 def test_a_call_that_is_never_named_is_told_without_a_name() -> None:

@@ -484,8 +484,9 @@ class ResponsesAccumulator(Bounded):
             return
         held, slot.held = slot.held, ""
         if held and not piece.startswith(held):
-            piece = held + piece
-        self._append_arguments(slot, piece)
+            self._append_held(slot, held + piece)
+        else:
+            self._append_arguments(slot, piece)
 
     def _fill_arguments(self, event: dict[str, Any]) -> None:
         slot = self._find(_call_kind(event), event)
@@ -512,6 +513,11 @@ class ResponsesAccumulator(Bounded):
         if added := self._append(call.arguments, piece):
             self._tell(call, arguments=added)
 
+    def _append_held(self, slot: _Item, piece: str) -> None:
+        """Add arguments that were held back, perhaps since an event that was parsed leniently."""
+        self._lenient = True
+        self._append_arguments(slot, piece)
+
     def _open_call(self, slot: _Item) -> None:
         """Begin a call, now that it has a name and an id, or the stream is over."""
         choice = self._open_choice()
@@ -533,7 +539,7 @@ class ResponsesAccumulator(Bounded):
         pending, slot.pending = "".join(slot.pending), []
         if pending:
             self._bytes_left += byte_length(pending)  # it was reserved when it came
-            self._append_arguments(slot, pending)
+            self._append_held(slot, pending)
 
     def _settle(self, slot: _Item) -> None:
         """Give a call what was held back for it, since nothing more will come."""
@@ -541,7 +547,7 @@ class ResponsesAccumulator(Bounded):
             self._open_call(slot)
         if slot.call is not None and slot.held and not slot.call.arguments:
             held, slot.held = slot.held, ""
-            self._append_arguments(slot, held)
+            self._append_held(slot, held)
 
     def _tell(self, call: ToolCallBuilder, **added: str) -> None:
         """Put what a call gained into the current delta."""
