@@ -198,12 +198,7 @@ class StrictProvider:
             begun = _REASONING_ITEM | {"encrypted_content": "g"}  # not whole yet
             events: list[dict[str, Any]] = [
                 {"type": "response.created", "response": {"id": "resp_1", "status": "in_progress"}},
-                # What is encrypted at the beginning of an item is not whole yet.
-                {
-                    "type": "response.output_item.added",
-                    "output_index": 0,
-                    "item": _REASONING_ITEM | {"encrypted_content": "g"},
-                },
+                {"type": "response.output_item.added", "output_index": 0, "item": begun},
                 {"type": "response.output_item.done", "output_index": 0, "item": _REASONING_ITEM},
                 {"type": "response.output_item.added", "output_index": 1, "item": _CALL_ITEM | {"arguments": ""}},
                 {"type": "response.function_call_arguments.delta", "output_index": 1, "delta": ARGUMENTS},
