@@ -59,7 +59,7 @@ class Settings(BaseSettings):
         names.QUEUE,
         description="Celery queue; jobs that must not wait behind others get a queue and workers of their own.",
     )
-    providers_file: Path | None = Field(None, description="TOML file with further providers.")
+    providers_file: Path | None = Field(None, description="TOML file with further providers, and with limits.")
 
     # -- how much at once --
     concurrency: int = Field(
