@@ -66,7 +66,7 @@ chaos: $(VENV)/dev ## Kill workers, Redis and the provider at random, then count
 bench: $(VENV)/bench ## Measure this worker, the usual tutorial and the bare floor [ARGS=--quick]
 	@$(PY) -m benchmarks $(ARGS)
 
-fuzz: $(VENV)/dev ## Feed the decoders random bytes, longer than the tests do [SEED=0 ARGS=--inputs=100000]
+fuzz: $(VENV)/dev ## Feed both decoders broken and invented streams, longer than the tests do [SEED=0 ARGS=--inputs=100000]
 	@$(PY) -m tests.fuzz.fuzz_stream $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 # One lock serves every supported Python and platform. --no-config keeps private indexes of this machine out of it.

@@ -56,8 +56,9 @@ class RecordingProvider(ScriptedProvider):
     def _playback_for(self, connection: Connection, request: Request) -> Playback:
         playback = super()._playback_for(connection, request)
         key = request.json().get("script", {}).get("key")
-        if key is not None:
-            self._history[key].append(self._attempts[key])  # updated until the response ends
+        attempt = self._attempts.get(key)
+        if attempt is not None and attempt not in self._history[key][-1:]:  # a limit may have refused it
+            self._history[key].append(attempt)  # updated until the response ends
         return playback
 
 

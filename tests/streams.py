@@ -1,6 +1,6 @@
 """Streams for tests: the conformance cases as bytes, and a stream played to the reader.
 
-In: ``conformance/sse_cases.jsonl``.
+In: ``conformance/sse_cases.jsonl`` and ``conformance/responses_cases.jsonl``.
 Out: cases, and what the reader made of a stream, to unit tests and the fuzzer.
 """
 
@@ -11,11 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import orjson
+
 from keepstream.errors import ErrorCode
+from keepstream.extras import Extras, merged_extra, omissions
 from keepstream_worker.providers.stream import Limits, Output, StreamReader
 from keepstream_worker.values import Delta, Failure
 
-CASES: Final = Path(__file__).parent / "conformance" / "sse_cases.jsonl"
+_CASES: Final = Path(__file__).parent / "conformance"
+#: The files of cases, by the dialect in which the provider was asked.
+FILES: Final = {"chat": _CASES / "sse_cases.jsonl", "responses": _CASES / "responses_cases.jsonl"}
 CAUSES: Final[dict[str, Failure | None]] = {
     "clean": None,
     "reset": Failure(ErrorCode.CONNECTION, "the connection was reset"),
@@ -33,15 +38,16 @@ class Case:
     chunks: list[bytes]
     cause: Failure | None  #: What the transport says at the end.
     expect: dict[str, Any]
+    responses: bool = False  #: Whether the provider was asked by the Responses API.
 
     @property
     def body(self) -> bytes:
         return b"".join(self.chunks)
 
 
-def load_cases() -> list[Case]:
-    """Return all cases."""
-    lines = [json.loads(line) for line in CASES.read_text(encoding="utf-8").splitlines()]
+def load_cases(dialect: str = "chat") -> list[Case]:
+    """Return all cases of a dialect."""
+    lines = [json.loads(line) for line in FILES[dialect].read_text(encoding="utf-8").splitlines()]
     return [
         Case(
             name=line["name"],
@@ -50,6 +56,7 @@ def load_cases() -> list[Case]:
             chunks=[base64.b64decode(c["b64"]) if isinstance(c, dict) else c.encode() for c in line["chunks"]],
             cause=CAUSES[line["close"]],
             expect=line["expect"],
+            responses=dialect == "responses",
         )
         for line in lines
     ]
@@ -74,9 +81,10 @@ def play(
     *,
     limits: Limits | None = None,
     done_completes: bool = True,
+    responses: bool = False,
 ) -> Played:
     """Feed ``pieces`` to a reader until it is done, then finish it, checking its promises on the way."""
-    reader = StreamReader(limits, done_completes=done_completes, call_seed="job-1")
+    reader = StreamReader(limits, done_completes=done_completes, call_seed="job-1", responses=responses)
     deltas: list[Delta] = []
     for piece in pieces:
         if reader.done:
@@ -95,10 +103,12 @@ def check(deltas: Sequence[Delta], output: Output) -> None:
         check_fields(fields)
     held = joined(deltas)
     for choice in output.choices:
-        calls = [{"id": call.id, "name": call.name, "arguments": call.arguments} for call in choice.tool_calls]
+        calls = [call.model_dump(exclude={"arguments_valid"}) for call in choice.tool_calls]
         texts = {"content": choice.content, "reasoning": choice.reasoning, "refusal": choice.refusal}
-        nothing = {"content": "", "reasoning": "", "refusal": "", "tool_calls": []}
-        assert held.get(choice.index, nothing) == {**texts, "tool_calls": calls}
+        nothing: dict[str, Any] = {"content": "", "reasoning": "", "refusal": "", "tool_calls": [], "extra": None}
+        told = held.get(choice.index, nothing)
+        extra = choice.extra if not omissions(told["extra"]) else told["extra"]
+        assert told == {**texts, "tool_calls": calls, "extra": extra}
     assert held.keys() <= {choice.index for choice in output.choices}
     for part in (*(choice.model_dump() for choice in output.choices), output.usage, output.provider_details):
         text = json.dumps(part, allow_nan=False, ensure_ascii=False)
@@ -109,36 +119,52 @@ def check(deltas: Sequence[Delta], output: Output) -> None:
 def check_fields(fields: dict[str, Any]) -> None:
     """Check that a delta conforms to the contract and is not empty."""
     assert fields
-    assert fields.keys() <= {"content", "reasoning", "refusal", "tool_calls"}
+    assert fields.keys() <= {"content", "reasoning", "refusal", "tool_calls", "extra"}
     for name, value in fields.items():
         assert value
-        if name != "tool_calls":
+        if name == "extra":
+            assert isinstance(value, dict)
+            orjson.dumps(value)
+        elif name != "tool_calls":
             assert isinstance(value, str)
-            continue
-        for fragment in value:
-            assert {"index"} < fragment.keys() <= {"index", "id", "name", "arguments"}
-            assert all(isinstance(part, str) and part for key, part in fragment.items() if key != "index")
+        else:
+            for fragment in value:
+                assert {"index"} < fragment.keys() <= {"index", "id", "type", "name", "arguments", "extra"}
+                texts = [part for key, part in fragment.items() if key not in {"index", "extra"}]
+                assert all(isinstance(part, str) and part for part in texts)
 
 
 def joined(deltas: Iterable[Delta]) -> dict[int, dict[str, Any]]:
     """Return what a follower holds after applying ``deltas``."""
     held: dict[int, dict[str, Any]] = {}
     for index, fields in deltas:
-        choice = held.setdefault(index, {"content": [], "reasoning": [], "refusal": [], "tool_calls": []})
+        choice = held.setdefault(
+            index, {"content": [], "reasoning": [], "refusal": [], "tool_calls": [], "extra": Extras()}
+        )
         for name, value in fields.items():
+            if name == "extra":
+                for field, piece in value.items():
+                    choice["extra"].add(field, piece)
+                continue
             if name != "tool_calls":
                 choice[name].append(value)
                 continue
             for fragment in value:
                 if fragment["index"] == len(choice["tool_calls"]):
-                    choice["tool_calls"].append({"id": fragment["id"], "name": "", "arguments": []})
+                    choice["tool_calls"].append(
+                        {"id": fragment["id"], "type": "function", "name": "", "arguments": [], "extra": None}
+                    )
                 call = choice["tool_calls"][fragment["index"]]
                 call["id"] = fragment.get("id", call["id"])
                 call["name"] = fragment.get("name", call["name"])
+                call["type"] = fragment.get("type", call["type"])
                 call["arguments"].append(fragment.get("arguments", ""))
+                if "extra" in fragment:
+                    call["extra"] = merged_extra(call["extra"], fragment["extra"])
     for choice in held.values():
         for name in ("content", "reasoning", "refusal"):
             choice[name] = "".join(choice[name])
+        choice["extra"] = choice["extra"].value()
         for call in choice["tool_calls"]:
             call["arguments"] = "".join(call["arguments"])
     return held

@@ -8,12 +8,13 @@ attempt, drop what the older attempt sent; if ``n`` skips within an attempt and 
 the log; ignore unknown types and unknown fields.
 """
 
-from typing import Annotated, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from keepstream import names
 from keepstream.errors import ErrorInfo
+from keepstream.extras import abridged_fields
 from keepstream.results import Choice, CompletionResult, JobStatus, ToolCall, Usage, output_sha256
 
 VERSION: Final = 1
@@ -34,6 +35,17 @@ class ToolCallDelta(_Part):
         default=None, description="Name so far: a later name of the same call replaces the earlier one."
     )
     arguments: str | None = Field(default=None, description="The next piece of the arguments' text.")
+    type: str | None = Field(default=None, description="Sent with the first fragment if it is not function.")
+    extra: dict[str, Any] | None = Field(
+        default=None, description="What else the provider sent with the call, a signature for instance; it replaces."
+    )
+
+
+_EXTRA: Final = (
+    "Images, audio, annotations, logprobs, signatures and the like, as the provider sent them, by name: texts and lists"
+    ' are appended, objects joined field by field. {"omitted": "image", "bytes": n} stands for what is too large for'
+    " events; the row holds it."
+)
 
 
 class Delta(_Part):
@@ -43,6 +55,7 @@ class Delta(_Part):
     reasoning: str | None = None
     refusal: str | None = None
     tool_calls: list[ToolCallDelta] | None = None
+    extra: dict[str, Any] | None = Field(default=None, description=_EXTRA)
 
 
 class ChoiceSnapshot(_Part):
@@ -54,14 +67,16 @@ class ChoiceSnapshot(_Part):
     refusal: str = ""
     finish_reason: str | None = None
     tool_calls: list[ToolCall] = Field(default_factory=list)
+    extra: dict[str, Any] | None = Field(default=None, description="As in a delta, but all of it.")
 
     @classmethod
     def of(cls, choice: Choice) -> Self:
-        """Return the snapshot of a stored choice, whose ``extra`` is no part of events."""
-        return cls.model_validate(choice, from_attributes=True)
+        """Return the snapshot of a stored choice; what is too large for events is omitted in it."""
+        snapshot = cls.model_validate(choice, from_attributes=True)
+        return snapshot.model_copy(update={"extra": abridged_fields(choice.extra)})
 
     def to_choice(self) -> Choice:
-        """Return the choice to be stored, without ``extra``."""
+        """Return the choice to be stored."""
         return Choice.model_validate(self, from_attributes=True)
 
 
@@ -110,6 +125,7 @@ class Snapshot(_Event):
     choices: list[ChoiceSnapshot]
     finished: bool = Field(default=False, description="True if the provider's stream had completed by then.")
     usage: Usage | None = None
+    provider_details: dict[str, Any] | None = Field(default=None, description="As in attempt.finished, if finished.")
 
 
 class AttemptFailed(_Event):
@@ -128,6 +144,9 @@ class AttemptFinished(_Event):
     type: Literal["attempt.finished"] = "attempt.finished"
     finish_reasons: dict[int, str | None] = Field(description="Choice index to finish reason, as the provider sent it.")
     usage: Usage | None = None
+    provider_details: dict[str, Any] | None = Field(
+        default=None, description="The provider's own id, the model really used, service tier, filter results."
+    )
 
 
 class _Terminal(_Event):
@@ -284,6 +303,7 @@ def snapshot_event(result: CompletionResult, event_id: str) -> Snapshot:
         choices=[ChoiceSnapshot.of(choice) for choice in result.choices],
         finished=result.status is JobStatus.COMPLETED,
         usage=result.attempts[-1].usage if result.attempts else None,
+        provider_details=abridged_fields(result.provider_details),
     )
 
 

@@ -13,7 +13,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from keepstream import next_turn
 from keepstream.errors import ErrorInfo
+from keepstream.extras import LEFT_OUT
 
 
 class JobStatus(StrEnum):
@@ -82,7 +84,19 @@ class Choice(_Value):
     refusal: str = ""
     finish_reason: str | None = Field(default=None, description="As the provider sent it.")
     tool_calls: list[ToolCall] = Field(default_factory=list)
-    extra: dict[str, Any] | None = Field(default=None, description="Logprobs, annotations and other extras.")
+    extra: dict[str, Any] | None = Field(
+        default=None,
+        description=(
+            "What else came, under the provider's names: images, audio, annotations, logprobs, signatures."
+            " reasoning_fields: the names under which it sent the reasoning; left_out: what is not whole, and why."
+        ),
+    )
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Fields of ``extra`` that are not whole, and why; a call's are named ``tool_calls[0]``."""
+        known = (self.extra or {}).get(LEFT_OUT)
+        return {name: str(reason) for name, reason in known.items()} if isinstance(known, dict) else {}
 
     def parsed_arguments(self, position: int = 0) -> Any:
         """Return the decoded arguments of the tool call at ``position``.
@@ -201,6 +215,24 @@ class CompletionResult(_Value):
     def tool_calls(self) -> list[ToolCall]:
         """The first choice's tool calls."""
         return self.choices[0].tool_calls if self.choices else []
+
+    def assistant_message(self, choice: int = 0) -> dict[str, Any]:
+        """Return the message that stands for an answer in the next request, to be appended to its ``messages``.
+
+        It has the text, the refusal, the tool calls with their ids, and everything else that the provider wants back,
+        where it wants it: reasoning under the name by which it came, signatures, the items of the Responses API.
+
+        Args:
+            choice: The answer's index.
+
+        Raises:
+            IndexError: there is no answer with this index.
+        """
+        for answer in self.choices:
+            if answer.index == choice:
+                provider = self.attempts[-1].provider if self.attempts else self.provider
+                return next_turn.assistant_message(answer, provider)
+        raise IndexError(f"job {self.id} has no choice {choice}")
 
 
 class JobSummary(_Value):

@@ -9,6 +9,7 @@ modelled on this module.
 
 import json
 from enum import Enum, auto
+from typing import Any
 
 from keepstream.events import (
     AttemptFailed,
@@ -25,6 +26,7 @@ from keepstream.events import (
     TerminalEvent,
     ToolCallDelta,
 )
+from keepstream.extras import Extras, merged_extra
 from keepstream.names import EventId
 from keepstream.results import ToolCall, output_sha256
 
@@ -56,6 +58,7 @@ class Transcript:
         self.behind = False  #: Whether the latest event was held back because others before it are missing.
         self.finished = False  #: Whether the provider's stream is complete.
         self.terminal: TerminalEvent | None = None  #: The event that ended the job.
+        self.provider_details: dict[str, Any] | None = None  #: As ``attempt.finished`` gave them.
         self._choices: dict[int, _Choice] = {}
 
     def apply(self, event: Event) -> bool:
@@ -75,10 +78,12 @@ class Transcript:
                 self._start_over()
                 self._choices = {choice.index: _Choice.of(choice) for choice in event.choices}
                 self.finished = event.finished
+                self.provider_details = event.provider_details
             case AttemptFailed():
                 self._start_over()
             case AttemptFinished():
                 self.finished = True
+                self.provider_details = event.provider_details
                 self._note_finish_reasons(event.finish_reasons)
             case JobCompleted() | JobFailed() | JobCancelled() | JobExpired():
                 self.terminal = event
@@ -109,6 +114,7 @@ class Transcript:
     def _start_over(self) -> None:
         self._choices = {}
         self.finished = False
+        self.provider_details = None
 
     def _note_finish_reasons(self, reasons: dict[int, str | None]) -> None:
         for index, reason in reasons.items():
@@ -124,6 +130,7 @@ class _Choice:
         self.refusal: list[str] = []
         self.finish_reason: str | None = None
         self.tool_calls: dict[int, _Call] = {}
+        self.extras = Extras()
 
     @classmethod
     def of(cls, snapshot: ChoiceSnapshot) -> "_Choice":
@@ -133,6 +140,7 @@ class _Choice:
         choice.refusal.append(snapshot.refusal)
         choice.finish_reason = snapshot.finish_reason
         choice.tool_calls = {position: _Call(call) for position, call in enumerate(snapshot.tool_calls)}
+        choice.extras = Extras(snapshot.extra)
         return choice
 
     def append(self, delta: Delta) -> None:
@@ -141,6 +149,9 @@ class _Choice:
         self.refusal.append(delta.refusal or "")
         for fragment in delta.tool_calls or ():
             self.tool_calls.setdefault(fragment.index, _Call()).append(fragment)
+        if delta.extra:
+            for name, piece in delta.extra.items():
+                self.extras.add(name, piece)
 
     def snapshot(self, index: int) -> ChoiceSnapshot:
         return ChoiceSnapshot(
@@ -150,6 +161,7 @@ class _Choice:
             refusal="".join(self.refusal),
             finish_reason=self.finish_reason,
             tool_calls=[self.tool_calls[position].value() for position in sorted(self.tool_calls)],
+            extra=self.extras.value(),
         )
 
 
@@ -161,20 +173,27 @@ class _Call:
         self.id = self.given.id
         self.name = self.given.name
         self.arguments = [self.given.arguments]
+        self.type = self.given.type
+        self.extra = self.given.extra
 
     def append(self, fragment: ToolCallDelta) -> None:
         self.id = fragment.id or self.id
         self.name = fragment.name or self.name
         self.arguments.append(fragment.arguments or "")
+        self.type = fragment.type or self.type
+        if fragment.extra:
+            self.extra = merged_extra(self.extra, fragment.extra)
 
     def value(self) -> ToolCall:
         arguments = "".join(self.arguments)
         return self.given.model_copy(
             update={
                 "id": self.id,
+                "type": self.type,
                 "name": self.name,
                 "arguments": arguments,
                 "arguments_valid": _is_json(arguments),
+                "extra": self.extra,
             }
         )
 

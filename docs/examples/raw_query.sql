@@ -8,14 +8,14 @@ SELECT status, model, error_code, error_message, partial, output_sha256,
 FROM keepstream_jobs
 WHERE tenant = 'default' AND id = :job_id;
 
--- What the model said, one row a choice.
-SELECT "index", content, reasoning, refusal, finish_reason
+-- What the model said, one row a choice; the README says which of it the next request gives back.
+SELECT "index", content, reasoning, refusal, finish_reason, extra
 FROM keepstream_choices
 WHERE tenant = 'default' AND job_id = :job_id
 ORDER BY "index";
 
 -- The tools it called.
-SELECT choice_index, position, call_id, name, arguments, arguments_valid
+SELECT choice_index, position, call_id, type, name, arguments, arguments_valid, extra
 FROM keepstream_tool_calls
 WHERE tenant = 'default' AND job_id = :job_id
 ORDER BY choice_index, position;

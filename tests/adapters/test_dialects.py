@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from keepstream.errors import ErrorCode
+from keepstream.next_turn import ITEMS_FIELD
 from keepstream_worker.dev_stack.scripted_provider import ScriptedProvider
 from keepstream_worker.providers.config import ProviderConfig, parse_providers
-from keepstream_worker.providers.dialects.responses_request import ITEMS_FIELD
 from keepstream_worker.providers.provider import ProviderFailure, Providers, Timeouts
 from keepstream_worker.providers.stream import Output, StreamReader
 
@@ -37,13 +37,15 @@ class Asked:
         table = f'[providers.p]\nbase_url = "{server.base_url}"\n{toml}'
         self._providers = Providers(parse_providers(table, {}))
 
-    async def ask(self, **request: Any) -> Output:
+    async def ask(self, timeouts: Timeouts = PATIENT, **request: Any) -> Output:
         """Send a request as an attempt does, and return what is made of the answer."""
         body = {"model": "m-1", "messages": [{"role": "user", "content": "Hi"}], "script": {"text": "ok"}} | request
-        async with self._providers.get("p").stream(body, PATIENT) as response:
+        async with self._providers.get("p").stream(body, timeouts) as response:
             reader = StreamReader(responses=response.by_responses)
             async for data in response:
                 reader.feed(data)
+                if reader.saw_data:
+                    response.note_data()
                 if reader.done:
                     break
         assert reader.finish() is None
@@ -128,6 +130,37 @@ async def test_a_model_that_is_only_there_is_found_there(make: Any) -> None:
     script = {"key": "k", "text": "ok", "faults": [refusal({"error": error}, 404)]}
     await asked.ask(script=script)
     assert asked.paths == ["/chat/completions", "/responses"]
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "hinted"),
+    [
+        (404, {"detail": "Not Found"}, True),
+        (404, {"error": {"message": "Invalid URL (POST /v1/responses)", "type": "invalid_request_error"}}, True),
+        (405, {"detail": "Method Not Allowed"}, True),
+        (404, {"error": {"message": "The model `m-1` does not exist", "code": "model_not_found"}}, False),
+        (400, {"error": {"message": "temperature is too high", "param": "temperature"}}, False),
+    ],
+)
+async def test_a_server_without_the_endpoint_is_told_from_one_without_the_model(
+    make: Any, status: int, body: dict[str, Any], *, hinted: bool
+) -> None:
+    asked = make('api = "responses"')
+    with pytest.raises(ProviderFailure) as caught:
+        await asked.ask(script={"key": "k", "faults": [refusal(body, status)]})
+    assert ('api = "chat"' in caught.value.failure.message) is hinted
+
+
+async def test_the_first_output_of_a_response_may_take_longer(make: Any) -> None:
+    """A model that thinks unseen is silent: the other dialect's limit does not apply, also not after its refusal."""
+    asked = make()
+    script = {"key": "k", "text": "ok", "first_token_delay": 1.0, "faults": [refusal(WANTS_RESPONSES)]}
+    impatient = Timeouts(connect=10.0, first_token=0.3, idle=10.0, first_token_by_responses=30.0)
+    assert (await asked.ask(impatient, tools=TOOLS, script=script)).choices[0].content == "ok"
+    asked = make('api = "responses"')
+    hasty = Timeouts(connect=10.0, first_token=30.0, idle=10.0, first_token_by_responses=0.3)
+    with pytest.raises(ProviderFailure, match=r"0\.3 s"):
+        await asked.ask(hasty, script={"text": "ok", "first_token_delay": 20.0})
 
 
 async def test_what_the_other_dialect_cannot_say_is_refused_by_its_name(make: Any) -> None:

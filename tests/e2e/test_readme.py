@@ -62,6 +62,13 @@ def test_the_example_of_waiting_waits_and_lists(cluster: Cluster, tmp_path: Path
     assert done.stdout.splitlines()[-1] == f"{summary.id} completed Hi!"
 
 
+def test_the_example_of_the_next_turn_ends_when_no_tool_is_called(cluster: Cluster, tmp_path: Path) -> None:
+    cluster.start_worker()
+    done = run_example(cluster, tmp_path, blocks("python")[3])
+    assert done.stdout == "['user', 'assistant', 'tool', 'assistant']\n"
+    assert [job.status for job in cluster.client.list()] == ["completed", "completed"]
+
+
 def run_example(cluster: Cluster, directory: Path, text: str) -> subprocess.CompletedProcess[str]:
     """Run a program of the README, which must not fail."""
     example = directory / "example.py"

@@ -1,4 +1,4 @@
-"""Fuzz the stream reader with broken, mixed and invented streams, cut anywhere.
+"""Fuzz the stream reader, in both dialects, with broken, mixed and invented streams, cut anywhere.
 
 In: the conformance cases and a seed.
 Out: progress and a final count; exit code 1 and the failing input, as a Python literal, if a promise does not hold.
@@ -8,16 +8,22 @@ stores. Run it as ``python -m tests.fuzz.fuzz_stream --inputs 1000000``. The sam
 """
 
 import argparse
+import copy
 import json
 import random
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Any, Final, Self
 
 from keepstream_worker.providers.stream import Limits
-from tests.streams import CAUSES, load_cases, play
+from keepstream_worker.values import Failure
+from tests.fuzz.any_values import any_json, any_text
+from tests.fuzz.chat_chunks import any_chunk
+from tests.fuzz.responses_events import any_events
+from tests.streams import CAUSES, FILES, load_cases, play
 
 _LIMITS: Final = Limits(
     max_event_bytes=1_500,
@@ -42,36 +48,55 @@ _TOKENS: Final = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class _Dialect:
+    """One dialect: real answers, and how to make up more."""
+
+    responses: bool
+    seeds: list[bytes]
+    invent: Callable[[random.Random], bytes]
+
+    @classmethod
+    def named(cls, name: str) -> Self:
+        """Return the dialect of this name."""
+        seeds = [case.body for case in load_cases(name) if case.http_status == 200 and len(case.body) <= _LARGEST_BODY]
+        return cls(name == "responses", seeds, _INVENTORS[name])
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run and return the exit code."""
     parser = argparse.ArgumentParser(description="Fuzz the stream reader.")
-    parser.add_argument("--inputs", type=int, default=100_000)
+    parser.add_argument("--inputs", type=int, default=100_000, help="of each dialect")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dialect", choices=list(FILES), action="append", help="default: all; may be repeated")
     options = parser.parse_args(arguments)
+    return max(_fuzz(name, options.inputs, options.seed) for name in options.dialect or FILES)
 
-    seeds = [case.body for case in load_cases() if case.http_status == 200 and len(case.body) <= _LARGEST_BODY]
+
+def _fuzz(name: str, inputs: int, seed: int) -> int:
+    dialect = _Dialect.named(name)
     start = reported = time.monotonic()
     ends: dict[str, int] = {}
     memory_at_first = 0
-    for number in range(options.inputs):
-        rng = random.Random(f"{options.seed}:{number}")
-        body = rng.choice(_MAKERS)(rng, seeds)
+    for number in range(inputs):
+        rng = random.Random(f"{seed}:{number}")
+        body = rng.choice(_MAKERS)(rng, dialect)
         cause = rng.choice([None, None, *CAUSES.values()])
         try:
-            end = _try(body, cause, rng)
+            end = _try(body, cause, rng, responses=dialect.responses)
         except BaseException:
-            _tell(f"input {number} of seed {options.seed} failed: {body!r}")
+            _tell(f"{name}: input {number} of seed {seed} failed: {body!r}")
             raise
         ends[end] = ends.get(end, 0) + 1
         if number == 2_000:
             memory_at_first = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         if time.monotonic() - reported > _PROGRESS_SECONDS:
             reported = time.monotonic()
-            _tell(f"{number + 1} inputs, {reported - start:.0f} s")
+            _tell(f"{name}: {number + 1} inputs, {reported - start:.0f} s")
     growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory_at_first if memory_at_first else 0
     seconds = time.monotonic() - start
     tally = dict(sorted(ends.items()))
-    _tell(f"{options.inputs} inputs in {seconds:.0f} s, grown by {growth} KiB, ends: {tally}")
+    _tell(f"{name}: {inputs} inputs in {seconds:.0f} s, grown by {growth} KiB, ends: {tally}")
     return 1 if growth > _MOST_GROWTH else 0
 
 
@@ -80,13 +105,13 @@ def _tell(line: str) -> None:
     sys.stdout.flush()
 
 
-def _try(body: bytes, cause: Any, rng: random.Random) -> str:
+def _try(body: bytes, cause: Failure | None, rng: random.Random, *, responses: bool) -> str:
     """Play one input whole and in pieces; ``play`` itself checks the promises."""
     limits = rng.choice([None, None, _LIMITS])
     start = time.process_time()
-    played = play(pieces(body, rng), cause, limits=limits)
+    played = play(pieces(body, rng), cause, limits=limits, responses=responses)
     if rng.random() < 0.3:
-        assert play([body], cause, limits=limits).seen() == played.seen()
+        assert play([body], cause, limits=limits, responses=responses).seen() == played.seen()
     assert time.process_time() - start < _SLOWEST_SECONDS
     return played.failure.code.value if played.failure else "completed"
 
@@ -104,8 +129,8 @@ def pieces(body: bytes, rng: random.Random) -> Iterator[bytes]:
 # -- inputs -------------------------------------------------------------------------------------------------
 
 
-def _mutated(rng: random.Random, seeds: list[bytes]) -> bytes:
-    body = bytearray(rng.choice(seeds))
+def _mutated(rng: random.Random, dialect: _Dialect) -> bytes:
+    body = bytearray(rng.choice(dialect.seeds))
     for _ in range(rng.choice([1, 1, 2, 4, 10])):
         place = rng.randint(0, len(body))
         match rng.randrange(6):
@@ -118,7 +143,7 @@ def _mutated(rng: random.Random, seeds: list[bytes]) -> bytes:
             case 3:
                 del body[place:]
             case 4:
-                other = rng.choice(seeds)
+                other = rng.choice(dialect.seeds)
                 body[place:place] = other[rng.randint(0, len(other)) :][: rng.randint(0, 400)]
             case _:
                 token = rng.choice(_TOKENS)
@@ -126,158 +151,107 @@ def _mutated(rng: random.Random, seeds: list[bytes]) -> bytes:
     return bytes(body[:_LARGEST_BODY])
 
 
-def _spliced(rng: random.Random, seeds: list[bytes]) -> bytes:
+def _spliced(rng: random.Random, dialect: _Dialect) -> bytes:
     """Whole events of several streams, shuffled, repeated and dropped."""
-    events = [event for _ in range(3) for event in rng.choice(seeds).split(b"\n\n")]
+    events = [event for _ in range(3) for event in rng.choice(dialect.seeds).split(b"\n\n")]
     return b"\n\n".join(rng.choices(events, k=rng.randint(1, 12))) + b"\n\n"
 
 
-def _made_up(rng: random.Random, seeds: list[bytes]) -> bytes:
+def _rearranged(rng: random.Random, dialect: _Dialect) -> bytes:
+    """A real answer, event by event: some are missing, repeated or elsewhere, and some fields are others."""
+    events = [event for line in rng.choice(dialect.seeds).split(b"\n") if (event := _event_in(line)) is not None]
+    for _ in range(rng.choice([1, 1, 2, 4, 8])):
+        if not events:
+            break
+        place = rng.randrange(len(events))
+        match rng.randrange(5):
+            case 0:
+                del events[place]
+            case 1:
+                events.insert(rng.randrange(len(events)), copy.deepcopy(events[place]))
+            case 2:
+                events.insert(rng.randrange(len(events)), events.pop(place))
+            case 3:
+                _alter(rng, events[place])
+            case _:  # some servers never send a field, or always the same value
+                name = rng.choice(_TELLING)
+                value = rng.choice([_GONE, _GONE, 0, "x", "", None])
+                for event in events:
+                    _set_everywhere(event, name, value)
+    return b"".join(b"data: %b\n\n" % json.dumps(event).encode() for event in events) + rng.choice(
+        [b"", b"data: [DONE]\n\n"]
+    )
+
+
+def _event_in(line: bytes) -> dict[str, Any] | None:
+    try:
+        event = json.loads(line.removeprefix(b"data:"), strict=False)
+    except (ValueError, RecursionError):
+        return None
+    return event if isinstance(event, dict) else None
+
+
+def _alter(rng: random.Random, value: Any) -> None:
+    """Change, remove or repeat one thing somewhere in a value."""
+    while isinstance(value, dict | list) and value:
+        key: Any = rng.choice(list(value)) if isinstance(value, dict) else rng.randrange(len(value))
+        if isinstance(value[key], dict | list) and value[key] and rng.random() < 0.7:
+            value = value[key]
+            continue
+        match rng.randrange(4):
+            case 0:
+                del value[key]
+            case 1 if isinstance(value, list):
+                value.insert(key, copy.deepcopy(value[key]))
+            case 2 if isinstance(value[key], str):
+                value[key] = rng.choice([value[key][:-1], value[key] + "a", value[key] * 2, any_text(rng)])
+            case _:
+                value[key] = any_json(rng)
+        return
+
+
+def _set_everywhere(value: Any, name: str, new: Any) -> None:
+    if isinstance(value, dict):
+        if name in value:
+            if new is _GONE:
+                del value[name]
+            else:
+                value[name] = new
+        for inner in value.values():
+            _set_everywhere(inner, name, new)
+    elif isinstance(value, list):
+        for inner in value:
+            _set_everywhere(inner, name, new)
+
+
+def _made_up(rng: random.Random, dialect: _Dialect) -> bytes:
     """Chunks whose fields are missing, usual or of any type."""
-    lines = [json.dumps(_chunk(rng), ensure_ascii=rng.random() < 0.7) for _ in range(rng.randint(1, 12))]
+    return dialect.invent(rng)
+
+
+def _of_chunks(rng: random.Random) -> bytes:
+    return _sent(rng, [any_chunk(rng) for _ in range(rng.randint(1, 12))])
+
+
+def _of_events(rng: random.Random) -> bytes:
+    return _sent(rng, any_events(rng))
+
+
+def _sent(rng: random.Random, values: list[Any]) -> bytes:
+    lines = [json.dumps(value, ensure_ascii=rng.random() < 0.7) for value in values]
     end = rng.choice(["\n\n", "\n\n", "\r\n\r\n", "\r\r"])
     text = "".join(f"data: {line}{end}" for line in lines) + rng.choice(["", "data: [DONE]" + end])
     return text.encode(errors="surrogatepass")
 
 
-def _any_json(rng: random.Random, depth: int = 3) -> Any:
-    kind = rng.randrange(9 if depth else 7)
-    if kind == 7:
-        return [_any_json(rng, depth - 1) for _ in range(rng.randrange(3))]
-    if kind == 8:
-        return {_any_text(rng): _any_json(rng, depth - 1) for _ in range(rng.randrange(3))}
-    return rng.choice([None, True, 0, -1, 2**70, 0.5, float("nan"), "", "null", _any_text(rng), _any_text(rng)])
-
-
-def _any_text(rng: random.Random) -> str:
-    return "".join(
-        rng.choices(
-            ["a", "b", " ", "{", "}", '"', "\\", "\x00", "\n", "é", "€", "😀", "\ud83d", "\ude00"], k=rng.randrange(6)
-        )
-    )
-
-
-def _object(rng: random.Random, **fields: Callable[[], Any]) -> dict[str, Any]:
-    """Return an object whose fields are mostly as given, sometimes missing, rarely of any type."""
-    made = {}
-    for name, make in fields.items():
-        chance = rng.random()
-        if chance < 0.75:
-            made[name] = make()
-        elif chance < 0.8:
-            made[name] = _any_json(rng)
-    if rng.random() < 0.05:
-        made[_any_text(rng)] = _any_json(rng)
-    return made
-
-
-def _chunk(rng: random.Random) -> Any:
-    rare = {
-        "error": lambda: _error(rng),
-        "x_groq": lambda: {"usage": _usage(rng), "error": rng.choice([None, None, _error(rng)])},
-        "code": lambda: rng.choice([0, 400, 500]),
-        "message": lambda: _any_text(rng),
-        "citations": lambda: ["x"],
-        "base_resp": lambda: {"status_code": rng.choice([0, 1002])},
-    }
-    some = {name: make for name, make in rare.items() if rng.random() < 0.04}
-    chunk = _object(
-        rng,
-        id=lambda: "cc-1",
-        model=lambda: "m",
-        choices=lambda: [_choice(rng) for _ in range(rng.choice([0, 1, 1, 1, 2]))],
-        usage=lambda: rng.choice([None, None, _usage(rng)]),
-        **some,
-    )
-    return rng.choice([[chunk], [chunk, chunk]]) if rng.random() < 0.03 else chunk
-
-
-def _choice(rng: random.Random) -> dict[str, Any]:
-    rare = {
-        "message": lambda: _delta(rng),
-        "error": lambda: _error(rng),
-        "usage": lambda: _usage(rng),
-        "logprobs": lambda: {"content": [{"token": _any_text(rng)}]},
-        "content_filter_results": lambda: {"a": {"filtered": False}},
-    }
-    some = {name: make for name, make in rare.items() if rng.random() < 0.06}
-    return _object(
-        rng,
-        index=lambda: rng.choice([0, 0, 0, 1, 2, "1", None]),
-        delta=lambda: _delta(rng),
-        finish_reason=lambda: rng.choice([None] * 8 + ["", "stop", "length", "error", "null"]),
-        **some,
-    )
-
-
-def _delta(rng: random.Random) -> dict[str, Any]:
-    usual = {
-        "role": lambda: "assistant",
-        "content": lambda: rng.choice([_any_text(rng), _parts(rng)]),
-        "reasoning_content": lambda: _any_text(rng),
-        "reasoning": lambda: _any_text(rng),
-        "reasoning_details": lambda: _parts(rng),
-        "refusal": lambda: _any_text(rng),
-        "tool_calls": lambda: [_fragment(rng) for _ in range(rng.choice([1, 1, 2]))],
-        "function_call": lambda: {"name": rng.choice(["", "f"]), "arguments": _any_text(rng)},
-        "audio": lambda: rng.choice([{"data": "AA"}, {"expires_at": 1}]),
-        "annotations": lambda: [{"type": "url_citation"}],
-        "thinking": lambda: rng.choice([_any_text(rng), _any_json(rng)]),
-        "plan": lambda: rng.choice([_any_text(rng), "a", _any_json(rng)]),
-        "images": lambda: [{"type": "image_url"}],
-    }
-    chosen = rng.choices(["content", "tool_calls", *usual], k=rng.choice([1, 1, 2, 4]))
-    return _object(rng, **{name: usual[name] for name in chosen})
-
-
-def _parts(rng: random.Random) -> list[Any]:
-    kinds = ("text", "thinking", "reasoning", "refusal", "image_url", "reasoning.encrypted")
-    return [
-        _object(rng, type=lambda: rng.choice(kinds), text=lambda: _any_text(rng), thinking=lambda: _any_json(rng))
-        for _ in range(rng.randrange(3))
-    ]
-
-
-def _fragment(rng: random.Random) -> dict[str, Any]:
-    function = _object(
-        rng,
-        name=lambda: rng.choice(["f", "fg", "g", "", None, _any_text(rng)]),
-        arguments=lambda: rng.choice([_any_text(rng), "{}", '{"a":1}', "null", "", None, {"a": _any_json(rng)}]),
-    )
-    return _object(
-        rng,
-        index=lambda: rng.choice([0, 0, 1, 2, "0", None]),
-        id=lambda: rng.choice(["a", "b", "", "null", None, _any_text(rng)]),
-        type=lambda: rng.choice(["function", "custom"]),
-        **{rng.choice(["function", "function", "custom"]): lambda: function},
-        extra_content=lambda: rng.choice([None, None, {"google": {"thought_signature": "A"}}]),
-    )
-
-
-def _usage(rng: random.Random) -> dict[str, Any]:
-    return _object(
-        rng,
-        prompt_tokens=lambda: rng.choice([0, 3, None, "4", 5.0]),
-        completion_tokens=lambda: rng.choice([0, 7]),
-        total_tokens=lambda: rng.choice([0, 9, 10**30]),
-        completion_tokens_details=lambda: {"reasoning_tokens": rng.choice([0, 1])},
-    )
-
-
-def _error(rng: random.Random) -> Any:
-    return rng.choice(
-        [
-            None,
-            {},
-            "text",
-            _object(
-                rng, code=lambda: rng.choice([400, 503, "429", "x"]), message=lambda: _any_text(rng), type=lambda: "t"
-            ),
-        ]
-    )
-
-
-_MAKERS: Final = (_mutated, _mutated, _spliced, _made_up, _made_up)
+_INVENTORS: Final = {"chat": _of_chunks, "responses": _of_events}
+_MAKERS: Final = (_mutated, _mutated, _spliced, _rearranged, _rearranged, _made_up, _made_up)
+#: Fields that tell calls, items, parts and choices apart.
+_TELLING: Final = (
+    "id", "index", "call_id", "item_id", "output_index", "content_index", "summary_index", "sequence_number", "type",
+    "name", "phase", "finish_reason", "status", "response", "object",
+)  # fmt: skip
+_GONE: Final = object()
 
 if __name__ == "__main__":
     sys.exit(main())

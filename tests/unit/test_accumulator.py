@@ -186,7 +186,7 @@ def test_a_stream_is_complete_only_when_every_choice_has_ended():
 def test_an_audio_answer_ends_with_its_expiry():
     chunks = [chunk({"audio": {"id": "au", "data": "AAA="}}), chunk({"audio": {"expires_at": 1_700_003_600}})]
     assert completeness(*chunks) == [False, True]
-    assert choice_of(*chunks).extra == {"audio": [{"id": "au", "data": "AAA="}, {"expires_at": 1_700_003_600}]}
+    assert choice_of(*chunks).extra == {"audio": {"id": "au", "data": "AAA=", "expires_at": 1_700_003_600}}
 
 
 @pytest.mark.parametrize(
@@ -600,7 +600,7 @@ def test_extras_are_kept_beside_their_choice():
     )
     assert choice.content == "aa"
     assert choice.extra == {
-        "annotations": [citation, citation],
+        "annotations": [citation],  # repeated, as some providers do
         "logprobs": {"content": [token, token], "refusal": None},
         "native_finish_reason": "x",
         "reasoning_details": [{"type": "reasoning.encrypted", "data": "g"}],
@@ -613,12 +613,26 @@ def test_extras_are_kept_beside_their_choice():
 def test_reasoning_under_another_name_is_reasoning_and_keeps_its_name(name: str):
     choice = choice_of(chunk({name: "First "}), chunk({name: "think"}), chunk({name: "."}), chunk({"content": "a"}))
     assert (choice.content, choice.reasoning) == ("a", "First think.")
-    assert choice.extra == {name: "First think."}
+    assert choice.extra == {"reasoning_fields": [name]}
 
 
 def test_reasoning_under_two_names_comes_once():
-    choice = choice_of(chunk({"reasoning_content": "r", "thinking": "r"}), chunk({"thought": "s", "reasoning": "s"}))
+    choice = choice_of(chunk({"reasoning_content": "r", "thinking": "r"}), chunk({"thinking": "s", "reasoning": "s"}))
     assert choice.reasoning == "rs"
+    assert choice.extra == {"reasoning_fields": ["reasoning_content", "thinking", "reasoning"]}
+
+
+def test_another_text_beside_the_reasoning_is_kept_under_its_own_name():
+    choice = choice_of(chunk({"reasoning_content": "r", "thoughts": "other"}))
+    assert choice.reasoning == "r"
+    assert choice.extra == {"reasoning_fields": ["reasoning_content"], "thoughts": "other"}
+
+
+def test_reasoning_that_is_empty_leaves_its_name():
+    """A model that may think, and did not: its provider wants the empty field back."""
+    choice = choice_of(chunk({"role": "assistant", "content": None, "reasoning_content": ""}), chunk({"content": "a"}))
+    assert choice.extra == {"reasoning_fields": ["reasoning_content"]}
+    assert choice_of(chunk({"content": "a", "reasoning_content": None})).extra is None
 
 
 def test_an_unknown_text_of_a_delta_is_joined_whatever_its_name():
@@ -758,7 +772,10 @@ def test_extras_beyond_the_limit_are_left_out_and_their_absence_is_marked():
     stream = Stream(Limits(max_extra_bytes=2 * size)).apply(data, data, data)
     choice = stream.end().choices[0]
     assert choice.content == "aaa"
-    assert choice.extra == {"logprobs": {"content": [{"token": "a"}] * 2}, "truncated": True}
+    assert choice.extra is not None
+    assert choice.extra["logprobs"] == {"content": [{"token": "a"}] * 2}
+    assert list(choice.extra["left_out"]) == ["logprobs"]
+    assert f"the limit of {2 * size} bytes" in choice.extra["left_out"]["logprobs"]
 
 
 def test_what_is_repeated_with_every_chunk_takes_no_room():

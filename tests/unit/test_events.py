@@ -21,6 +21,7 @@ from keepstream.events import (
     snapshot_event,
     terminal_event,
 )
+from keepstream.extras import LIVE_BYTES
 from keepstream.names import EventId, parse_event_id
 from keepstream.results import AttemptResult, Choice, CompletionResult, JobStatus, ToolCall, Usage, output_sha256
 
@@ -151,7 +152,7 @@ def test_a_stored_job_gives_a_snapshot_of_its_output() -> None:
     assert parse_event(event.model_dump_json()) == event
 
 
-def test_a_snapshot_holds_all_of_a_choice_but_its_extras() -> None:
+def test_a_snapshot_holds_all_of_a_choice_but_what_is_too_large() -> None:
     fields: dict[str, Any] = {
         "index": 1,
         "content": "c",
@@ -160,10 +161,13 @@ def test_a_snapshot_holds_all_of_a_choice_but_its_extras() -> None:
         "finish_reason": "stop",
         "tool_calls": [ToolCall(id="t", name="f", arguments="{", arguments_valid=False, extra={"signature": "s"})],
     }
-    snapshot = ChoiceSnapshot.of(Choice(**fields, extra={"logprobs": []}))
+    image = {"type": "image_url", "image_url": {"url": "x" * LIVE_BYTES}}
+    snapshot = ChoiceSnapshot.of(Choice(**fields, extra={"annotations": [1], "images": [image, 2]}))
+    omitted = {"omitted": "image", "bytes": len(json.dumps(image, separators=(",", ":")))}
+    fields["extra"] = {"annotations": [1], "images": [omitted, 2]}
     assert dict(snapshot) == fields
-    assert dict(snapshot.to_choice()) == fields | {"extra": None}
-    assert Choice.model_fields.keys() == fields.keys() | {"extra"}  # a new field is to be added here
+    assert dict(snapshot.to_choice()) == fields
+    assert Choice.model_fields.keys() == fields.keys()  # a new field is to be added here
 
 
 def test_a_jobs_redis_names_share_one_cluster_slot_and_name_the_tenant() -> None:

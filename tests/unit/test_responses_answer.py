@@ -3,14 +3,17 @@
 import json
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from keepstream.next_turn import ITEMS_FIELD
 from keepstream.results import Choice
 from keepstream_worker.providers.accumulator import Limits
 from keepstream_worker.providers.dialects.responses_answer import ResponsesAccumulator
-from keepstream_worker.providers.dialects.responses_request import ITEMS_FIELD
 from keepstream_worker.values import Delta
+from tests import streams
+from tests.streams import check
 
 
 def play(*events: dict[str, Any], limits: Limits | None = None) -> tuple[ResponsesAccumulator, list[Delta], object]:
@@ -19,12 +22,13 @@ def play(*events: dict[str, Any], limits: Limits | None = None) -> tuple[Respons
     deltas: list[Delta] = []
     error: object = None
     for event in events:
-        error = answer.apply(event, deltas, len(json.dumps(event)))
+        error = answer.apply(event, deltas, len(json.dumps(event)), lenient=True)
         if error is not None or answer.ended:
             break
     answer.flush(deltas)
     if answer.complete:
         answer.fill_empty_arguments(deltas)
+    check(deltas, answer.output())
     return answer, deltas, error
 
 
@@ -41,6 +45,8 @@ def joined(deltas: list[Delta]) -> dict[str, Any]:
     held: dict[str, Any] = {"content": "", "reasoning": "", "refusal": "", "tool_calls": {}}
     for delta in deltas:
         for name, value in delta.fields.items():
+            if name == "extra":
+                continue
             if name != "tool_calls":
                 held[name] += value
                 continue
@@ -377,7 +383,10 @@ def test_limits() -> None:
         completed(),
         limits=Limits(max_extra_bytes=100),
     )
-    assert answer.output().choices[0].extra == {"truncated": True}
+    extra = answer.output().choices[0].extra
+    assert extra is not None
+    assert list(extra) == ["left_out"]
+    assert "KEEPSTREAM_MAX_EXTRA_BYTES" in extra["left_out"][ITEMS_FIELD]
 
 
 # -- everything at random -------------------------------------------------------------------------
@@ -453,6 +462,28 @@ EVENTS = st.fixed_dictionaries(
         | ANY,
     },
 )
+
+
+@pytest.mark.parametrize("held", ["in the item", "before the name", "for ever"])
+def test_arguments_that_were_held_back_may_hold_half_a_surrogate_pair(held: str) -> None:
+    place: dict[str, Any] = {"output_index": 0}
+    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": ""}
+    added = place | {"type": "response.output_item.added", "item": call | {"arguments": '"\ud83d'}}
+    first = place | {"type": "response.function_call_arguments.delta", "delta": '"\ud83d'}
+    rest = first | {"delta": '\ude00"'}
+    done = place | {"type": "response.output_item.done", "item": call}
+    events = {"in the item": [added, rest], "before the name": [first, rest, done], "for ever": [first, rest]}[held]
+    body = b"".join(b"data: %b\n\n" % json.dumps(event).encode() for event in events)
+    played = streams.play([body], responses=True)
+    assert [call.arguments for call in played.output.choices[0].tool_calls] == ['"😀"']
+
+
+def test_a_call_that_is_never_named_is_told_without_a_name() -> None:
+    piece = {"type": "response.function_call_arguments.delta", "output_index": 0, "item_id": "fc_1", "delta": "{}"}
+    _, deltas, error = play(piece)
+    assert error is None
+    ((call,),) = [delta.fields["tool_calls"] for delta in deltas]
+    assert call.keys() == {"index", "id", "arguments"}, "an empty name says nothing"
 
 
 @settings(max_examples=400, deadline=None)

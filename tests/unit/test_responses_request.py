@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from keepstream.next_turn import ITEMS_FIELD
 from keepstream_worker.providers.dialects.responses_request import (
-    ITEMS_FIELD,
     NotExpressibleError,
     ResponsesOptions,
     encode,

@@ -251,7 +251,7 @@ def test_attempt_begins_only_in_time(*, expired: bool, remaining: float, code: E
 
 
 def test_recovered_answer_completes_the_job_and_costs_nothing_again() -> None:
-    ending = verdict.recovered(KEY, 2, "worker-1", CHOICES)
+    ending = verdict.recovered(KEY, 2, "worker-1", CHOICES, {"model": "m"})
     assert (ending.outcome, ending.status, ending.failure) == (Outcome.RECOVERED, COMPLETED, None)
     assert (ending.attempt, ending.choices, ending.usage) == (2, CHOICES, Usage())
 

@@ -59,7 +59,7 @@ class Settings(BaseSettings):
         names.QUEUE,
         description="Celery queue, and the jobs that these workers run; others get a queue and workers of their own.",
     )
-    providers_file: Path | None = Field(None, description="TOML file with further providers.")
+    providers_file: Path | None = Field(None, description="TOML file with further providers, and with limits.")
 
     # -- how much at once --
     concurrency: int = Field(
@@ -78,6 +78,9 @@ class Settings(BaseSettings):
     )
     first_token_timeout: Seconds = Field(
         120.0, description="Seconds from the request to the first data; reasoning models think for long."
+    )
+    responses_first_token_timeout: Seconds = Field(
+        600.0, description="The same where a provider is asked by the Responses API, which may think unseen."
     )
     idle_timeout: Seconds = Field(
         180.0,
@@ -127,7 +130,21 @@ class Settings(BaseSettings):
         ge=1024,
         description="Bytes of one job's whole output; a model that repeats itself without end is stopped there.",
     )
-    max_event_bytes: int = Field(8 * 1024 * 1024, ge=1024, description="Bytes of one event from the provider.")
+    max_event_bytes: int = Field(
+        64 * 1024 * 1024, ge=1024, description="Bytes of one event from the provider; an image comes in one."
+    )
+    max_extra_bytes: int = Field(
+        64 * 1024 * 1024,
+        ge=1024,
+        description="Bytes of one job's images, audio, logprobs and other extras; what is more is left out, and the"
+        " result says so.",
+    )
+    live_extra_bytes: int = Field(
+        262_144,
+        ge=1024,
+        description="Bytes of one image or other extra that events carry; of a larger one they carry the size, and the"
+        " row the whole.",
+    )
 
     # -- for whoever watches --
     alive_dir: Path | None = Field(

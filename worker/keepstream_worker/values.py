@@ -112,4 +112,4 @@ class Delta(NamedTuple):
     """What one chunk adds to one choice, in the fields of ``keepstream.events.Delta``."""
 
     choice: int
-    fields: dict[str, Any]  #: Any of content, reasoning, refusal (texts to append) and tool_calls (fragments).
+    fields: dict[str, Any]  #: Any of content, reasoning, refusal (texts to append), tool_calls (fragments), extra.

@@ -8,6 +8,7 @@ Pure.
 from collections.abc import Sequence
 from typing import Any
 
+from keepstream.extras import LIVE_BYTES, abridged_fields
 from keepstream.results import Choice, JobStatus, Usage, output_sha256
 from keepstream_worker.values import Ended, Ending
 
@@ -32,18 +33,33 @@ def closing_events(ending: Ending, *, announced: bool) -> list[tuple[str, dict[s
     return events
 
 
-def snapshot_fields(choices: Sequence[Choice], spent: Usage, *, finished: bool) -> dict[str, Any]:
-    """Return the fields of a ``snapshot``."""
+def snapshot_fields(
+    choices: Sequence[Choice],
+    spent: Usage,
+    *,
+    finished: bool,
+    details: dict[str, Any] | None = None,
+    live_bytes: int = LIVE_BYTES,
+) -> dict[str, Any]:
+    """Return the fields of a ``snapshot``, in which extras of more than ``live_bytes`` are omitted."""
     return {
-        "choices": [choice.model_dump(mode="json", exclude={"extra"}) for choice in choices],
+        "choices": [
+            choice.model_dump(mode="json", exclude={"extra"}) | {"extra": abridged_fields(choice.extra, live_bytes)}
+            for choice in choices
+        ],
         "finished": finished,
         "usage": spent.model_dump(mode="json"),
+        "provider_details": abridged_fields(details) if finished else None,
     }
 
 
-def finished_fields(choices: Sequence[Choice], spent: Usage) -> dict[str, Any]:
+def finished_fields(choices: Sequence[Choice], spent: Usage, details: dict[str, Any] | None) -> dict[str, Any]:
     """Return the fields of an ``attempt.finished``."""
-    return {"finish_reasons": finish_reasons(choices), "usage": spent.model_dump(mode="json")}
+    return {
+        "finish_reasons": finish_reasons(choices),
+        "usage": spent.model_dump(mode="json"),
+        "provider_details": abridged_fields(details),
+    }
 
 
 def failed_fields(ending: Ending) -> dict[str, Any]:

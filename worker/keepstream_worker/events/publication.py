@@ -24,6 +24,7 @@ log = get_logger()
 
 #: Events of one job in one script call, so that no call holds Redis up.
 _MAX_CALL: Final = 256
+_TEXTS: Final = frozenset({"content", "reasoning", "refusal"})  #: Fields of a delta that are texts.
 
 
 class PublishError(Exception):
@@ -280,7 +281,7 @@ def merge(deltas: Sequence[Delta]) -> list[Delta]:
     kind: tuple[int, str] | None = None
     pieces: list[str] = []
     for choice, fields in deltas:
-        if len(fields) == 1 and "tool_calls" not in fields:
+        if len(fields) == 1 and fields.keys() <= _TEXTS:
             ((name, piece),) = fields.items()
             if (choice, name) == kind:
                 pieces.append(str(piece))

@@ -100,15 +100,17 @@ class Attempt:
     def publish_finished(self, report: AttemptReport) -> None:
         """Publish ``attempt.finished``: the answer is whole."""
         self.finished = True
-        self.publication.send("attempt.finished", finished_fields(report.choices, report.usage))
+        self.publication.send(
+            "attempt.finished", finished_fields(report.choices, report.usage, report.provider_details)
+        )
 
-    def publish_carried(self, choices: list[Choice], spent: Usage) -> None:
+    def publish_carried(self, choices: list[Choice], spent: Usage, details: dict[str, Any] | None) -> None:
         """Publish the whole answer of an earlier attempt as this one's."""
         self.carried = choices
         self.finished = True
         self.publish_started(continues=True)
-        self.publication.send("snapshot", snapshot_fields(choices, spent, finished=True))
-        self.publication.send("attempt.finished", finished_fields(choices, spent))
+        self.publication.send("snapshot", self._snapshot_of(choices, spent, details))
+        self.publication.send("attempt.finished", finished_fields(choices, spent, details))
 
     def report(self, worker_id: str, failure: Failure | None, stop: Stop | None) -> AttemptReport:
         """Return what the verdict is to be based on."""
@@ -145,9 +147,14 @@ class Attempt:
 
     def _snapshot(self) -> dict[str, Any]:
         if self.carried is not None:
-            return snapshot_fields(self.carried, Usage(), finished=self.finished)
+            return self._snapshot_of(self.carried, Usage(), None)
         output = self.reader.output()
-        return snapshot_fields(output.choices, self.usage_of(output), finished=self.finished)
+        return self._snapshot_of(output.choices, self.usage_of(output), output.provider_details)
+
+    def _snapshot_of(self, choices: list[Choice], spent: Usage, details: dict[str, Any] | None) -> dict[str, Any]:
+        return snapshot_fields(
+            choices, spent, finished=self.finished, details=details, live_bytes=self.reader.limits.live_extra_bytes
+        )
 
 
 def first_token_timeout(first: float, *, tries: int, remaining_seconds: float) -> float:
@@ -233,13 +240,15 @@ class AttemptStreams:
     def _timeouts(self, job: Job, config: ProviderConfig, claim: Claim) -> Timeouts:
         """The job's own limits come first, then the provider's, then the worker's."""
         given, settings = config.timeouts, self._settings
+        chosen = job.first_token_timeout or given.first_token
+
+        def first_token(default: float) -> float:
+            return first_token_timeout(chosen or default, tries=claim.tries, remaining_seconds=claim.remaining_seconds)
+
         return Timeouts(
             connect=given.connect or settings.connect_timeout,
-            first_token=first_token_timeout(
-                job.first_token_timeout or given.first_token or settings.first_token_timeout,
-                tries=claim.tries,
-                remaining_seconds=claim.remaining_seconds,
-            ),
+            first_token=first_token(settings.first_token_timeout),
+            first_token_by_responses=first_token(settings.responses_first_token_timeout),
             idle=job.idle_timeout or given.idle or settings.idle_timeout,
         )
 
@@ -249,6 +258,8 @@ class AttemptStreams:
             Limits(
                 max_event_bytes=config.limits.max_event_bytes or self._settings.max_event_bytes,
                 max_output_bytes=config.limits.max_output_bytes or self._settings.max_output_bytes,
+                max_extra_bytes=config.limits.max_extra_bytes or self._settings.max_extra_bytes,
+                live_extra_bytes=self._settings.live_extra_bytes,
             ),
             done_completes=config.done_completes,
             content_type=response.content_type,

@@ -167,9 +167,9 @@ class Engine:
         number = attempt.claim.attempt
         partial = await self._recovery.look_back(attempt)
         if partial is not None and partial.finished:
-            attempt.publish_carried(partial.choices, partial.usage)
+            attempt.publish_carried(partial.choices, partial.usage, partial.provider_details)
             log.info("attempt_recovered", **_ids(attempt), of=partial.attempt)
-            return verdict.recovered(attempt.key, number, self._worker_id, partial.choices)
+            return verdict.recovered(attempt.key, number, self._worker_id, partial.choices, partial.provider_details)
         if attempt.claim.tries > self._max_attempts(attempt):
             attempt.carried = partial.choices if partial is not None else []
             return verdict.attempts_exhausted(attempt.key, number, self._worker_id, attempt.carried)

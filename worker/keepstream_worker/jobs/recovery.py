@@ -12,7 +12,8 @@ from typing import Any, Final
 import redis.asyncio
 from redis.exceptions import RedisError
 
-from keepstream.events import AttemptFinished, Snapshot, parse_event
+from keepstream.events import AttemptFinished, ChoiceSnapshot, Snapshot, parse_event
+from keepstream.extras import LEFT_OUT, omissions
 from keepstream.names import job_keys
 from keepstream.results import Choice, Usage
 from keepstream.transcript import Transcript
@@ -24,8 +25,8 @@ from keepstream_worker.telemetry.outages import Outage, Server, redis_reason
 
 log = get_logger()
 
-#: Entries read at once; a delta has some 200 bytes.
-_PAGE: Final = 1000
+#: Entries read at once: a delta has some 200 bytes, one with extras up to a few hundred thousand.
+_PAGE: Final = 250
 #: Earlier attempts that are looked at: a recovery may itself have died.
 _LOOK_BACK: Final = 3
 #: Seconds to wait for a Redis that cannot be read: as long as a fail-over takes.
@@ -43,6 +44,7 @@ class PartialOutput:
     choices: list[Choice]
     usage: Usage  #: As the provider reported it, else estimated.
     finished: bool  #: Whether the provider's stream had ended well; then ``choices`` are whole.
+    provider_details: dict[str, Any] | None  #: What the provider said of itself, if it had ended well.
 
 
 class Recovery:
@@ -89,9 +91,9 @@ class Recovery:
             return None
         if transcript.last is None or transcript.behind:
             return None
-        choices = [choice.to_choice() for choice in transcript.choices]
+        choices = [_recovered(choice) for choice in transcript.choices]
         spent = usage or attempt.estimated_usage(choices)
-        return PartialOutput(earlier, choices, spent, transcript.finished)
+        return PartialOutput(earlier, choices, spent, transcript.finished, transcript.provider_details)
 
     async def _read_page(self, key: str, start: str, end: str, give_up_at: float) -> list[Any]:
         """Wait for Redis for a while: repeating an attempt is paid for."""
@@ -106,3 +108,19 @@ class Recovery:
             else:
                 self._outage.worked()
                 return entries
+
+
+def _recovered(snapshot: ChoiceSnapshot) -> Choice:
+    """Return a choice as the log has it; what events omit is missing, and the choice says so."""
+    choice = snapshot.to_choice()
+    missing = omissions(choice.extra)
+    if not missing or choice.extra is None:
+        return choice
+    left_out = {
+        name: f"not whole: {size} bytes are lost, since the worker died before they were stored, and events omit what"
+        " is larger than KEEPSTREAM_LIVE_EXTRA_BYTES"
+        for name, size in missing.items()
+    }
+    known = choice.extra.get(LEFT_OUT)
+    extra = {**choice.extra, LEFT_OUT: {**left_out, **(known if isinstance(known, dict) else {})}}
+    return choice.model_copy(update={"extra": extra})

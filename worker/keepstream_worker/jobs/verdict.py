@@ -154,7 +154,9 @@ def unreadable(claim: Claim, worker_id: str) -> Ending:
     return replace(ending, status=JobStatus.RETRYING, counted=False, retry_in=_UNREADABLE_PAUSE, failure=None)
 
 
-def recovered(key: JobKey, attempt: int, worker_id: str, choices: Sequence[Choice]) -> Ending:
+def recovered(
+    key: JobKey, attempt: int, worker_id: str, choices: Sequence[Choice], details: dict[str, Any] | None
+) -> Ending:
     """The attempt before had finished when its worker died; its output is this one's."""
     return Ending(
         key=key,
@@ -163,6 +165,7 @@ def recovered(key: JobKey, attempt: int, worker_id: str, choices: Sequence[Choic
         outcome=Outcome.RECOVERED,
         status=JobStatus.COMPLETED,
         choices=choices,
+        provider_details=details,
     )
 
 

@@ -119,6 +119,7 @@ class ProviderLimits(_Value):
 
     max_output_bytes: Bytes | None = None
     max_event_bytes: Bytes | None = None
+    max_extra_bytes: Bytes | None = None
 
 
 Api = Literal["auto", "chat", "responses"]

@@ -22,6 +22,7 @@ import openai
 import orjson
 
 from keepstream.errors import ErrorCode
+from keepstream.next_turn import ITEMS_FIELD
 from keepstream_worker.providers import words
 from keepstream_worker.providers.config import ProviderConfig
 from keepstream_worker.providers.dialects.choice import (
@@ -30,7 +31,7 @@ from keepstream_worker.providers.dialects.choice import (
     refuses_returned_items,
     wants_responses,
 )
-from keepstream_worker.providers.dialects.responses_request import ITEMS_FIELD, NotExpressibleError, ResponsesOptions
+from keepstream_worker.providers.dialects.responses_request import NotExpressibleError, ResponsesOptions
 from keepstream_worker.providers.dialects.responses_request import encode as encode_response
 from keepstream_worker.providers.http import Body, Head, HeadRecorder, HttpTransport, ProviderFailure
 from keepstream_worker.providers.keys import key_of
@@ -46,6 +47,7 @@ _CHECK_INTERVAL: Final = 5.0  #: Seconds for which a connection that aiohttp clo
 _SECOND_CHECK: Final = 0.05  #: Seconds; on a busy loop, data may be waiting in a socket.
 _CHECK_SECONDS: Final = 10.0
 _REFUSED_REQUEST: Final = frozenset({400, 404, 405, 422, 501})
+_NO_ENDPOINT: Final = frozenset({404, 405})
 _MAX_MODELS: Final = 1024  #: Of which is remembered what they refuse.
 _CHAT: Final = "/chat/completions"
 _RESPONSES: Final = "/responses"
@@ -64,6 +66,8 @@ class Timeouts:
     connect: float  #: To establish the connection, TLS included.
     first_token: float  #: From the request to the first data.
     idle: float  #: Between two data events, not counting comments.
+    #: From the request to the first output where it is asked by the Responses API; None: as ``first_token``.
+    first_token_by_responses: float | None = None
 
 
 class ProviderCheck(NamedTuple):
@@ -100,6 +104,13 @@ class _Watchdog:
             self._limit = self._idle
             self._timer.cancel()
             self._check_in(self._limit)
+
+    def expect_first_data_within(self, seconds: float) -> None:
+        """Allow so much from the beginning to the first data."""
+        if not self._any_data:
+            self._limit = seconds
+            self._timer.cancel()
+            self._check_in(seconds)
 
     def _check_in(self, seconds: float) -> None:
         self._timer = self._loop.call_later(min(seconds, _CHECK_INTERVAL), self._check)
@@ -201,7 +212,7 @@ class Provider:
         """
         watchdog = _Watchdog(timeouts)
         try:
-            body, by_responses = await watchdog.wait_for(self._ask(request, timeouts.connect))
+            body, by_responses = await watchdog.wait_for(self._ask(request, timeouts, watchdog))
             watchdog.body = body
             try:
                 yield ProviderStream(body, watchdog, by_responses=by_responses)
@@ -212,7 +223,7 @@ class Provider:
         finally:
             watchdog.stop()
 
-    async def _ask(self, request: dict[str, Any], connect_timeout: float) -> tuple[Body, bool]:
+    async def _ask(self, request: dict[str, Any], timeouts: Timeouts, watchdog: _Watchdog) -> tuple[Body, bool]:
         """Ask in the dialect that the model needs; return the answer, and whether that is the Responses API.
 
         What the model needs is learnt, where the configuration leaves it open, from its refusal to answer by chat
@@ -221,14 +232,17 @@ class Provider:
         model = request["model"]
         api = self.config.api_of(model) if self.config.kind == "openai" else "chat"
         needed = model in self._need_responses or (self.config.is_openai and only_by_responses(request))
-        if api == "responses" or (api == "auto" and needed):
-            return await self._ask_by_responses(request, connect_timeout), True
-        try:
-            return await self._ask_by_chat(request, connect_timeout), False
-        except ProviderFailure as error:
-            if api != "auto" or not wants_responses(request, error.failure):
-                raise
-        body = await self._ask_by_responses(request, connect_timeout)
+        if api != "responses" and not (api == "auto" and needed):
+            try:
+                return await self._ask_by_chat(request, timeouts.connect), False
+            except ProviderFailure as error:
+                if api != "auto" or not wants_responses(request, error.failure):
+                    raise
+        # A model that thinks unseen is silent for as long.
+        watchdog.expect_first_data_within(timeouts.first_token_by_responses or timeouts.first_token)
+        body = await self._ask_by_responses(request, timeouts.connect)
+        if api == "responses" or needed:
+            return body, True
         self._remember(self._need_responses, model)
         log.info("dialect_learnt", provider=self.config.name, model=model, api="responses")
         return body, True
@@ -271,7 +285,7 @@ class Provider:
                 log.info("items_left_out", provider=self.config.name, model=model)
                 options = replace(options, return_items=False)
             else:
-                raise
+                raise _with_hint(error) from None
         return await self._post(_RESPONSES, model, self._encode_response(request, options), connect_timeout)
 
     def _encode_response(self, request: dict[str, Any], options: ResponsesOptions) -> bytes:
@@ -440,6 +454,17 @@ def _refuses_usage_option(error: ProviderFailure) -> bool:
     """Return whether the provider may have refused a request because of the option that asks for usage."""
     refused = error.failure.http_status in _REFUSED_REQUEST
     return refused and any(name in error.body for name in (b"stream_options", b"include_usage"))
+
+
+def _with_hint(error: ProviderFailure) -> ProviderFailure:
+    """Say what to do where a server has no such endpoint; a 404 that names the model is about the model."""
+    failure = error.failure
+    said = failure.provider_error
+    about_model = said is not None and any("model" in (text or "") for text in (said.code, said.param, said.message))
+    if failure.http_status not in _NO_ENDPOINT or about_model:
+        return error
+    hint = f'{failure.message}; it seems to have no {_RESPONSES}: set api = "chat" for this provider or model'
+    return ProviderFailure(replace(failure, message=hint))
 
 
 def _sdk_client(config: ProviderConfig) -> openai.AsyncOpenAI:

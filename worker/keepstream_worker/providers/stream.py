@@ -62,12 +62,12 @@ class StreamReader:
         "_failure",
         "_framing",
         "_is_json_answer",
-        "_limits",
         "_responses",
         "_saw_done",
         "data_events",
         "done",
         "final_deltas",
+        "limits",
     )
 
     def __init__(
@@ -83,16 +83,16 @@ class StreamReader:
         self.data_events = 0  #: Events so far that show progress: no comments, no pings.
         self.done = False  #: True once nothing that follows can matter: stop reading.
         self.final_deltas: list[Delta] = []  #: Set by ``finish``: deltas that were held back until then.
-        self._limits = limits or Limits()
+        self.limits = limits or Limits()  #: Bounds on what the stream may use.
         self._done_completes = done_completes
         self._content_type = content_type
         self._expected_choices = expected_choices
         self._framing = _Framing.UNKNOWN
         self._body = bytearray()  # of a body that is not an event stream, or not yet known to be one
-        self._decoder = SSEDecoder(self._limits.max_event_bytes)
+        self._decoder = SSEDecoder(self.limits.max_event_bytes)
         self._responses = responses
         self._accumulator: Accumulator | ResponsesAccumulator = (
-            ResponsesAccumulator(self._limits, call_seed) if responses else Accumulator(self._limits, call_seed)
+            ResponsesAccumulator(self.limits, call_seed) if responses else Accumulator(self.limits, call_seed)
         )
         self._saw_done = False
         # Whether the body was one JSON answer, which needs no finish reason to be complete.
@@ -267,7 +267,7 @@ class StreamReader:
                 self._body.clear()
                 return data
         self.data_events += 1
-        if len(self._body) > self._limits.max_event_bytes:
+        if len(self._body) > self.limits.max_event_bytes:
             self._stop(Failure(ErrorCode.OUTPUT_TOO_LARGE, "The provider's answer is above the limit."))
         return b""
 

@@ -150,6 +150,8 @@ class Connection(asyncio.Protocol):
         self._parked = False  # the playback was due while the client was not reading
         self._keep_alive = True
         self._chunked = False
+        self._headers: dict[str, str] = {}  # of the response under way, beside its own
+        self._on_end: Callable[[], None] | None = None
 
     # Called by the loop.
 
@@ -255,12 +257,18 @@ class Connection(asyncio.Protocol):
             self._attempt.ended_ns = time.monotonic_ns()
             self._attempt = None
             self._counters.open_streams -= 1
+        self._headers = {}
+        if self._on_end is not None:
+            self._on_end()
+            self._on_end = None
 
     # Called by playbacks and by the server.
 
-    def begin_attempt(self, attempt: Attempt) -> None:
-        """Keep ``attempt`` up to date until the response ends."""
+    def begin_attempt(self, attempt: Attempt, headers: dict[str, str], on_end: Callable[[], None]) -> None:
+        """Keep ``attempt`` up to date until the response ends, add ``headers`` to it, and call ``on_end`` then."""
         self._attempt = attempt
+        self._headers = headers
+        self._on_end = on_end
         self._counters.open_streams += 1
 
     def count(self, deltas: int) -> None:
@@ -274,11 +282,11 @@ class Connection(asyncio.Protocol):
         """Return the loop time some seconds from now."""
         return self._ticker.time() + seconds
 
-    def begin(self, status: int, headers: Mapping[str, str], length: int | None = None) -> None:
+    def begin(self, status: int, headers: dict[str, str], length: int | None = None) -> None:
         """Send the head of a response; without ``length`` its body is chunked."""
         self._chunked = length is None and status not in (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED)
         framing = "transfer-encoding: chunked" if self._chunked else f"content-length: {length or 0}"
-        fields = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+        fields = "".join([f"{name}: {value}\r\n" for name, value in (headers | self._headers).items()])
         # The reason phrase may be empty, and no client reads it.
         head = f"HTTP/1.1 {status} \r\n{fields}x-request-id: req_{uuid.uuid4().hex}\r\n{framing}\r\n\r\n"
         self._transport.write(head.encode())
@@ -309,6 +317,13 @@ class Connection(asyncio.Protocol):
         connection: socket.socket = self._transport.get_extra_info("socket")
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._transport.abort()
+
+    def break_off(self) -> None:
+        """Close the connection: at once if it streams, else once everything is sent."""
+        if self._attempt is not None:
+            self._transport.abort()
+        else:
+            self._transport.close()
 
     def abort(self) -> None:
         """Close the connection at once."""

@@ -1,12 +1,14 @@
 """The server: routes requests, and records what was asked and sent.
 
 In: requests, from the connections.
-Out: the playback that answers each, to its connection; requests and counts, to tests and benchmarks.
+Out: the playback that answers each, to its connection; requests, counts and what the limits refused, to tests and
+benchmarks.
 """
 
 import asyncio
 import hmac
 import os
+import socket
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -17,6 +19,7 @@ from typing import Any, Final, Self
 
 from keepstream_worker.dev_stack.scripted_provider import encoding
 from keepstream_worker.dev_stack.scripted_provider.connection import (
+    TICK,
     Attempt,
     Connection,
     Counters,
@@ -26,6 +29,7 @@ from keepstream_worker.dev_stack.scripted_provider.connection import (
     send_json,
 )
 from keepstream_worker.dev_stack.scripted_provider.encoding import error_body
+from keepstream_worker.dev_stack.scripted_provider.limiter import Limiter, Refusal
 from keepstream_worker.dev_stack.scripted_provider.playback import complete, play, stream
 from keepstream_worker.dev_stack.scripted_provider.responses_encoding import encode_response_stream, plain_response
 from keepstream_worker.dev_stack.scripted_provider.script import EndFault, SilentFault, StatusFault, parse_script
@@ -55,24 +59,33 @@ class ScriptedProvider:
         self._connections: set[Connection] = set()
         self._counters = Counters()
         self._attempts: dict[str, Attempt] = {}  # the latest of each key
+        self.limiter = Limiter(time.monotonic)  #: What may be used of it, and the counts of that.
+        self._holder: socket.socket | None = None  # keeps the port while nothing listens
+        self._mending: asyncio.Task[None] | None = None
         self._recorded: deque[Request] = deque()
         self._recorded_bytes = 0
 
     async def __aenter__(self) -> Self:
-        loop = asyncio.get_running_loop()
-        self._ticker = Ticker(loop)
-        self._server = await loop.create_server(
+        self._ticker = Ticker(asyncio.get_running_loop())
+        await self._listen()
+        return self
+
+    async def _listen(self) -> None:
+        self._server = await asyncio.get_running_loop().create_server(
             lambda: Connection(self._respond, self._ticker, self._counters, self._connections),
             self._host,
             self._port,
             backlog=4096,  # benchmarks open all their streams at once
         )
         self._port = self._server.sockets[0].getsockname()[1]
-        return self
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if self._mending is not None:
+            self._mending.cancel()
+        if self._holder is not None:
+            self._holder.close()
         self._server.close()
         for connection in list(self._connections):
             connection.abort()
@@ -105,6 +118,51 @@ class ScriptedProvider:
         self._recorded_bytes = 0
         self._attempts.clear()
         self._counters.requests = self._counters.deltas_sent = 0
+        self.limiter.reset()
+
+    def limit(self, changes: object) -> None:
+        """Change the limits that ``changes`` names, and begin or end a breakdown.
+
+        Raises:
+            ValueError: a limit is unknown or has a wrong value; the message names it.
+        """
+        self.limiter.change(changes)
+        breakdown = self.limiter.limits.breakdown
+        if isinstance(changes, dict) and "breakdown" in changes:
+            if self._mending is not None:
+                self._mending.cancel()
+            refuses = breakdown is not None and breakdown.kind == "refuse"
+            if refuses or self._holder is not None or (breakdown is not None and breakdown.seconds is not None):
+                seconds = (breakdown.seconds or 0.0) if breakdown else 0.0
+                self._mending = asyncio.create_task(self._mend(seconds, refuses=refuses))
+
+    async def _mend(self, seconds: float, *, refuses: bool) -> None:
+        """Let a breakdown last for so many seconds."""
+        if refuses and self._holder is None:
+            self._holder = await self._stop_listening()
+        await asyncio.sleep(seconds)
+        if self._holder is not None:
+            self._holder.close()
+            await self._listen()
+            self._holder = None
+        self.limiter.change({"breakdown": None})
+
+    async def _stop_listening(self) -> socket.socket:
+        """Refuse connections and reset those that stream; return what keeps the port until it is listened on again."""
+        family = self._server.sockets[0].family
+        address = self._server.sockets[0].getsockname()
+        self._server.close()
+        for connection in list(self._connections):
+            connection.break_off()
+        holder = socket.socket(family, socket.SOCK_STREAM)
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        while True:
+            try:
+                holder.bind(address)  # bound without listening, so that connecting is refused
+            except OSError:
+                await asyncio.sleep(TICK)  # the loop has not closed the other one yet
+            else:
+                return holder
 
     def _respond(self, connection: Connection, request: Request) -> Playback:
         path = request.path.partition("?")[0]
@@ -118,6 +176,10 @@ class ScriptedProvider:
                 return send_json(connection, HTTPStatus.OK, self.stats)
             case "GET", "/_requests":
                 return send_json(connection, HTTPStatus.OK, [_describe(recorded) for recorded in self._recorded])
+            case "GET", "/_limits":
+                return send_json(connection, HTTPStatus.OK, self.limiter.report)
+            case "POST", "/_limits":
+                return self._change_limits(connection, request)
             case "POST", "/_reset":
                 self.reset()
                 return send_json(connection, HTTPStatus.OK, {})
@@ -128,6 +190,13 @@ class ScriptedProvider:
                 return send_json(connection, HTTPStatus.OK, {"object": "list", "data": [model]})
         message = f"There is nothing at {request.method} {path}."
         return _send_error(connection, HTTPStatus.NOT_FOUND, message, "unknown_url")
+
+    def _change_limits(self, connection: Connection, request: Request) -> Playback:
+        try:
+            self.limit(request.json())
+        except ValueError as error:
+            return _send_error(connection, HTTPStatus.BAD_REQUEST, str(error), "invalid_limits")
+        return send_json(connection, HTTPStatus.OK, self.limiter.report)
 
     def _respond_with_completion(self, connection: Connection, request: Request) -> Playback:
         if request.method != "POST":
@@ -155,15 +224,22 @@ class ScriptedProvider:
         prompt_tokens = max(1, len(request.body) // 4)  # the usual rule of thumb
         if body.get("stream"):
             encode = encode_response_stream if by_responses else encoding.encode_stream
-            answer = stream(connection, script, fault, encode(body, script, prompt_tokens))
+            encoded = encode(body, script, prompt_tokens)
+            completion_tokens = len(encoded.deltas)
+            answer = stream(connection, script, fault, encoded)
         elif isinstance(fault, StatusFault | SilentFault | None):
             plain = plain_response if by_responses else encoding.plain_completion
+            completion_tokens = len(encoding.pieces(script))
             answer = complete(connection, script, plain(body, script, prompt_tokens))
         else:
             raise ValueError(f"script.faults: {fault.kind} needs a request with stream=true")
 
+        model = str(body.get("model") or encoding.DEFAULT_MODEL)
+        admission = self.limiter.admit(model, prompt_tokens, prompt_tokens + completion_tokens)
+        if isinstance(admission, Refusal):  # no attempt: the script's faults are for those that are served
+            return send_json(connection, admission.status, admission.body, admission.headers)
         attempt = Attempt(number, started_ns=time.monotonic_ns())
-        connection.begin_attempt(attempt)
+        connection.begin_attempt(attempt, admission.headers, lambda: self.limiter.release(admission))
         if script.key is not None:
             self._attempts.pop(script.key, None)  # so that the newest comes last
             self._attempts[script.key] = attempt

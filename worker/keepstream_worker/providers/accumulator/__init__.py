@@ -7,7 +7,8 @@ Only this package knows how providers deviate from the documented chunk. Two inv
 returned so far, joined, equal the output, byte for byte; and every text can be stored: no NUL, no lone surrogates.
 """
 
-from keepstream_worker.providers.accumulator.accumulator import Accumulator, Limits, Output
+from keepstream_worker.providers.accumulator.accumulator import Accumulator, Output
+from keepstream_worker.providers.accumulator.bounds import Limits
 from keepstream_worker.values import Delta
 
 __all__ = ["Accumulator", "Delta", "Limits", "Output"]

@@ -11,16 +11,17 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, Final
 
+from keepstream.extras import REASONING_FIELDS as REASONING_NAMES_FIELD
+from keepstream.extras import abridged, merged_extra
+from keepstream.next_turn import LEGACY_CALL
 from keepstream.results import Choice
+from keepstream_worker.providers.accumulator.bounds import Bounded, Limits
 from keepstream_worker.providers.accumulator.builders import ChoiceBuilder, TextBuilder, ToolCallBuilder
+from keepstream_worker.providers.accumulator.extras import ExtrasBuilder
 from keepstream_worker.providers.accumulator.json_values import (
-    LABELS,
     MAX_FIELDS,
     byte_length,
-    has_list,
-    joined,
     json_size,
-    merged,
     merged_usage,
     safe,
     storable,
@@ -28,7 +29,6 @@ from keepstream_worker.providers.accumulator.json_values import (
 )
 from keepstream_worker.providers.accumulator.normalization import (
     FUNCTION_CALL,
-    KEPT_REASONING,
     REASONING_FIELDS,
     REASONING_PARTS,
     Fragment,
@@ -73,18 +73,6 @@ _MAX_INDEX: Final = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """Bounds of one stream: far above what models produce, far below what harms a worker."""
-
-    max_event_bytes: int = 16 * 1024 * 1024  #: One event, or an entire answer that is not streamed.
-    max_output_bytes: int = 16 * 1024 * 1024  #: All texts, call ids, names and arguments of all choices.
-    max_argument_bytes: int = 4 * 1024 * 1024  #: One tool call's arguments.
-    max_extra_bytes: int = 4 * 1024 * 1024  #: Logprobs, annotations and whatever else is kept besides the output.
-    max_choices: int = 128
-    max_tool_calls: int = 256  #: Across all choices.
-
-
-@dataclass(frozen=True, slots=True)
 class Output:
     """The output of an attempt so far."""
 
@@ -93,7 +81,7 @@ class Output:
     provider_details: dict[str, Any] | None  #: The provider's id, model, service tier, fingerprint etc.
 
 
-class Accumulator:
+class Accumulator(Bounded):
     """Accumulates one stream.
 
     Args:
@@ -107,40 +95,30 @@ class Accumulator:
     foreign = False  #: Whether this is an answer in another dialect. Chunks that are none are ignored here.
 
     __slots__ = (
-        "_bytes_left",
         "_call_lists",
         "_call_seed",
         "_calls_left",
         "_choices",
         "_chunk_size",
         "_details",
-        "_extra_bytes_left",
         "_fields",
-        "_lenient",
-        "_limits",
         "_skipped",
         "_unfinished",
         "_usage",
-        "too_large",
     )
 
     def __init__(self, limits: Limits, call_seed: str = "") -> None:
-        self.too_large = False  #: Whether the answer exceeded a limit before it was complete.
-        self._limits = limits
+        super().__init__(limits)
         self._call_seed = call_seed
         self._choices: dict[int, ChoiceBuilder] = {}
         self._unfinished = 0  # choices without an end
-        self._bytes_left = limits.max_output_bytes  # bytes of output; negative once the limit was exceeded
-        self._extra_bytes_left = limits.max_extra_bytes
         self._calls_left = limits.max_tool_calls
         self._call_lists = 0  # lists of call fragments so far
         self._usage: dict[str, Any] | None = None
         self._details: dict[str, Any] = {}
         self._fields = 0  # how many fields the newest chunk had whose envelope was read, once id and model are known
         self._skipped: dict[str, Any] | None = None  # the newest chunk, if its envelope was not read
-        # Of the current chunk: its size as JSON, and whether it was parsed leniently and may hold lone surrogates.
-        self._chunk_size = 0
-        self._lenient = False
+        self._chunk_size = 0  # of the current chunk, as JSON
 
     # -- state ----------------------------------------------------------------------------------------
 
@@ -179,7 +157,7 @@ class Accumulator:
         Args:
             chunk: The decoded JSON object.
             deltas: The list to append to.
-            size: The chunk's size as JSON, in bytes; it counts against what is kept besides the output.
+            size: The chunk's size as JSON, in bytes; the fields of a small one need not be measured.
             lenient: Whether the chunk was parsed leniently, so that texts may contain lone surrogates.
         """
         self._chunk_size = size
@@ -190,7 +168,7 @@ class Accumulator:
             self._skipped = chunk
         else:
             error = self._read_envelope(chunk)
-        if usage and (size <= _MAX_DETAIL or self._usage is None):
+        if usage and self._is_small(usage):
             self._usage = merged_usage(self._usage, usage)
         choices = chunk.get("choices")
         if type(choices) is not list:
@@ -206,26 +184,30 @@ class Accumulator:
                 if choice is None:
                     continue
             delta = item.get("delta")
+            count = len(deltas)
             if delta and type(delta) is dict:
                 self._read_delta(choice, delta, deltas)
                 if "error" in delta and is_error(delta["error"]) and not self.succeeded:
                     error = {"error": delta["error"]}
             if not _USUAL_CHOICE_FIELDS.issuperset(item) or item.get("logprobs"):
-                error = self._read_rare_fields(choice, item, usage_known=bool(usage)) or error
+                fields: dict[str, Any] = {}
+                error = self._read_rare_fields(choice, item, fields, usage_known=bool(usage)) or error
+                if fields:
+                    _tell_extra(choice.index, fields, deltas, count)
             reason = item.get("finish_reason")
             if reason and type(reason) is str and reason != "null":
                 self._finish(choice, reason)
         return error
 
     def flush(self, deltas: list[Delta]) -> None:
-        """Release what was held back: messages of choices that streamed nothing, and lone surrogates."""
+        """Release what was held back: messages, lone surrogates, and extras of which only the last state counts."""
         if self._skipped is not None:
             self._read_envelope(self._skipped)
         for choice in self._choices.values():
-            if choice.message is not None and not choice.has_output:
-                message, self._chunk_size, self._lenient = choice.message
-                self._read_delta(choice, message, deltas)
-            choice.message = None
+            if choice.message is not None:
+                message, self._lenient = choice.message
+                choice.message = None
+                self._read_delta(choice, _rest_of(message, choice), deltas)
             fields: dict[str, Any] = {
                 name: rest
                 for name, text in (
@@ -240,6 +222,8 @@ class Accumulator:
             ]
             if ends:
                 fields["tool_calls"] = ends
+            if choice.extras is not None and (ends_of_extras := choice.extras.end()):
+                fields["extra"] = {name: self._abridged(value, name) for name, value in ends_of_extras.items()}
             if fields:
                 deltas.append(Delta(choice.index, fields))
 
@@ -279,16 +263,23 @@ class Accumulator:
         if type(groq) is dict and not chunk.get("usage"):
             self._usage = merged_usage(self._usage, groq.get("usage"))
         details = self._details
-        small = self._chunk_size <= _MAX_DETAIL
         for name, value in chunk.items():
             if value is None or value == "" or name in _FIELDS_READ_ELSEWHERE:
                 continue
             # Unknown fields are replaced, not merged, and limited in number, so that they cannot pile up.
-            if name in _IDENTITY_FIELDS or (small and (name in details or len(details) < MAX_FIELDS)):
-                details[name] = value
+            if name not in _IDENTITY_FIELDS:
+                if name not in details and len(details) >= MAX_FIELDS:
+                    continue
+                if not self._is_small(value):
+                    value = abridged(storable(value), _MAX_DETAIL, name)  # noqa: PLW2901
+            details[name] = value
         # As long as chunks have no other fields than this one, only the last envelope among them is read.
         self._fields = len(chunk) if "id" in details and "model" in details else 0
         return error
+
+    def _is_small(self, value: object) -> bool:
+        """Whether a field of the current chunk is small enough to be kept with the answer's details."""
+        return self._chunk_size <= _MAX_DETAIL or json_size(value) <= _MAX_DETAIL
 
     def _open_choice(self, index: object) -> ChoiceBuilder | None:
         """Return the choice with this index, creating it if needed, or None if the index is invalid."""
@@ -310,6 +301,8 @@ class Accumulator:
         try:
             for name, value in delta.items():
                 if not value:
+                    if value == "" and name in REASONING_FIELDS and name not in choice.reasoning_names:
+                        self._note_name_of_reasoning(choice, name, fields)
                     continue
                 if name == "content":
                     if type(value) is str:
@@ -319,12 +312,12 @@ class Accumulator:
                         reasoning = self._read_parts(choice, value, fields) or reasoning
                 elif name in REASONING_FIELDS:
                     reasoning = reasoning or reasoning_in(delta)
-                    if name in KEPT_REASONING:
-                        self._keep_pieces(choice, name, value)
+                    if name not in choice.reasoning_names or value != reasoning:
+                        self._read_name_of_reasoning(choice, name, value, reasoning, fields)
                 elif name == "tool_calls":
                     self._read_calls(choice, value, fields)
                 elif name not in _IGNORED_DELTA_FIELDS:
-                    self._read_rare_delta(choice, name, value, fields)
+                    self._read_rare_delta(choice, name, value, delta, fields)
             if reasoning:
                 if choice.reasoning is None:
                     choice.reasoning = TextBuilder()
@@ -334,43 +327,65 @@ class Accumulator:
             if fields:
                 deltas.append(Delta(choice.index, fields))
 
-    def _read_rare_delta(self, choice: ChoiceBuilder, name: str, value: Any, fields: dict[str, Any]) -> None:
+    def _read_name_of_reasoning(
+        self, choice: ChoiceBuilder, name: str, value: Any, reasoning: str, fields: dict[str, Any]
+    ) -> None:
+        """Remember under which name reasoning came; what is more than a text, or another text, is kept as it is."""
+        if value == reasoning:
+            self._note_name_of_reasoning(choice, name, fields)
+        else:
+            self._keep(choice, name, value, fields)
+
+    def _note_name_of_reasoning(self, choice: ChoiceBuilder, name: str, fields: dict[str, Any]) -> None:
+        choice.reasoning_names += (name,)
+        self._keep(choice, REASONING_NAMES_FIELD, [name], fields)
+
+    def _read_rare_delta(
+        self, choice: ChoiceBuilder, name: str, value: Any, delta: dict[str, Any], fields: dict[str, Any]
+    ) -> None:
         if name == "refusal":
             self._refuse(choice, value, fields)
         elif name == "function_call":
             if type(value) is dict:
                 self._call_lists += 1
                 self._read_call(choice, read_fragment({"function": value}, key=FUNCTION_CALL), fields)
-        elif name == "audio":
-            choice.has_media = True
-            self._keep(choice, name, [value])
-            if type(value) is dict and value.get("expires_at"):
-                self._end(choice)  # marks the end of an audio answer, which may come without a finish reason
+        elif name == "provider_specific_fields" and type(value) is dict:
+            # LiteLLM repeats in it what stands beside it.
+            own = {field: part for field, part in value.items() if part is not None and part != delta.get(field)}
+            if own:
+                self._keep(choice, name, own, fields)
         else:
             choice.has_media = choice.has_media or name in _MEDIA_FIELDS
-            self._keep_pieces(choice, name, value)
+            self._keep(choice, name, value, fields)
+            if name == "audio" and type(value) is dict and value.get("expires_at"):
+                self._end(choice)  # marks the end of an audio answer, which may come without a finish reason
 
     def _read_parts(self, choice: ChoiceBuilder, value: object, fields: dict[str, Any]) -> str:
         """Read content that is a list of parts; return the reasoning among them."""
         content: list[str] = []
-        reasoning: list[str] = []
+        reasoning: list[Any] = []
+        others: list[Any] = []
         for part in value if type(value) is list else [value]:
             if type(part) is str:
                 content.append(part)
             elif type(part) is dict:
                 kind = part.get("type")
                 if kind in REASONING_PARTS:
-                    reasoning.append(plain_text(part))
+                    reasoning.append(part)
                 elif kind == "refusal":
                     self._refuse(choice, part, fields)
                 elif type(part.get("text")) is str:
                     content.append(part["text"])
                 else:
                     choice.has_media = choice.has_media or kind in _MEDIA_PARTS
-                    self._keep(choice, "content_parts", [part])
+                    others.append(part)
         if piece := self._append(choice.content, "".join(content)):
             fields["content"] = piece
-        return "".join(reasoning)
+        if others:
+            self._keep(choice, "content_parts", others, fields)
+        if reasoning:
+            self._keep(choice, "reasoning_parts", reasoning, fields)
+        return "".join(map(plain_text, reasoning))
 
     def _refuse(self, choice: ChoiceBuilder, value: object, fields: dict[str, Any]) -> None:
         if choice.refusal is None:
@@ -378,7 +393,9 @@ class Accumulator:
         if piece := self._append(choice.refusal, plain_text(value)):
             fields["refusal"] = fields.get("refusal", "") + piece
 
-    def _read_rare_fields(self, choice: ChoiceBuilder, item: dict[str, Any], *, usage_known: bool) -> object:
+    def _read_rare_fields(
+        self, choice: ChoiceBuilder, item: dict[str, Any], fields: dict[str, Any], *, usage_known: bool
+    ) -> object:
         """Read the unusual fields of a choice; return the error among them, if any."""
         error: object = None
         for name, value in item.items():
@@ -390,13 +407,15 @@ class Accumulator:
                 if not usage_known:
                     self._usage = merged_usage(self._usage, value)
             elif name == "message":
-                # Some providers repeat the whole text beside the deltas; it is used at the end, if there were none.
+                # Some providers repeat the whole beside the deltas; at the end it fills in what they did not have.
                 if type(value) is dict and is_error(value.get("error")) and not self.succeeded:
                     error = {"error": value["error"]}
-                if type(value) is dict and not choice.has_output:
-                    choice.message = (value, self._chunk_size, self._lenient)
+                if type(value) is dict:
+                    choice.message = (value, self._lenient)
+            elif name == "logprobs" or type(value) is list:
+                self._keep(choice, name, value, fields)
             else:
-                self._keep(choice, name, value)
+                self._keep_newest(choice, name, value)
         return error
 
     def _finish(self, choice: ChoiceBuilder, reason: str) -> None:
@@ -410,30 +429,13 @@ class Accumulator:
             choice.ended = True
             self._unfinished -= 1
 
-    def _keep(self, choice: ChoiceBuilder, name: str, value: object) -> None:
-        """Keep a field that is not output with its choice, if the limit allows."""
-        if choice.extra is None:
-            choice.extra = {}
-        known = choice.extra.get(name)
-        if value == known and not has_list(value):
-            return  # some providers repeat it with every token
-        if self._reserve_extra(value):
-            choice.extra[name] = merged(known, value)
-        else:
-            choice.extra["truncated"] = True
-
-    def _keep_pieces(self, choice: ChoiceBuilder, name: str, value: object) -> None:
-        """Keep a field of a delta that is not output: a delta adds to the one before, also where we do not know it."""
-        if name in LABELS or type(value) is list:
-            self._keep(choice, name, value)
-            return
-        if choice.extra is None:
-            choice.extra = {}
-        known = choice.extra.get(name)
-        if self._reserve_extra(value):
-            choice.extra[name] = joined(known, value)
-        else:
-            choice.extra["truncated"] = True
+    def _keep_newest(self, choice: ChoiceBuilder, name: str, value: Any) -> None:
+        """Keep a field of a choice of which only the last state counts."""
+        name = safe(name)
+        extras = choice.extras = choice.extras or ExtrasBuilder()
+        if extras.changes(name, value) and self._reserve_extra(extras, name, value) is not None:
+            self._extra_bytes_left += extras.state_size(name)
+            extras.replace(name, value)
 
     # -- tool calls -------------------------------------------------------------------------------------
 
@@ -454,6 +456,10 @@ class Accumulator:
             if call is None:
                 return
             event["id"] = call.id
+            if call.type != "function":
+                event["type"] = call.type
+            if call.extra:
+                event["extra"] = call.extra
         elif part.id and call.generated_id:
             call.id, call.generated_id = part.id, False
             event["id"] = call.id
@@ -472,10 +478,19 @@ class Accumulator:
                 self._mark_too_large()
             if piece := self._append(call.arguments, arguments):
                 event["arguments"] = piece
-        if part.extra and self._reserve_extra(part.extra):
-            call.extra = merged(call.extra, part.extra)
+        if part.extra:
+            self._read_call_extra(choice, call, storable(part.extra), event)
         if event:
             fields.setdefault("tool_calls", []).append({"index": call.position, **event})
+
+    def _read_call_extra(
+        self, choice: ChoiceBuilder, call: ToolCallBuilder, extra: dict[str, Any], event: dict[str, Any]
+    ) -> None:
+        whole = merged_extra(call.extra, extra)
+        extras = choice.extras = choice.extras or ExtrasBuilder()
+        if whole != call.extra and self._reserve_extra(extras, f"tool_calls[{call.position}]", extra) is not None:
+            call.extra = whole
+            event["extra"] = merged_extra(event.get("extra"), self._abridged(extra, "extra"))
 
     def _open_call(self, choice: ChoiceBuilder, part: Fragment) -> ToolCallBuilder | None:
         if not self._calls_left:
@@ -490,41 +505,33 @@ class Accumulator:
             call_id = "call_" + sha256(seed.encode()).hexdigest()[:24]
         call = ToolCallBuilder(position, call_id, part.type or "function", generated_id=not part.id)
         if part.key == FUNCTION_CALL:
-            call.extra = {"legacy_function_call": True}  # its result is sent with the role "function"
+            call.extra = {LEGACY_CALL: True}  # its result is sent with the role "function"
         choice.calls.append(call)
         return call
 
-    # -- limits -----------------------------------------------------------------------------------------
 
-    def _append(self, text: TextBuilder, piece: str) -> str:
-        """Append ``piece``, sanitised, if the limit allows; return what was appended."""
-        if self._lenient or text.pending_surrogate:
-            piece = text.rejoin(piece)
-        elif "\x00" in piece:
-            piece = piece.replace("\x00", "")
-        size = len(piece) if piece.isascii() else len(piece.encode())  # byte_length, inlined
-        if not piece or not self._reserve(size):
-            return ""
-        text.append(piece)
-        return piece
+def _tell_extra(index: int, fields: dict[str, Any], deltas: list[Delta], count: int) -> None:
+    """Add extras to the delta of the same chunk, which is the first after ``count`` others, or as one of their own."""
+    if len(deltas) > count and "extra" not in deltas[-1].fields:
+        deltas[-1].fields.update(fields)
+    else:
+        deltas.append(Delta(index, fields))
 
-    def _reserve(self, size: int) -> bool:
-        """Count ``size`` bytes against the output limit; return whether they fit."""
-        if size > self._bytes_left:
-            self._mark_too_large()
-            return False
-        self._bytes_left -= size
-        return True
 
-    def _mark_too_large(self) -> None:
-        """Refuse all further output, so that no text has a gap."""
-        self._bytes_left = -1
-        self.too_large = self.too_large or not self.succeeded
-
-    def _reserve_extra(self, value: object) -> bool:
-        """Count a field's own bytes against what is kept besides the output; return whether they fit."""
-        size = byte_length(value) if type(value) is str else json_size(value)
-        if size > self._extra_bytes_left:
-            return False
-        self._extra_bytes_left -= size
-        return True
+def _rest_of(message: dict[str, Any], choice: ChoiceBuilder) -> dict[str, Any]:
+    """Return the fields of a whole message of which the deltas had nothing."""
+    streamed: set[str] = set()
+    if choice.content:
+        streamed.add("content")
+    if choice.reasoning:
+        streamed |= REASONING_FIELDS
+    if choice.refusal:
+        streamed.add("refusal")
+    if choice.calls:
+        streamed |= {"tool_calls", "function_call"}
+    known = choice.extras
+    return {
+        name: value
+        for name, value in message.items()
+        if name not in streamed and not (known is not None and known.has(name))
+    }

@@ -11,7 +11,8 @@ begin anew after complete ones.
 from typing import Any, Final
 
 from keepstream.results import Choice, ToolCall
-from keepstream_worker.providers.accumulator.json_values import is_json, safe, same_json, storable
+from keepstream_worker.providers.accumulator.extras import ExtrasBuilder
+from keepstream_worker.providers.accumulator.json_values import is_json, safe, same_json
 from keepstream_worker.providers.accumulator.normalization import PLACEHOLDERS, Fragment
 
 _BLOCK: Final = 64  #: Pieces of a text that are joined at once.
@@ -174,7 +175,7 @@ class ToolCallBuilder:
             name=self.name,
             arguments=arguments,
             arguments_valid=is_json(arguments),
-            extra=storable(self.extra) if self.extra else None,
+            extra=self.extra,
         )
 
 
@@ -186,13 +187,14 @@ class ChoiceBuilder:
         "calls_by_key",
         "content",
         "ended",
-        "extra",
+        "extras",
         "finish_reason",
         "has_media",
         "index",
         "last_call",
         "message",
         "reasoning",
+        "reasoning_names",
         "refusal",
     )
 
@@ -203,9 +205,10 @@ class ChoiceBuilder:
         self.refusal: TextBuilder | None = None
         self.finish_reason: str | None = None
         self.ended = False
-        self.has_media = False  #: Whether images, audio or the like have come, which are kept in ``extra``.
-        self.message: tuple[dict[str, Any], int, bool] | None = None  # held back, with its chunk's size and leniency
-        self.extra: dict[str, Any] | None = None
+        self.has_media = False  #: Whether images, audio or the like have come, which are kept as extras.
+        self.message: tuple[dict[str, Any], bool] | None = None  # held back, with its chunk's leniency
+        self.extras: ExtrasBuilder | None = None
+        self.reasoning_names: tuple[str, ...] = ()  #: Under which the provider has sent reasoning.
         self.calls: list[ToolCallBuilder] = []
         self.calls_by_key: dict[int | str, ToolCallBuilder] = {}
         self.last_call: ToolCallBuilder | None = None
@@ -251,5 +254,5 @@ class ChoiceBuilder:
             refusal=self.refusal.value() if self.refusal else "",
             finish_reason=self.finish_reason,
             tool_calls=[call.value() for call in self.calls],
-            extra=storable(self.extra) if self.extra else None,
+            extra=self.extras.value() if self.extras else None,
         )

@@ -12,10 +12,6 @@ import orjson
 
 MAX_DEPTH: Final = 32  #: Levels of nesting that are kept.
 MAX_FIELDS: Final = 64  #: Unknown fields of a stream, and fields of one level of usage.
-#: Names of fields whose text names something: the newest counts.
-LABELS: Final = frozenset(
-    {"id", "type", "object", "role", "name", "index", "channel", "recipient", "format", "status", "phase", "model"}
-)
 _MAX_COUNT: Final = 2**63 - 1
 
 
@@ -33,63 +29,6 @@ def json_size(value: object) -> int:
             return len(json.dumps(value, separators=(",", ":")))
         except RecursionError:
             return _MAX_COUNT
-
-
-def merged(known: Any, new: Any, depth: int = MAX_DEPTH) -> Any:
-    """Merge two values of one field: lists are joined, objects merged, anything else is replaced."""
-    if type(known) is list and type(new) is list:
-        known.extend(new)
-        return known
-    if type(known) is dict and type(new) is dict and depth:
-        for name, value in new.items():
-            known[name] = merged(known.get(name), value, depth - 1)
-        return known
-    return known if new is None else new
-
-
-class TextPieces:
-    """A text that comes in pieces in a field that we do not know, or a label that comes with every chunk."""
-
-    __slots__ = ("_first", "_pieces", "_repeats")
-
-    def __init__(self, first: str) -> None:
-        self._first = first
-        self._repeats = 1  # how often it came before anything else did
-        self._pieces: list[str] = []
-
-    def append(self, piece: str) -> None:
-        """Append the next piece."""
-        if not self._pieces and piece == self._first:
-            self._repeats += 1
-        else:
-            self._pieces.append(piece)
-
-    def value(self) -> str:
-        """Return the pieces joined; only one of them if all are the same, since no text is like that."""
-        return self._first * self._repeats + "".join(self._pieces) if self._pieces else self._first
-
-
-def joined(known: Any, new: Any, depth: int = MAX_DEPTH) -> Any:
-    """Join two values of one field of a delta: as ``merged`` does, but texts are joined as well."""
-    if type(new) is str:
-        if type(known) is not TextPieces:
-            return TextPieces(new)
-        known.append(new)
-        return known
-    if type(new) is dict and depth:
-        known = known if type(known) is dict else {}
-        for name, value in new.items():
-            join = joined if name not in LABELS else merged
-            known[name] = join(known.get(name), value, depth - 1)
-        return known
-    return merged(known, new, depth)
-
-
-def has_list(value: object, depth: int = MAX_DEPTH) -> bool:
-    """Return whether merging ``value`` again would extend a list."""
-    if type(value) is dict and depth:
-        return any(has_list(item, depth - 1) for item in value.values())
-    return type(value) is list
 
 
 def merged_usage(known: dict[str, Any] | None, new: object, depth: int = 2) -> dict[str, Any] | None:
@@ -143,8 +82,6 @@ def storable(value: Any, depth: int = MAX_DEPTH) -> Any:
         return value
     if isinstance(value, int):
         return value if abs(value) <= _MAX_COUNT else None
-    if isinstance(value, TextPieces):
-        return safe(value.value())
     if not depth:
         return None
     if isinstance(value, list):

@@ -23,8 +23,6 @@ REASONING_NAMES: Final = (
     "reasoning_details",
 )
 REASONING_FIELDS: Final = frozenset(REASONING_NAMES)
-#: Reasoning that is kept as it came, too: the next request must return it under its own name.
-KEPT_REASONING: Final = REASONING_FIELDS - {"reasoning_content", "reasoning"}
 REASONING_PARTS: Final = ("thinking", "reasoning", "reasoning_text", "summary_text")  #: Types of content parts.
 FUNCTION_CALL: Final = "function_call"  #: The key of the single call in the legacy field.
 #: What some providers send as a call's arguments before the first fragment, or if there are none.

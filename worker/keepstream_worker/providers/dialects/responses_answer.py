@@ -11,17 +11,18 @@ end. Ids and indexes are no better: some servers change the id with every event,
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
+from keepstream.extras import abridged
+from keepstream.next_turn import ITEMS_FIELD
 from keepstream_worker.providers.accumulator import Limits, Output
+from keepstream_worker.providers.accumulator.bounds import Bounded
 from keepstream_worker.providers.accumulator.builders import ChoiceBuilder, TextBuilder, ToolCallBuilder
 from keepstream_worker.providers.accumulator.json_values import (
     byte_length,
-    json_size,
     merged_usage,
     safe,
     storable,
     whole_number,
 )
-from keepstream_worker.providers.dialects.responses_request import ITEMS_FIELD
 from keepstream_worker.values import Delta
 
 _MESSAGE: Final = "message"
@@ -41,8 +42,22 @@ _FAILED: Final = frozenset({"failed", "cancelled"})
 _REASONS: Final = {"max_output_tokens": "length", "content_filter": "content_filter"}
 _MAX_REASON: Final = 256  #: Characters of a finish reason.
 _BETWEEN_PARTS: Final = "\n\n"  #: Between two parts of reasoning.
-_DETAILS: Final = ("id", "model", "service_tier", "tool_usage", "input_transformations", "system_fingerprint")
-_MAX_DETAIL: Final = 256 * 1024  #: Bytes of a response object whose details are kept.
+_DETAILS: Final = (
+    "id",
+    "model",
+    "provider",
+    "service_tier",
+    "system_fingerprint",
+    "tool_usage",
+    "input_transformations",
+    "content_filters",
+    "moderation",
+    "citations",
+    "search_results",
+)
+#: Kinds of items that a reader can use although they have no text.
+_MEDIA_ITEMS: Final = frozenset({"image_generation_call"})
+_MAX_DETAIL: Final = 256 * 1024  #: Bytes of one detail; of a larger one only the size is kept.
 _TOKEN_COUNTS: Final[Mapping[str, str]] = {
     "input_tokens": "prompt_tokens",
     "output_tokens": "completion_tokens",
@@ -55,12 +70,28 @@ _COUNTS: Final = ("prompt_tokens", "completion_tokens", "total_tokens")
 class _Item:
     """One item of the answer while it is built."""
 
-    __slots__ = ("call", "call_id", "closed", "commentary", "held", "kind", "name", "parts", "pending", "raw", "source")
+    __slots__ = (
+        "call",
+        "call_id",
+        "closed",
+        "commentary",
+        "held",
+        "kept",
+        "kind",
+        "logprobs",
+        "name",
+        "parts",
+        "pending",
+        "raw",
+        "source",
+    )
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self.closed = False
-        self.raw: dict[str, Any] | None = None  # as the provider wants it back in the next turn
+        self.raw: dict[str, Any] | None = None  # as the provider wants it back in the next turn, until it is kept
+        self.kept = False
+        self.logprobs: set[object] = set()  # the parts of a message whose logprobs have come
         # Of a message or of reasoning: what was published of each part, in the order of the parts.
         self.parts: dict[object, TextBuilder] = {}
         self.commentary = False  # a message that tells what the model is about to do
@@ -82,7 +113,7 @@ class _Item:
         return bool(call_id and self.call_id and call_id != self.call_id)
 
 
-class ResponsesAccumulator:
+class ResponsesAccumulator(Bounded):
     """Accumulates one stream of the Responses API.
 
     Args:
@@ -91,21 +122,18 @@ class ResponsesAccumulator:
     """
 
     def __init__(self, limits: Limits, call_seed: str = "") -> None:
-        self.too_large = False  #: Whether the answer exceeded a limit before it was complete.
+        super().__init__(limits)
         self.ended = False  #: Whether the terminal event has come: nothing after it matters.
         self.foreign = False  #: Whether the provider answers with chunks of chat completions.
-        self._limits = limits
         self._call_seed = call_seed
         self._choice: ChoiceBuilder | None = None
         self._items: list[_Item] = []
+        self._kept = 0  # how many of them are kept for the next turn, or are nothing to keep
         self._by_index: dict[tuple[str, int], _Item] = {}
         self._by_id: dict[tuple[str, str], _Item] = {}
         self._failed = False
         self._usage: dict[str, Any] | None = None
         self._details: dict[str, Any] = {}
-        self._bytes_left = limits.max_output_bytes
-        self._extra_bytes_left = limits.max_extra_bytes
-        self._annotated = False
         self._fields: dict[str, Any] = {}  # what the current event adds
         self._handlers: Mapping[str, Callable[[dict[str, Any]], None]] = {
             "response.output_item.added": self._open_item,
@@ -164,18 +192,19 @@ class ResponsesAccumulator:
 
     # -- input and output -------------------------------------------------------------------------------
 
-    def apply(self, event: dict[str, Any], deltas: list[Delta], size: int, lenient: bool = False) -> object:  # noqa: FBT001, FBT002 -- as in the other dialect
+    def apply(self, event: dict[str, Any], deltas: list[Delta], size: int, lenient: bool) -> object:  # noqa: FBT001 -- as in the other dialect
         """Apply an event, append what it adds to ``deltas``, and return the error it reports, or None.
 
         Args:
             event: The decoded JSON object, with its type.
             deltas: The list to append to.
-            size: The event's size as JSON, in bytes; details of a very large one are not kept.
-            lenient: Whether it was parsed leniently; texts are put right here in any case.
+            size: The event's size as JSON, in bytes; the fields of a small one need not be measured.
+            lenient: Whether it was parsed leniently, so that texts may contain lone surrogates.
         """
         if self.ended:
             return None
         kind = _text(event.get("type"))
+        self._lenient = lenient
         self._fields = {}
         error: object = None
         try:
@@ -198,11 +227,12 @@ class ResponsesAccumulator:
         return error
 
     def flush(self, deltas: list[Delta]) -> None:
-        """Release what was held back: arguments of calls that were never named, and lone surrogates."""
+        """Release what was held back: arguments of calls that were never named, lone surrogates, and whole items."""
         self._fields = {}
         for item in self._items:
             if item.kind in _ARGUMENTS:
                 self._settle(item)
+        self._keep_items(last=True)
         choice = self._choice
         if choice is not None:
             for name, text in (
@@ -215,6 +245,8 @@ class ResponsesAccumulator:
             for call in choice.calls:
                 if rest := call.arguments.end():
                     self._tell(call, arguments=rest)
+            if choice.extras is not None and (ends := choice.extras.end()):
+                self._fields.setdefault("extra", {}).update(ends)
         if self._fields:
             deltas.append(Delta(0, self._fields))
 
@@ -230,12 +262,7 @@ class ResponsesAccumulator:
 
     def output(self) -> Output:
         """Return the output so far."""
-        choices = []
-        if self._choice is not None:
-            raw = [item.raw for item in self._items if item.raw is not None]
-            if raw:
-                self._choice.extra = {**(self._choice.extra or {}), ITEMS_FIELD: raw}
-            choices.append(self._choice.value())
+        choices = [] if self._choice is None else [self._choice.value()]
         usage = self._usage
         if usage is not None:
             usage = usage | {name: whole_number(usage.get(name)) for name in _COUNTS}
@@ -264,6 +291,7 @@ class ResponsesAccumulator:
         slot = self._find(_kind(item), event, item)
         self._fill_item(slot, item)
         slot.closed = True
+        self._keep_items()
 
     def _fill_item(self, slot: _Item, item: dict[str, Any]) -> None:
         """Fill in what is missing of an item, given whole, and keep it for the next turn."""
@@ -274,8 +302,8 @@ class ResponsesAccumulator:
             self._fill_item_reasoning(slot, item)
         elif slot.kind in _ARGUMENTS:
             self._fill_call(slot, item.get(_ARGUMENTS[slot.kind]))
-        if slot.raw is None and self._reserve_extra(item):
-            slot.raw = storable(item)
+        if slot.raw is None and not slot.kept:
+            slot.raw = item
 
     def _read_head(self, slot: _Item, item: dict[str, Any]) -> None:
         """Read what an item says of itself besides its texts."""
@@ -333,13 +361,27 @@ class ResponsesAccumulator:
 
     def _add_text(self, event: dict[str, Any]) -> None:
         slot = self._find(_MESSAGE, event)
-        self._publish(slot, _part_key(event), event.get("delta"))
-        logprobs = event.get("logprobs")
-        if type(logprobs) is list and logprobs and self._reserve_extra(logprobs):
-            self._extra().setdefault("logprobs", {"content": []})["content"].extend(storable(logprobs))
+        key = _part_key(event)
+        self._publish(slot, key, event.get("delta"))
+        if logprobs := event.get("logprobs"):
+            slot.logprobs.add(key)
+            self._keep_logprobs(logprobs)
 
     def _fill_text(self, event: dict[str, Any]) -> None:
-        self._fill_part(self._find(_MESSAGE, event), _part_key(event), event.get("text"))
+        slot = self._find(_MESSAGE, event)
+        key = _part_key(event)
+        self._fill_part(slot, key, event.get("text"))
+        self._fill_logprobs(slot, key, event.get("logprobs"))
+
+    def _fill_logprobs(self, slot: _Item, key: object, logprobs: object) -> None:
+        """Keep the logprobs of a part that did not come with its deltas."""
+        if logprobs and key not in slot.logprobs and None not in slot.logprobs:
+            slot.logprobs.add(key)
+            self._keep_logprobs(logprobs)
+
+    def _keep_logprobs(self, logprobs: object) -> None:
+        if type(logprobs) is list:
+            self._keep_extra("logprobs", {"content": logprobs})
 
     def _add_reasoning(self, event: dict[str, Any]) -> None:
         slot = self._find(_REASONING, event)
@@ -407,10 +449,11 @@ class ResponsesAccumulator:
 
     def _fill_message(self, slot: _Item, content: object) -> None:
         parts = _objects(content if type(content) is list else [{"text": content}])
-        for part in parts:
+        for number, part in enumerate(parts):
             annotations = part.get("annotations")
-            if type(annotations) is list and annotations and not self._annotated and self._reserve_extra(annotations):
-                self._extra().setdefault("annotations", []).extend(storable(annotations))
+            if type(annotations) is list and annotations:
+                self._keep_extra("annotations", annotations)
+            self._fill_logprobs(slot, number, part.get("logprobs"))
         self._publish_rest(slot, "".join(_text(part.get("text")) for part in parts))
         self._fill_whole_refusal("".join(_text(part.get("refusal")) for part in parts))
 
@@ -429,9 +472,8 @@ class ResponsesAccumulator:
 
     def _annotate(self, event: dict[str, Any]) -> None:
         annotation = event.get("annotation")
-        if type(annotation) is dict and self._reserve_extra(annotation):
-            self._annotated = True
-            self._extra().setdefault("annotations", []).append(storable(annotation))
+        if type(annotation) is dict:
+            self._keep_extra("annotations", [annotation])
 
     # -- calls ----------------------------------------------------------------------------------------
 
@@ -442,8 +484,9 @@ class ResponsesAccumulator:
             return
         held, slot.held = slot.held, ""
         if held and not piece.startswith(held):
-            piece = held + piece
-        self._append_arguments(slot, piece)
+            self._append_held(slot, held + piece)
+        else:
+            self._append_arguments(slot, piece)
 
     def _fill_arguments(self, event: dict[str, Any]) -> None:
         slot = self._find(_call_kind(event), event)
@@ -470,6 +513,11 @@ class ResponsesAccumulator:
         if added := self._append(call.arguments, piece):
             self._tell(call, arguments=added)
 
+    def _append_held(self, slot: _Item, piece: str) -> None:
+        """Add arguments that were held back, perhaps since an event that was parsed leniently."""
+        self._lenient = True
+        self._append_arguments(slot, piece)
+
     def _open_call(self, slot: _Item) -> None:
         """Begin a call, now that it has a name and an id, or the stream is over."""
         choice = self._open_choice()
@@ -486,11 +534,12 @@ class ResponsesAccumulator:
         call.name = slot.name
         slot.call = call
         choice.calls.append(call)
-        self._tell(call, id=call.id, name=call.name)
+        begun = {"id": call.id, "name": call.name, "type": "" if call.type == "function" else call.type}
+        self._tell(call, **{name: text for name, text in begun.items() if text})
         pending, slot.pending = "".join(slot.pending), []
         if pending:
             self._bytes_left += byte_length(pending)  # it was reserved when it came
-            self._append_arguments(slot, pending)
+            self._append_held(slot, pending)
 
     def _settle(self, slot: _Item) -> None:
         """Give a call what was held back for it, since nothing more will come."""
@@ -498,7 +547,7 @@ class ResponsesAccumulator:
             self._open_call(slot)
         if slot.call is not None and slot.held and not slot.call.arguments:
             held, slot.held = slot.held, ""
-            self._append_arguments(slot, held)
+            self._append_held(slot, held)
 
     def _tell(self, call: ToolCallBuilder, **added: str) -> None:
         """Put what a call gained into the current delta."""
@@ -559,7 +608,7 @@ class ResponsesAccumulator:
             if slot is not None:
                 free.remove(slot)
                 yield slot, item
-            elif kind in {_MESSAGE, _REASONING, *_ARGUMENTS}:
+            else:
                 slot = _Item(kind)
                 self._items.append(slot)
                 yield slot, item
@@ -570,8 +619,8 @@ class ResponsesAccumulator:
         self._usage = merged_usage(self._usage, _chat_usage(response.get("usage")))
         for name in _DETAILS:
             value = response.get(name)
-            if value not in (None, "") and (size <= _MAX_DETAIL or type(value) is str):
-                self._details[name] = value
+            if value not in (None, "", []):
+                self._details[name] = value if size <= _MAX_DETAIL else abridged(storable(value), _MAX_DETAIL, name)
         created = response.get("created_at")
         if created is not None:
             self._details["created"] = created
@@ -583,45 +632,37 @@ class ResponsesAccumulator:
             self._choice = ChoiceBuilder(0)
         return self._choice
 
-    def _extra(self) -> dict[str, Any]:
-        choice = self._open_choice()
-        if choice.extra is None:
-            choice.extra = {}
-        return choice.extra
+    def _keep_extra(self, name: str, value: Any) -> None:
+        self._keep(self._open_choice(), name, value, self._fields)
 
-    def _append(self, text: TextBuilder, piece: str) -> str:
-        """Append a piece if it fits into the limit; return what was appended, with surrogates and NUL put right."""
-        piece = text.rejoin(piece)
-        if not piece or not self._reserve(byte_length(piece)):
-            return ""
-        text.append(piece)
-        return piece
-
-    def _reserve(self, size: int) -> bool:
-        if size > self._bytes_left:
-            self._mark_too_large()
-            return False
-        self._bytes_left -= size
-        return True
-
-    def _mark_too_large(self) -> None:
-        """Refuse all further output, so that no text has a gap."""
-        self._bytes_left = -1
-        self.too_large = self.too_large or not self.succeeded
-
-    def _reserve_extra(self, value: object) -> bool:
-        """Reserve room for something that is kept besides the output; say in the choice if there is none."""
-        size = json_size(value)
-        if size > self._extra_bytes_left:
-            self._extra()["truncated"] = True
-            return False
-        self._extra_bytes_left -= size
-        return True
+    def _keep_items(self, *, last: bool = False) -> None:
+        """Keep whole items in the order in which they began; with ``last`` also those after one that never ended."""
+        for item in self._items[self._kept :]:
+            if item.raw is None and not last:
+                return
+            self._kept += 1
+            if item.raw is not None:
+                item.kept = True
+                self._open_choice().has_media |= item.kind in _MEDIA_ITEMS
+                self._keep_extra(ITEMS_FIELD, [_without_logprobs(item.raw)])
+                item.raw = None
 
 
 def _text(value: object) -> str:
     """Return a text as it is, and an empty one for anything else."""
     return value if type(value) is str else ""
+
+
+def _without_logprobs(item: dict[str, Any]) -> dict[str, Any]:
+    """Return an item without the logprobs of its texts, which are kept elsewhere and do not go back."""
+    content = item.get("content")
+    if type(content) is not list or not any("logprobs" in part for part in _objects(content)):
+        return item
+    parts = [
+        {name: value for name, value in part.items() if name != "logprobs"} if type(part) is dict else part
+        for part in content
+    ]
+    return {**item, "content": parts}
 
 
 def _objects(value: object) -> list[dict[str, Any]]:

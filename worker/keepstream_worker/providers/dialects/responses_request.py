@@ -13,8 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-#: The field of an assistant's message under which its original items travel, for the turn after it.
-ITEMS_FIELD: Final = "responses_output"
+from keepstream.next_turn import ITEMS_FIELD
 
 _MAX_CALL_ID: Final = 64
 _HASHED_ID: Final = 32  #: Hexadecimal digits of a call id that replaces a longer one.
