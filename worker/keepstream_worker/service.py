@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
 
@@ -308,7 +309,7 @@ class Service:
             await asyncio.sleep(0.02)
         if interrupted:
             await self._publish_nudge([self._settings.queue])
-        for close in (
+        closings: tuple[Callable[[], Awaitable[object]], ...] = (
             self._cancel_listener.stop,
             lambda: self._publisher.close(timeout=3.0),
             lambda: self.engine.wait_for_announcements(timeout=3.0),
@@ -318,7 +319,8 @@ class Service:
             self._providers.aclose,
             self._client.aclose,
             *(partial(asyncio.to_thread, database.close) for database in self._databases),
-        ):
+        )
+        for close in closings:
             try:
                 await close()
             except Exception:  # what comes after it is to be closed too
