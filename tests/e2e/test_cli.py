@@ -29,6 +29,7 @@ from keepstream_worker.commands.main import main
 from keepstream_worker.dev_stack.embedded import EmbeddedProvider, free_port, sqlite_url
 from keepstream_worker.supervisor import python_module
 from tests.cluster import Cluster, wait_until
+from tests.stored_jobs import stored_job
 
 OK, UNSUCCESSFUL, INVALID, UNAVAILABLE, NOT_FOUND, INTERRUPTED = 0, 1, 2, 3, 4, 130
 COMMANDS = (
@@ -458,6 +459,8 @@ def test_an_unknown_provider_fails_the_job_and_names_those_there_are(cluster: Cl
         (["submit", "--model", "m", "-m", "Hi", "--max-attempts", "0"], "max_attempts: must be at least 1"),
         (["submit", "--model", "m", "-m", "Hi", "--metadata", "{a"], "--metadata: this is not valid JSON"),
         (["submit", "--model", "m", "-m", "Hi", "--expires-in", "soon"], "no duration"),
+        (["submit", "--model", "m", "-m", "Hi", "--fallback", "other"], "--fallback other: write PROVIDER/MODEL"),
+        (["submit", "--model", "m", "-m", "Hi", "--fallback", "default/m"], "fallbacks: each must be another"),
         (["submit", "--model", "m", "-m", "Hi", "--tool", "/nowhere.json"], "cannot be read"),
         (["submit", "--file", "/nowhere.json"], "cannot be read"),
         (["submit", "--file", "-"], "not valid JSON"),
@@ -672,6 +675,15 @@ def test_a_rejected_message_is_listed_with_its_reason_and_the_doctor_warns(clust
     assert "not JSON" in keepstream(cluster, "rejected").stdout
     done = keepstream(cluster, "doctor", "--json")
     assert (done.returncode, findings(done)["rejected"]) == (OK, "warn")
+
+
+def test_a_job_may_be_for_bulk_and_have_fallbacks(cluster: Cluster):
+    options = ["--model", "m", "-m", "Hi", "--bulk", "--fallback", "other/a/b", "--fallback", "default/c"]
+    job_id = keepstream(cluster, "submit", *options).stdout.strip()
+    assert keepstream(cluster, "follow", job_id).returncode == OK
+    with cluster.database() as connection:
+        job = stored_job(connection, job_id)
+    assert (job.job_class, job.chain) == ("bulk", (("default", "m"), ("other", "a/b"), ("default", "c")))
 
 
 def test_purge_deletes_old_jobs_of_one_tenant(cluster: Cluster):

@@ -83,6 +83,14 @@ def parse_param(text: str) -> tuple[str, Any]:
         return name, value
 
 
+def parse_target(text: str) -> dict[str, str]:
+    """Return the target that ``PROVIDER/MODEL`` names; a model's name may have slashes of its own."""
+    provider, _, model = text.partition("/")
+    if not provider or not model:
+        fail(f"--fallback {text}: write PROVIDER/MODEL", INVALID)
+    return {"provider": provider, "model": model}
+
+
 def parse_metadata(text: str) -> tuple[str, str]:
     """Return name and value of ``NAME=VALUE``, by which jobs are found; values are compared as texts."""
     name, equals, value = text.partition("=")

@@ -26,6 +26,7 @@ from keepstream_worker.commands.arguments import (
     parse_moment,
     parse_param,
     parse_statuses,
+    parse_target,
     read_job,
     read_message,
     read_tools,
@@ -57,6 +58,11 @@ def submit(
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message, before the user's.")] = None,
     provider: Annotated[str | None, typer.Option(help="Name of a configured provider.")] = None,
+    fallback: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PROVIDER/MODEL", help="Who is asked if those before cannot answer; repeatable."),
+    ] = None,
+    bulk: Annotated[bool, typer.Option("--bulk", help="Nobody waits for it: others come first.")] = False,
     tenant: Annotated[str | None, typer.Option(help="Whose job; otherwise as the file says, or default.")] = None,
     file: Annotated[
         str | None, typer.Option(metavar="FILE", help="Request or whole job as JSON; - reads standard input.")
@@ -107,6 +113,8 @@ def submit(
     }
     fields: dict[str, Any] = {
         "provider": provider,
+        "fallbacks": [parse_target(text) for text in fallback] if fallback else None,
+        "class": "bulk" if bulk else None,
         "tenant": tenant,
         "metadata": None if metadata is None else parse_json(metadata, "--metadata"),
         "id": id_,
