@@ -357,12 +357,19 @@ class Choice:
                 tenant.checked, tenant.running = self._now, self._running_tenants.get(name, 0)
             else:
                 del self._state.tenants[name]
+                self._look_for_hidden()
         self._park(self._full.intersection(self._asked_tenants))
         for lane in sorted(self._lanes.values(), key=lambda lane: (lane.time, lane.id)):
             if lane.tenant in self._asked_tenants and lane.tenant not in self._full:
                 comes = not any(row.active for row in lane.rows.values())
                 if lane.unpark():
                     self._come(lane, lifts=comes)
+
+    def _look_for_hidden(self) -> None:
+        """Let restarted jobs be read soon that were not, because a tenant was full."""
+        for number, pool in self._state.pools.items():
+            if pool.hidden and number not in self._asked_restarted:
+                pool.restarted = self._now if pool.restarted is None else min(pool.restarted, self._now)
 
     # -- coming to wait --
 
