@@ -98,7 +98,7 @@ class World:
         """Put a running job back, to go on after some seconds."""
         old = self.running.pop(key).pick.job
         self.seq += 1
-        job = old._replace(seq=self.seq, due=self.now + after, attempt=old.attempt + 1)
+        job = old._replace(seq=self.seq, due=self.now + after, attempt=old.attempt + 1, expired=False)
         self._insert(job)
         return job
 
@@ -130,101 +130,7 @@ class World:
 
     def read(self, question: Question) -> Reading:
         """Answer what is asked, and nothing else."""
-        found: dict[tuple[int, int, float], Standing] = {}
-        jobs: dict[tuple[int, int], tuple[WaitingJob, ...]] = {}
-        whole: set[tuple[int, int]] = set()
-
-        def take(standing: Standing) -> None:
-            found[standing.lane, standing.pool, standing.time] = standing
-
-        def look(lane: int, pool: int, head: int, limit: int) -> None:
-            waits = sorted(
-                job.seq
-                for job in self.waiting.values()
-                if job.lane == lane and job.pool == pool and job.due is None and job.seq >= head
-            )
-            if len(jobs.get((lane, pool), ())) < limit:
-                jobs[lane, pool] = tuple(self.waiting[seq] for seq in waits[:limit])
-                self.jobs_read += len(waits[:limit])
-            if len(waits) <= limit:
-                whole.add((lane, pool))
-            if not jobs.get((lane, pool)):
-                jobs.pop((lane, pool), None)
-
-        low = self.arrivals_low
-        seqs = sorted(seq for seq in self.arrivals if seq >= low)
-        arrivals = tuple(self.arrivals[seq] for seq in seqs[:ARRIVALS_READ])
-        restarted: dict[int, WaitingJob] = {}
-        for pool in question.restarted_pools:
-            due = sorted(
-                (job.due, job.seq)
-                for job in self.waiting.values()
-                if job.pool == pool and job.due is not None and job.key.tenant not in question.full_tenants
-            )
-            restarted.update((seq, self.waiting[seq]) for _, seq in due[: question.restarted + 1])
-        for arrival in arrivals:
-            if arrival.due is not None and self.pools[arrival.pool].queue == question.queue:
-                job = self.waiting.get(arrival.seq)
-                if job is not None:
-                    restarted[job.seq] = job
-        for pool, least in question.pools:
-            lanes = sorted(
-                (standing for standing in self.standings if standing.pool == pool and standing.active),
-                key=lambda standing: (standing.time, standing.lane),
-            )
-            assert all(standing.time >= least for standing in lanes), "low is above a lane's time"
-            for position, standing in enumerate(lanes[: question.standings]):
-                take(standing)
-                limit = question.other_jobs if position else question.first_jobs
-                look(standing.lane, pool, standing.head, limit)
-        named = {(arrival.lane, arrival.pool) for arrival in arrivals}
-        named |= {(job.lane, job.pool) for job in restarted.values()}
-        times = dict(question.lanes)
-        for lane, pool in named:
-            where = self.pools[pool]
-            least = question.arrival_times.get((where.queue, where.job_class), float("-inf"))
-            times[lane] = min(times.get(lane, least), least)
-        for standing in self.standings:
-            if (standing.lane in times and standing.time >= times[standing.lane]) or (
-                standing.parked and standing.tenant in question.parked_tenants
-            ):
-                take(standing)
-            else:
-                continue
-            if standing.parked and standing.tenant in question.parked_tenants:
-                look(standing.lane, standing.pool, standing.head, question.other_jobs)
-        heads: dict[tuple[int, int], int] = {}
-        for arrival in arrivals:
-            if arrival.due is None and self.pools[arrival.pool].queue == question.queue:
-                place = (arrival.lane, arrival.pool)
-                heads[place] = min(heads.get(place, arrival.seq), arrival.seq)
-        for standing in found.values():
-            place = (standing.lane, standing.pool)
-            if place in heads and (standing.active or standing.parked):
-                heads[place] = min(heads[place], standing.head)
-        for (lane, pool), head in heads.items():
-            look(lane, pool, head, question.other_jobs)
-        targets = Counter(each.pick.target for each in self.running.values())
-        tenants = Counter(key.tenant for key in self.running)
-        counted = set(question.counted_tenants)
-        if question.counts_all_tenants:
-            counted |= {standing.tenant for standing in found.values()}
-            counted |= {arrival.tenant for arrival in arrivals}
-            counted |= {job.key.tenant for job in restarted.values()}
-        pools = {standing.pool for standing in found.values()} | {arrival.pool for arrival in arrivals}
-        pools |= {job.pool for job in restarted.values()}
-        return Reading(
-            now=self.now,
-            pools={pool: self.pools[pool] for pool in pools},
-            standings=tuple(found.values()),
-            jobs=jobs,
-            whole=frozenset(whole),
-            restarted=tuple(restarted.values()),
-            arrivals=arrivals,
-            more_arrivals=len(seqs) > ARRIVALS_READ,
-            running={each: number for each, number in targets.items() if each.provider in question.counted_providers},
-            running_tenants={each: number for each, number in tenants.items() if each in counted},
-        )
+        return _Reader(self, question).read()
 
     def write(self, decision: Decision) -> None:
         """Write what was decided, and check that it can be."""
@@ -249,7 +155,7 @@ class World:
             del self.arrivals[seq]
         self.state, self.ready, self.arrivals_low = decision.state, dict(decision.ready), decision.arrivals_low
         if not decision.changed:
-            assert not (decision.picks or decision.moves or decision.new_standings or decision.times)
+            assert not any((decision.picks, decision.moves, decision.new_standings, decision.times))
 
     def check(self) -> None:
         """Assert what holds between two turns, whatever happened."""
@@ -265,3 +171,123 @@ class World:
         for job in self.waiting.values():
             if job.due is None and job.seq not in self.arrivals:
                 assert heads[job.lane, job.pool] <= job.seq, "a job is out of sight"
+
+
+class _Reader:
+    """Reads what one question asks for."""
+
+    def __init__(self, world: World, question: Question) -> None:
+        self.world = world
+        self.question = question
+        self.standings: dict[Standing, None] = {}
+        self.jobs: dict[tuple[int, int], tuple[WaitingJob, ...]] = {}
+        self.whole: set[tuple[int, int]] = set()
+
+    def read(self) -> Reading:
+        """Return everything."""
+        world, question = self.world, self.question
+        seqs = sorted(seq for seq in world.arrivals if seq >= world.arrivals_low)
+        arrivals = tuple(world.arrivals[seq] for seq in seqs[:ARRIVALS_READ])
+        restarted = self.restarted(arrivals)
+        self.read_pools()
+        self.read_lanes(arrivals, restarted)
+        self.read_arrivals(arrivals)
+        targets = Counter(each.pick.target for each in world.running.values())
+        tenants = Counter(key.tenant for key in world.running)
+        counted = set(question.counted_tenants)
+        if question.counts_all_tenants:
+            counted |= {standing.tenant for standing in self.standings}
+            counted |= {arrival.tenant for arrival in arrivals}
+            counted |= {job.key.tenant for job in restarted}
+        pools = {each.pool for group in (self.standings, arrivals, restarted) for each in group}
+        return Reading(
+            now=world.now,
+            pools={pool: world.pools[pool] for pool in pools},
+            standings=tuple(self.standings),
+            jobs={place: jobs for place, jobs in self.jobs.items() if jobs},
+            whole=frozenset(self.whole),
+            restarted=restarted,
+            arrivals=arrivals,
+            more_arrivals=len(seqs) > ARRIVALS_READ,
+            running={each: number for each, number in targets.items() if each.provider in question.counted_providers},
+            running_tenants={each: number for each, number in tenants.items() if each in counted},
+        )
+
+    def restarted(self, arrivals: Sequence[Arrival]) -> tuple[WaitingJob, ...]:
+        """Read the first restarted jobs of pools, and those that arrivals name."""
+        world, question = self.world, self.question
+        found: dict[int, WaitingJob] = {}
+        for pool in question.restarted_pools:
+            due = sorted(
+                (job.due, job.seq)
+                for job in world.waiting.values()
+                if job.pool == pool and job.due is not None and job.key.tenant not in question.full_tenants
+            )
+            found.update((seq, world.waiting[seq]) for _, seq in due[: question.restarted + 1])
+        for arrival in arrivals:
+            if arrival.due is not None and world.pools[arrival.pool].queue == question.queue:
+                job = world.waiting.get(arrival.seq)
+                if job is not None:
+                    found[job.seq] = job
+        return tuple(found.values())
+
+    def read_pools(self) -> None:
+        """Read the first standings of each pool, and their first jobs."""
+        question = self.question
+        for pool, least in question.pools:
+            lanes = sorted(
+                (standing for standing in self.world.standings if standing.pool == pool and standing.active),
+                key=lambda standing: (standing.time, standing.lane),
+            )
+            assert all(standing.time >= least for standing in lanes), "low is above a lane's time"
+            for position, standing in enumerate(lanes[: question.standings]):
+                self.standings[standing] = None
+                limit = question.other_jobs if position else question.first_jobs
+                self.read_jobs(standing.lane, pool, standing.head, limit)
+
+    def read_lanes(self, arrivals: Sequence[Arrival], restarted: Sequence[WaitingJob]) -> None:
+        """Read the standings of lanes that are named, and those of parked tenants."""
+        question = self.question
+        times = dict(question.lanes)
+        for each in (*arrivals, *restarted):
+            pool = self.world.pools[each.pool]
+            least = question.arrival_times.get((pool.queue, pool.job_class), float("-inf"))
+            times[each.lane] = min(times.get(each.lane, least), least)
+        for standing in self.world.standings:
+            unparks = standing.parked and standing.tenant in question.parked_tenants
+            if unparks or standing.time >= times.get(standing.lane, float("inf")):
+                self.standings[standing] = None
+            if unparks:
+                self.read_jobs(standing.lane, standing.pool, standing.head, question.other_jobs)
+
+    def read_arrivals(self, arrivals: Sequence[Arrival]) -> None:
+        """Read the first jobs of each lane and pool that arrivals name."""
+        heads: dict[tuple[int, int], int] = {}
+        for arrival in arrivals:
+            if arrival.due is None and self.world.pools[arrival.pool].queue == self.question.queue:
+                place = (arrival.lane, arrival.pool)
+                heads[place] = min(heads.get(place, arrival.seq), arrival.seq)
+        for standing in self.standings:
+            place = (standing.lane, standing.pool)
+            if place in heads and (standing.active or standing.parked):
+                heads[place] = min(heads[place], standing.head)
+        for (lane, pool), head in heads.items():
+            self.read_jobs(lane, pool, head, self.question.other_jobs)
+
+    def read_jobs(self, lane: int, pool: int, head: int, limit: int) -> None:
+        """Read the first new jobs of a lane in a pool."""
+        waits = sorted(
+            job.seq
+            for job in self.world.waiting.values()
+            if (job.lane, job.pool, job.due) == (lane, pool, None) and job.seq >= head
+        )
+        # Read twice, it has one answer: from the smaller head, to the larger limit.
+        earlier = self.jobs.get((lane, pool))
+        if earlier is not None:
+            limit = max(limit, len(earlier))
+            waits = sorted({*waits, *(job.seq for job in earlier)})
+        self.jobs[lane, pool] = tuple(self.world.waiting[seq] for seq in waits[:limit])
+        if len(waits) <= limit:
+            self.whole.add((lane, pool))
+        else:
+            self.whole.discard((lane, pool))

@@ -21,8 +21,8 @@ from keepstream_worker.scheduling.state import BULK, INTERACTIVE, FullTenant, Po
 from keepstream_worker.turn import Decision, Move, Pick, Question, Reading, Retimed, Standing, WaitingJob
 from keepstream_worker.values import Target
 
-#: Pools of a class that are read in one turn; the others, whose lanes are further, wait for theirs.
-_MOST_POOLS: Final = 64
+#: Pools of a class that are read in one turn.
+_MOST_POOLS: Final = 16
 #: Full tenants that are looked at again in one turn.
 _MOST_TENANTS: Final = 20
 #: Full tenants that are remembered; beyond, lanes are passed over without being parked.
@@ -68,7 +68,7 @@ class Choice:
         self._freed: set[str] = set()
         for observation in self._observations:
             self._hear(observation)
-        self._asked_pools, self._passed_pools = self._pools_to_read()
+        self._asked_pools = self._pools_to_read()
         self._asked_tenants = self._tenants_to_read()
         restarted = self._restarted_to_read()
         self._asked_restarted = set(restarted)
@@ -148,22 +148,28 @@ class Choice:
             )
         return learning.withdrawn(learned, now, started=started)
 
-    def _pools_to_read(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the active pools of the queue that are open, those to be read and those that are too many."""
+    def _pools_to_read(self) -> tuple[int, ...]:
+        """Return the active pools of the queue that are open.
+
+        If they are too many, those whose lanes are least far: what is read is found to be further than was known, so
+        the others are next.  A lane may be served later for that, by as many turns as it takes to read all once.
+        """
         if not self._places:
-            return (), ()
-        found: dict[str, list[tuple[float, int]]] = {INTERACTIVE: [], BULK: []}
+            return ()
+        active: dict[str, list[tuple[float, int]]] = {INTERACTIVE: [], BULK: []}
         for number, pool in self._state.pools.items():
-            if pool.queue == self._queue and pool.low is not None and self._gate(pool, counted=False) is not None:
-                found[pool.job_class].append((pool.low, number))
+            if pool.queue == self._queue and pool.low is not None:
+                active[pool.job_class].append((pool.low, number))
         asked: list[int] = []
-        passed: list[int] = []
-        for pools in found.values():
-            if len(pools) > _MOST_POOLS:
-                pools.sort()
-            asked += [number for _, number in pools[:_MOST_POOLS]]
-            passed += [number for _, number in pools[_MOST_POOLS:]]
-        return tuple(asked), tuple(passed)
+        for pools in active.values():
+            pools.sort()
+            most = len(asked) + _MOST_POOLS
+            for _, number in pools:
+                if self._gate(self._state.pools[number], counted=False) is not None:
+                    asked.append(number)
+                    if len(asked) >= most:
+                        break
+        return tuple(asked)
 
     def _tenants_to_read(self) -> tuple[str, ...]:
         """Return full tenants of whom a job may have ended."""
@@ -276,10 +282,6 @@ class Choice:
             if len(found) >= self._standings:
                 found.sort()
                 horizons[pool.job_class].append((found[self._standings - 1], number))
-        for number in self._passed_pools:
-            pool = self._state.pools[number]
-            assert pool.low is not None
-            horizons[pool.job_class].append((pool.low, number))
         for found_horizons in horizons.values():
             found_horizons.sort()
         return horizons
@@ -661,8 +663,7 @@ class Choice:
             self._state.pools[number].low = None
         for horizons in self._horizons.values():
             for time, number in horizons:
-                if number not in self._unread:
-                    self._state.pools[number].low = time
+                self._state.pools[number].low = time
         for lane in self._lanes.values():
             for row in lane.rows.values():
                 if row.active:
@@ -712,6 +713,8 @@ class Choice:
 
     def _opens(self, pool: PoolState, closed: dict[str, Any]) -> float:
         """Return the moment from which a job of the pool can go, 0 if that is now; note why not in ``closed``."""
+        if self._gates.is_free(pool.chain[0]):
+            return 0.0
         gate, back = self._gates.effective(pool.chain)
         for key in pool.chain:
             if gate is not None and key == gate.key:

@@ -6,8 +6,8 @@ A gate is closed, in this order, if its target cools down or is broken, runs as 
 left, or is in debt of tokens.  Limits hold for a model and for its provider as a whole.
 """
 
-from collections.abc import Mapping
-from typing import Any, Final, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Final, NamedTuple
 
 from keepstream_worker.limits import Limits, Policy
 from keepstream_worker.scheduling import learning
@@ -18,6 +18,7 @@ from keepstream_worker.values import Target
 _USED_PART: Final = 0.95
 #: Seconds of a limit that may be used at once.
 _BURST: Final = 3.0
+_MOST_KNOWN: Final = 10_000  #: Targets whose limits are kept.
 #: Seconds by which sums of fractions may be off.
 _ROUNDING: Final = 1e-6
 
@@ -57,6 +58,15 @@ class Limit:
             use.requests = 0.0
         if use.tokens + _BURST <= now:
             use.tokens = 0.0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether as many streams run as may."""
+        return self.limits.concurrency is not None and self.running >= self.limits.concurrency
+
+    def is_open(self, now: float) -> bool:
+        """Whether it lets another job pass."""
+        return not self.is_full and max(self.request_at(), self.tokens_at()) <= now + _ROUNDING
 
     def request_at(self) -> float:
         """Return the moment from which a request is left."""
@@ -121,24 +131,20 @@ class Gate:
         unfit = self.unfit()
         if unfit is not None:
             return unfit
+        own = self.limits[-1]
         if counted:
             for limit in self.limits[:-1]:
-                most = limit.limits.concurrency
-                if most is not None and limit.running >= most:
-                    return Closed(limit.key, "concurrency", None, limit.running, most)
-            own = self.limits[-1]
+                if limit.is_full:
+                    return Closed(limit.key, "concurrency", None, limit.running, limit.limits.concurrency)
             if learning.places(self.use.learned, self._now, own.running, self._configured) <= 0:
                 most = int(learning.ceiling(self.use.learned, self._configured))
                 return Closed(self.key, "concurrency", None, own.running, most)
-        now = self._now + _ROUNDING
         for limit in self.limits:
-            at = limit.request_at()
-            if at > now:
-                return Closed(limit.key, "requests_per_minute", at)
+            if limit.request_at() > self._now + _ROUNDING:
+                return Closed(limit.key, "requests_per_minute", limit.request_at())
         for limit in self.limits:
-            at = limit.tokens_at()
-            if at > now:
-                return Closed(limit.key, "tokens_per_minute", at)
+            if limit.tokens_at() > self._now + _ROUNDING:
+                return Closed(limit.key, "tokens_per_minute", limit.tokens_at())
         return None
 
     def charge(self, tokens: int) -> None:
@@ -165,7 +171,7 @@ class Gates:
         self.now = now
         self._policy = policy
         self._state = state
-        self._running: Mapping[Target, int] = {}
+        self._known = _limits_by_key(policy)
         self._running_of: dict[str, int] = {}
         self._gates: dict[str, Gate] = {}
         self._limits: dict[str, Limit] = {}
@@ -187,14 +193,37 @@ class Gates:
         """Return the gate of a target."""
         gate = self._gates.get(key)
         if gate is None:
-            provider, _, model = key.partition("/")
             use = self._state.use(key)
-            limits = {name: limits for name, limits in self._policy.limits_of(provider, model) if name != key}
-            own = dict(self._policy.limits_of(provider, model)).get(key, _NO_LIMITS)
-            own = learning.limits(use.learned, own)
-            shared = [self._limit(name, limit, self._state.use(name)) for name, limit in limits.items()]
-            gate = self._gates[key] = Gate(key, use, (*shared, self._limit(key, own, use)), self.now)
+            own = _NO_LIMITS
+            shared = []
+            for name, limits in self._configured(key):
+                if name == key:
+                    own = limits
+                else:
+                    shared.append(self._limit(name, limits, self._state.use(name)))
+            limit = self._limit(key, learning.limits(use.learned, own), use)
+            gate = self._gates[key] = Gate(key, use, (*shared, limit), self.now)
         return gate
+
+    def is_free(self, key: str) -> bool:
+        """Whether a target is open because nothing is known of it: quickly said, for most of very many.
+
+        False: ``of`` knows.
+        """
+        if key in self._state.uses:
+            return False
+        most = None
+        for name, limits in self._configured(key):
+            if name == key or not self._limit(name, limits, self._state.use(name)).is_open(self.now):
+                return False
+            most = limits.concurrency
+        return self._running_of.get(key, 0) < (learning.FIRST_CEILING if most is None else most)
+
+    def _configured(self, key: str) -> Sequence[tuple[str, Limits]]:
+        found = self._known.get(key)
+        if found is None:
+            found = self._known[key] = self._policy.limits_of(*target_of(key))
+        return found
 
     def _limit(self, key: str, limits: Limits, use: UseState) -> Limit:
         limit = self._limits.get(key)
@@ -219,6 +248,20 @@ class Gates:
                 return gate, back
             back = min(back, until)
         return None, back
+
+
+class _Known:
+    """The limits of targets as they were last looked up; a worker has one policy for long."""
+
+    policy: Policy | None = None
+    limits: ClassVar[dict[str, Sequence[tuple[str, Limits]]]] = {}
+
+
+def _limits_by_key(policy: Policy) -> dict[str, Sequence[tuple[str, Limits]]]:
+    """Return the limits that were looked up in a policy, to be added to."""
+    if _Known.policy is not policy or len(_Known.limits) > _MOST_KNOWN:
+        _Known.policy, _Known.limits = policy, {}
+    return _Known.limits
 
 
 def target_of(key: str) -> Target:

@@ -8,6 +8,7 @@ It is parsed under the lock of the whole deployment, so it is kept small and pla
 says nothing.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
@@ -20,6 +21,7 @@ from keepstream_worker.values import Target
 INTERACTIVE: Final = "interactive"
 BULK: Final = "bulk"
 
+NOTHING_LEARNED: Final = Learned()
 #: Tokens of an answer of which nothing is known.
 _USUAL_OUTPUT: Final = 500
 #: How much a new answer moves the mean.
@@ -54,17 +56,52 @@ class QueueState:
     ready: float | None = None  #: When its next turn is worth taking; 0: at once; None: nothing waits.
 
 
-@dataclass(slots=True)
 class UseState:
     """What is known of a target, or of a provider as a whole."""
 
-    #: A bucket is the moment at which it was, or will be, empty and free of debt: so its balance is kept in seconds,
-    #: and a new rate applies from now.  0: it is full.
-    requests: float = 0.0
-    tokens: float = 0.0
-    output: float | None = None  #: Running mean of the tokens of an answer.
-    used: float = 0.0  #: When it was last used.
-    learned: Learned = field(default_factory=Learned)
+    __slots__ = ("_learned", "_learned_json", "output", "requests", "tokens", "used")
+
+    def __init__(
+        self,
+        requests: float = 0.0,
+        tokens: float = 0.0,
+        output: float | None = None,
+        used: float = 0.0,
+        learned_json: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Take the values of a state."""
+        # A bucket is the moment at which it was, or will be, empty and free of debt: so its balance is kept in seconds,
+        # and a new rate applies from now.  0: it is full.
+        self.requests = requests
+        self.tokens = tokens
+        self.output = output  #: Running mean of the tokens of an answer.
+        self.used = used  #: When it was last used.
+        self._learned_json = learned_json  # read when it is first asked for: most are not, in one turn
+        self._learned = NOTHING_LEARNED if learned_json is None else None
+
+    @property
+    def learned(self) -> Learned:
+        """What was learned from its answers."""
+        if self._learned is None:
+            self._learned = Learned.from_json(self._learned_json or {})
+        return self._learned
+
+    @learned.setter
+    def learned(self, learned: Learned) -> None:
+        if learned is not self._learned:
+            self._learned, self._learned_json = learned, learned.to_json() or None
+
+    @property
+    def says_nothing(self) -> bool:
+        """Whether there is nothing to be remembered."""
+        return not (self.requests or self.tokens or self._learned_json) and self.output is None
+
+    def row(self) -> list[Any]:
+        """Return it as it is stored."""
+        row: list[Any] = [self.requests, self.tokens, self.output, self.used]
+        if self._learned_json:
+            row.append(self._learned_json)
+        return row
 
     def answered(self, output_tokens: int) -> None:
         """Take note of the length of an answer."""
@@ -104,9 +141,8 @@ class State:
             state.pools[int(pool)] = PoolState(queue, job_class, tuple(chain), *rest)
         for queue, row in document.get("q", {}).items():
             state.queues[queue] = QueueState(*row)
-        for key, (requests, tokens, output, used, *learned) in document.get("u", {}).items():
-            known = Learned.from_json(learned[0]) if learned else _NOTHING
-            state.uses[key] = UseState(requests, tokens, output, used, known)
+        for key, row in document.get("u", {}).items():
+            state.uses[key] = UseState(*row)
         for tenant, row in document.get("t", {}).items():
             state.tenants[tenant] = FullTenant(*row)
         return state
@@ -119,12 +155,7 @@ class State:
             if pool.low is not None or pool.restarted is not None or pool.hidden
         }
         queues = {name: [each.reach, each.floor, each.owed, each.ready] for name, each in self.queues.items()}
-        uses = {}
-        for key, use in self._kept_uses():
-            row: list[Any] = [use.requests, use.tokens, use.output, use.used]
-            if use.learned != _NOTHING:
-                row.append(use.learned.to_json())
-            uses[key] = row
+        uses = {key: use.row() for key, use in self._kept_uses()}
         tenants = {
             name: [tenant.checked, tenant.running, tenant.low, tenant.queues] for name, tenant in self.tenants.items()
         }
@@ -132,11 +163,7 @@ class State:
         return orjson.dumps({name: part for name, part in parts.items() if part}).decode()
 
     def _kept_uses(self) -> list[tuple[str, UseState]]:
-        says = [
-            (key, use)
-            for key, use in self.uses.items()
-            if use.requests or use.tokens or use.output is not None or use.learned != _NOTHING
-        ]
+        says = [(key, use) for key, use in self.uses.items() if not use.says_nothing]
         if len(says) > _MOST_TARGETS:
             says.sort(key=lambda item: item[1].used, reverse=True)
             del says[_MOST_TARGETS:]
@@ -177,9 +204,6 @@ class State:
         else:
             output = _USUAL_OUTPUT if max_tokens is None else max_tokens
         return max(1, prompt_tokens + output)
-
-
-_NOTHING: Final = Learned()
 
 
 def key_of(target: Target) -> str:
