@@ -249,10 +249,11 @@ class _Reader:
         """Read the standings of lanes that are named, and those of parked tenants."""
         question = self.question
         times = dict(question.lanes)
-        for each in (*arrivals, *restarted):
-            pool = self.world.pools[each.pool]
+        named = {(each.lane, each.pool) for each in arrivals} | {(each.lane, each.pool) for each in restarted}
+        for lane, number in named:
+            pool = self.world.pools[number]
             least = question.arrival_times.get((pool.queue, pool.job_class), float("-inf"))
-            times[each.lane] = min(times.get(each.lane, least), least)
+            times[lane] = min(times.get(lane, least), least)
         for standing in self.world.standings:
             unparks = standing.parked and standing.tenant in question.parked_tenants
             if unparks or standing.time >= times.get(standing.lane, float("inf")):

@@ -316,9 +316,9 @@ class Check:
                 model.start_directly(told, QUEUE, waits=waits)
                 self.known.add(lane)
                 continue
-            moves = isinstance(told, Settled) and told.actual not in (None, told.estimated)
-            if moves and lane not in self.known:  # so far behind that it was forgotten
-                if told.actual > told.estimated:
+            more = 0 if isinstance(told, Accepted) or told.actual is None else told.actual - told.estimated
+            if more and lane not in self.known:  # so far behind that it was forgotten
+                if more > 0:
                     model.places[lane] = model.start(lane, where)
                     self.known.add(lane)
                 else:
@@ -479,17 +479,20 @@ class Check:
             if later.now > model.now:
                 assert later.next(QUEUE) is None, "a job could go earlier than anybody will look"
         for job in model.waiting.values():
-            if job.due is not None and job.due > model.now:
-                continue
-            target = model.effective(job.pool)
-            if model.is_full(job.key.tenant):
-                shown = f"tenant:{job.key.tenant}" in decision.closed or self.places == 0 or open_now
-                assert shown or target is None or not model.is_open(target)
-            elif target is None:
-                assert all(key_of(each) in decision.closed for each in model.pools[job.pool].chain)
-            elif not model.is_open(target):
-                shown = {target.provider, key_of(target), f"tenant:{job.key.tenant}"}
-                assert decision.closed.keys() & shown, (job, target, decision.closed)
+            if job.due is None or job.due <= model.now:
+                self.reason(job, decision, open_now=open_now)
+
+    def reason(self, job: WaitingJob, decision: Decision, *, open_now: bool) -> None:
+        """Check that it can be said why a job waits."""
+        model = self.model
+        target = model.effective(job.pool)
+        of_tenant = f"tenant:{job.key.tenant}"
+        if target is None:
+            assert all(key_of(each) in decision.closed for each in model.pools[job.pool].chain)
+        elif not model.is_open(target):
+            assert decision.closed.keys() & {target.provider, key_of(target), of_tenant}
+        elif model.is_full(job.key.tenant):
+            assert of_tenant in decision.closed or self.places == 0 or open_now
 
 
 ChoiceMachine.TestCase.settings = settings(

@@ -736,8 +736,9 @@ def may_start_directly(
 ) -> Target | None:
     """Return the target at which a job may start without a turn; None: it has to wait for one.
 
-    It may if choice would give the same whatever else happens: nothing waits, nothing limits its target or tenant, and
-    this worker has few streams there, for what is known of the target (other workers' are not counted).
+    It may if choice would give the same whatever else happens: nothing limits its target or tenant, and this worker has
+    few streams there, for what is known of the target (other workers' are not counted).  That the worker has a place
+    and no job of its queue waits that could go now, its caller knows: what waits for closed targets loses nothing.
 
     Args:
         policy: Limits.
@@ -747,8 +748,6 @@ def may_start_directly(
         running_here: This worker's streams by target.
     """
     if policy.tenant(tenant).concurrency is not None or tenant in state.tenants:
-        return None
-    if any(pool.low is not None for pool in state.pools.values()):
         return None
     target = chain[0]
     if policy.limits_of(*target):
