@@ -1,70 +1,22 @@
-"""What a client asks costs as much with 100,000 jobs that ended and as many that wait as with none.
-
-Each statement is explained just before it is executed: on PostgreSQL by doing it and taking it back, so that what it
-reads is counted; on SQLite by its plan.
-"""
+"""What a client asks costs as much with 100,000 jobs that ended and as many that wait as with none."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import pytest
-from sqlalchemy import Connection, Engine, create_engine, event, insert, select, text
+from sqlalchemy import Engine, create_engine, select, text
 
-from keepstream import tables
 from keepstream.client import queries
 from keepstream.client.database import make_engine
 from keepstream.client.listing import list_jobs
 from keepstream.results import JobStatus
-from keepstream.tables import metadata, now, rejected_messages, requests, waiting, workers
+from keepstream.tables import metadata, waiting
 from keepstream_worker.store import activity, inspection
+from tests.explained import BY_THEIR_END, RUNNING, Explained, fill
 from tests.jobs import make_job
-from tests.stored_jobs import change, finish, pause, start
+from tests.stored_jobs import change, pause, start
 
-MANY: Final = 100_000
-RUNNING: Final = 1000
-WORKERS: Final = 200
-#: SQLite calls it a scan to read the newest rows by the key, of which there is a limit.
-BY_THEIR_END: Final = frozenset({"keepstream_turns", "keepstream_waiting"})
 PAGE: Final = 50
-
-
-class Explained(list[tuple[str, Any]]):
-    """The statements of an engine, with their plans."""
-
-    def __init__(self, engine: Engine) -> None:
-        super().__init__()
-        self._is_postgresql = engine.dialect.name == "postgresql"
-        event.listen(engine, "before_cursor_execute", self._explain)
-
-    def _explain(
-        self, _connection: Any, cursor: Any, statement: str, parameters: Any, _context: Any, many: Any
-    ) -> None:
-        if statement.startswith("BEGIN"):
-            return
-        values = parameters[0] if many else parameters
-        other = cursor.connection.cursor()
-        if self._is_postgresql:
-            other.execute("SAVEPOINT explained")
-            other.execute(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {statement}", values)
-            self.append((statement, other.fetchone()[0][0]["Plan"]))
-            other.execute("ROLLBACK TO SAVEPOINT explained")
-        else:
-            other.execute(f"EXPLAIN QUERY PLAN {statement}", values)
-            self.append((statement, [row[-1] for row in other.fetchall()]))
-
-    def check(self, buffers: int, *, scanned: frozenset[str] = BY_THEIR_END) -> None:
-        """See that no statement has read more than so many pages, or whole tables but those that are named."""
-        assert self
-        for statement, plan in self:
-            if self._is_postgresql:
-                read = plan["Shared Hit Blocks"] + plan["Shared Read Blocks"]
-                assert read <= buffers, (read, statement, plan)
-            else:
-                whole = {step.split()[1] for step in plan if step.startswith("SCAN") and "INDEX" not in step}
-                whole = {name for name in whole if name.startswith("keepstream_")}
-                assert whole <= scanned, (statement, plan)
-                assert not any("TEMP B-TREE FOR ORDER BY" in step for step in plan), (statement, plan)
-        self.clear()
 
 
 @pytest.fixture(params=["empty", pytest.param("full", marks=pytest.mark.slow)])
@@ -73,56 +25,15 @@ def engine(request: pytest.FixtureRequest, database_url: str) -> Iterator[Engine
     maker = create_engine(database_url)
     metadata.create_all(maker)
     if request.param == "full":
-        with make_engine(database_url).begin() as connection:
+        filler = make_engine(database_url)
+        with filler.begin() as connection:
             fill(connection)
             connection.execute(text("ANALYZE"))
+        filler.dispose()
     maker.dispose()
     engine = make_engine(database_url)
     yield engine
     engine.dispose()
-
-
-def fill(connection: Connection) -> None:
-    """Let many jobs of several tenants have ended, wait or run, and many messages be rejected."""
-    for job_id in ("ended", "waits", "runs", "retries"):
-        queries.enqueue(connection, make_job(id=job_id))
-    start(connection, "ended")
-    finish(connection, "ended")
-    start(connection, "runs")
-    start(connection, "retries")
-    pause(connection, "retries", seconds=-60)
-    _multiply(connection, tables.jobs, "id", {"ended": MANY, "waits": MANY, "runs": RUNNING, "retries": RUNNING})
-    _multiply(connection, requests, "job_id", {"ended": MANY, "waits": MANY, "runs": RUNNING, "retries": RUNNING})
-    _multiply(connection, waiting, "job_id", {"waits": MANY, "retries": RUNNING})
-    _multiply(connection, tables.running, "job_id", {"runs": RUNNING})
-    sign = {"started_at": now(), "heartbeat_at": now(), "lease": 60, "queue": "completions", "places": 9, "running": 9}
-    for number in range(WORKERS):
-        connection.execute(insert(workers).values(id=f"w{number}", **sign))
-    message = {"rejected_at": now(), "reason": "not JSON", "size": 3}
-    connection.execute(insert(rejected_messages).values(id="ended", **message))
-    _multiply(connection, rejected_messages, "id", {"ended": MANY})
-    turn = {"arrivals_low": 0, "ready": "{}", "closed": "{}", "state": "{}"}
-    connection.execute(insert(tables.turns).values([{"n": number, **turn} for number in range(1, 1000)]))
-
-
-def _multiply(connection: Connection, table: Any, key: str, numbers: dict[str, int]) -> None:
-    """Copy rows; every tenth copy is the default tenant's, the others belong to ten others."""
-    for job_id, many in numbers.items():
-        series = (
-            f"SELECT n FROM generate_series(1, {many}) AS n"
-            if connection.dialect.name == "postgresql"
-            else f"WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c WHERE n < {many}) SELECT n FROM c"
-        )
-        values = {key: f"'{job_id}-' || n", "tenant": "CASE WHEN n % 10 = 0 THEN 'default' ELSE 't' || n % 10 END"}
-        columns = [column.name for column in table.columns if column.name != "seq"]
-        chosen = ", ".join(values.get(name, f't."{name}"') for name in columns)
-        names = ", ".join(f'"{name}"' for name in columns)
-        connection.execute(
-            text(
-                f"INSERT INTO {table.name} ({names}) SELECT {chosen} FROM {table.name} AS t, ({series}) AS numbers"
-                f" WHERE t.{key} = '{job_id}'"
-            )
-        )
 
 
 def test_a_client_reads_and_locks_a_few_pages(engine: Engine) -> None:

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Float, Integer, Table, and_, bindparam, case,
 
 from keepstream.results import TERMINAL_STATUSES, JobStatus
 from keepstream.tables import attempts, epoch_seconds, jobs, now, requests, running, seconds_from_now, seconds_until
-from keepstream_worker.store.conditions import among, is_named, name
+from keepstream_worker.store.conditions import among, each, is_named, name
 from keepstream_worker.store.pools import find_pools
 from keepstream_worker.store.waiting import OwnedJob, give_up
 from keepstream_worker.turn import Pick, Pool
@@ -141,14 +141,12 @@ _FIND_RUNNING: Final = select(running).where(among(running))
 
 def lock(connection: Connection, keys: Collection[JobKey]) -> dict[JobKey, Any]:
     """Return the rows of jobs, which nobody else changes until the transaction ends, with their request."""
-    rows = connection.execute(_LOCK, {"keys": sorted(set(keys))}) if keys else ()
-    return {JobKey(row.tenant, row.id): row for row in rows}
+    return {JobKey(row.tenant, row.id): row for row in each(connection, _LOCK, keys)}
 
 
 def find_running(connection: Connection, keys: Collection[JobKey]) -> dict[JobKey, Any]:
     """Return the rows that jobs have among those that run."""
-    rows = connection.execute(_FIND_RUNNING, {"keys": sorted(set(keys))}) if keys else ()
-    return {JobKey(row.tenant, row.job_id): row for row in rows}
+    return {JobKey(row.tenant, row.job_id): row for row in each(connection, _FIND_RUNNING, keys)}
 
 
 def make_claim(

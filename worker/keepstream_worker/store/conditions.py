@@ -6,9 +6,10 @@ Whoever changes a job locks its row in ``jobs`` first, several in the order of t
 tables; only a turn, which locks no job's row, takes from ``waiting`` what nobody has locked.
 """
 
+from collections.abc import Collection
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Table, and_, bindparam, tuple_
+from sqlalchemy import ColumnElement, Connection, Table, and_, bindparam, tuple_
 
 from keepstream.results import JobStatus
 from keepstream.tables import jobs
@@ -28,9 +29,22 @@ def of_job(table: Table, key: JobKey) -> ColumnElement[bool]:
 
 
 def among(table: Table) -> ColumnElement[bool]:
-    """Select a table's rows of the jobs that the parameter ``keys`` names."""
+    """Select a table's rows of the jobs that the parameter ``keys`` names; for statements that ``each`` executes."""
     name = table.c.id if table is jobs else table.c.job_id
     return tuple_(table.c.tenant, name).in_(bindparam("keys", expanding=True))
+
+
+def each(connection: Connection, statement: Any, keys: Collection[Any]) -> list[Any]:
+    """Execute a statement with a parameter ``keys`` for these, in their order, each once; return its rows.
+
+    SQLite, which has no statistics, would rather read a whole table than look for several keys, so there it is
+    executed for one after the other.
+    """
+    ordered = sorted(set(keys))
+    if not ordered:
+        return []
+    groups = [ordered] if connection.dialect.name == "postgresql" else [[key] for key in ordered]
+    return [row for group in groups for row in connection.execute(statement, {"keys": group})]
 
 
 def is_named(table: Table) -> ColumnElement[bool]:

@@ -19,7 +19,7 @@ from keepstream.client.endings import JobEnd, end_jobs, sum_usage, usage_columns
 from keepstream.client.lanes import pool_id
 from keepstream.results import TERMINAL_STATUSES, JobStatus, Usage, UsageSource
 from keepstream.tables import attempts, choices, jobs, now, running, tool_calls
-from keepstream_worker.store.conditions import among, is_job, is_named, name, of_job
+from keepstream_worker.store.conditions import among, each, is_job, is_named, name, of_job
 from keepstream_worker.store.pools import add_pools
 from keepstream_worker.store.waiting import Restart, restart
 from keepstream_worker.values import Ended, Ending, JobKey, Outcome
@@ -73,7 +73,7 @@ _STOP: Final = (
     delete(running)
     .where(
         tuple_(running.c.tenant, running.c.job_id, running.c.attempt, running.c.worker_id).in_(
-            bindparam("attempts", expanding=True)
+            bindparam("keys", expanding=True)
         )
     )
     .returning(running)
@@ -82,10 +82,8 @@ _STOP: Final = (
 
 def _stop(connection: Connection, endings: list[Ending]) -> dict[JobKey, Any]:
     """Take jobs, whose rows ``_lock`` holds, from those that run; return the rows of those that did so as said."""
-    if not endings:
-        return {}
     named = [(*ending.key, ending.attempt, ending.worker_id) for ending in endings]
-    return {JobKey(row.tenant, row.job_id): row for row in connection.execute(_STOP, {"attempts": named})}
+    return {JobKey(row.tenant, row.job_id): row for row in each(connection, _STOP, named)}
 
 
 _LOCK: Final = (
@@ -108,7 +106,7 @@ _LOCK: Final = (
 
 def _lock(connection: Connection, keys: list[JobKey]) -> dict[JobKey, Any]:
     """Return the jobs' rows, which nobody else can change until the transaction ends."""
-    return {JobKey(row.tenant, row.id): row for row in connection.execute(_LOCK, {"keys": keys})}
+    return {JobKey(row.tenant, row.id): row for row in each(connection, _LOCK, keys)}
 
 
 def _standing(row: Any, ending: Ending) -> NotEnded | _Standing:
@@ -190,12 +188,16 @@ def _provider_error(ending: Ending) -> dict[str, Any] | None:
     return words.model_dump(exclude_none=True) if words else None
 
 
+_DELETE_CHOICES: Final = delete(choices).where(is_named(choices))
+_DELETE_TOOL_CALLS: Final = delete(tool_calls).where(is_named(tool_calls))
+
+
 def _write_outputs(connection: Connection, endings: list[Ending]) -> None:
     # The output of a job is that of its last attempt.
-    keys_with_output = [ending.key for ending in endings if ending.attempt > 1]
-    if keys_with_output:
-        for table in (tool_calls, choices):
-            connection.execute(delete(table).where(tuple_(table.c.tenant, table.c.job_id).in_(keys_with_output)))
+    with_output = [name(ending.key) for ending in endings if ending.attempt > 1]
+    if with_output:
+        connection.execute(_DELETE_TOOL_CALLS, with_output)
+        connection.execute(_DELETE_CHOICES, with_output)
     choice_rows = [
         {
             "tenant": ending.key.tenant,

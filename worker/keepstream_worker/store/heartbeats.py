@@ -163,16 +163,18 @@ def retire(connection: Connection, worker_ids: list[str]) -> list[None]:
     return [None] * len(worker_ids)
 
 
-_GONE: Final = (
-    select(workers.c.id)
-    .where(
-        workers.c.heartbeat_at < seconds_from_now(-_REMEMBERED),
-        ~exists().where(running.c.worker_id == workers.c.id),
-    )
-    .order_by(workers.c.heartbeat_at)
-    .limit(_FORGOTTEN_AT_ONCE)
+_FORGET: Final = delete(workers).where(
+    workers.c.id.in_(
+        select(workers.c.id)
+        .where(
+            workers.c.heartbeat_at < seconds_from_now(-_REMEMBERED),
+            ~exists().where(running.c.worker_id == workers.c.id),
+        )
+        .order_by(workers.c.heartbeat_at)
+        .limit(_FORGOTTEN_AT_ONCE)
+    ),
+    workers.c.heartbeat_at < seconds_from_now(-_REMEMBERED),
 )
-_FORGET: Final = delete(workers).where(workers.c.id.in_(_GONE), workers.c.heartbeat_at < seconds_from_now(-_REMEMBERED))
 
 
 def forget_workers(connection: Connection) -> None:

@@ -18,7 +18,7 @@ from keepstream.results import JobStatus
 from keepstream.tables import jobs, requests, waiting
 from keepstream_worker.store import claims, intake_postgresql, intake_sqlite
 from keepstream_worker.store.claims import Claim, Direct, Rows
-from keepstream_worker.store.conditions import among
+from keepstream_worker.store.conditions import among, each
 from keepstream_worker.store.pools import find_pools
 from keepstream_worker.turn import Pool
 from keepstream_worker.values import AttemptReason, JobKey, Target
@@ -196,7 +196,7 @@ _FIND_JOBS: Final = select(*claims.COLUMNS, jobs.c.request_hash).where(among(job
 def _find(connection: Connection, keys: list[JobKey]) -> _Found:
     if not keys:
         return _Found({}, {}, {})
-    rows = {JobKey(row.tenant, row.id): row for row in connection.execute(_FIND_JOBS, {"keys": sorted(keys)})}
+    rows = {JobKey(row.tenant, row.id): row for row in each(connection, _FIND_JOBS, keys)}
     places = claims.find_running(connection, keys)
     return _Found(rows, places, find_pools(connection, {place.pool for place in places.values()}))
 
@@ -262,8 +262,7 @@ _LOCK_NAMED: Final = (
 
 
 def _find_named(connection: Connection, statement: Any, keys: Collection[JobKey]) -> dict[JobKey, Any]:
-    rows = connection.execute(statement, {"keys": sorted(keys)}) if keys else ()
-    return {JobKey(row.tenant, row.id): row for row in rows}
+    return {JobKey(row.tenant, row.id): row for row in each(connection, statement, keys)}
 
 
 def _start_named(

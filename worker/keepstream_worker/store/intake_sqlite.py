@@ -16,8 +16,16 @@ from keepstream_worker.store.pools import add_pools
 from keepstream_worker.store.waiting import OwnedJob, note_arrivals
 from keepstream_worker.values import AttemptReason, JobKey
 
-_NEW: Final = sqlite.insert(jobs).values(created_at=now())
-_STARTED: Final = _NEW.values(started_at=now(), deadline_at=seconds_from_now(bindparam("seconds", type_=Float)))
+_STARTED_AT: Final = {"started_at": now(), "deadline_at": seconds_from_now(bindparam("seconds", type_=Float))}
+
+
+def _new(**further: Any) -> Any:
+    statement = sqlite.insert(jobs).values(created_at=now(), **further).on_conflict_do_nothing()
+    return statement.returning(jobs.c.tenant, jobs.c.id, HAS_EXPIRED, NOW)
+
+
+_NEW: Final = _new()
+_STARTED: Final = _new(**_STARTED_AT)
 _RUN: Final = running.insert().values(attempt=1, started_at=now(), cancel_requested=False)
 
 
@@ -53,10 +61,7 @@ def _key(rows: Rows) -> JobKey:
 
 
 def _insert_jobs(connection: Connection, statement: Any, rows: list[dict[str, Any]]) -> list[Any]:
-    if not rows:
-        return []
-    new = statement.on_conflict_do_nothing().returning(jobs.c.tenant, jobs.c.id, HAS_EXPIRED, NOW)
-    return list(connection.execute(new, rows))
+    return list(connection.execute(statement, rows)) if rows else []
 
 
 def _run(connection: Connection, starts: Sequence[tuple[Mapping[str, Any], Direct]]) -> None:

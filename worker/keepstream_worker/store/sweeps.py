@@ -29,7 +29,7 @@ from keepstream.tables import (
     waiting,
     workers,
 )
-from keepstream_worker.store.conditions import among, is_named, name
+from keepstream_worker.store.conditions import among, each, is_named, name
 from keepstream_worker.store.heartbeats import SWEEPER, forget_workers
 from keepstream_worker.store.turns import look_for_arrivals_below
 from keepstream_worker.store.waiting import OwnedJob, give_up, mark_lost, put_back
@@ -132,7 +132,7 @@ _TAKE_OVER: Final = (
 def _release_lost(connection: Connection, request: Sweep) -> list[JobKey]:
     found = connection.execute(_FIND_LOST, {"lease": request.lease, "limit": request.limit}).all()
     owned = {JobKey(tenant, job_id): (attempt, worker_id) for tenant, job_id, attempt, worker_id in found}
-    rows = connection.execute(_TAKE_OVER, {"keys": sorted(owned)}).all() if owned else []
+    rows = each(connection, _TAKE_OVER, owned)
     if time.monotonic() - request.asked_at > request.lease / 2:
         return []  # the database kept us waiting, so it kept the others waiting too: their silence proves nothing
     lost = []
@@ -176,12 +176,10 @@ _STILL_WAITING: Final = (
 
 def _end_expired(connection: Connection, request: Sweep) -> list[JobKey]:
     found = connection.execute(_FIND_EXPIRED, {"limit": request.limit}).all()
-    if not found:
-        return []
-    keys = sorted(JobKey(tenant, job_id) for tenant, job_id in found)
-    rows = {JobKey(row.tenant, row.id): row for row in connection.execute(_TAKE_OVER, {"keys": keys})}
+    keys = [JobKey(tenant, job_id) for tenant, job_id in found]
+    rows = {JobKey(row.tenant, row.id): row for row in each(connection, _TAKE_OVER, keys)}
     # What a turn has taken meanwhile is its worker's to end.
-    waits = connection.execute(_STILL_WAITING, {"keys": sorted(rows)}).all() if rows else []
+    waits = each(connection, _STILL_WAITING, rows)
     ended = []
     for key in sorted(JobKey(tenant, job_id) for tenant, job_id in waits):
         attempt = rows[key].attempt

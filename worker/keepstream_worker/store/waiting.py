@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Float, bindparam, delete, select, update
 from keepstream.errors import ErrorCode
 from keepstream.results import JobStatus, UsageSource
 from keepstream.tables import arrivals, attempts, jobs, now, running, seconds_from_now, waiting
-from keepstream_worker.store.conditions import among, is_named, name
+from keepstream_worker.store.conditions import among, each, is_named, name
 from keepstream_worker.values import AttemptReason, JobKey, Outcome
 
 
@@ -89,7 +89,7 @@ _GIVE_UP: Final = (
 def release(connection: Connection, owned_jobs: list[OwnedJob]) -> list[None]:
     """Give up jobs that their own worker does not run, so that any worker may go on with them."""
     ordered = sorted(set(owned_jobs))
-    rows = connection.execute(_LOCK, {"keys": [owned.key for owned in ordered]})
+    rows = each(connection, _LOCK, [owned.key for owned in ordered])
     attempt_of = {JobKey(row.tenant, row.id): row.attempt for row in rows}
     for owned in ordered:
         row = give_up(connection, owned)

@@ -1,0 +1,283 @@
+"""What the worker asks costs as much with 100,000 jobs that ended and as many that wait as with none.
+
+Every statement of the store that is executed per job or periodically is seen here: an operation or a statement that
+this does not use makes it fail.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, Final
+
+import pytest
+from sqlalchemy import Engine, Executable, create_engine, event, select, text, update
+
+from keepstream.client import queries
+from keepstream.client.database import make_engine
+from keepstream.errors import ErrorCode
+from keepstream.jobs import Job
+from keepstream.results import Choice as Output
+from keepstream.results import JobStatus, ToolCall, Usage, UsageSource
+from keepstream.tables import announcements, arrivals, metadata, seconds_from_now, turns, waiting, workers
+from keepstream_worker import store
+from keepstream_worker.limits import Limits, Policy, ProviderPolicy, TenantPolicy
+from keepstream_worker.scheduling.choice import Choice
+from keepstream_worker.store import pools
+from keepstream_worker.values import Ending, Failure, JobKey, Outcome, Target
+from tests.explained import BY_THEIR_END, RUNNING, Explained, fill, read
+from tests.jobs import make_job
+
+QUEUE: Final = "completions"
+TARGET: Final = Target("default", "m")
+#: Pages: of a statement that is executed per job, and of a sweep's, which takes up to 200 rows.
+FEW: Final = 120
+SWEPT: Final = 4000
+USAGE: Final = Usage(prompt_tokens=3, completion_tokens=4, total_tokens=7, source=UsageSource.PROVIDER)
+OUTPUT: Final = Output(
+    index=0,
+    content="Hello",
+    finish_reason="stop",
+    tool_calls=[ToolCall(id="c1", name="look", arguments="{}", arguments_valid=True)],
+)
+UNBOUND: Final = Policy(providers={"default": ProviderPolicy(limits=Limits(concurrency=10_000))})
+LIMITED: Final = replace(UNBOUND, tenants={"default": TenantPolicy(concurrency=10_000)})
+
+
+class Used:
+    """What of the store was executed."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.operations: set[str] = set()
+        self.statements: set[int] = set()
+        self.texts: set[str] = set()
+        event.listen(engine, "before_execute", lambda _c, statement, *_: self.statements.add(id(statement)))
+        event.listen(engine, "before_cursor_execute", lambda _c, _cursor, statement, *_: self.texts.add(statement))
+
+    def missing(self, dialect: str) -> list[str]:
+        """Return the names of operations and statements of the store that were not executed."""
+        operations = [name for name in store.__all__ if name.islower() and name != "incoming"]
+        missing = [name for name in operations if name not in self.operations]
+        other = {"postgresql": "sqlite", "sqlite": "postgresql"}[dialect]
+        for module in pkgutil.iter_modules(store.__path__, f"{store.__name__}."):
+            if module.name.endswith(other):
+                continue
+            for name, value in vars(importlib.import_module(module.name)).items():
+                found = value.get(dialect) if isinstance(value, dict) else value
+                if (
+                    isinstance(found, Executable)
+                    and found.is_dml | found.is_select
+                    and id(found) not in self.statements
+                ):
+                    missing.append(f"{module.name}.{name}")
+        return missing
+
+
+@pytest.fixture(params=["empty", pytest.param("full", marks=pytest.mark.slow)])
+def engine(request: pytest.FixtureRequest, database_url: str) -> Iterator[Engine]:
+    """A database in which nothing or very much is stored; a worker's engine to it."""
+    maker = create_engine(database_url)
+    metadata.create_all(maker)
+    maker.dispose()
+    engine = make_engine(database_url, writer=True)
+    if request.param == "full":
+        with engine.begin() as connection:
+            fill(connection)  # the one that waited first has an arrival, so that a turn finds its lane
+        with engine.begin() as connection:
+            connection.execute(text("ANALYZE"))
+    yield engine
+    engine.dispose()
+
+
+class Doing:
+    """Does what a worker does, and looks at the plans."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.used = Used(engine)
+        self.explained = Explained(engine)
+
+    def __call__(self, operation: Callable[..., list[Any]], *arguments: Any, buffers: int = FEW) -> list[Any]:
+        self.explained.clear()
+        self.used.operations.add(operation.__name__)
+        with self.engine.begin() as connection:
+            answers = operation(connection, list(arguments))
+        if self.explained:
+            self.explained.check(buffers, scanned=BY_THEIR_END | {"keepstream_arrivals"})
+        return answers
+
+    def change(self, *statements: Any) -> None:
+        with self.engine.begin() as connection:
+            for statement in statements:
+                connection.execute(statement)
+
+    def choose(self, places: int = 1, policy: Policy = LIMITED) -> store.Turned:
+        turned: store.Turned
+        turn = store.Turn("me", Choice(policy, QUEUE, places))
+        (turned,) = self(store.take_turn, turn, buffers=FEW + RUNNING // 2)  # what runs is counted
+        return turned
+
+    def begin(self, turned: store.Turned) -> list[store.Claim]:
+        picked = [store.Picked(pick, "me", 60.0) for pick in turned.picks]
+        return [claim for claim in self(store.begin, *picked) if claim is not None]
+
+
+def ending(claim: store.Claim, **changes: Any) -> Ending:
+    fields: dict[str, Any] = {
+        "outcome": Outcome.FINISHED,
+        "status": JobStatus.COMPLETED,
+        "choices": [OUTPUT],
+        "usage": USAGE,
+        "terminal_event_id": f"{claim.attempt}-9",
+    }
+    return Ending(claim.key, claim.attempt, "me", **(fields | changes))
+
+
+def pause(claim: store.Claim, **changes: Any) -> Ending:
+    return Ending(
+        claim.key,
+        claim.attempt,
+        "me",
+        Outcome.FAILED,
+        JobStatus.RETRYING,
+        choices=[OUTPUT],
+        usage=USAGE.model_copy(update={"source": UsageSource.ESTIMATED, "prompt_tokens": 9}),
+        failure=Failure(ErrorCode.CONNECTION, "cut"),
+        **changes,
+    )
+
+
+def key(job_id: str) -> JobKey:
+    return JobKey("fresh", job_id)
+
+
+def job(job_id: str, **fields: Any) -> Job:
+    return make_job(id=job_id, tenant="fresh", **fields)
+
+
+def incoming(job_id: str, *, direct: bool = False, **fields: Any) -> store.Incoming:
+    item = store.incoming(job(job_id, **fields), QUEUE)
+    return item._replace(direct=store.Direct("me", 60.0, TARGET, 7)) if direct else item
+
+
+def test_a_worker_reads_and_locks_a_few_pages(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pools, "_KNOWN", {})
+    do = Doing(engine)
+    _take_in(do)
+    _choose_and_end(do)
+    _look_after(do)
+    assert do.used.missing(engine.dialect.name) == []
+
+
+def _take_in(do: Doing) -> None:
+    sign = store.Heartbeat("me", 60.0, QUEUE, 10, 0)
+    do(store.record_heartbeat, sign)
+    do(store.record_heartbeat, sign)
+    do(store.look, store.Look())
+    (started,) = do(store.take_in, incoming("started", direct=True))
+    do(store.take_in, incoming("started", direct=True))
+    do(store.end, ending(started))
+    do(store.end, ending(started))
+    do(store.take_in, incoming("a", expires_at="2990-01-01T00:00:00Z"), incoming("a"), incoming("b"))
+    do(store.take_in, incoming("expires", expires_at="2020-01-01T00:00:00Z"))
+    with do.engine.begin() as connection:
+        for job_id in ("named", "cancelled", "refused"):
+            queries.enqueue(connection, job(job_id))
+    admits = store.Admits("me", 60.0, lambda *_: (TARGET, 7))
+    (named,) = do(store.take_named, store.Named(key("named"), admits))
+    do(store.take_named, store.Named(key("named"), admits), store.Named(key("a")))
+    do(store.cancel, key("named"))
+    do(store.end, ending(named))
+    do(store.end, ending(named, status=JobStatus.CANCELLED))
+    do(store.cancel, key("cancelled"))
+    do(store.load_results, key("cancelled"))
+    do(store.refuse, store.Refused(job("refused"), QUEUE, ErrorCode.INTERNAL, "no", job("refused").request_hash()))
+    do(store.refuse, store.Refused(job("no"), QUEUE, ErrorCode.INTERNAL, "no"))
+    do(store.reject, store.Rejection("r1", "not JSON", 3))
+
+
+def _choose_and_end(do: Doing) -> None:
+    claims = {claim.key: claim for claim in do.begin(do.choose(8))}
+    do(store.record_heartbeat, store.Heartbeat("me", 60.0, QUEUE, 10, len(claims)))
+    first = claims[key("a")]
+    do(store.end, pause(first, chain=(TARGET, Target("p", "n")), least_tokens=1000))
+    again = {claim.key: claim for claim in do.begin(do.choose(8))}[key("a")]
+    do(store.end, pause(again, retry_in=60.0))
+    do.change(update(waiting).where(waiting.c.tenant == "fresh").values(restarted_due=seconds_from_now(-1.0)))
+    last = {claim.key: claim for claim in do.begin(do.choose(8))}[key("a")]
+    do(store.end, ending(last))
+    do(store.record_usage, store.LateUsage(key("a"), 1, USAGE))
+    do(store.mark_announced, key("a"), key("started"))
+    do(store.end, ending(claims[key("b")], outcome=Outcome.UNSTARTED, status=JobStatus.FAILED, choices=[]))
+
+
+def _look_after(do: Doing) -> None:
+    do(store.lead, store.Candidacy("me", 60.0), store.Candidacy("other", 60.0))
+    do(store.lead, store.Candidacy("me", 0.0))
+    do(store.take_in, *(incoming(job_id) for job_id in ("lost", "orphan", "unbegun", "stopped")))
+    claims = {claim.key: claim for claim in do.begin(do.choose(8))}
+    do(store.release, store.OwnedJob(key("orphan"), claims[key("orphan")].attempt, "me"))
+    do(store.cancel, key("stopped"))
+    with do.engine.begin() as connection:
+        queries.enqueue(connection, job("expires-2", expires_at="2020-01-01T00:00:00Z"))
+    do(store.retire, "me")
+    do.change(
+        update(announcements).values(ended_at=seconds_from_now(-60.0)),
+        update(workers).where(workers.c.id == "me").values(heartbeat_at=seconds_from_now(-999_999.0)),
+    )
+    (found,) = do(store.sweep, store.Sweep(60.0, True, float("inf"), 5, 200), buffers=SWEPT)
+    assert {key("lost"), key("stopped")} <= set(found.lost)
+    assert key("expires-2") in found.unannounced
+    assert found.unannounced
+    with do.engine.begin() as connection:
+        newest = connection.scalar(select(turns.c.n).order_by(turns.c.n.desc()).limit(1)) or 0
+        queries.enqueue(connection, job("late"))
+        low = connection.scalar(select(arrivals.c.seq).order_by(arrivals.c.seq.desc()).limit(1)) or 0
+        row = {"ready": "{}", "closed": "{}", "state": "{}", "arrivals_low": low + 1}
+        connection.execute(turns.insert(), [row | {"n": newest + number} for number in range(1, 200)])
+    idle = {(QUEUE, "interactive"): 1e9}
+    do(store.tidy, store.Tidying(200, 0, idle), store.Tidying(200, 0, idle), buffers=SWEPT)
+
+
+LANES: Final = 10
+
+
+def test_a_turn_reads_as_little_after_many_while_a_transaction_is_held_open(postgres_url: str) -> None:
+    """Then nothing that was deleted or replaced can be cleaned away."""
+    maker = create_engine(postgres_url)
+    metadata.create_all(maker)
+    maker.dispose()
+    engine = make_engine(postgres_url)
+    for group in range(22):
+        with engine.begin() as connection:
+            jobs = [make_job(id=f"j{group}-{number}", tenant=f"t{number % LANES}") for number in range(100)]
+            store.take_in(connection, [store.incoming(job, QUEUE) for job in jobs])
+
+    def choose() -> int:
+        with engine.begin() as connection:
+            (turned,) = store.take_turn(connection, [store.Turn("me", Choice(UNBOUND, QUEUE, 10))])
+        return len(turned.picks)
+
+    def pages() -> dict[str, int]:
+        """Return how many pages each statement of a turn reads, and each of a look."""
+        explained = Explained(engine)
+        assert choose() == 10
+        with engine.begin() as connection:
+            store.look(connection, [store.Look()])
+        explained.stop()
+        names = ("newest", "standings", "jobs", "running", "written", "look")
+        return dict(zip(names, (read(plan) for _, plan in explained), strict=True))
+
+    with engine.connect() as holder:
+        holder.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        holder.exec_driver_sql("SELECT count(*) FROM keepstream_waiting")
+        assert sum(choose() for _ in range(20)) >= 180
+        before = pages()
+        assert sum(choose() for _ in range(180)) >= 1800
+        after = pages()
+    engine.dispose()
+    assert after["newest"] <= 20, "of which most are of arrivals that were handled"
+    assert after["standings"] <= 10
+    assert after["jobs"] <= 6 * LANES
+    assert after["look"] <= 20
+    assert after["written"] <= 1.5 * before["written"] + 40
