@@ -278,6 +278,10 @@ class Bench:
             follower.close()
             file.unlink(missing_ok=True)
 
+    def new_file(self, name: str) -> Path:
+        """Return a path that no other file of the run has."""
+        return self._directory / f"{next(self._numbers)}-{name}"
+
     def _number_and_log(self, name: str) -> tuple[int, Path]:
         number = next(self._numbers)
         return number, self._directory / f"{name}-{number}.log"

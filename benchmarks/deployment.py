@@ -254,9 +254,9 @@ class Deployment:
         worker.wait_until_at_work()
         return worker
 
-    def start_workers(self, count: int, **settings: object) -> list[Worker]:
+    def start_workers(self, count: int) -> list[Worker]:
         """Start several at the same time."""
-        started = [self.launch_worker(**settings) for _ in range(count)]
+        started = [self.launch_worker() for _ in range(count)]
         for worker in started:
             worker.wait_until_at_work()
         return started

