@@ -8,7 +8,23 @@ from collections.abc import Callable
 from typing import Final
 
 from benchmarks.bench import Bench
-from benchmarks.measures import cpu, first_delta, flatness, follower, load, memory, publishing, short_jobs, startup
+from benchmarks.measures import (
+    cpu,
+    fairness,
+    fallback,
+    false_deaths,
+    first_delta,
+    flatness,
+    follower,
+    hand_back,
+    load,
+    many_workers,
+    memory,
+    publishing,
+    short_jobs,
+    size,
+    startup,
+)
 
 MEASURES: Final[dict[str, Callable[[Bench], None]]] = {
     "tune": cpu.tune,
@@ -24,4 +40,10 @@ MEASURES: Final[dict[str, Callable[[Bench], None]]] = {
     "flat_length": flatness.flat_length,
     "publishing": publishing.publishing,
     "startup": startup.startup,
+    "size": size.size,
+    "many_workers": many_workers.many_workers,
+    "fairness": fairness.fairness,
+    "hand_back": hand_back.hand_back,
+    "no_false_deaths": false_deaths.no_false_deaths,
+    "fallback": fallback.fallback,
 }
