@@ -173,12 +173,10 @@ class _Worker:
 
 
 async def _main(arguments: argparse.Namespace) -> None:
-    environment = {
-        names.ENV_DATABASE_URL: arguments.url,
-        names.ENV_QUEUE: arguments.queue,
-        "KEEPSTREAM_CONCURRENCY": str(arguments.places),
-    }
-    settings = load_settings(environment)
+    os.environ[names.ENV_DATABASE_URL] = arguments.url
+    os.environ[names.ENV_QUEUE] = arguments.queue
+    os.environ["KEEPSTREAM_CONCURRENCY"] = str(arguments.places)
+    settings = load_settings()
     policy = load_policy(arguments.providers, {}) if arguments.providers else Policy()
     workers = [_Worker(settings, policy) for _ in range(arguments.workers)]
     _say("ready")

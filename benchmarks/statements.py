@@ -15,8 +15,9 @@ import sqlalchemy as sa
 
 from benchmarks.services import Services
 
-_ENTRY: Final = re.compile(r"^(?=\S* [A-Z]+:  )", re.MULTILINE)
-_STATEMENT: Final = re.compile(r"(\S*) LOG:  (?:statement|execute [^:]*): (.*)", re.DOTALL)
+_ENTRY: Final = re.compile(r"^(?=\S*\|\S*\| [A-Z]+:  )", re.MULTILINE)
+_STATEMENT: Final = re.compile(r"(\S*)\|(\S*)\| LOG:  (?:statement|execute [^:]*): (.*)", re.DOTALL)
+_APPLICATION: Final = "keepstream-worker"
 #: What begins, ends and sets up transactions, and the empty statement by which a connection is tried.
 _AROUND: Final = re.compile(r"(?i)(begin|commit|rollback|set local|;|$)")
 _SHOWN: Final = 90  #: Characters of a statement.
@@ -34,12 +35,12 @@ class Counted:
 
 @contextmanager
 def counted_statements(services: Services, database: str) -> Iterator[Counted]:
-    """Count a database's statements from now to the end of the block. It makes them slower."""
+    """Count the workers' statements in a database from now to the end of the block. It makes them slower."""
     assert services.postgres_url is not None
     engine = sa.create_engine(services.postgres_url, isolation_level="AUTOCOMMIT")
     counted = Counted()
     try:
-        _configure(engine, "SET log_statement = 'all'", "SET log_line_prefix = '%d '")
+        _configure(engine, "SET log_statement = 'all'", "SET log_line_prefix = '%d|%a| '")
         begin, commits = services.postgres_log.stat().st_size, _commits(engine, database)
         yield counted
         counted.transactions = _commits(engine, database) - commits
@@ -51,10 +52,10 @@ def counted_statements(services: Services, database: str) -> Iterator[Counted]:
         engine.dispose()
     for entry in _ENTRY.split(text):
         found = _STATEMENT.match(entry)
-        if found is None or found[1] != database:
+        if found is None or found[1] != database or found[2] != _APPLICATION:
             continue
         counted.round_trips += 1
-        statement = " ".join(found[2].split())
+        statement = " ".join(found[3].split())
         if not _AROUND.match(statement):
             counted.by_text[statement[:_SHOWN]] += 1
     counted.statements = counted.by_text.total()
