@@ -27,6 +27,7 @@ from keepstream import names
 from keepstream.client.database import make_engine
 from keepstream.results import Choice, JobStatus, Usage, UsageSource
 from keepstream_worker import store
+from keepstream_worker.jobs.active_job import ActiveJob
 from keepstream_worker.jobs.engine import Engine
 from keepstream_worker.limits import Policy
 from keepstream_worker.providers.config import load_policy
@@ -81,9 +82,10 @@ class _Instant(Engine):
         task = asyncio.get_running_loop().create_task(self._end(claim))
         self.running.add(task)
         task.add_done_callback(self.running.discard)
+        active = self.active[claim.key] = ActiveJob(task)
+        active.attempt = claim.attempt
 
     async def _end(self, claim: Claim) -> None:
-        self.active[claim.key] = None  # type: ignore[assignment]  # only its length and keys are looked at
         ending = Ending(
             key=claim.key,
             attempt=claim.attempt,
