@@ -57,26 +57,26 @@ class Backlog:
     queue: str
     name: str  #: The ids' and the tenants' beginning.
     tenants: int = 1
-    script: Mapping[str, Any] = field(default_factory=dict)  #: What the scripted provider is to send.
+    script: Mapping[str, Any] = field(default_factory=lambda: {"deltas": 1})  #: What the scripted provider is to send.
     provider: str = "default"
     job_class: str = "interactive"
 
 
-def fill(engine: Engine, ended: int) -> None:
+def fill(url: str, ended: int) -> None:
     """Add jobs that have ended, with their requests and attempts, and some of their answers; then tidy up."""
     if not ended:
         return
-    with engine.begin() as connection, _without_keys(connection):
+    with _engine(url) as engine, engine.begin() as connection, _without_keys(connection):
         for table, source in _ended_rows(connection, ended).items():
             _insert(connection, table, source)
-    _tidy(engine)
+    _tidy(url)
 
 
-def add_backlog(engine: Engine, backlog: Backlog) -> None:
+def add_backlog(url: str, backlog: Backlog) -> None:
     """Add jobs that wait, as clients would have stored them one by one; the next turns find them."""
     example = _example(backlog)
     rows = new_rows(example, backlog.queue)
-    with engine.begin() as connection:
+    with _engine(url) as engine, engine.begin() as connection:
         _add_pool(connection, rows[pools])
         number = _number(connection, backlog.jobs)
         tenant = Table(
@@ -113,7 +113,7 @@ def add_backlog(engine: Engine, backlog: Backlog) -> None:
         oldest = select(func.min(waiting.c.seq).label("seq"), waiting.c.lane, waiting.c.pool, waiting.c.tenant)
         _insert(connection, arrivals, oldest.where(mine).group_by(waiting.c.lane, waiting.c.pool, waiting.c.tenant))
         tenant.drop(connection)
-    _tidy(engine)
+    _tidy(url)
 
 
 def _ended_rows(connection: Connection, ended: int) -> dict[Table, Any]:
@@ -263,9 +263,18 @@ _CONSTRAINTS: Final = text(
 )
 
 
-def _tidy(engine: Engine) -> None:
+@contextmanager
+def _engine(url: str, **options: Any) -> Iterator[Engine]:
+    engine = create_engine(url, **options)
+    try:
+        yield engine
+    finally:
+        engine.dispose()
+
+
+def _tidy(url: str) -> None:
     """Leave it as the database's own upkeep would have, some time later."""
-    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+    with _engine(url, isolation_level="AUTOCOMMIT") as engine, engine.connect() as connection:
         if connection.dialect.name == "postgresql":
             connection.execute(text("VACUUM ANALYZE"))
             connection.execute(text("CHECKPOINT"))
@@ -283,11 +292,9 @@ def main() -> None:
     parser.add_argument("--tenants", type=int, default=_TENANTS, help="whose jobs wait (default %(default)s)")
     parser.add_argument("--queue", default="backlog", help="where they wait (default %(default)s)")
     arguments = parser.parse_args()
-    engine = create_engine(arguments.url)
-    fill(engine, arguments.ended)
+    fill(arguments.url, arguments.ended)
     if arguments.waiting:
-        add_backlog(engine, Backlog(arguments.waiting, arguments.queue, "backlog", arguments.tenants, {"deltas": 1}))
-    engine.dispose()
+        add_backlog(arguments.url, Backlog(arguments.waiting, arguments.queue, "backlog", arguments.tenants))
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def _flood(bench: Bench) -> None:
         _run_small_tenants(deployment, "warm")
         alone = [_run_small_tenants(deployment, f"alone{n}") for n in range(bench.repeat)]
         waiting = 2_000 if bench.quick else 100_000
-        full_table.add_backlog(deployment.engine, Backlog(waiting, deployment.name, "flood", 1, _SECOND))
+        full_table.add_backlog(deployment.database_url, Backlog(waiting, deployment.name, "flood", 1, _SECOND))
         _wait_until_full(deployment)
         for repetition, without in enumerate(alone):
             seconds = _run_small_tenants(deployment, f"flooded{repetition}")
@@ -82,7 +82,7 @@ def _weights(bench: Bench) -> None:
             usage = {"prompt_tokens": 1, "completion_tokens": tokens, "total_tokens": tokens + 1}
             script = {**_HALF, "usage": usage}
             backlog = Backlog(3_000 if bench.quick else 30_000, deployment.name, f"weight-{weight}", 1, script)
-            full_table.add_backlog(deployment.engine, backlog)
+            full_table.add_backlog(deployment.database_url, backlog)
         deployment.start_workers(_WORKERS)
         _wait_until_full(deployment)
         time.sleep(2.0 if bench.quick else 10.0)
@@ -103,7 +103,7 @@ def _bulk(bench: Bench) -> None:
         for job_class in ("bulk", "interactive"):
             waiting = 3_000 if bench.quick else 30_000
             backlog = Backlog(waiting, deployment.name, job_class, 1, script, job_class=job_class)
-            full_table.add_backlog(deployment.engine, backlog)
+            full_table.add_backlog(deployment.database_url, backlog)
         deployment.start_workers(_WORKERS)
         _wait_until_full(deployment)
         time.sleep(2.0)

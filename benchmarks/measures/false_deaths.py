@@ -34,7 +34,7 @@ def no_false_deaths(bench: Bench) -> None:
     with Deployment(
         bench, bench.services.new_database("postgresql", name), name, concurrency=_PLACES, lease=_LEASE
     ) as deployment:
-        full_table.add_backlog(deployment.engine, Backlog(waiting, name, "backlog", 1, _STREAM))
+        full_table.add_backlog(deployment.database_url, Backlog(waiting, name, "backlog", 1, _STREAM))
         deployment.start_worker()
         deployment.start_worker(queue=f"{name}-{_OTHER}")
         deployment.start_worker(queue=f"{name}-idle")

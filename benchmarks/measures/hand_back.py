@@ -49,7 +49,7 @@ def _interrupt(bench: Bench, how: str, waiting: int, repetition: int) -> None:
         wait_until(lambda: all(j in seen and seen[j].first_delta for j in jobs), "the jobs to run", _WAIT_SECONDS)
         second = deployment.start_worker()
         if waiting:
-            full_table.add_backlog(deployment.engine, Backlog(waiting, name, "backlog", 1, _SHORT))
+            full_table.add_backlog(deployment.database_url, Backlog(waiting, name, "backlog", 1, _SHORT))
             busy = sa.select(sa.func.count()).where(running.c.worker_id == second.id)
             wait_until(lambda: deployment.query(busy)[0][0] >= _PLACES, "the other worker to be full", _WAIT_SECONDS)
         begin = time.monotonic()

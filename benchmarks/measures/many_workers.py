@@ -40,7 +40,7 @@ def many_workers(bench: Bench) -> None:
         _measure_idle(bench, Crowd(url, name, _PROCESSES, workers, seconds=15.0 if bench.quick else 40.0))
         waiting = 4_000 if bench.quick else _JOBS
         for repetition in range(bench.repeat):
-            full_table.add_backlog(deployment.engine, Backlog(waiting, name, f"many{repetition}", _TENANTS))
+            full_table.add_backlog(deployment.database_url, Backlog(waiting, name, f"many{repetition}", _TENANTS))
             deployment.heartbeats.take()
             crowd = Crowd(url, name, _PROCESSES, workers, seconds=10.0 if bench.quick else 30.0)
             metrics = run_crowd(bench, crowd) | deployment.heartbeats.take()

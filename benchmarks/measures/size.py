@@ -60,7 +60,7 @@ def size(bench: Bench) -> None:
                 for name, deployment in both.items():
                     _measure_times(bench, "size", kind, name, deployment, repetition)
             waiting = _QUICK_WAITING if bench.quick else _CHOSEN
-            full_table.add_backlog(both["empty"].engine, Backlog(waiting, _ELSEWHERE, "few", _TENANTS))
+            full_table.add_backlog(both["empty"].database_url, Backlog(waiting, _ELSEWHERE, "few", _TENANTS))
             for repetition in range(bench.repeat):
                 for name, deployment in both.items():
                     _measure_choices(bench, "size_choices", kind, name, deployment, repetition)
@@ -80,13 +80,13 @@ def _deployment(bench: Bench, kind: str, name: str) -> Iterator[Deployment]:
 def _fill(bench: Bench, kind: str, deployment: Deployment) -> None:
     ended, waiting = (_QUICK_ENDED, _QUICK_WAITING) if bench.quick else (_ENDED[kind], _WAITING[kind])
     begin = time.monotonic()
-    full_table.fill(deployment.engine, ended)
+    full_table.fill(deployment.database_url, ended)
     stuck = {"delay": _FOREVER}
     for backlog in (
         Backlog(waiting // 2, _ELSEWHERE, "elsewhere", _TENANTS),
         Backlog(waiting // 2, deployment.name, "closed", _TENANTS, stuck, provider="closed"),
     ):
-        full_table.add_backlog(deployment.engine, backlog)
+        full_table.add_backlog(deployment.database_url, backlog)
     bench.say(f"{kind}: {ended:,} ended and {waiting:,} waiting jobs made in {time.monotonic() - begin:.0f} s")
 
 
