@@ -32,7 +32,7 @@ from keepstream_worker.jobs.engine import Engine
 from keepstream_worker.limits import Policy
 from keepstream_worker.providers.config import load_policy
 from keepstream_worker.scheduling.chooser import Chooser
-from keepstream_worker.scheduling.observations import observation_of
+from keepstream_worker.scheduling.observations import accepted_of, observation_of
 from keepstream_worker.settings import Settings, load_settings
 from keepstream_worker.store import Claim
 from keepstream_worker.store.database import Health, WorkerDatabase
@@ -84,6 +84,7 @@ class _Instant(Engine):
         task.add_done_callback(self.running.discard)
         active = self.active[claim.key] = ActiveJob(task)
         active.attempt = claim.attempt
+        self.chooser.observe(accepted_of(claim))
 
     async def _end(self, claim: Claim) -> None:
         ending = Ending(
