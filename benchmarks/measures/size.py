@@ -73,7 +73,7 @@ def _deployment(bench: Bench, kind: str, name: str) -> Iterator[Deployment]:
     url = bench.services.new_database(kind, f"size-{name}")
     settings: dict[str, Any] = {"first_token_timeout": _FOREVER, "total_timeout": _FOREVER, "shutdown_grace": 1}
     providers = _PROVIDERS.format(base_url=bench.services.base_url)
-    with Deployment(bench, url, f"size-{kind}-{name}", providers=providers, log_level="warning", **settings) as made:
+    with Deployment(bench, url, f"size-{kind}-{name}", providers=providers, **settings) as made:
         yield made
 
 
