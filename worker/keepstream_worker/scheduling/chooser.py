@@ -97,7 +97,9 @@ class Chooser:
         self._observations: deque[Observation] = deque()
         self._state = State()
         self._turn = -1  #: Of the state; -1: nothing was heard yet.
-        self._waits = True  #: Whether jobs of our queue wait, as far as is known.
+        #: From when on jobs that wait in our queue can go, by our clock; 0: now; None: none wait, as far as is known.
+        self._ready_at: float | None = 0.0
+        self._awaited: frozenset[str] = frozenset()  #: Providers for which jobs wait.
         self._heard_at = 0.0
         self._wanted = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
@@ -156,7 +158,7 @@ class Chooser:
 
     def wake(self) -> None:
         """Ask for jobs soon: one waits, as far as is known."""
-        self._waits = True
+        self._ready_at = 0.0
         if self.free > 0:
             self._wanted.set()
         else:
@@ -171,8 +173,7 @@ class Chooser:
         """Take note of what a look at the database brought; the heartbeat brings one each second."""
         self._note_state(looked.turn, looked.state)
         ready = looked.ready.get(self._queue)
-        self._waits = looked.arrivals or ready is not None
-        self._heard_at = time.monotonic()
+        self._note_ready(0.0 if looked.arrivals else ready, looked.now)
         if looked.arrivals or (ready is not None and ready <= looked.now):
             if self.free > 0:
                 self._wanted.set()
@@ -185,12 +186,17 @@ class Chooser:
         ``urgent``: the others should know at once, of a refusal for instance.
         """
         self._observations.append(observation)
-        if urgent or self._waits or len(self._observations) >= _MOST_TOLD:
+        if urgent or self._is_awaited(observation) or len(self._observations) >= _MOST_TOLD:
             self._wanted.set()
         elif self._tell_timer is None:
             limited = self._state.is_limited or self._policy.is_limited
             seconds = _TELL_WITHIN if limited else _TELL_IDLE
             self._tell_timer = asyncio.get_running_loop().call_later(seconds, self._tell)
+
+    def _is_awaited(self, observation: Observation) -> bool:
+        """Whether jobs wait that may go because of it: for a place here, at its provider, or among its tenant's."""
+        place = observation.place
+        return self._can_go or place.target.provider in self._awaited or place.tenant in self._state.tenants
 
     def _tell(self) -> None:
         self._tell_timer = None
@@ -235,7 +241,7 @@ class Chooser:
     def reserve(self, key: JobKey) -> bool:
         """Keep a place for a job that a message names, if it may start at once; ``forget`` gives it back."""
         known = time.monotonic() - self._heard_at < _FRESH
-        if self._paused or self._waits or not known or self.free <= 0 or key in self.expected or key in self._running:
+        if self._paused or self._can_go or not known or self.free <= 0 or key in self.expected or key in self._running:
             return False
         self.expected.add(key)
         return True
@@ -312,8 +318,7 @@ class Chooser:
                 raise
             self.expected.update(pick.job.key for pick in turned.picks)
         self._note_state(turned.turn, turned.state)
-        self._waits = self._queue in turned.ready
-        self._heard_at = time.monotonic()
+        self._note_ready(turned.ready.get(self._queue), turned.now)
         if turned.picks:
             task = asyncio.get_running_loop().create_task(self._begin(turned.picks))
             self._beginning.add(task)
@@ -323,7 +328,30 @@ class Chooser:
     def _note_state(self, turn: int, state: str | None) -> None:
         if state is not None and turn > self._turn:
             self._state = State.from_json(state)
+            self._awaited = self._find_awaited()
             self._turn = turn
+
+    def _find_awaited(self) -> frozenset[str]:
+        """Return providers for which jobs wait: in our queue, or in any if they are limited."""
+        found = set()
+        for pool in self._state.pools.values():
+            for key in pool.chain:
+                provider, _, model = key.partition("/")
+                use = self._state.uses.get(key)
+                limited = bool(self._policy.limits_of(provider, model)) or (use is not None and use.learned.is_limited)
+                if limited or pool.queue == self._queue:
+                    found.add(provider)
+        return frozenset(found)
+
+    def _note_ready(self, ready: float | None, now: float) -> None:
+        """Note from when on jobs of our queue can go, by the database's clock, which shows ``now``."""
+        self._heard_at = time.monotonic()
+        self._ready_at = None if ready is None else self._heard_at + max(ready - now, 0.0)
+
+    @property
+    def _can_go(self) -> bool:
+        """Whether jobs wait in our queue that could go at this moment, as far as is known."""
+        return self._ready_at is not None and self._ready_at <= time.monotonic()
 
     async def _begin(self, picks: Iterable[Pick]) -> None:
         await asyncio.gather(*(self._begin_one(pick) for pick in picks))
@@ -339,5 +367,5 @@ class Chooser:
             log.exception("claim_defect", tenant=key.tenant, job_id=key.id)
         finally:
             self.expected.discard(key)
-            if self.free > 0 and self._waits:
+            if self.free > 0 and self._can_go:
                 self._wanted.set()
