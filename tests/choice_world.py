@@ -4,6 +4,7 @@ It stands for the tables and for what changes them between two turns: jobs that 
 transaction; attempts that end; jobs that are cancelled.
 """
 
+from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -44,6 +45,7 @@ class World:
     ready: dict[str, float] = field(default_factory=dict)
     arrivals_low: int = 0
     waiting: dict[int, WaitingJob] = field(default_factory=dict)
+    places: dict[tuple[int, int], list[int]] = field(default_factory=dict)  #: Seqs of new ones, by lane and pool.
     slow: dict[int, WaitingJob] = field(default_factory=dict)  #: Of transactions that are not committed.
     arrivals: dict[int, Arrival] = field(default_factory=dict)
     standings: list[Standing] = field(default_factory=list)
@@ -108,12 +110,21 @@ class World:
 
     def cancel(self, seq: int) -> None:
         """Delete a waiting job."""
-        del self.waiting[seq]
+        self.remove(seq)
         self.arrivals.pop(seq, None)
 
     def _insert(self, job: WaitingJob) -> None:
         self.waiting[job.seq] = job
+        if job.due is None:
+            insort(self.places.setdefault((job.lane, job.pool), []), job.seq)
         self.arrivals[job.seq] = Arrival(job.seq, job.lane, job.pool, job.key.tenant, job.due)
+
+    def remove(self, seq: int) -> WaitingJob:
+        """Delete a waiting job's row."""
+        job = self.waiting.pop(seq)
+        if job.due is None:
+            self.places[job.lane, job.pool].remove(seq)
+        return job
 
     # -- the turn --
 
@@ -135,7 +146,7 @@ class World:
     def write(self, decision: Decision) -> None:
         """Write what was decided, and check that it can be."""
         for pick in decision.picks:
-            job = self.waiting.pop(pick.job.seq)
+            job = self.remove(pick.job.seq)
             assert job == pick.job
             assert job.key not in self.running
             self.running[job.key] = Running(pick, self.pools[job.pool].job_class)
@@ -221,7 +232,7 @@ class _Reader:
             due = sorted(
                 (job.due, job.seq)
                 for job in world.waiting.values()
-                if job.pool == pool and job.due is not None and job.key.tenant not in question.full_tenants
+                if job.due is not None and job.pool == pool and job.key.tenant not in question.full_tenants
             )
             found.update((seq, world.waiting[seq]) for _, seq in due[: question.restarted + 1])
         for arrival in arrivals:
@@ -277,16 +288,14 @@ class _Reader:
 
     def read_jobs(self, lane: int, pool: int, head: int, limit: int) -> None:
         """Read the first new jobs of a lane in a pool."""
-        waits = sorted(
-            job.seq
-            for job in self.world.waiting.values()
-            if (job.lane, job.pool, job.due) == (lane, pool, None) and job.seq >= head
-        )
+        seqs = self.world.places.get((lane, pool), [])
+        first = bisect_left(seqs, head)
+        waits = seqs[first : first + limit + 1]
         # Read twice, it has one answer: from the smaller head, to the larger limit.
         earlier = self.jobs.get((lane, pool))
         if earlier is not None:
             limit = max(limit, len(earlier))
-            waits = sorted({*waits, *(job.seq for job in earlier)})
+            waits = sorted({*seqs[first : first + limit + 1], *(job.seq for job in earlier)})
         self.jobs[lane, pool] = tuple(self.world.waiting[seq] for seq in waits[:limit])
         if len(waits) <= limit:
             self.whole.add((lane, pool))

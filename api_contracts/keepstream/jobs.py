@@ -181,6 +181,7 @@ class Job(BaseModel):
         frozen=True,
         validate_by_name=True,  # "class", as messages have it, is no name in Python
         validate_by_alias=True,
+        serialize_by_alias=True,
         allow_inf_nan=False,
         hide_input_in_errors=True,  # it is prompts
         ser_json_inf_nan="constants",  # keeps a NaN visible, so that to_json can refuse it; the default is null
@@ -288,7 +289,7 @@ class Job(BaseModel):
     def to_wire(self) -> dict[str, Any]:
         """Return the job as JSON-ready values, without what was left at its default."""
         head = {"v": VERSION, "id": self.id, "tenant": self.tenant}
-        return head | self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+        return head | self.model_dump(mode="json", exclude_defaults=True)
 
     def to_json(self) -> str:
         """Return the job as JSON text in ASCII.

@@ -200,7 +200,7 @@ class ChoiceMachine(RuleBasedStateMachine):
         if target is None:
             return
         job = self.world.store(tenant, chain, prompt_tokens=prompt)
-        del self.world.waiting[job.seq], self.world.arrivals[job.seq]
+        self.world.cancel(job.seq)
         pick = Pick(job, target, state.estimate(target, prompt, job.max_tokens), self.world.now)
         running = self.world.running[job.key] = Running(pick)
         self.told.append(Charged(running.place, pick.tokens))

@@ -154,7 +154,11 @@ class State:
             for number, pool in self.pools.items()
             if pool.low is not None or pool.restarted is not None or pool.hidden
         }
-        queues = {name: [each.reach, each.floor, each.owed, each.ready] for name, each in self.queues.items()}
+        queues = {
+            name: [each.reach, each.floor, each.owed, each.ready]
+            for name, each in self.queues.items()
+            if each.reach or each.floor or each.ready is not None
+        }
         uses = {key: use.row() for key, use in self._kept_uses()}
         tenants = {
             name: [tenant.checked, tenant.running, tenant.low, tenant.queues] for name, tenant in self.tenants.items()

@@ -1,0 +1,415 @@
+"""Choice over time: shares, limits and what they cost, in a world where jobs run for a while and end."""
+
+import heapq
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import orjson
+import pytest
+
+from keepstream_worker.limits import Limits, Policy, ProviderPolicy, TenantPolicy
+from keepstream_worker.scheduling.choice import Choice, may_start_directly
+from keepstream_worker.scheduling.observations import Accepted, Charged, End, Observation, Place, Settled
+from keepstream_worker.scheduling.report import report
+from keepstream_worker.scheduling.state import State
+from keepstream_worker.turn import Pick
+from keepstream_worker.values import JobKey, Target
+from tests.choice_world import World
+
+CHAIN = [("p", "m")]
+TARGET = Target("p", "m")
+
+
+TEN = Limits(concurrency=10)
+NOTHING = State()
+
+
+def policy(limits: Limits = TEN, *, bulk_share: float = 0.05, **tenants: TenantPolicy) -> Policy:
+    return Policy(providers={"p": ProviderPolicy(limits=limits)}, tenants=tenants, bulk_share=bulk_share)
+
+
+class Deployment:
+    """Workers that take turns and run jobs, by a clock that jumps from one moment to the next."""
+
+    def __init__(
+        self, rules: Policy, *, places: int = 10, seconds: float = 1.0, actual: Callable[[Pick], int] | None = None
+    ) -> None:
+        self.world = World()
+        self.rules = rules
+        self.places = places
+        self.seconds = seconds
+        self.actual = actual or (lambda pick: pick.tokens)
+        self.told: list[Observation] = []
+        self.ends: list[tuple[float, JobKey]] = []
+        self.picks: list[tuple[float, Pick]] = []
+        self.taken: Counter[str] = Counter()
+        self.classes: Counter[str] = Counter()
+        self.most = 0
+
+    def step(self) -> None:
+        """Take one turn and go to the next moment at which something happens."""
+        world = self.world
+        told, self.told = self.told, []
+        for pick in world.turn(self.rules, self.places, told).picks:
+            self.picks.append((world.now, pick))
+            heapq.heappush(self.ends, (world.now + self.seconds, pick.job.key))
+            self.told.append(Accepted(world.running[pick.job.key].place))
+        self.most = max(self.most, len(world.running))
+        ready = world.ready.get("main")
+        moments = [self.ends[0][0]] if self.ends else []
+        if ready is not None:
+            moments.append(ready)
+        if moments:
+            world.now = max(world.now, min(moments))
+        while self.ends and self.ends[0][0] <= world.now:
+            running = world.end(heapq.heappop(self.ends)[1])
+            actual = self.actual(running.pick)
+            self.taken[running.pick.job.key.tenant] += actual
+            self.classes[running.job_class] += actual
+            self.told.append(Settled(running.place, running.pick.tokens, actual, None, End.COMPLETED))
+
+    def run(self, until: Callable[[], bool], steps: int = 20_000) -> None:
+        """Go on until something holds."""
+        for _ in range(steps):
+            if until():
+                return
+            self.step()
+        raise AssertionError("it never came to that")
+
+
+def test_tokens_are_shared_by_weight():
+    deployment = Deployment(policy(b=TenantPolicy(weight=2.0), c=TenantPolicy(weight=4.0)), places=7)
+    random_ = random.Random(1)
+    for _ in range(500):
+        for tenant in "abc":
+            deployment.world.store(tenant, CHAIN, prompt_tokens=random_.randint(10, 900))
+    deployment.run(lambda: len(deployment.picks) > 700)
+    shares = [deployment.taken[tenant] for tenant in "abc"]
+    assert shares[1] / shares[0] == pytest.approx(2, rel=0.05)
+    assert shares[2] / shares[0] == pytest.approx(4, rel=0.05)
+
+
+@pytest.mark.parametrize("wrong", [2, 5])
+def test_shares_are_of_what_was_really_used(wrong: int):
+    """One tenant's jobs take far more than estimated, another one's far less."""
+    factors = {"a": float(wrong), "b": 1.0, "c": 1 / wrong}
+    deployment = Deployment(policy(), actual=lambda pick: round(pick.tokens * factors[pick.job.key.tenant]))
+    for tenant, number in (("a", 400), ("b", 800), ("c", 2000)):
+        for _ in range(number):
+            deployment.world.store(tenant, CHAIN, prompt_tokens=100)
+    deployment.run(lambda: len(deployment.picks) > 900)
+    mean = sum(deployment.taken.values()) / 3
+    for tenant in "abc":
+        assert deployment.taken[tenant] == pytest.approx(mean, rel=0.1)
+
+
+def test_a_flood_does_not_keep_others_waiting():
+    """Ten tenants with ten jobs each come after one with very many: theirs take twice the time they need alone."""
+    others = [f"tenant-{number}" for number in range(10)]
+
+    def seconds(flood: int) -> float:
+        deployment = Deployment(policy())
+        world = deployment.world
+        for _ in range(flood):
+            world.store("flood", CHAIN)
+        for _ in range(5):
+            deployment.step()
+        began = world.now
+        for tenant in others:
+            for _ in range(10):
+                world.store(tenant, CHAIN)
+        deployment.run(lambda: sum(pick.job.key.tenant in others for _, pick in deployment.picks) == 100)
+        return world.now - began
+
+    assert seconds(1000) <= 2 * seconds(0)
+
+
+def test_bulk_has_its_share_and_no_more():
+    deployment = Deployment(policy(bulk_share=0.2))
+    for _ in range(500):
+        for job_class in ("interactive", "bulk"):
+            deployment.world.store("a", CHAIN, job_class=job_class)
+    deployment.run(lambda: len(deployment.picks) > 450)
+    assert deployment.classes["bulk"] / deployment.classes.total() == pytest.approx(0.2, abs=0.02)
+
+
+def test_bulk_takes_everything_when_nothing_else_can_go():
+    deployment = Deployment(policy())
+    for _ in range(50):
+        deployment.world.store("a", CHAIN, job_class="bulk")
+        deployment.world.store("a", [("q", "full")])
+    deployment.rules = Policy(
+        providers={**deployment.rules.providers, "q": ProviderPolicy(limits=Limits(requests_per_minute=0.001))}
+    )
+    deployment.run(lambda: len(deployment.picks) == 51)
+    assert Counter(pick.target.provider for _, pick in deployment.picks) == {"p": 50, "q": 1}
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
+def test_tokens_per_minute_are_used_and_kept(factor: float):
+    """Whether the estimate is right, half, or double: at least nine tenths are used, and one job too much at most."""
+    limit, cost = 60_000, 600
+    deployment = Deployment(
+        policy(Limits(tokens_per_minute=limit, concurrency=50)), actual=lambda pick: round(cost * factor)
+    )
+    for _ in range(int(400 / factor)):
+        deployment.world.store("a", CHAIN, prompt_tokens=cost - 100)
+    began = deployment.world.now
+    deployment.run(lambda: deployment.world.now > began + 180 or not deployment.world.waiting)
+    used = [(at, round(cost * factor)) for at, _ in deployment.picks]
+    minutes = (deployment.world.now - began) / 60
+    assert sum(tokens for _, tokens in used) >= 0.9 * limit * minutes
+    for start, _ in used:
+        # What was estimated too low is known a second later.
+        assert sum(tokens for at, tokens in used if start <= at < start + 60) <= 1.13 * limit + cost
+
+
+def test_requests_per_minute_are_used_and_kept():
+    limit = 120
+    deployment = Deployment(policy(Limits(requests_per_minute=limit, concurrency=50)))
+    for _ in range(500):
+        deployment.world.store("a", CHAIN)
+    began = deployment.world.now
+    deployment.run(lambda: deployment.world.now > began + 120)
+    moments = [at for at, _ in deployment.picks]
+    assert len(moments) >= 0.9 * limit * 2
+    assert max(sum(start <= at < start + 60 for at in moments) for start in moments) <= limit
+
+
+def test_a_limit_of_less_than_one_request_in_a_burst_lets_one_at_a_time():
+    deployment = Deployment(policy(Limits(requests_per_minute=6)))
+    for _ in range(5):
+        deployment.world.store("a", CHAIN)
+    deployment.run(lambda: len(deployment.picks) == 5)
+    moments = [at for at, _ in deployment.picks]
+    assert all(later - at >= 10 for at, later in pairwise(moments))
+
+
+def test_concurrency_is_kept():
+    deployment = Deployment(policy(Limits(concurrency=4)), places=50)
+    for _ in range(40):
+        deployment.world.store("a", CHAIN)
+    deployment.run(lambda: len(deployment.picks) == 40)
+    assert deployment.most == 4
+
+
+def test_what_was_started_goes_first_of_either_class():
+    world = World()
+    for _ in range(20):
+        world.store("flood", CHAIN)
+    world.store("b", CHAIN, job_class="bulk")
+    rules = policy(Limits(concurrency=1000))
+    while not any(running.job_class == "bulk" for running in world.running.values()):
+        world.turn(rules, 1)
+    for _ in range(20):
+        world.store("flood", CHAIN)
+    (key,) = (key for key, running in world.running.items() if running.job_class == "bulk")
+    world.restart(key, 1.0)
+    assert world.turn(rules, 1).picks[0].job.key.tenant == "flood"
+    world.now += 1.0
+    assert world.turn(rules, 1).picks[0].job.key == key
+
+
+def test_a_known_moment_is_said():
+    world = World()
+    rules = policy(Limits(concurrency=10))
+    world.store("a", CHAIN)
+    job = world.turn(rules, 1).picks[0].job
+    world.restart(job.key, 30.0)
+    decision = world.turn(rules, 1)
+    assert not decision.picks
+    assert decision.ready == {"main": world.now + 30.0}
+    assert not decision.closed
+
+
+def test_a_cool_down_passes_jobs_on_and_takes_them_back():
+    world = World()
+    rules = Policy(providers={"p": ProviderPolicy(max_cooldown=5.0)})
+    chain = [*CHAIN, ("other", "m")]
+    for _ in range(4):
+        world.store("a", chain)
+    place = world.end(world.turn(rules, 1).picks[0].job.key).place
+    refusal = Settled(place, 100, 0, None, End.REFUSED, retry_after=20.0)
+    world.now += 0.1
+    decision = world.turn(rules, 1, [refusal])
+    assert decision.picks[0].target == Target("other", "m")
+    assert decision.closed["p/m"] == {"why": "cooling", "until": world.now + 20.0}
+    world.now += 16.0  # what is left is waited for
+    decision = world.turn(rules, 1)
+    assert not decision.picks
+    assert decision.ready["main"] == pytest.approx(world.now + 4.0)
+    world.now += 4.0
+    assert world.turn(rules, 1).picks[0].target == TARGET
+
+
+def test_a_broken_target_is_tried_with_one_job():
+    world = World()
+    rules = Policy(providers={"p": ProviderPolicy(broken_after=2, broken_for=10.0)})
+    for _ in range(10):
+        world.store("a", CHAIN)
+    places = [world.running[pick.job.key].place for pick in world.turn(rules, 2).picks]
+    world.now += 1.0
+    decision = world.turn(rules, 5, [Settled(place, 100, 0, None, End.FAILED) for place in places])
+    assert not decision.picks
+    assert decision.closed["p/m"]["why"] == "broken"
+    world.now = decision.ready["main"]
+    probe = world.turn(rules, 5).picks
+    assert len(probe) == 1
+    assert not world.turn(rules, 5).picks
+    world.now += 1.0
+    ended = Settled(world.running[probe[0].job.key].place, 100, 100, 10, End.COMPLETED)
+    assert len(world.turn(rules, 5, [ended]).picks) == 5
+
+
+def test_a_full_tenant_is_not_looked_at_until_it_has_a_place():
+    world = World()
+    rules = policy(single=TenantPolicy(concurrency=1))
+    for _ in range(3):
+        world.store("single", CHAIN)
+    (first,) = world.turn(rules, 5).picks
+    assert [standing.parked for standing in world.standings] == [True]
+    decision = world.turn(rules, 5)
+    assert decision.closed == {"tenant:single": {"why": "tenant", "running": 1, "most": 1}}
+    assert decision.ready["main"] == world.now + 1.0
+    running = world.end(first.job.key)
+    assert len(world.turn(rules, 5, [Settled(running.place, 200, 200, None, End.COMPLETED)]).picks) == 1
+
+
+def test_a_place_of_a_tenant_whose_worker_died_is_found():
+    world = World()
+    rules = policy(single=TenantPolicy(concurrency=1))
+    world.store("single", CHAIN)
+    world.store("single", CHAIN)
+    (first,) = world.turn(rules, 5).picks
+    world.end(first.job.key)  # nobody tells
+    world.now = world.turn(rules, 5).ready["main"]
+    assert len(world.turn(rules, 5).picks) == 1
+
+
+def test_more_arrivals_than_one_turn_takes():
+    world = World()
+    rules = policy()
+    for number in range(450):
+        world.store(f"tenant-{number}", CHAIN)
+    for _ in range(3):
+        assert world.turn(rules, 0).ready["main"] == 0.0
+        world.check()
+    assert not world.arrivals
+    assert len(world.standings) == 450
+
+
+def test_a_queue_does_not_see_the_jobs_of_another():
+    world = World()
+    rules = policy()
+    world.store("a", CHAIN, queue="other")
+    world.store("a", CHAIN)
+    decision = world.turn(rules, 5)
+    assert [world.pools[pick.job.pool].queue for pick in decision.picks] == ["main"]
+    assert decision.ready == {"other": 0.0}
+    assert len(world.turn(rules, 5, queue="other").picks) == 1
+
+
+def test_an_idle_turn_writes_nothing():
+    world = World()
+    rules = policy()
+    assert not world.turn(rules, 5).changed
+    world.store("a", CHAIN)
+    assert world.turn(rules, 5).changed
+    assert not world.turn(rules, 5).changed
+
+
+def test_a_job_may_start_without_a_turn_where_nothing_limits_it():
+    def may(rules: Policy, state: State = NOTHING, tenant: str = "a", here: int = 0) -> bool:
+        return may_start_directly(rules, state, [TARGET], tenant, {TARGET: here}) == TARGET
+
+    world = World()
+    free = Policy(tenants={"few": TenantPolicy(concurrency=3)})
+    assert may(free)
+    assert not may(free, tenant="few")
+    assert not may(free, here=16)
+    assert not may(policy())
+    world.store("a", CHAIN)
+    place = world.running[world.turn(free, 1).picks[0].job.key].place
+    refused = world.turn(free, 0, [Settled(place, 200, 0, None, End.REFUSED)])
+    assert not may(free, State.from_json(refused.state))
+
+
+def test_jobs_that_started_without_a_turn_are_paid_for():
+    world = World()
+    place = Place(1, 2, "a", "interactive", TARGET, world.now)
+    decision = world.turn(Policy(), 0, [Charged(place, 300), Charged(place, 200)])
+    (standing,) = decision.new_standings
+    assert (standing.time, standing.active) == (500.0, False)
+
+
+def test_an_estimate_knows_the_usual_answer():
+    state = State()
+    assert state.estimate(TARGET, 10, None) == 510
+    assert state.estimate(TARGET, 10, 50) == 60
+    state.use("p/m").answered(200)
+    assert state.estimate(TARGET, 10, None) == 210
+    assert state.estimate(TARGET, 10, 50) == 60
+    assert state.estimate(TARGET, 0, 0) == 1
+
+
+def test_the_report_says_what_is_used():
+    rules = policy(Limits(concurrency=2, requests_per_minute=60, tokens_per_minute=6000))
+    world = World()
+    world.store("a", CHAIN)
+    world.turn(rules, 5)
+    provider, model = report(rules, State.from_json(world.state), {TARGET: 1}, world.now)
+    assert (provider.key, provider.running, provider.limits.concurrency) == ("p", 1, 2)
+    assert provider.requests_left == pytest.approx(1.85, abs=0.01)
+    assert provider.tokens_left == pytest.approx(3 * 6000 * 0.95 / 60 - 200)
+    assert provider.closed is None
+    assert (model.key, model.running, model.ceiling) == ("p/m", 1, None)
+    (full, _) = report(rules, State.from_json(world.state), {TARGET: 2}, world.now)
+    assert full.closed is not None
+    assert full.closed.as_json() == {"why": "concurrency", "running": 2, "most": 2}
+
+
+def chains(number: int) -> Sequence[list[tuple[str, str]]]:
+    return [[("provider", f"a-model-with-a-long-name-{each}"), ("other", f"model-{each}")] for each in range(number)]
+
+
+def test_the_state_stays_small():
+    """It is read and written under the lock of the whole deployment."""
+    world = World()
+    rules = policy()
+    for chain in chains(300):
+        world.store("a", chain)
+    while world.arrivals:
+        world.turn(rules, 0)
+    assert len(world.state) < 300 * 150
+    assert State.from_json(world.state).to_json() == world.state
+    while world.waiting:
+        world.turn(rules, 50)
+        for key in list(world.running):
+            world.end(key)
+    assert "p" not in orjson.loads(world.state)
+
+
+def test_what_is_asked_is_bounded():
+    world = World()
+    rules = policy()
+    for chain in chains(100):
+        world.store("a", chain)
+    while world.arrivals:
+        world.turn(rules, 0)
+    question = Choice(rules, "main", 10).ask(world.now, world.state)
+    assert len(question.pools) == 16
+    assert question.standings <= 21
+    assert question.first_jobs == 10
+
+
+def test_every_pool_gets_its_turn_where_there_are_very_many():
+    world = World()
+    rules = Policy(providers={"provider": ProviderPolicy(limits=Limits(concurrency=10_000))})
+    for chain in chains(100):
+        for _ in range(3):
+            world.store("a", chain)
+    for _ in range(100):
+        world.turn(rules, 10)
+    assert not world.waiting
