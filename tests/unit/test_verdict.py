@@ -213,6 +213,16 @@ def test_what_every_target_would_refuse_goes_to_no_other(code: ErrorCode) -> Non
     assert decide(replace(POLICY, chain=TARGETS), failure=fail(code)).status is FAILED
 
 
+def test_job_that_is_asked_to_wait_for_long_goes_on_with_the_next_target() -> None:
+    busy = fail(ErrorCode.RATE_LIMITED, retry_after=60.0)
+    policy = replace(POLICY, chain=TARGETS, max_cooldown=10.0)
+    ending = decide(policy, failure=busy)
+    assert (ending.status, ending.chain, ending.retry_in) == (RETRYING, None, pytest.approx(2.0))
+    assert ending.failure == busy
+    assert decide(replace(policy, max_cooldown=90.0), failure=busy).retry_in == pytest.approx(62.0)
+    assert decide(replace(policy, chain=TARGETS[2:]), failure=busy).retry_in == pytest.approx(62.0)
+
+
 def test_last_target_has_the_last_word() -> None:
     assert decide(replace(POLICY, chain=TARGETS[2:]), failure=fail(ErrorCode.NOT_FOUND)).status is FAILED
     late = decide(replace(POLICY, chain=TARGETS), failure=fail(ErrorCode.NOT_FOUND), remaining_seconds=0.0)

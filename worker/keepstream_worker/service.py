@@ -99,6 +99,7 @@ class Service:
             self._publisher,
             AttemptStreams(settings, self._providers),
             Recovery(self._client, settings.prefix, self._database),
+            self._policy.max_cooldown,
             lambda claim: self._chooser.observe(accepted_of(claim)),
             self._note_end,
         )

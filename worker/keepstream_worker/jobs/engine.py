@@ -54,6 +54,7 @@ class Engine:
         publisher: Publisher,
         streams: AttemptStreams,
         recovery: Recovery,
+        max_cooldown: Callable[[str], float],
         on_accepted: Callable[[Claim], None] = lambda _claim: None,
         on_end: Callable[[Claim, Ending], None] = lambda _claim, _ending: None,
     ) -> None:
@@ -65,6 +66,7 @@ class Engine:
         self._publisher = publisher
         self._streams = streams
         self._recovery = recovery
+        self._max_cooldown = max_cooldown
         self._on_accepted = on_accepted
         self._on_end = on_end
         self._backoff = BackoffPolicy(base=settings.backoff_base, cap=settings.backoff_cap)
@@ -159,7 +161,9 @@ class Engine:
         report = attempt.report(self._worker_id, failure, active.stop)
         if failure is None:
             attempt.publish_finished(report)
-        policy = verdict.RetryPolicy(self._max_attempts(attempt), self._backoff, claim.chain)
+        policy = verdict.RetryPolicy(
+            self._max_attempts(attempt), self._backoff, claim.chain, self._max_cooldown(claim.target.provider)
+        )
         return await self._commit(attempt, verdict.decide(report, policy, random.random))
 
     async def _recover(self, attempt: Attempt) -> Ending | None:

@@ -5,6 +5,7 @@ In: what the attempt brought, why it broke off and who asked it to stop, from th
 randomness but what is handed in.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -49,6 +50,7 @@ class RetryPolicy:
     max_attempts: int
     backoff: retry.BackoffPolicy
     chain: tuple[Target, ...] = ()  #: The attempt's target, then those that may be asked instead.
+    max_cooldown: float = math.inf  #: Seconds that the target may ask to wait before another one is asked instead.
 
 
 def failure_before_start(*, expired: bool, remaining_seconds: float) -> Failure | None:
@@ -100,6 +102,8 @@ def decide(report: AttemptReport, policy: RetryPolicy, random: Callable[[], floa
             chain=policy.chain[1:],
             next_reason=AttemptReason.FALLBACK,
         )
+    if len(policy.chain) > 1 and (failure.retry_after or 0.0) > policy.max_cooldown:
+        failure = replace(failure, retry_after=None)  # the next target need not wait for this one
     decision = retry.decide(
         failure,
         attempt=report.attempt,
