@@ -9,7 +9,7 @@ import pytest
 from keepstream_worker import store
 from keepstream_worker.jobs.active_job import ActiveJob, Stop
 from keepstream_worker.settings import load_settings
-from keepstream_worker.store import HeartbeatResult, OwnedJob
+from keepstream_worker.store import HeartbeatResult, Looked, OwnedJob
 from keepstream_worker.upkeep.heartbeat import WorkerHeartbeat
 from keepstream_worker.values import Failure, JobKey
 
@@ -22,12 +22,19 @@ class World:
 
     def __init__(self) -> None:
         self.time = 1000.0
-        self.answer = HeartbeatResult(lapsed=False, owned=frozenset(), cancels=frozenset())
+        looked = Looked(now=0.0, turn=7, state=None, ready={}, arrivals=False)
+        self.answer = HeartbeatResult(
+            lapsed=False, owned=frozenset(), cancels=frozenset(), sweeper_free=False, looked=looked
+        )
+        self.asked: list[store.Heartbeat] = []
+        self.heard: list[Looked] = []
         self.released: list[OwnedJob] = []
         self.active: dict[JobKey, ActiveJob] = {}
         engine = SimpleNamespace(active=self.active, request_stop=self._request_stop)
+        self.expected: set[JobKey] = set()
+        chooser = SimpleNamespace(expected=self.expected, known_turn=6, hear=self.heard.append)
         self.heartbeat = WorkerHeartbeat(
-            SETTINGS, "worker-1", cast("Any", self), cast("Any", engine), clock=lambda: self.time
+            SETTINGS, "worker-1", cast("Any", self), cast("Any", engine), cast("Any", chooser), clock=lambda: self.time
         )
 
     async def run(self, operation: Any, argument: Any) -> HeartbeatResult | None:
@@ -36,6 +43,7 @@ class World:
             self.released.append(argument)
             return None
         assert operation is store.record_heartbeat
+        self.asked.append(argument)
         return self.answer
 
     async def beat(self, after: float = 1.0, **changes: Any) -> None:
@@ -168,3 +176,37 @@ async def test_claim_of_another_attempt_begins_anew(world: World) -> None:
     await world.beat(owned=frozenset({(KEY, 2)}))
     await world.beat(owned=frozenset({(KEY, 3)}))
     assert world.released == []
+
+
+async def test_claim_that_is_on_its_way_is_not_released(world: World) -> None:
+    world.expected.add(KEY)
+    for _ in range(3):
+        await world.beat(owned=frozenset({(KEY, 2)}))
+    assert world.released == [], "a turn has brought it, and it begins at once"
+    world.expected.clear()
+    await world.beat()
+    await world.beat()
+    assert world.released == [OwnedJob(KEY, 2, "worker-1")]
+
+
+# -- what the same statement says besides --
+
+
+async def test_what_waits_and_whether_nobody_sweeps_is_passed_on(world: World) -> None:
+    assert not world.heartbeat.sweeper_free
+    looked = Looked(now=5.0, turn=8, state="{}", ready={"completions": 0.0}, arrivals=True)
+    await world.beat(looked=looked, sweeper_free=True)
+    assert world.heard == [looked]
+    assert world.heartbeat.sweeper_free
+    await world.beat(sweeper_free=False)
+    assert not world.heartbeat.sweeper_free
+
+
+async def test_sign_of_life_says_how_many_jobs_run_and_which_turn_is_known(world: World) -> None:
+    await world.beat()
+    task = await run_job(world, attempt=2)
+    await world.beat(owned=frozenset({(KEY, 2)}))
+    await stop_of(world, task)
+    assert [(asked.running, asked.places, asked.known_turn) for asked in world.asked] == [
+        (running, SETTINGS.concurrency, 6) for running in (0, 1)
+    ]

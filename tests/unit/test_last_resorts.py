@@ -37,21 +37,28 @@ from keepstream_worker.jobs.active_job import Stop
 from keepstream_worker.jobs.engine import Engine
 from keepstream_worker.jobs.recovery import Recovery
 from keepstream_worker.jobs.usage import PromptSizes
+from keepstream_worker.limits import Policy
+from keepstream_worker.scheduling import chooser as chooser_module
+from keepstream_worker.scheduling.chooser import Chooser
+from keepstream_worker.scheduling.observations import charge_of
 from keepstream_worker.service import Service
 from keepstream_worker.settings import load_settings
+from keepstream_worker.store import Claim
 from keepstream_worker.store.database import WorkerDatabase
 from keepstream_worker.supervisor import Supervisor
 from keepstream_worker.telemetry.logs import configure_logging
 from keepstream_worker.telemetry.outages import Outage, Server
+from keepstream_worker.turn import Pick, WaitingJob
 from keepstream_worker.upkeep import cancel_listener
 from keepstream_worker.upkeep.cancel_listener import CancelListener
 from keepstream_worker.upkeep.periodic import PeriodicTask
 from keepstream_worker.upkeep.sweeper import Sweeper
 from keepstream_worker.upkeep.unreadable_messages import UnreadableMessages
-from keepstream_worker.values import AttemptReason, Ended, Ending, JobKey
+from keepstream_worker.values import AttemptReason, Ended, Ending, JobKey, Target
 
 SECRET: Final = "the prompt of a customer"
 BAD, GOOD = JobKey("default", "bad"), JobKey("default", "good")
+TARGET: Final = Target("default", "m")
 PATIENCE: Final = 30.0
 NOBODY: Final = cast("Any", None)
 
@@ -88,6 +95,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
         (publisher, "_REFUSED_PAUSE"),
         (cancel_listener, "_PAUSE"),
         (transport, "_PAUSE"),
+        (chooser_module, "_PAUSE_AFTER_DEFECT"),
         (supervisor, "_CHECK_INTERVAL"),
         (supervisor, "FIRST_PAUSE"),
     ):
@@ -271,11 +279,11 @@ class Announcer:
         return True
 
 
-async def delivery_is_run() -> None:
-    service = Service(load_settings({}), {})
+async def delivery_is_stored() -> None:
+    service = Service(load_settings({}), {}, Policy())
     database, announcer = Database(), Announcer()
     service._database, service._announcer = cast("Any", database), cast("Any", announcer)
-    service.engine = cast("Any", SimpleNamespace(run=fail_later, active={}))
+    service._chooser = cast("Any", SimpleNamespace(reserve=fail))
     acknowledged: list[bool] = []
     job = {"v": 2, "id": "good", "request": {"model": "m", "messages": [{"role": "user", "content": SECRET}]}}
     await service.deliver(Delivery("good", [job], lambda: acknowledged.append(True)))
@@ -287,33 +295,127 @@ async def delivery_is_run() -> None:
     assert announcer.announced == [GOOD]
 
 
-async def attempt_is_made() -> None:
-    claim = store.Claim(1, 1, None, AttemptReason.FIRST, 60.0, expired=False)
-    endings: list[Ending] = []
+def claim_of(key: JobKey) -> Claim:
+    """Return a claim of a job's first attempt."""
+    request = {"model": "m", "messages": [{"role": "user", "content": SECRET}]}
+    return Claim(
+        key=key,
+        attempt=1,
+        tries=1,
+        max_attempts=None,
+        reason=AttemptReason.FIRST,
+        remaining_seconds=60.0,
+        expired=False,
+        cancel_requested=False,
+        job=json.dumps({"v": 2, "id": key.id, "request": request}),
+        target=TARGET,
+        chain=(TARGET,),
+        queue="completions",
+        job_class="interactive",
+        lane=1,
+        pool=1,
+        tokens=500,
+        prompt_tokens=10,
+        max_tokens=None,
+        chosen_at=0.0,
+    )
+
+
+def make_engine(endings: list[Ending], streams: Any, outbox: Any, on_end: Any) -> Engine:
+    """Return an engine whose database stores endings here."""
 
     class Answers(Database):
         async def persist(self, operation: Any, argument: Any) -> Any:
             if operation is store.end:
                 endings.append(argument)
                 return Ended(None, 1)
-            return claim if operation is store.claim else None
+            return None
 
+    settings, database = load_settings({}), cast("Any", Answers())
+    return Engine(settings, "worker", database, outbox, cast("Any", streams), NOBODY, on_end=on_end)
+
+
+async def attempt_is_made() -> None:
+    endings: list[Ending] = []
     outbox = Publisher(NOBODY, prefix="p", log_ttl=1, buffer_bytes=1, merge_above=1)
-    engine = Engine(
-        load_settings({}),
-        "worker",
-        cast("Any", Answers()),
-        outbox,
-        cast("Any", SimpleNamespace(run=fail_later, prompts=PromptSizes())),
-        NOBODY,
-    )
-    job = parse_job({"v": 2, "id": "bad", "request": {"model": "m", "messages": [{"role": "user", "content": SECRET}]}})
-    await engine.run(job, lambda: None)
+    streams = SimpleNamespace(run=fail_later, prompts=PromptSizes())
+    told: list[Ending] = []
+    engine = make_engine(endings, streams, outbox, lambda _, ending: told.append(ending))
+    engine.start(claim_of(BAD))
+    await until(lambda: not engine.active)
     (ending,) = endings
     assert ending.failure is not None
     assert (ending.status, ending.failure.code) == (JobStatus.FAILED, ErrorCode.INTERNAL)
-    assert engine.active == {}
+    assert told == endings
+    assert not engine.streams
     await outbox.close(timeout=0)
+
+
+async def job_is_run() -> None:
+    outbox: Any = SimpleNamespace(open=fail)
+    endings: list[Ending] = []
+    engine = make_engine(endings, SimpleNamespace(prompts=PromptSizes()), outbox, lambda *_: None)
+    engine.start(claim_of(BAD))
+    assert engine.streams == {TARGET: 1}
+    await until(lambda: not engine.active)
+    assert endings == [], "its row stays; the heartbeat gives the job back"
+    assert not engine.streams, "its place is free"
+
+
+# -- choice --
+
+
+class Turns(Database):
+    """A database in which nothing waits; what is asked meets defects at first."""
+
+    def __init__(self, defects: int) -> None:
+        super().__init__()
+        self.defects = defects
+
+    async def run(self, operation: Any, argument: Any) -> Any:
+        await super().run(operation, argument)
+        if self.defects:
+            self.defects -= 1
+            raise Defect
+        if operation is store.look:
+            return store.Looked(0.0, 1, "{}", {}, arrivals=False)
+        return store.Turned((), {}, {}, 0.0, 1, "{}")
+
+    persist = run
+
+
+def make_chooser(turns: Any, work: Any = NOBODY) -> Chooser:
+    """Return a chooser with one place."""
+    return Chooser(Policy(), "worker", "completions", 1, 60.0, turns, work, set(), {}, fail, fail)
+
+
+async def turn_is_taken() -> None:
+    chooser = make_chooser(turns := Turns(defects=1))
+    chooser.observe(charge_of(claim_of(GOOD)))
+    chooser.start()
+    chooser.wake()
+    await until(lambda: len(turns.written) > 1)
+    first, second = (turn.decider._observations for _, turn in turns.written[:2])
+    assert first == second == [charge_of(claim_of(GOOD))], "what was not told is told again"
+    await chooser.stop()
+
+
+async def look_is_taken() -> None:
+    chooser = make_chooser(turns := Turns(defects=1))
+    chooser.nudged()
+    await until(lambda: turns.written and not turns.defects)
+    chooser.nudged()
+    await until(lambda: len(turns.written) > 1)
+    await until(lambda: chooser.known_turn == 1)
+    await chooser.stop()
+
+
+async def pick_is_begun() -> None:
+    job = WaitingJob(1, BAD, 1, 1, 0, 10, None)
+    chooser = make_chooser(NOBODY, Turns(defects=1))
+    chooser.expected.add(BAD)
+    await chooser._begin([Pick(job, TARGET, 500)])
+    assert chooser.free == 1, "its row says that it is ours; the heartbeat gives it back"
 
 
 async def log_of_a_lost_attempt_is_read() -> None:
@@ -396,7 +498,7 @@ async def answer_to_one_job_is_acted_on() -> None:
 
 async def terminal_event_is_announced() -> None:
     announcer = Announcer()
-    sweeper = Sweeper(load_settings({}), NOBODY, NOBODY, cast("Any", announcer), NOBODY, NOBODY, NOBODY)
+    sweeper = Sweeper(load_settings({}), "worker", NOBODY, NOBODY, NOBODY, cast("Any", announcer), NOBODY)
     await sweeper._announce([BAD, GOOD])
     assert announcer.announced == [GOOD]
 
@@ -406,17 +508,18 @@ async def step_of_a_sweep_is_made() -> None:
 
     class Found:
         async def run(self, operation: Any, _: Any) -> Any:
-            return store.SweepResult(lost=[], to_send=["not JSON"], unannounced=[GOOD])
+            if operation is store.tidy:
+                raise Defect
+            return True if operation is store.lead else store.SweepResult(lost=[], unannounced=[GOOD])
 
     async def record(limit: int) -> None:
         recorded.append(limit)
 
     other = SimpleNamespace(record=record)
-    broker = SimpleNamespace(llen=fail_later)
-    heartbeat = SimpleNamespace(unbroken_for_a_lease=True)
-    parts: tuple[Any, ...] = (Found(), heartbeat, announcer, other, NOBODY, broker)
+    heartbeat = SimpleNamespace(unbroken_for_a_lease=True, sweeper_free=True)
+    chooser = SimpleNamespace(idle_times=dict)
+    parts: tuple[Any, ...] = ("worker", Found(), heartbeat, chooser, announcer, other)
     sweeper = Sweeper(load_settings({}), *parts)
-    sweeper._queue_length = lambda: asyncio.sleep(0)  # type: ignore[method-assign]
     await sweeper._sweep()
     assert announcer.announced == [GOOD]
     assert recorded
@@ -447,7 +550,7 @@ async def cancels_are_heard() -> None:
             raise Defect
 
     client = Redis()
-    parts: tuple[Any, ...] = (client, "keepstream", NOBODY, NOBODY, NOBODY)
+    parts: tuple[Any, ...] = (client, "keepstream", "completions", NOBODY, NOBODY, NOBODY, NOBODY)
     listener = CancelListener(*parts)
     listener.start()
     await until(lambda: client.tries > 2)
@@ -455,13 +558,13 @@ async def cancels_are_heard() -> None:
 
 
 async def cancel_is_carried_out() -> None:
-    async def one(*_: object) -> int:
-        return 1
+    async def requested(*_: object, **__: object) -> bytes:
+        return b"1"
 
     stopped: list[tuple[JobKey, Stop]] = []
     engine = SimpleNamespace(request_stop=lambda *what: stopped.append(what))
-    client = SimpleNamespace(exists=one, expire=one)
-    parts: tuple[Any, ...] = (client, "keepstream", Database(), engine, Announcer())
+    client = SimpleNamespace(set=requested, expire=requested)
+    parts: tuple[Any, ...] = (client, "keepstream", "completions", Database(), engine, Announcer(), fail)
     await CancelListener(*parts)._cancel(BAD)
     assert stopped == [(BAD, Stop.CANCELLED)]
 
@@ -594,7 +697,7 @@ async def signal_is_handled() -> None:
 
 
 async def service_is_stopped() -> None:
-    service = Service(load_settings({}), {})
+    service = Service(load_settings({}), {}, Policy())
     closed: list[str] = []
 
     def closing(name: str) -> Callable[..., Awaitable[None]]:
@@ -604,14 +707,24 @@ async def service_is_stopped() -> None:
 
         return close
 
+    async def settle() -> None:
+        pass
+
     service.worker_id = "worker"
     service.engine = cast("Any", SimpleNamespace(active={}, wait_for_announcements=closing("announcements")))
-    for part in ("cancel_listener", "publisher", "sweeper", "heartbeat", "providers", "client", "broker"):
+    for part in ("cancel_listener", "publisher", "sweeper", "chooser", "heartbeat", "providers", "client"):
         ends = {name: closing(part) for name in ("stop", "close", "aclose")}
-        setattr(service, f"_{part}", SimpleNamespace(**ends, pause=lambda: None))
-    service._database = service._sender = cast("Any", SimpleNamespace(close=lambda: closed.append("on a thread")))
+        others = {"pause": lambda: None, "settle": settle, "expected": ()}
+        setattr(service, f"_{part}", SimpleNamespace(**ends, **others))
+
+    def close_on_a_thread() -> None:
+        closed.append("on a thread")
+        raise Defect
+
+    database = cast("Any", SimpleNamespace(close=close_on_a_thread))
+    service._databases = (database, database, database, database)
     await service.stop()
-    assert len(closed) == 10
+    assert len(closed) == 12
 
 
 # -- the supervisor --
@@ -670,8 +783,12 @@ PLACES: Final = [
     Place("broker_defect", unreadable_messages_are_handed_over),
     Place("broker_defect", answer_of_the_broker_is_read),
     Place("broker_defect", broker_is_asked),
-    Place("job_defect", delivery_is_run),
+    Place("job_defect", delivery_is_stored),
+    Place("job_defect", job_is_run),
     Place("attempt_defect", attempt_is_made),
+    Place("choice_defect", turn_is_taken),
+    Place("choice_defect", look_is_taken),
+    Place("claim_defect", pick_is_begun),
     Place("log_unreadable", log_of_a_lost_attempt_is_read),
     Place("publisher_defect", events_are_flushed),
     Place("events_defect", events_of_one_job_are_packed),
@@ -700,9 +817,7 @@ async def test_defect_fails_one_thing_and_is_logged_without_values(place: Place,
     assert [line for line in lines if line["event"] == place.event]
     assert SECRET not in log.getvalue()
     if place.event != "log_unreadable":
-        assert any("Defect" in line.get("exception", "") for line in lines if line["event"] == place.event) or (
-            place.met is step_of_a_sweep_is_made
-        )
+        assert any("Defect" in line.get("exception", "") for line in lines if line["event"] == place.event)
 
 
 def test_every_defect_in_the_log_has_a_place() -> None:

@@ -45,6 +45,8 @@ _FRESH: Final = 2.5
 _SPREAD: Final = 0.02
 #: Seconds to wait for a turn at the end of the process.
 _SETTLE_TIMEOUT: Final = 5.0
+#: Seconds after which a turn that met a defect is tried again.
+_PAUSE_AFTER_DEFECT: Final = 1.0
 #: Seconds between two nudges of one worker.
 _NUDGE_PAUSE: Final = 0.05
 
@@ -287,7 +289,7 @@ class Chooser:
                 self._wanted.set()
             except Exception:  # whatever it is, jobs are to be chosen
                 log.exception("choice_defect")
-                await asyncio.sleep(1.0)
+                await asyncio.sleep(_PAUSE_AFTER_DEFECT)
                 self._wanted.set()
 
     async def _choose(self) -> None:
