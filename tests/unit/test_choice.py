@@ -226,7 +226,7 @@ def test_a_known_moment_is_said():
 
 def test_a_cool_down_passes_jobs_on_and_takes_them_back():
     world = World()
-    rules = Policy(providers={"p": ProviderPolicy(max_cooldown=5.0)})
+    rules = Policy(providers={"p": ProviderPolicy(max_cooldown=5.0), "other": ProviderPolicy()})
     chain = [*CHAIN, ("other", "m")]
     for _ in range(4):
         world.store("a", chain)

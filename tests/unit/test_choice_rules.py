@@ -367,6 +367,7 @@ class Check:
         model = self.model
         model.settle_owed(QUEUE)
         dropped: set[int] = set()
+        spent: set[int] = set()
         taken: Counter[tuple[int, int]] = Counter()
 
         def is_exhausted(lane: int) -> bool:
@@ -378,7 +379,9 @@ class Check:
 
         for pick in decision.picks:
             option = model.next(QUEUE, dropped)
-            while option is not None and option.job.due is None and is_exhausted(option.job.lane):
+            # A lane of which no further jobs were read drops out, be it that the pool where they wait closes then.
+            spent |= {lane for lane, _ in self.active if is_exhausted(lane)}
+            while option is not None and option.job.due is None and option.job.lane in spent:
                 if option.job.seq == pick.job.seq:
                     break
                 dropped.add(option.job.lane)
@@ -477,7 +480,8 @@ class Check:
             later = replace(model, buckets=copy.deepcopy(model.buckets))
             later.now = model.now + (ready - model.now) * 0.99 - 1e-4
             if later.now > model.now:
-                assert later.next(QUEUE) is None, "a job could go earlier than anybody will look"
+                early = later.next(QUEUE)
+                assert early is None, ("a job could go earlier than anybody will look", early, ready, later.now)
         for job in model.waiting.values():
             if job.due is None or job.due <= model.now:
                 self.reason(job, decision, open_now=open_now)

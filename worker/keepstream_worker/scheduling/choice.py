@@ -81,9 +81,6 @@ class Choice:
             lane: times.get((self._queue, observations[0].place.job_class), _LONG_AGO)
             for lane, observations in self._told.items()
         }
-        providers = set(self._policy.providers)
-        for pool in self._state.pools.values():
-            providers.update(key.partition("/")[0] for key in pool.chain)
         # One more than can be served says that there are no others before; those that are settled now may fall behind.
         self._standings = places + 1 + min(places, len(told)) if places else 0
         return Question(
@@ -98,7 +95,7 @@ class Choice:
             first_jobs=places,
             other_jobs=min(places, -(-2 * places // lanes) + 1),
             restarted=places,
-            counted_providers=tuple(sorted(providers)),
+            counted_providers=tuple(self._policy.providers),
             counted_tenants=self._asked_tenants,
             counts_all_tenants=any(tenant.concurrency is not None for tenant in self._policy.tenants.values()),
         )

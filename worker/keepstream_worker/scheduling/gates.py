@@ -231,7 +231,7 @@ class Gates:
             limit = self._limits[key] = Limit(key, limits, use, self._running_of.get(key, 0), self.now)
         return limit
 
-    def effective(self, chain: tuple[str, ...]) -> tuple[Gate | None, float]:
+    def effective(self, chain: Sequence[str]) -> tuple[Gate | None, float]:
         """Return the gate by which a pool's jobs pass, and the moment when another target may come before it.
 
         That is the first target which neither is broken nor cools down for longer than its provider may.  None: there

@@ -8,7 +8,7 @@ It is parsed under the lock of the whole deployment, so it is kept small and pla
 says nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
@@ -36,7 +36,7 @@ class PoolState:
 
     queue: str
     job_class: str
-    chain: tuple[str, ...]  #: Keys of its targets: ``PROVIDER/MODEL``.
+    chain: Sequence[str]  #: Keys of its targets: ``PROVIDER/MODEL``.
     low: float | None = None  #: No lane that is active here has a smaller time; None: none is active.
     restarted: float | None = None  #: No restarted job goes on here earlier; None: none waits, as far as is known.
     lanes: int = 0  #: Active ones that were read last.
@@ -137,8 +137,8 @@ class State:
         state = cls()
         document: dict[str, Any] = orjson.loads(text)
         state.arrivals_low = document.get("a", 0)
-        for pool, (queue, job_class, chain, *rest) in document.get("p", {}).items():
-            state.pools[int(pool)] = PoolState(queue, job_class, tuple(chain), *rest)
+        for pool, row in document.get("p", {}).items():
+            state.pools[int(pool)] = PoolState(*row)
         for queue, row in document.get("q", {}).items():
             state.queues[queue] = QueueState(*row)
         for key, row in document.get("u", {}).items():
