@@ -64,7 +64,7 @@ class Choice:
         self._state = State.from_json(state)
         self._gates = Gates(self._policy, self._state, now)
         self._lanes: dict[int, Lane] = {}
-        self._told: dict[int, list[Charged | Settled]] = {}  # by lane, in order
+        self._told: list[Charged | Settled] = []  # what moves lanes
         self._freed: set[str] = set()
         for observation in self._observations:
             self._hear(observation)
@@ -77,10 +77,7 @@ class Choice:
         places = self._places
         lanes = sum(self._state.pools[pool].lanes for pool in self._asked_pools) or 1
         times = self._least_times()
-        told = {
-            lane: times.get((self._queue, observations[0].place.job_class), _LONG_AGO)
-            for lane, observations in self._told.items()
-        }
+        told = {each.place.lane: times.get((self._queue, each.place.job_class), _LONG_AGO) for each in self._told}
         # One more than can be served says that there are no others before; those that are settled now may fall behind.
         self._standings = places + 1 + min(places, len(told)) if places else 0
         return Question(
@@ -111,7 +108,7 @@ class Choice:
             return
         if isinstance(observation, Charged):
             self._gates.of(key).charge(observation.tokens)
-            self._told.setdefault(place.lane, []).append(observation)
+            self._told.append(observation)
             return
         self._freed.add(place.tenant)
         learned = learning.told(use.learned, observation.rates)
@@ -123,7 +120,7 @@ class Choice:
             use.answered(observation.output)
         if observation.actual is not None and observation.actual != observation.estimated:
             self._gates.of(key).settle(observation.actual - observation.estimated)
-            self._told.setdefault(place.lane, []).append(observation)
+            self._told.append(observation)
 
     def _learn(self, learned: learning.TargetState, told: Settled) -> learning.TargetState:
         now, place = self._now, told.place
@@ -229,8 +226,7 @@ class Choice:
         }.difference(self._asked_pools)
         self._read_standings()
         self._horizons = self._find_horizons()
-        for number, told in self._told.items():
-            self._settle(number, told)
+        self._settle()
         for lane in self._lanes.values():
             self._note_tenant(lane.tenant)
         self._park(self._full.difference(self._asked_tenants))
@@ -291,11 +287,11 @@ class Choice:
     def _reach(self, queue: str, job_class: str) -> float:
         return self._state.queue(queue).reach.get(job_class, 0.0)
 
-    def _settle(self, number: int, told: Iterable[Charged | Settled]) -> None:
-        """Move a lane by what its jobs really took, and by jobs that were started without a turn."""
-        for observation in told:
+    def _settle(self) -> None:
+        """Move lanes by what their jobs really took, and by jobs that were started without a turn; in order."""
+        for observation in self._told:
             place = observation.place
-            lane = self._lane(number, place.tenant, self._queue, place.job_class)
+            lane = self._lane(place.lane, place.tenant, self._queue, place.job_class)
             if isinstance(observation, Charged):
                 reach = self._reach(self._queue, place.job_class)
                 # Nothing waited when it was started, so it was the first to come after a time of idling.
