@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import socket
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Final, NamedTuple
 
 import pytest
 from sqlalchemy import Connection, Engine, select, text
@@ -13,8 +15,12 @@ from keepstream.client.database import make_engine
 from keepstream.errors import StoreUnavailableError
 from keepstream.tables import now, workers
 from keepstream_worker.dev_stack.embedded import sqlite_url
+from keepstream_worker.store import database as database_module
 from keepstream_worker.store.database import WorkerDatabase
 from keepstream_worker.store.error_answers import StoreRefusedError
+from tests.cluster import wait_until
+
+PATIENCE: Final = 30.0
 
 
 @contextlib.asynccontextmanager
@@ -75,6 +81,116 @@ async def test_one_bad_member_of_a_group_fails_alone(engine: Engine) -> None:
     assert [type(answer) for answer in answers] == [type(None), ValueError, type(None), type(None)]
     with engine.begin() as connection:
         assert set(connection.scalars(select(workers.c.id))) == {"a", "b", "c"}
+
+
+class Sized(NamedTuple):
+    """An argument that says how much is to be written."""
+
+    number: int
+    size: int
+
+
+async def test_transaction_is_bounded_in_bytes_and_a_large_member_is_written_all_the_same(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database_module, "MAX_GROUP_BYTES", 100)
+    database = WorkerDatabase(engine)
+    groups: list[list[int]] = []
+    begun, go_on = threading.Event(), threading.Event()
+
+    def write(_: Connection, arguments: list[Sized]) -> list[int]:
+        groups.append([argument.size for argument in arguments])
+        begun.set()
+        go_on.wait(PATIENCE)
+        return [argument.number for argument in arguments]
+
+    try:
+        first = asyncio.create_task(database.run(write, Sized(0, 1)))
+        await asyncio.to_thread(begun.wait, PATIENCE)
+        sizes = [40, 40, 40, 10, 1000, 5, 5]  # they come while the first is written
+        others = [asyncio.create_task(database.run(write, Sized(*item))) for item in enumerate(sizes, 1)]
+        await asyncio.sleep(0)
+        go_on.set()
+        assert await asyncio.gather(first, *others) == list(range(8)), "in the order in which they came"
+    finally:
+        go_on.set()
+        await asyncio.to_thread(database.close)
+    assert groups == [[1], [40, 40, 40], [10, 1000], [5, 5]]
+
+
+async def test_group_may_be_bounded_to_one(engine: Engine) -> None:
+    database = WorkerDatabase(engine, max_group=1)
+    groups: list[int] = []
+
+    def count(_: Connection, arguments: list[int]) -> list[int]:
+        groups.append(len(arguments))
+        return arguments
+
+    try:
+        assert await asyncio.gather(*(database.run(count, number) for number in range(20))) == list(range(20))
+    finally:
+        await asyncio.to_thread(database.close)
+    assert groups == [1] * 20
+
+
+# -- several ways to one database --
+
+
+async def test_connection_of_a_way_that_is_idle_is_closed_and_opened_again(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database_module, "_IDLE", 0.01)
+    name = "idle-way"
+    database = WorkerDatabase(make_engine(postgres_url, name, pool_size=1, writer=True))
+    observer = make_engine(postgres_url)
+
+    def connections() -> int:
+        with observer.begin() as connection:
+            count = text("SELECT count(*) FROM pg_stat_activity WHERE application_name = :name")
+            return int(connection.scalar(count, {"name": name}) or 0)
+
+    def seen(connection: Connection, arguments: list[None]) -> list[str]:
+        return [str(connection.scalar(text("SELECT current_setting('application_name')"))) for _ in arguments]
+
+    try:
+        for _ in range(3):
+            assert await database.run(seen, None) == name
+            await asyncio.to_thread(wait_until, lambda: connections() == 0, "the connection is closed")
+    finally:
+        await asyncio.to_thread(database.close)
+        observer.dispose()
+
+
+async def test_ways_of_one_process_take_turns_where_there_is_one_writer(tmp_path: Path) -> None:
+    """SQLite itself makes who finds it locked look again after a growing pause, and give up in the end."""
+    url, one_writer = sqlite_url(tmp_path / "a.db"), threading.Lock()
+    ways = [WorkerDatabase(make_engine(url, writer=True), turn=one_writer) for _ in range(3)]
+    begun, go_on = threading.Event(), threading.Event()
+    others: list[bool] = []
+
+    def hold(connection: Connection, arguments: list[None]) -> list[None]:
+        connection.execute(text("CREATE TABLE t (x int)"))
+        begun.set()
+        go_on.wait(PATIENCE)
+        return arguments
+
+    def write(connection: Connection, arguments: list[int]) -> list[int]:
+        others.append(one_writer.locked())
+        connection.execute(text("INSERT INTO t VALUES (1)"))
+        return arguments
+
+    try:
+        first = asyncio.create_task(ways[0].run(hold, None))
+        await asyncio.to_thread(begun.wait, PATIENCE)
+        waiting = [asyncio.create_task(way.run(write, number)) for number, way in enumerate(ways[1:])]
+        await asyncio.sleep(0)
+        go_on.set()
+        assert await asyncio.gather(first, *waiting) == [None, 0, 1]
+    finally:
+        go_on.set()
+        for way in ways:
+            await asyncio.to_thread(way.close)
+    assert others == [True, True], "each has its turn while it writes"
 
 
 # -- options of the URL --

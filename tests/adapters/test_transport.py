@@ -151,6 +151,34 @@ def test_old_entry_that_is_no_message_is_set_aside_and_the_next_is_put_back(
         turn(connection, lambda: client.llen(rejected_list("keepstream")) == 2)  # the good one was no message either
 
 
+def test_no_more_is_taken_while_many_bytes_are_not_stored_yet(
+    client: "redis.Redis", redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send(client, *(f"job-{number}" for number in range(6)))
+    size = len(orjson.loads(client.lindex(QUEUE, 0))["body"])
+    monkeypatch.setattr(transport, "_TAKEN_AT_ONCE", 1)
+    monkeypatch.setattr(transport, "_MOST_HELD", int(2.5 * size))
+    received: list[Any] = []
+    with consumer(redis_url, lambda _, message: received.append(message)) as connection:
+        turn(connection, lambda: len(received) == 3)
+        asked: list[bool] = []
+        begin = FilteringChannel._brpop_start
+        monkeypatch.setattr(FilteringChannel, "_brpop_start", lambda *some: asked.append(True) or begin(*some))
+        turn(connection, lambda: len(asked) > 2)
+        assert len(received) == 3, "the others are left to other workers"
+        assert client.llen(QUEUE) == 3
+        qos = connection.default_channel.qos
+        assert qos.held == 3 * size
+        for message in received[:2]:
+            message.ack()
+        turn(connection, lambda: len(received) == 5)
+        for message in received[2:]:
+            message.ack()
+        turn(connection, lambda: len(received) == 6)
+        received[-1].ack()
+        assert qos.held == 0
+
+
 class OddRedis(socketserver.ThreadingTCPServer):
     """Answers BLMPOP with what no Redis would, and lets another Redis answer all else."""
 

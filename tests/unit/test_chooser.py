@@ -1,70 +1,376 @@
-"""The chooser: when a job may start at once, though others wait."""
+"""The chooser's own logic, on a database that answers what a test lays down; what a turn decides is another matter."""
 
 import asyncio
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+import json
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, Final
 
-from keepstream.client.database import make_engine
-from keepstream_worker.limits import Policy
+import pytest
+
+from keepstream.errors import StoreUnavailableError
+from keepstream.jobs import Job
+from keepstream_worker import store
+from keepstream_worker.limits import Limits, Policy, ProviderPolicy
+from keepstream_worker.scheduling import chooser as chooser_module
 from keepstream_worker.scheduling.chooser import Chooser
-from keepstream_worker.store import Looked
-from keepstream_worker.store.database import WorkerDatabase
-from keepstream_worker.values import JobKey
+from keepstream_worker.scheduling.observations import Charged, Observation, Place
+from keepstream_worker.turn import Pick, Pool, WaitingJob
+from keepstream_worker.values import JobKey, Target
 
-NOW = 1_000.0  #: By the database's clock.
-KEY = JobKey("tenant", "job")
-
-
-@contextmanager
-def chooser(directory: Path) -> Iterator[Chooser]:
-    database = WorkerDatabase(make_engine(f"sqlite:///{directory / 'unused.db'}"))
-    try:
-        yield Chooser(
-            Policy(), "worker", "ours", 2, 60.0, database, database, set(), {}, lambda _: None, lambda _: None
-        )
-    finally:
-        database.close()
+QUEUE: Final = "completions"
+TARGET: Final = Target("default", "m")
+KEY, OTHER = JobKey("default", "job-1"), JobKey("default", "job-2")
+PATIENCE: Final = 30.0
 
 
-def reserves(directory: Path, hear: Callable[[Chooser], None]) -> bool:
-    """Return whether the chooser keeps a place for a job after what it has heard."""
-
-    async def ask() -> bool:
-        with chooser(directory) as ours:
-            hear(ours)
-            return ours.reserve(KEY)
-
-    return asyncio.run(ask())
+def told(number: int) -> Observation:
+    """Return an observation that can be told from others."""
+    return Charged(Place(1, 1, "default", "interactive", TARGET), number)
 
 
-def looked(*, arrivals: bool = False, **ready: float) -> Callable[[Chooser], None]:
-    return lambda ours: ours.hear(Looked(NOW, 0, None, ready, arrivals))
+def pick(*names: str) -> tuple[Pick, ...]:
+    return tuple(Pick(WaitingJob(1, JobKey("default", name), 1, 1, 0, 10, None), TARGET, 500) for name in names)
 
 
-def test_a_job_may_start_at_once_when_nothing_waits(tmp_path: Path) -> None:
-    assert reserves(tmp_path, looked())
+class World:
+    """A database, an engine and other workers, around one chooser of two places."""
+
+    def __init__(self, policy: Policy | None = None, places: int = 2) -> None:
+        self.time = 1000.0  #: By the monotonic clock.
+        self.answers: list[store.Turned | Exception] = []  #: Of the next turns; then nothing waits.
+        self.looks: list[store.Looked] = []  #: The same, of looks.
+        self.turns: list[tuple[int, list[Observation]]] = []  #: Taken so far: places and what was told.
+        self.looked = 0
+        self.begun: list[JobKey] = []
+        self.gone: set[JobKey] = set()  #: Jobs that turn out to have ended.
+        self.started: list[Any] = []
+        self.nudges: list[list[str]] = []
+        self.running: set[JobKey] = set()
+        self.streams: dict[Target, int] = {}
+        self.hold = asyncio.Event()  #: What keeps turns and looks waiting while it is not set.
+        self.hold.set()
+        self.turn = 0
+        self.chooser = Chooser(
+            policy or Policy(), "worker", QUEUE, places, 60.0, self, self, self.running, self.streams,  # type: ignore[arg-type]
+            self._start, self.nudges.append,
+        )  # fmt: skip
+
+    def turned(self, *picks: Pick, ready: dict[str, float] | None = None, now: float = 100.0) -> store.Turned:
+        self.turn += 1
+        return store.Turned(picks, ready or {}, {}, now, self.turn, "{}")
+
+    def hear(self, **changes: Any) -> None:
+        """Let the heartbeat bring something; nothing waits, unless it is said."""
+        self.chooser.hear(store.Looked(100.0, self.turn, "{}", {}, arrivals=False)._replace(**changes))
+
+    async def run(self, operation: Any, argument: Any) -> Any:
+        await self.hold.wait()
+        if operation is store.take_turn:
+            self.turns.append((argument.decider._places, list(argument.decider._observations)))
+            answer = self.answers.pop(0) if self.answers else self.turned()
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+        if operation is store.look:
+            self.looked += 1
+            return self.looks.pop(0) if self.looks else store.Looked(100.0, self.turn, None, {}, arrivals=False)
+        assert operation is store.begin
+        self.begun.append(argument.pick.job.key)
+        return None if argument.pick.job.key in self.gone else argument.pick.job.key
+
+    persist = run
+
+    def _start(self, claim: Any) -> None:
+        self.started.append(claim)
+        self.running.add(claim)
+
+    async def turns_taken(self, number: int) -> None:
+        await until(lambda: len(self.turns) >= number)
+
+    async def rests(self) -> None:
+        """Let everything run that can run now."""
+        for _ in range(50):
+            await asyncio.sleep(0)
 
 
-def test_what_waits_for_others_keeps_no_job_from_starting_at_once(tmp_path: Path) -> None:
-    # In another queue; or in ours, but for a place at a provider, a retry's moment, the end of a cool-down.
-    assert reserves(tmp_path, looked(theirs=0.0))
-    assert reserves(tmp_path, looked(ours=NOW + 60.0))
+async def until(condition: Callable[[], object]) -> None:
+    """Wait until ``condition`` is true."""
+    async with asyncio.timeout(PATIENCE):
+        while not condition():  # noqa: ASYNC110  # what is waited for sets no event
+            await asyncio.sleep(0.002)
 
 
-def test_a_job_waits_its_turn_when_another_one_could_go(tmp_path: Path) -> None:
-    assert not reserves(tmp_path, looked(ours=0.0))
-    assert not reserves(tmp_path, looked(ours=NOW - 1.0))
-    assert not reserves(tmp_path, looked(arrivals=True))
+@pytest.fixture
+async def world(monkeypatch: pytest.MonkeyPatch) -> Any:
+    world = World()
+    monkeypatch.setattr(chooser_module, "time", SimpleNamespace(monotonic=lambda: world.time))
+    world.chooser.start()
+    yield world
+    world.hold.set()
+    await world.chooser.stop()
 
 
-def test_a_job_waits_its_turn_when_another_one_has_just_been_stored(tmp_path: Path) -> None:
-    def hear(ours: Chooser) -> None:
-        looked()(ours)
-        ours.wake()
-
-    assert not reserves(tmp_path, hear)
+# -- direct starts --
 
 
-def test_a_job_waits_its_turn_before_anything_is_known(tmp_path: Path) -> None:
-    assert not reserves(tmp_path, lambda _: None)
+async def test_place_is_kept_only_while_nothing_waits_and_that_is_news(world: World) -> None:
+    assert not world.chooser.reserve(KEY), "nothing is known yet"
+    world.hear()
+    assert world.chooser.reserve(KEY)
+    assert not world.chooser.reserve(KEY), "the same job comes twice"
+    assert world.chooser.free == 1
+    world.chooser.forget(KEY)
+    assert world.chooser.free == 2
+    world.time += 60
+    assert not world.chooser.reserve(KEY), "it may have changed meanwhile"
+    world.hear()
+    assert world.chooser.reserve(KEY)
+
+
+@pytest.mark.parametrize("waits", [{"arrivals": True}, {"ready": {QUEUE: 0.0}}])
+async def test_no_place_is_kept_while_jobs_of_the_queue_wait(world: World, waits: dict[str, Any]) -> None:
+    world.hold.clear()
+    world.hear(**waits)
+    assert not world.chooser.reserve(KEY)
+
+
+async def test_jobs_of_other_queues_keep_nobody_waiting(world: World) -> None:
+    world.hear(ready={"others": 0.0})
+    assert world.chooser.reserve(KEY)
+
+
+async def test_jobs_that_cannot_go_yet_keep_nobody_waiting(world: World) -> None:
+    world.hear(ready={QUEUE: 900.0})
+    assert world.chooser.reserve(KEY), "they wait for a limit that this one does not have"
+
+
+async def test_no_more_places_are_kept_than_there_are(world: World) -> None:
+    world.hear()
+    world.running.add(OTHER)
+    assert world.chooser.reserve(KEY)
+    assert not world.chooser.reserve(JobKey("default", "job-3"))
+
+
+async def test_job_that_runs_here_is_not_started_again(world: World) -> None:
+    world.hear()
+    world.running.add(KEY)
+    assert not world.chooser.reserve(KEY)
+
+
+async def test_no_place_is_kept_by_a_worker_that_stops(world: World) -> None:
+    world.hear()
+    world.chooser.pause()
+    assert not world.chooser.reserve(KEY)
+
+
+async def test_job_that_came_whole_starts_at_its_own_target_unless_that_is_limited(world: World) -> None:
+    job = Job(id="job-1", total_timeout=9.0, request={"model": "m", "messages": [{"role": "user", "content": "hi"}]})
+    direct = world.chooser.direct(job, 10, 100)
+    assert direct is not None
+    assert (direct.worker_id, direct.total_timeout, direct.target) == ("worker", 9.0, TARGET)
+    limited = World(Policy(providers={"default": ProviderPolicy(limits=Limits(concurrency=5))}))
+    assert limited.chooser.direct(job, 10, 100) is None
+
+
+async def test_stored_job_of_another_queue_is_not_started(world: World) -> None:
+    admits = world.chooser.admits().admits
+    assert admits(Pool(1, QUEUE, "interactive", (TARGET,)), "default", 10, 100) is not None
+    assert admits(Pool(1, "others", "interactive", (TARGET,)), "default", 10, 100) is None
+
+
+# -- wake-ups --
+
+
+async def test_turn_asks_for_the_free_places_and_what_it_brings_begins(world: World) -> None:
+    world.answers = [world.turned(*pick("a", "b"))]
+    world.chooser.wake()
+    await until(lambda: len(world.started) == 2)
+    assert world.turns == [(2, [])]
+    assert world.chooser.free == 0
+    assert not world.chooser.expected
+
+
+async def test_job_that_has_ended_meanwhile_gives_its_place_back(world: World) -> None:
+    world.gone.add(JobKey("default", "a"))
+    world.answers = [world.turned(*pick("a"))]
+    world.chooser.wake()
+    await until(lambda: world.begun)
+    await until(lambda: not world.chooser.expected)
+    assert world.started == []
+    assert world.chooser.free == 2
+
+
+async def test_worker_that_is_full_wakes_others_instead_of_taking_turns(world: World) -> None:
+    world.running |= {KEY, OTHER}
+    world.chooser.wake()
+    assert world.nudges == [[QUEUE]]
+    world.chooser.wake()
+    assert world.nudges == [[QUEUE]], "not for each job"
+    world.time += 1
+    world.chooser.wake()
+    assert world.nudges == [[QUEUE]] * 2
+    await world.rests()
+    assert world.turns == []
+
+
+async def test_turn_that_leaves_more_than_there_are_places_wakes_others(world: World) -> None:
+    world.answers = [world.turned(*pick("a", "b"), ready={QUEUE: 0.0, "others": 0.0, "later": 900.0})]
+    world.chooser.wake()
+    await until(lambda: world.nudges)
+    assert sorted(world.nudges[0]) == [QUEUE, "others"]
+    assert len(world.turns) == 1
+
+
+async def test_turns_go_on_while_places_are_free_and_jobs_wait(world: World) -> None:
+    world.answers = [world.turned(*pick("a"), ready={QUEUE: 0.0}), world.turned(*pick("b"))]
+    world.chooser.wake()
+    await until(lambda: len(world.started) == 2)
+    assert [places for places, _ in world.turns] == [2, 1]
+    assert world.nudges == [], "this worker takes them itself"
+
+
+async def test_heartbeat_that_finds_work_wakes_whoever_has_a_place(world: World) -> None:
+    world.hear(arrivals=True)
+    await world.turns_taken(1)
+    world.running |= {KEY, OTHER}
+    world.hear(arrivals=True)
+    await world.rests()
+    assert len(world.turns) == 1
+
+
+async def test_job_that_is_due_later_is_looked_for_then(world: World) -> None:
+    world.looks = [store.Looked(100.2, 0, None, {QUEUE: 100.1}, arrivals=False)]
+    world.hear(ready={QUEUE: 100.1})
+    assert world.turns == []
+    await world.turns_taken(1)
+    assert world.looked == 1, "whoever looked first may have taken everything"
+
+
+async def test_moment_that_a_turn_names_is_known(world: World) -> None:
+    world.answers = [world.turned(ready={QUEUE: 100.05})]
+    world.looks = [store.Looked(100.1, 1, None, {QUEUE: 100.05}, arrivals=False)]
+    world.chooser.wake()
+    await world.turns_taken(2)
+    assert world.looked == 1
+
+
+async def test_nudge_makes_one_look_and_takes_a_turn_only_for_work(world: World) -> None:
+    for _ in range(5):
+        world.chooser.nudged()
+    await until(lambda: world.looked)
+    await world.rests()
+    assert world.looked == 1
+    assert world.turns == []
+    world.looks = [store.Looked(100.0, 0, None, {}, arrivals=True)]
+    world.chooser.nudged()
+    await world.turns_taken(1)
+
+
+async def test_nudge_means_nothing_to_a_worker_that_is_full_or_stops(world: World) -> None:
+    world.running |= {KEY, OTHER}
+    world.chooser.nudged()
+    world.running.clear()
+    world.chooser.pause()
+    world.chooser.nudged()
+    assert world.chooser._timer is None
+
+
+# -- what is told --
+
+
+async def test_what_was_learned_is_told_within_a_bounded_time(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chooser_module, "_TELL_IDLE", 0.01)
+    world.hear()
+    world.chooser.observe(told(1))
+    world.chooser.observe(told(2))
+    await world.rests()
+    await world.turns_taken(1)
+    assert world.turns == [(2, [told(1), told(2)])], "by one turn"
+
+
+async def test_it_is_told_sooner_where_something_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chooser_module, "_TELL_IDLE", 600.0)
+    monkeypatch.setattr(chooser_module, "_TELL_WITHIN", 0.01)
+    world = World(Policy(providers={"default": ProviderPolicy(limits=Limits(concurrency=5))}))
+    world.chooser.start()
+    world.hear()
+    world.chooser.observe(told(1))
+    await world.turns_taken(1)
+    await world.chooser.stop()
+
+
+async def test_refusal_is_told_at_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chooser_module, "_TELL_IDLE", 600.0)
+    world.hear()
+    world.chooser.observe(told(1))
+    await world.rests()
+    assert world.turns == []
+    world.chooser.observe(told(2), urgent=True)
+    await world.turns_taken(1)
+    assert world.turns == [(2, [told(1), told(2)])]
+
+
+async def test_full_worker_tells_and_asks_for_nothing(world: World) -> None:
+    world.hear()
+    world.running |= {KEY, OTHER}
+    world.chooser.observe(told(1), urgent=True)
+    await world.turns_taken(1)
+    assert world.turns == [(0, [told(1)])]
+
+
+async def test_what_could_not_be_told_is_told_again_in_order(world: World) -> None:
+    world.hold.clear()
+    world.hear()
+    world.answers = [StoreUnavailableError("away"), StoreUnavailableError("away")]
+    world.chooser.observe(told(1), urgent=True)
+    await world.rests()
+    world.chooser.observe(told(2))  # while the first turn is under way
+    world.hold.set()
+    await world.turns_taken(3)
+    assert [observations for _, observations in world.turns] == [[told(1)], [told(1), told(2)], [told(1), told(2)]]
+
+
+async def test_what_is_left_is_told_at_the_end(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chooser_module, "_TELL_IDLE", 600.0)
+    world.hear()
+    world.chooser.observe(told(1))
+    world.chooser.pause()
+    await world.chooser.stop()
+    assert world.turns == [(0, [told(1)])]
+
+
+# -- the end --
+
+
+async def test_worker_that_stops_takes_no_turn(world: World) -> None:
+    world.chooser.pause()
+    world.chooser.wake()
+    await world.rests()
+    assert world.turns == []
+
+
+async def test_jobs_of_a_turn_under_way_are_known_before_the_end_goes_on(world: World) -> None:
+    world.hold.clear()
+    world.answers = [world.turned(*pick("a"))]
+    world.chooser.wake()
+    await world.rests()
+    world.chooser.pause()
+    settling = asyncio.create_task(world.chooser.settle())
+    await world.rests()
+    assert not settling.done()
+    world.hold.set()
+    await settling
+    assert world.chooser.expected | set(world.started) == {JobKey("default", "a")}
+
+
+# -- what is known --
+
+
+async def test_newest_state_is_kept(world: World) -> None:
+    world.hear(turn=5, state=json.dumps({}))
+    assert world.chooser.known_turn == 5
+    world.hear(turn=4, state=json.dumps({}))
+    assert world.chooser.known_turn == 5
+    world.hear(turn=6, state=None)
+    assert world.chooser.known_turn == 5, "its state is not known"
