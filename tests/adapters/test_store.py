@@ -13,6 +13,7 @@ import pytest
 from sqlalchemy import Connection, Engine, Table, func, select, update
 
 from keepstream.client import queries
+from keepstream.client.database import make_engine
 from keepstream.client.endings import JobEnd, end_jobs, end_unclaimed
 from keepstream.errors import ErrorCode
 from keepstream.jobs import Job
@@ -55,8 +56,9 @@ from keepstream_worker.store import (
     Stored,
     Sweep,
     SweepResult,
+    schema,
 )
-from keepstream_worker.turn import Pick
+from keepstream_worker.turn import Decision, Move, Pick, Reading
 from keepstream_worker.values import AttemptReason, Ended, Ending, Failure, JobKey, Outcome, Target
 from tests import jobs as test_jobs
 from tests.first_come import FirstComeDecider
@@ -518,6 +520,42 @@ def test_an_estimate_grows_to_what_an_attempt_took(db: Store) -> None:
     assert again.prompt_tokens == claim.prompt_tokens + 100
 
 
+@pytest.mark.parametrize("cancels", [True, False])
+def test_a_job_that_somebody_is_about_to_end_is_left_out_and_found_again(postgres_url: str, *, cancels: bool) -> None:
+    """On SQLite nobody writes while a turn lasts."""
+    engine = make_engine(postgres_url)
+    schema.migrate(engine)
+    db = Store(engine)
+    for job_id in "abc":
+        db.enqueue(job_id)
+    with engine.connect() as other:
+        transaction = other.begin()
+        assert queries.cancel(other, "default", "a") is JobStatus.CANCELLED
+        assert [pick.job.key.id for pick in db.turn(places=2).picks] == ["b"]
+        transaction.commit() if cancels else transaction.rollback()
+    assert [pick.job.key.id for pick in db.turn(places=3).picks] == (["c"] if cancels else ["a", "c"])
+    assert db.turn(places=3).picks == ()
+    assert db.rows_of_arrivals() == []
+    engine.dispose()
+
+
+def test_a_turn_whose_standings_somebody_has_changed_is_taken_back(db: Store) -> None:
+    db.enqueue("a")
+    db.turn(places=0)
+
+    class Meddled(FirstComeDecider):
+        """Decides about a standing that is not there any more."""
+
+        def decide(self, reading: Reading) -> Decision:
+            decision = super().decide(reading)
+            (move,) = decision.moves
+            return replace(decision, moves=(Move(move.old._replace(time=99.0), move.new),))
+
+    with pytest.raises(store.TurnLostError):
+        db(store.take_turn, store.Turn("w1", Meddled(1)))
+    assert [pick.job.key.id for pick in db.turn().picks] == ["a"]
+
+
 def test_many_workers_take_each_job_once(engine: Engine) -> None:
     names = [f"job-{number}" for number in range(60)]
     for name in names:
@@ -711,6 +749,22 @@ def test_late_usage_of_a_lost_attempt_is_written_once_and_summed(db: Store) -> N
     assert [attempt.usage and attempt.usage.total_tokens for attempt in result.attempts] == [7, 7]
     assert result.usage is not None
     assert (result.usage.total_tokens, result.usage.source) == (14, UsageSource.ESTIMATED)
+
+
+def test_what_the_provider_reported_to_a_superseded_worker_replaces_an_estimate(db: Store) -> None:
+    """Its answer was whole when it learned that another worker had its job."""
+    db.claimed()
+    db.dead()
+    db.sweep()
+    (again,) = db.claims("w2")
+    db(store.record_usage, LateUsage(JobKey("default", "a"), 1, ESTIMATED))
+    db.end(finished(again, worker="w2"))
+    for usage in (REPORTED, ESTIMATED, REPORTED):
+        db(store.record_usage, LateUsage(JobKey("default", "a"), 1, usage))
+    result = db.get()
+    assert result.attempts[0].usage == REPORTED
+    assert result.usage is not None
+    assert (result.usage.total_tokens, result.usage.source) == (14, UsageSource.PROVIDER)
 
 
 # -- signs of life, and sweeps --

@@ -159,7 +159,7 @@ def count_running(
 #: executing those that are needed.
 #:
 #: A waiting job that somebody else has locked is about to be ended, or started: it is left out, and found again by the
-#: note of its arrival if that is taken back.
+#: note of its arrival if that is taken back. A note that is there may be locked too; inserting it again would wait.
 _PICK: Final = """
 pick AS (
   SELECT * FROM unnest(%(seqs)s::bigint[], %(providers)s::text[], %(models)s::text[], %(tokens)s::bigint[])
@@ -179,7 +179,8 @@ pick AS (
   SELECT w.seq, w.lane, w.pool, w.tenant, w.restarted_due
   FROM pick JOIN keepstream_waiting w ON w.seq = pick.seq WHERE pick.seq NOT IN (SELECT seq FROM free)
 ), noted AS (
-  INSERT INTO keepstream_arrivals (seq, lane, pool, tenant, restarted_due) SELECT * FROM held ON CONFLICT DO NOTHING
+  INSERT INTO keepstream_arrivals (seq, lane, pool, tenant, restarted_due)
+  SELECT * FROM held h WHERE NOT EXISTS (SELECT FROM keepstream_arrivals a WHERE a.seq = h.seq)
 )"""
 _NO_PICK: Final = """
 gone AS (SELECT 0::bigint AS seq WHERE false), held AS (SELECT 0::bigint AS seq WHERE false)"""
