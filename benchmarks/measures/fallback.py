@@ -17,6 +17,7 @@ from typing import Final, Literal
 import sqlalchemy as sa
 
 from benchmarks.bench import Bench, Sample, percentile
+from benchmarks.contenders import KEEPSTREAM
 from benchmarks.deployment import Deployment, Order, wait_until
 from keepstream.tables import attempts
 
@@ -110,7 +111,7 @@ def fallback(bench: Bench) -> None:
             deployment.start_workers(2)
             for mood in ("broken", "cooling", "refusing"):
                 metrics = _meet(bench, deployment, first, mood)
-                bench.record(Sample("fallback", "keepstream", metrics, {"first": mood}, repetition))
+                bench.record(Sample("fallback", KEEPSTREAM, metrics, {"first": mood}, repetition))
 
 
 def _meet(bench: Bench, deployment: Deployment, first: _Moody, mood: Mood) -> dict[str, float]:

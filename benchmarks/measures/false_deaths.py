@@ -14,6 +14,7 @@ import sqlalchemy as sa
 
 from benchmarks import full_table
 from benchmarks.bench import Bench, Sample
+from benchmarks.contenders import KEEPSTREAM
 from benchmarks.deployment import Deployment, Order
 from benchmarks.full_table import Backlog
 from keepstream.tables import attempts
@@ -54,7 +55,7 @@ def no_false_deaths(bench: Bench) -> None:
             **deployment.heartbeats.take(),
         }
         parameters = {"waiting": waiting, "seconds": seconds}
-        bench.record(Sample("no_false_deaths", "keepstream", metrics, parameters))
+        bench.record(Sample("no_false_deaths", KEEPSTREAM, metrics, parameters))
 
 
 _OUTCOMES: Final = sa.select(sa.func.coalesce(attempts.c.outcome, "running"), sa.func.count()).group_by(

@@ -14,6 +14,7 @@ import sqlalchemy as sa
 
 from benchmarks import full_table
 from benchmarks.bench import Bench, Sample
+from benchmarks.contenders import KEEPSTREAM
 from benchmarks.deployment import Deployment, Order, wait_until
 from benchmarks.full_table import Backlog
 from benchmarks.harness import BenchmarkError
@@ -64,6 +65,6 @@ def _interrupt(bench: Bench, how: str, waiting: int, repetition: int) -> None:
             "started_most_s": max(waits),
             "first_delta_most_s": max(seen[job].first_delta[2] - begin - grace for job in jobs),
         }
-        bench.record(Sample("hand_back", "keepstream", metrics, {"how": how, "waiting": waiting}, repetition))
+        bench.record(Sample("hand_back", KEEPSTREAM, metrics, {"how": how, "waiting": waiting}, repetition))
         for worker in deployment.workers:
             worker.kill()

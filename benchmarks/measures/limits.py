@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from benchmarks import full_table
 from benchmarks.bench import Bench, Sample
+from benchmarks.contenders import KEEPSTREAM
 from benchmarks.deployment import Deployment
 from benchmarks.full_table import Backlog
 from keepstream_worker.dev_stack.embedded import EmbeddedProvider
@@ -30,7 +31,7 @@ _CONFIGURED: Final = "[providers.default]\n" + "\n".join(f"{name} = {value}" for
 _JOBS: Final = 5_000  #: Of each of the three tenants.
 _SECONDS: Final = 300.0
 _WARM_SECONDS: Final = 60.0  #: The provider's buckets are full at first, so that the first minute may use two.
-_QUICK: Final = (24.0, 6.0)
+_QUICK: Final = (12.0, 4.0)
 _STORM_SECONDS: Final = 5.0
 _AFTER_STORM_SECONDS: Final = 15
 _POLL_SECONDS: Final = 0.5
@@ -115,7 +116,7 @@ def _measure(bench: Bench, deployment: Deployment, provider: EmbeddedProvider, w
         **used,
         "used": max(used.values()),
     }
-    bench.record(Sample("limits", "keepstream", metrics, {"way": way.name, "seconds": seconds}))
+    bench.record(Sample("limits", KEEPSTREAM, metrics, {"way": way.name, "seconds": seconds}))
     bench.say(f"refused: {report['refused']}")
 
 
@@ -137,7 +138,7 @@ def _storm(bench: Bench, provider: EmbeddedProvider) -> None:
         "refused": float(sum(each["refused"] for number, each in seconds.items() if number >= begin)),
         "most_asked_in_a_second": float(max(asked[during - begin :])),
     }
-    bench.record(Sample("limits_storm", "keepstream", metrics))
+    bench.record(Sample("limits_storm", KEEPSTREAM, metrics))
 
 
 def _second(provider: EmbeddedProvider) -> int:

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from benchmarks import full_table
 from benchmarks.bench import Bench, Sample
-from benchmarks.crowds import Crowd, run_crowd
+from benchmarks.crowds import CHOOSERS, Crowd, run_crowd
 from benchmarks.deployment import Deployment, HeartbeatAges
 from benchmarks.full_table import Backlog
 from benchmarks.harness import BenchmarkError
@@ -46,7 +46,7 @@ def many_workers(bench: Bench) -> None:
             metrics = run_crowd(bench, crowd) | deployment.heartbeats.take()
             metrics["doubles"] += _doubles(deployment.engine)
             parameters: dict[str, float | str] = {"workers": _PROCESSES * workers, "state": "busy"}
-            bench.record(Sample("many_workers", "choosers", metrics, parameters, repetition))
+            bench.record(Sample("many_workers", CHOOSERS, metrics, parameters, repetition))
 
 
 def _measure_idle(bench: Bench, crowd: Crowd) -> None:
@@ -75,7 +75,7 @@ def _measure_idle(bench: Bench, crowd: Crowd) -> None:
         "deadlocks": metrics["deadlocks"],
         **ages.take(),
     }
-    bench.record(Sample("many_workers", "choosers", metrics, {"workers": workers, "state": "idle"}))
+    bench.record(Sample("many_workers", CHOOSERS, metrics, {"workers": workers, "state": "idle"}))
 
 
 def _doubles(engine: sa.Engine) -> float:

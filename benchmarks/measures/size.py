@@ -17,7 +17,8 @@ import sqlalchemy as sa
 
 from benchmarks import full_table
 from benchmarks.bench import Bench, Sample
-from benchmarks.crowds import Crowd, run_crowd
+from benchmarks.contenders import KEEPSTREAM
+from benchmarks.crowds import CHOOSERS, Crowd, run_crowd
 from benchmarks.deployment import Deployment, Order, times_ms
 from benchmarks.full_table import Backlog
 
@@ -94,7 +95,7 @@ def _measure_times(bench: Bench, measure: str, kind: str, table: str, deployment
     deployment.heartbeats.take()
     jobs, seconds = (30, 2.0) if bench.quick else (200, 15.0)
     metrics = _whole_times(deployment, jobs, seconds) | deployment.heartbeats.take()
-    bench.record(Sample(measure, "keepstream", metrics, {"database": kind, "table": table}, repetition))
+    bench.record(Sample(measure, KEEPSTREAM, metrics, {"database": kind, "table": table}, repetition))
 
 
 def _whole_times(deployment: Deployment, jobs: int, seconds: float) -> dict[str, float]:
@@ -126,7 +127,7 @@ def _measure_choices(
     deployment.heartbeats.take()
     metrics = run_crowd(bench, Crowd(deployment.database_url, _ELSEWHERE, seconds=seconds))
     metrics |= deployment.heartbeats.take()
-    bench.record(Sample(measure, "choosers", metrics, {"database": kind, "table": table}, repetition))
+    bench.record(Sample(measure, CHOOSERS, metrics, {"database": kind, "table": table}, repetition))
 
 
 def _hold(bench: Bench, kind: str, deployment: Deployment) -> None:
