@@ -530,8 +530,8 @@ def _rest_of(message: dict[str, Any], choice: ChoiceBuilder) -> dict[str, Any]:
     if choice.calls:
         streamed |= {"tool_calls", "function_call"}
     known = choice.extras
-    return {
-        name: value
-        for name, value in message.items()
-        if name not in streamed and not (known is not None and known.has(name))
-    }
+    if known is None:
+        return {name: value for name, value in message.items() if name not in streamed}
+    if known.has("content_parts") or known.has("reasoning_parts"):
+        streamed.add("content")
+    return {name: value for name, value in message.items() if name not in streamed and not known.has(name)}
