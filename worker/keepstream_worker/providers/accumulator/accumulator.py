@@ -186,7 +186,12 @@ class Accumulator(Bounded):
             delta = item.get("delta")
             count = len(deltas)
             if delta and type(delta) is dict:
-                self._read_delta(choice, delta, deltas)
+                text = delta.get("content") if len(delta) == 1 else None
+                if type(text) is str:  # nearly every chunk
+                    if piece := self._append(choice.content, text):
+                        deltas.append(Delta(choice.index, {"content": piece}))
+                else:
+                    self._read_delta(choice, delta, deltas)
                 if "error" in delta and is_error(delta["error"]) and not self.succeeded:
                     error = {"error": delta["error"]}
             if not _USUAL_CHOICE_FIELDS.issuperset(item) or item.get("logprobs"):
