@@ -8,12 +8,24 @@ from collections.abc import Callable
 from typing import Final
 
 from benchmarks.bench import Bench
-from benchmarks.measures import cpu, first_delta, flatness, follower, load, memory, publishing, short_jobs, startup
+from benchmarks.measures import (
+    cpu,
+    first_delta,
+    flatness,
+    follower,
+    load,
+    memory,
+    publishing,
+    reading,
+    short_jobs,
+    startup,
+)
 
 MEASURES: Final[dict[str, Callable[[Bench], None]]] = {
     "tune": cpu.tune,
     "saturated": cpu.saturated,
     "paced": cpu.paced,
+    "reading": reading.reading,
     "load": load.load,
     "hold": load.hold,
     "memory": memory.memory,
