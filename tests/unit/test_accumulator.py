@@ -865,6 +865,23 @@ def test_a_verdict_that_changes_counts_as_it_is_last_and_is_told_once():
     assert [delta.fields["extra"] for delta in stream.deltas if "extra" in delta.fields] == [choice.extra]
 
 
+def test_a_verdict_that_comes_in_parts_takes_the_room_of_the_whole():
+    parts = [{"hate": {"filtered": False}}, {"violence": {"filtered": False}}] * 50
+    stream = Stream(Limits(max_extra_bytes=120))
+    stream.apply(*(chunk({"content": "a"}, content_filter_results=part) for part in parts))
+    stream.apply(chunk({"plan": "x" * 100}))
+    (choice,) = stream.end().choices
+    assert choice.extra is not None
+    assert choice.extra["content_filter_results"] == parts[0] | parts[1]
+    assert list(choice.left_out) == ["plan"]
+
+
+def test_a_list_that_is_sent_from_its_beginning_with_every_chunk_counts_once():
+    annotations = [{"type": "url_citation", "n": n} for n in range(30)]
+    choice = choice_of(*(chunk({"annotations": annotations[: n + 1]}) for n in range(30)))
+    assert choice.extra == {"annotations": annotations}
+
+
 def test_extras_travel_with_the_text_of_their_chunk():
     token = {"token": "a", "logprob": -0.1}
     stream = Stream().apply(chunk({"content": "a"}, logprobs={"content": [token]}))

@@ -438,9 +438,12 @@ class Accumulator(Bounded):
         """Keep a field of a choice of which only the last state counts."""
         name = safe(name)
         extras = choice.extras = choice.extras or ExtrasBuilder()
-        if extras.changes(name, value) and self._reserve_extra(extras, name, value) is not None:
-            self._extra_bytes_left += extras.state_size(name)
+        if not extras.changes(name, value):
+            return
+        before, size = extras.state_size(name), self._reserve_extra(extras, name, value)
+        if size is not None:
             extras.replace(name, value)
+            self._extra_bytes_left += size + before - extras.state_size(name)
 
     # -- tool calls -------------------------------------------------------------------------------------
 
