@@ -58,7 +58,7 @@ conformance: $(VENV)/dev ## Decode recorded and hand-made provider streams [CASE
 	@$(PY) -m tests.conformance $(if $(CASES),"$(CASES)")
 
 interop: $(VENV)/dev $(INTEROP)/servers ## Stream from other people's OpenAI-compatible servers and compare
-	@$(PY) -m tests.interop $(INTEROP)/bin
+	@$(PY) -m tests.interop $(INTEROP)
 
 chaos: $(VENV)/dev ## Kill workers, Redis and the provider at random, then count the jobs [SEED=1 JOBS=200]
 	@$(PY) -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(JOBS),--jobs $(JOBS))
@@ -115,8 +115,13 @@ $(VENV)/bench: $(VENV)/dev requirements/bench.txt
 	@$(LOCKED) -r requirements/bench.txt
 	@touch $@
 
-$(INTEROP)/servers: $(VENV)/dev requirements/interop.txt
-	@echo "Installing LiteLLM's proxy and two smaller servers into $(INTEROP) (600 MB; a minute or two, once) ..."
+# A server that is written for Node is left out where there is no npm.
+$(INTEROP)/servers: $(VENV)/dev requirements/interop.txt tests/interop/package.json tests/interop/package-lock.json
+	@echo "Installing LiteLLM's proxy and four smaller servers into $(INTEROP) (600 MB; a minute or two, once) ..."
 	@$(PY) -m venv --clear --without-pip $(INTEROP)
 	@$(subst pip install,pip --python $(INTEROP)/bin/python install,$(LOCKED)) -r requirements/interop.txt
+	@mkdir -p $(INTEROP)/node && cp tests/interop/package.json tests/interop/package-lock.json $(INTEROP)/node/
+	@if command -v npm >/dev/null; then \
+	    npm --prefix $(INTEROP)/node ci --ignore-scripts --no-audit --no-fund --loglevel=error >/dev/null; \
+	  fi
 	@touch $@

@@ -21,7 +21,7 @@ from typing import Any, Final
 
 import psutil
 
-from benchmarks.contenders import FLOOR, KEEPSTREAM, TUTORIALS, UNMERGED, Contender, Floor, Keepstream, Tutorial
+from benchmarks.contenders import FLOOR, KEEPSTREAM, TUTORIALS, Contender, Floor, Keepstream, Tutorial
 from benchmarks.harness import BenchmarkError, Cores, Process, python
 from benchmarks.services import Services
 
@@ -163,16 +163,16 @@ class Bench:
     @contextmanager
     def keepstream(
         self,
+        name: str = KEEPSTREAM,
         *,
         database: str = "sqlite",
         events_url: str | None = None,
-        merging: bool = True,
         warm: bool = True,
     ) -> Iterator[Contender]:
-        """Run this project's worker; without ``merging`` every delta is an event of its own."""
+        """Run this project's worker, or the variant of it that has this name."""
         number, log = self._number_and_log(KEEPSTREAM)
         url = self.services.new_database(database, f"keepstream-{number}")
-        worker = Keepstream(KEEPSTREAM if merging else UNMERGED, self.services, url, self.cores.worker, log, events_url)
+        worker = Keepstream(name, self.services, url, self.cores.worker, log, events_url)
         yield from self._running(worker, warm=warm)
 
     @contextmanager

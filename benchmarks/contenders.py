@@ -20,6 +20,7 @@ from keepstream import names, tables
 
 KEEPSTREAM: Final = "keepstream"
 UNMERGED: Final = "keepstream-unmerged"  #: The same worker, set to publish every delta on its own.
+RESPONSES: Final = "keepstream-responses"  #: The same worker, which asks the provider by the Responses API.
 FLOOR: Final = "floor"
 DIRECT: Final = "direct"  #: Reading the provider without a worker, the reference for latencies.
 TUTORIALS: Final = ("prefork", "threads", "gevent", "asyncio")
@@ -27,6 +28,7 @@ TUTORIALS: Final = ("prefork", "threads", "gevent", "asyncio")
 
 _CONCURRENCY: Final = 10_000  #: Jobs our worker runs at once: more than any load has.
 _SETTINGS: Final = {UNMERGED: {"KEEPSTREAM_MERGE_ABOVE": str(2**31)}}
+_BY_RESPONSES: Final = '[providers.default]\napi = "responses"\n'
 
 
 def tutorial_name(pool: str) -> str:
@@ -181,6 +183,10 @@ class Keepstream(_CeleryContender):
         )
         if made.returncode:
             raise BenchmarkError(f"keepstream migrate failed: {made.stderr}")
+        if name == RESPONSES:
+            file = log.with_suffix(".toml")
+            file.write_text(_BY_RESPONSES)
+            environment["KEEPSTREAM_PROVIDERS_FILE"] = str(file)
         self.process = Process(
             self.name,
             python("keepstream_worker.commands", "worker"),

@@ -22,7 +22,7 @@ from typing import Any, Final
 import psutil
 
 from benchmarks.bench import Bench, Sample
-from benchmarks.contenders import DIRECT, FLOOR, KEEPSTREAM, UNMERGED
+from benchmarks.contenders import DIRECT, FLOOR, KEEPSTREAM, RESPONSES, UNMERGED
 from benchmarks.crowds import CHOOSERS
 from benchmarks.harness import ROOT
 
@@ -136,6 +136,7 @@ def figures(samples: Iterable[Sample]) -> list[Figure]:
     query = _Samples(samples)
     made = [
         *_cpu_figures(query),
+        *_reading_figures(query),
         *_latency_figures(query),
         *_memory_figures(query),
         *_flatness_figures(query),
@@ -173,10 +174,20 @@ def _cpu_figures(query: _Samples) -> Iterable[Figure]:
             )
             title = f"{measure}: tutorial's CPU per delta ÷ ours"
             yield Figure(f"{measure}_gain", title, _ratios(theirs, ours), at_least=least_gain, note=name)
+        responses = query.values(measure, RESPONSES, metric)
+        yield Figure(f"{measure}_responses_us", f"{measure}: CPU per delta by the Responses API, µs", responses)
         unmerged = query.values(measure, UNMERGED, metric)
         yield Figure(f"{measure}_unmerged_us", f"{measure}: CPU per delta, each delta its own event, µs", unmerged)
         title = f"{measure}: our CPU per delta ÷ the floor's"
         yield Figure(f"{measure}_floors", title, _ratios(ours, floor), at_most=most_floors)
+
+
+def _reading_figures(query: _Samples) -> Iterable[Figure]:
+    for dialect in ("chat", "responses"):
+        for arriving in ("one by one", "together"):
+            values = query.values("reading", dialect, "cpu_us_per_delta", arriving=arriving)
+            title = f"reading a delta, {dialect}, {arriving}: CPU, µs"
+            yield Figure(f"reading_{dialect}_{arriving.replace(' ', '_')}_us", title, values)
 
 
 def _latency_figures(query: _Samples) -> Iterable[Figure]:

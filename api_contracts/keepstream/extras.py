@@ -61,11 +61,6 @@ class Extras:
         """Whether anything of a field has come."""
         return name in self._fields
 
-    def items(self, name: str) -> list[Any]:
-        """Return the entries of a field that is a list; they must not be changed."""
-        known = self._fields.get(name)
-        return known if type(known) is list else []
-
     def value(self) -> dict[str, Any] | None:
         """Return the extras so far, or None if there are none."""
         if not self._fields:

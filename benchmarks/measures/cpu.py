@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from typing import Final
 
 from benchmarks.bench import Bench, Load, Outcome, Sample
+from benchmarks.contenders import KEEPSTREAM, RESPONSES, UNMERGED
 
 _CANDIDATES: Final = {
     "prefork": (1, 2, 4, 8),
@@ -43,8 +44,8 @@ def saturated(bench: Bench) -> None:
     # CPU per delta does not depend on the number of streams, and the tutorials take 1 s for 3,000 deltas.
     tutorials_load = Load(12 if bench.quick else 40, 500)
     with ExitStack() as stack:
-        runs = [(stack.enter_context(bench.floor()), load), (stack.enter_context(bench.keepstream()), load)]
-        runs.append((stack.enter_context(bench.keepstream(merging=False)), load))
+        runs = [(stack.enter_context(bench.floor()), load)]
+        runs += [(stack.enter_context(bench.keepstream(name)), load) for name in (KEEPSTREAM, UNMERGED, RESPONSES)]
         runs += [(stack.enter_context(bench.tutorial(pool)), tutorials_load) for pool in bench.all_pools]
         for repetition in range(bench.repeat):
             for worker, own_load in runs:
@@ -58,7 +59,8 @@ def paced(bench: Bench) -> None:
     deltas = 60 if bench.quick else 150
     many, few = Load(200, deltas, _PACE), Load(_HELD_BY_TUTORIALS, deltas, _PACE)
     with ExitStack() as stack:
-        runs = [(stack.enter_context(bench.floor()), many), (stack.enter_context(bench.keepstream()), many)]
+        runs = [(stack.enter_context(bench.floor()), many)]
+        runs += [(stack.enter_context(bench.keepstream(name)), many) for name in (KEEPSTREAM, RESPONSES)]
         for pool in bench.pools:
             # Prefork would need 200 processes, 5 GB, for the larger load.
             slots = few.streams if pool == "prefork" or bench.quick else many.streams

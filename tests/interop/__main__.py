@@ -1,6 +1,6 @@
-"""``python -m tests.interop EXECUTABLES``: stream from other people's servers through a real worker, and compare.
+"""``python -m tests.interop ENVIRONMENT``: stream from other people's servers through a real worker, and compare.
 
-In: the directory that holds the servers' executables.
+In: the environment in which the servers are installed.
 Out: a table of what was compared, and each difference in words; exit code 0 if there is none.
 """
 
@@ -20,7 +20,7 @@ from rich.table import Table
 from keepstream_worker.dev_stack.embedded import sqlite_url
 from tests.cluster import Cluster
 from tests.interop.comparison import Comparison, compare, read
-from tests.interop.servers import Case, FakeLLM, IndependentServer, LiteLLM, StubLLM
+from tests.interop.servers import AIMock, Case, CodexRelay, FakeLLM, IndependentServer, LiteLLM, StubLLM
 from tests.interop.tap import Tap
 
 KEY_VARIABLE: Final = "INTEROP_{}_KEY"
@@ -29,27 +29,29 @@ FOLLOWERS: Final = 2
 
 def play(cluster: Cluster, server: IndependentServer, tap: Tap, case: Case) -> Comparison:
     """Send one job to one server, with two followers that were there before it."""
-    job_id = f"{server.name}-{case.name}".replace(" ", "-")
+    job_id = f"{server.name}-{case.api}-{case.name}".replace(" ", "-")
     followers = [cluster.follow(job_id) for _ in range(FOLLOWERS)]
     cluster.client.enqueue(
         {"model": case.model, "messages": case.messages, **case.parameters},
         id=job_id,
-        provider=server.name,
+        provider=f"{server.name}-{case.api}",
         max_attempts=1,
     )
     held = [follower.to_the_end() for follower in followers]
-    return compare(case, read(tap.take_answer()), cluster.result(job_id), held)
+    return compare(case, read(case, tap.take_answer()), cluster.result(job_id), held)
 
 
 def providers_file(directory: Path, taps: dict[IndependentServer, Tap]) -> Path:
-    """Write the file that names the servers, and put their keys where it says."""
+    """Write the file that names each server by each of its dialects, and put their keys where it says."""
     lines = []
     for server, tap in taps.items():
-        lines += [f"[providers.{server.name}]", f'base_url = "http://127.0.0.1:{tap.port}/v1"']
-        if server.key:
-            variable = KEY_VARIABLE.format(server.name.upper())
-            os.environ[variable] = server.key
-            lines.append(f'api_key_env = "{variable}"')
+        for api in sorted({case.api for case in server.cases}):
+            lines += [f"[providers.{server.name}-{api}]", f'base_url = "http://127.0.0.1:{tap.port}/v1"']
+            lines.append(f'api = "{api}"')
+            if server.key:
+                variable = KEY_VARIABLE.format(server.name.upper())
+                os.environ[variable] = server.key
+                lines.append(f'api_key_env = "{variable}"')
     file = directory / "providers.toml"
     file.write_text("\n".join(lines) + "\n")
     return file
@@ -60,7 +62,7 @@ def make_table() -> Table:
     table = Table(
         box=box.SIMPLE_HEAD, title="stored = sent by the server = held by both followers", title_justify="left"
     )
-    for column in ("server", "case", "text", "SHA-256", "tool calls", "finish", "tokens", ""):
+    for column in ("server", "api", "case", "text", "reasoning", "tool calls", "finish", "tokens", ""):
         table.add_column(column, overflow="fold")
     return table
 
@@ -73,9 +75,10 @@ def add_row(table: Table, server: IndependentServer, case: Case, compared: Compa
     assert usage is not None
     table.add_row(
         server.name,
+        case.api,
         case.name,
         f"{len(text)} B" if text else "-",
-        (result.output_sha256 or "")[:12] if text else "-",
+        f"{len(result.choices[0].reasoning.encode())} B" if result.choices[0].reasoning else "-",
         ", ".join(call.name for call in result.tool_calls) or "-",
         ", ".join(choice.finish_reason or "none" for choice in result.choices),
         f"{usage.prompt_tokens}+{usage.completion_tokens} {usage.source}",
@@ -86,15 +89,19 @@ def add_row(table: Table, server: IndependentServer, case: Case, compared: Compa
 def main() -> int:
     """Start everything, play every case and show the results."""
     parser = argparse.ArgumentParser(prog="python -m tests.interop", description=__doc__.split("\n", 1)[0])
-    parser.add_argument("executables", type=Path, help="directory that holds litellm, fakellm and stubllm")
-    options = parser.parse_args()
+    parser.add_argument("environment", type=Path, help="directory in which the servers are installed")
+    environment = parser.parse_args().environment
     console = Console(width=None if sys.stdout.isatty() else 120)
     table = make_table()
     compared: list[tuple[IndependentServer, Case, Comparison]] = []
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="keepstream-")))
-        fake, stub = FakeLLM(options.executables), StubLLM(options.executables)
-        servers = [LiteLLM(options.executables, behind=fake), fake, stub]
+        fake, stub = FakeLLM(environment), StubLLM(environment)
+        servers = [LiteLLM(environment, behind=fake), CodexRelay(environment, behind=fake), fake, stub]
+        if (environment / AIMock.place / AIMock.program).exists():
+            servers.append(AIMock(environment))
+        else:
+            console.print("aimock is left out: npm was not there to install it.", style="yellow")
         console.print(f"Starting {', '.join(server.name for server in servers)} and a worker ...", style="dim")
         started = time.monotonic()
         taps = {server: stack.enter_context(Tap(stack.enter_context(server).port)) for server in servers}

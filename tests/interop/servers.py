@@ -1,4 +1,4 @@
-"""The servers: other people's programs that stream chat completions, each configured with what to say.
+"""The servers: other people's programs that stream answers in either dialect, each configured with what to say.
 
 In: the directory of their executables, from ``make interop``.
 Out: running processes, and the cases that each can play.
@@ -30,6 +30,25 @@ TOOLS: Final = [
 ]
 ASK_FOR_TEXT: Final = [{"role": "user", "content": "Say something in many languages: Grüße!"}]
 ASK_FOR_CALLS: Final = [{"role": "user", "content": "What is the weather in Zürich?"}]
+#: A turn after the calls: what the tools said goes back with them.
+ASK_AFTER_CALLS: Final[list[dict[str, Any]]] = [
+    *ASK_FOR_CALLS,
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [
+            {
+                "id": f"call_{number}",
+                "type": "function",
+                "function": {"name": call["name"], "arguments": json.dumps(call["arguments"], ensure_ascii=False)},
+            }
+            for number, call in enumerate(CALLS)
+        ],
+    },
+    *[{"role": "tool", "tool_call_id": f"call_{number}", "content": "12 °C"} for number in range(len(CALLS))],
+    *ASK_FOR_TEXT,
+]
+REASONING: Final = "They want greetings → I collect some: Grüße, 你好, 🌊."
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,22 +60,34 @@ class Case:
     messages: list[dict[str, Any]]
     parameters: dict[str, Any] = field(default_factory=dict)
     texts: tuple[str, ...] = ("",)  #: By choice.
+    reasoning: str = ""  #: Of the first choice.
     calls: Sequence[dict[str, Any]] = ()  #: Of the first choice.
+    api: str = "chat"  #: The dialect in which the server is asked.
+
+
+def _by_responses(model: str, reasoning: str = "") -> tuple[Case, ...]:
+    """Return the cases of a server that is asked by the Responses API."""
+    return (
+        Case("text", model, ASK_FOR_TEXT, texts=(TEXT,), reasoning=reasoning, api="responses"),
+        Case("two tool calls", model, ASK_FOR_CALLS, {"tools": TOOLS}, calls=CALLS, api="responses"),
+        Case("text after calls", model, ASK_AFTER_CALLS, texts=(TEXT,), reasoning=reasoning, api="responses"),
+    )
 
 
 class IndependentServer(EmbeddedProcess):
-    """A server from the package registry."""
+    """A server from a package registry."""
 
     start_timeout = 240.0  #: Seconds; LiteLLM imports half a gigabyte.
     program: ClassVar[str]
+    place: ClassVar[str] = "bin"  #: The program's directory in the environment.
     key: ClassVar[str] = ""  #: The key that clients must bring, if any.
     health: ClassVar[str]  #: Path that answers 200 when the server is ready.
     cases: ClassVar[Sequence[Case]]
 
-    def __init__(self, executables: Path) -> None:
+    def __init__(self, environment: Path) -> None:
         super().__init__(self.program)
         self.port = free_port()
-        self._executable = executables.absolute() / self.program
+        self._executable = environment.absolute() / self.place / self.program
 
     @property
     def base_url(self) -> str:
@@ -79,7 +110,7 @@ class IndependentServer(EmbeddedProcess):
             connection.close()
 
     def _write_config(self, content: dict[str, Any]) -> Path:
-        file = self.directory / "config.yaml"  # JSON is YAML
+        file = self.directory / "config.json"  # JSON is YAML, too
         file.write_text(json.dumps(content, ensure_ascii=False))
         return file
 
@@ -131,10 +162,54 @@ class StubLLM(IndependentServer):
         return [str(self._executable), "serve", "--port", str(self.port), "--fixture-file", str(config)]
 
 
-class LiteLLM(IndependentServer):
-    """LiteLLM's proxy: with answers of its own (``mock_response``), and in front of another server.
+class CodexRelay(IndependentServer):
+    """codex-relay: the Responses API in front of a server of chat completions; it sends no indexes of parts."""
 
-    It cuts texts into its own pieces, counts tokens and reports usage in both cases.
+    program = "codex-relay"
+    health = "/v1/models"
+    cases = _by_responses("fake")
+
+    def __init__(self, environment: Path, behind: IndependentServer) -> None:
+        super().__init__(environment)
+        self._behind = behind
+
+    @override
+    def _command(self) -> list[str]:
+        return [str(self._executable), "--port", str(self.port), "--upstream", self._behind.base_url]
+
+
+class AIMock(IndependentServer):
+    """aimock, for Node: both dialects, with reasoning; it cuts texts anywhere, through surrogate pairs too."""
+
+    program = "llmock"
+    place = "node/node_modules/.bin"
+    health = "/health"
+    cases = (
+        Case("text", "m", ASK_FOR_TEXT, texts=(TEXT,), reasoning=REASONING),
+        Case("two tool calls", "m", ASK_FOR_CALLS, {"tools": TOOLS}, calls=CALLS),
+        *_by_responses("m", REASONING),
+    )
+
+    def __init__(self, environment: Path) -> None:
+        super().__init__(environment)
+        self.name = "aimock"
+
+    @override
+    def _command(self) -> list[str]:
+        said = {"content": TEXT, "reasoning": REASONING, "usage": {"prompt_tokens": 11, "completion_tokens": 47}}
+        fixtures = [
+            {"match": {"userMessage": "weather"}, "response": {"toolCalls": CALLS}},
+            {"match": {"userMessage": "Grüße"}, "response": said},
+        ]
+        config = self._write_config({"fixtures": fixtures})
+        return [str(self._executable), "--port", str(self.port), "--fixtures", str(config), "--chunk-size", "7"]
+
+
+class LiteLLM(IndependentServer):
+    """LiteLLM's proxy: with answers of its own (``mock_response``), and in front of other servers.
+
+    It cuts texts into its own pieces, counts tokens and reports usage in both cases. By the Responses API it translates
+    for a server that has chat completions only (``translated``), and passes on what a server of that API says.
     """
 
     program = "litellm"
@@ -145,10 +220,11 @@ class LiteLLM(IndependentServer):
         Case("two choices", "own", ASK_FOR_TEXT, {"n": 2}, texts=(TEXT, TEXT)),
         Case("text from behind", "behind", ASK_FOR_TEXT, texts=(TEXT,)),
         Case("two tool calls from behind", "behind", ASK_FOR_CALLS, {"tools": TOOLS}, calls=CALLS),
+        *_by_responses("translated"),
     )
 
-    def __init__(self, executables: Path, behind: IndependentServer) -> None:
-        super().__init__(executables)
+    def __init__(self, environment: Path, behind: IndependentServer) -> None:
+        super().__init__(environment)
         self._behind = behind
 
     @override
@@ -156,6 +232,7 @@ class LiteLLM(IndependentServer):
         routes = {
             "own": {"model": "openai/own", "api_key": "none", "mock_response": TEXT},
             "behind": {"model": "openai/fake", "api_key": "none", "api_base": self._behind.base_url},
+            "translated": {"model": "deepseek/fake", "api_key": "none", "api_base": self._behind.base_url},
         }
         models = [{"model_name": name, "litellm_params": route} for name, route in routes.items()]
         config = self._write_config({"model_list": models})

@@ -784,6 +784,135 @@ def test_what_is_repeated_with_every_chunk_takes_no_room():
     assert stream.end().choices[0].extra == {"content_filter_results": {"hate": {"filtered": False}}}
 
 
+# -- what is kept besides, whole and once -------------------------------------------------------------------
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 1000}}
+
+
+def test_an_image_that_is_repeated_counts_once():
+    """In a delta, again with another one, and in the whole message at the end."""
+    size = len(json.dumps([IMAGE], separators=(",", ":")))
+    stream = Stream(Limits(max_extra_bytes=size + 500)).apply(
+        chunk({"content": "See: ", "images": [IMAGE]}),
+        chunk({"images": [IMAGE]}),
+        chunk({}, "stop", message={"content": "See: ", "images": [IMAGE], "annotations": [{"n": 1}]}),
+    )
+    (choice,) = stream.end().choices
+    assert choice.extra == {"images": [IMAGE], "annotations": [{"n": 1}]}
+    parts = Stream().apply(chunk({"content": [IMAGE]}), chunk({}, "stop", message={"content": [IMAGE]}))
+    assert parts.end().choices[0].extra == {"content_parts": [IMAGE]}
+
+
+def test_a_bound_counts_a_fields_own_bytes():
+    """What comes in the same chunk as an image of almost the limit is kept all the same."""
+    large = "A" * 3_000_000
+    output = accumulate(
+        {
+            **chunk({"content": "a", "images": [{"image_url": {"url": large}}], "annotations": [{"n": 1}]}, "stop"),
+            "usage": {"prompt_tokens": 3},
+            "citations": ["x"],
+        },
+        {**chunk({"audio": {"data": "AA=="}}), "usage": {"completion_tokens": 4}, "padding": large},
+    )
+    (choice,) = output.choices
+    assert choice.extra == {
+        "images": [{"image_url": {"url": large}}],
+        "annotations": [{"n": 1}],
+        "audio": {"data": "AA=="},
+    }
+    assert output.usage is not None
+    assert (output.usage["prompt_tokens"], output.usage["completion_tokens"]) == (3, 4)
+    assert output.provider_details == {
+        "id": "cc-1",
+        "model": "m",
+        "citations": ["x"],
+        "padding": {"omitted": "padding", "bytes": len(large)},
+    }
+
+
+def test_a_field_that_has_lost_a_piece_gets_no_more_so_that_it_has_no_gap():
+    pieces = ["a" * 30, "b" * 80, "c" * 10]
+    (choice,) = Stream(Limits(max_extra_bytes=60)).apply(*(chunk({"plan": p}) for p in pieces)).end().choices
+    assert choice.extra is not None
+    assert choice.extra["plan"] == "a" * 30
+    assert choice.left_out == {
+        "plan": "not whole: 80 bytes more would pass KEEPSTREAM_MAX_EXTRA_BYTES, the limit of 60 bytes"
+    }
+
+
+def test_a_calls_extras_are_bounded_as_well():
+    signature = {"google": {"thought_signature": "x" * 100}}
+    stream = Stream(Limits(max_extra_bytes=60)).apply(call(id="c", name="f", arguments="{}", extra_content=signature))
+    (choice,) = stream.end().choices
+    assert choice.tool_calls[0].extra is None
+    assert list(choice.left_out) == ["tool_calls[0]"]
+
+
+def test_sounds_of_silence_are_no_label():
+    pieces = [chunk({"audio": {"data": "AAAA"}})] * 3
+    assert choice_of(*pieces).extra == {"audio": {"data": "AAAAAAAAAAAA"}}
+
+
+def test_a_verdict_that_changes_counts_as_it_is_last_and_is_told_once():
+    def verdict(severity: str) -> dict[str, Any]:
+        return chunk({"content": "a"}, content_filter_results={"hate": {"filtered": False, "severity": severity}})
+
+    stream = Stream().apply(verdict("safe"), verdict("safe"), verdict("low"))
+    assert not [delta for delta in stream.deltas if "extra" in delta.fields]
+    (choice,) = stream.end().choices
+    assert choice.extra == {"content_filter_results": {"hate": {"filtered": False, "severity": "low"}}}
+    assert [delta.fields["extra"] for delta in stream.deltas if "extra" in delta.fields] == [choice.extra]
+
+
+def test_a_verdict_that_comes_in_parts_takes_the_room_of_the_whole():
+    parts = [{"hate": {"filtered": False}}, {"violence": {"filtered": False}}] * 50
+    stream = Stream(Limits(max_extra_bytes=120))
+    stream.apply(*(chunk({"content": "a"}, content_filter_results=part) for part in parts))
+    stream.apply(chunk({"plan": "x" * 100}))
+    (choice,) = stream.end().choices
+    assert choice.extra is not None
+    assert choice.extra["content_filter_results"] == parts[0] | parts[1]
+    assert list(choice.left_out) == ["plan"]
+
+
+def test_a_list_that_is_sent_from_its_beginning_with_every_chunk_counts_once():
+    annotations = [{"type": "url_citation", "n": n} for n in range(30)]
+    choice = choice_of(*(chunk({"annotations": annotations[: n + 1]}) for n in range(30)))
+    assert choice.extra == {"annotations": annotations}
+
+
+def test_extras_travel_with_the_text_of_their_chunk():
+    token = {"token": "a", "logprob": -0.1}
+    stream = Stream().apply(chunk({"content": "a"}, logprobs={"content": [token]}))
+    assert stream.deltas == [Delta(0, {"content": "a", "extra": {"logprobs": {"content": [token]}}})]
+
+
+def test_followers_are_told_the_size_of_what_is_too_large_for_them():
+    stream = Stream(Limits(live_extra_bytes=100)).apply(chunk({"images": [IMAGE, {"n": 1}]}))
+    size = len(json.dumps(IMAGE, separators=(",", ":")))
+    assert stream.deltas == [Delta(0, {"extra": {"images": [{"omitted": "image", "bytes": size}, {"n": 1}]}})]
+    assert stream.end().choices[0].extra == {"images": [IMAGE, {"n": 1}]}
+
+
+def test_a_whole_message_fills_in_what_the_deltas_did_not_have():
+    whole: dict[str, Any] = {"role": "assistant", "content": "Hi", "reasoning_content": "Hm", "audio": {"id": "au_1"}}
+    whole["tool_calls"] = [{"id": "c", "function": {"name": "f", "arguments": "{}"}}]
+    choice = choice_of(chunk({"content": "Hi"}), chunk({}, "stop", message=whole))
+    assert (choice.content, choice.reasoning) == ("Hi", "Hm")
+    assert [made.id for made in choice.tool_calls] == ["c"]
+    assert choice.extra == {"audio": {"id": "au_1"}, "reasoning_fields": ["reasoning_content"]}
+
+
+def test_the_type_and_the_extras_of_a_call_reach_followers():
+    stream = Stream().apply(
+        chunk({"tool_calls": [{"index": 0, "id": "c", "type": "custom", "custom": {"name": "f", "input": "x"}}]}),
+        chunk({"tool_calls": [{"index": 0, "extra_content": {"google": {"thought_signature": "s"}}}]}),
+    )
+    (made,) = stream.end().choices[0].tool_calls  # that the deltas say the same is checked with each chunk
+    assert (made.type, made.extra) == ("custom", {"extra_content": {"google": {"thought_signature": "s"}}})
+
+
 def test_arguments_nested_without_end_leave_the_deltas_true():
     arguments: Any = {}
     for _ in range(5_000):

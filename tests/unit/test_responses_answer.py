@@ -389,6 +389,58 @@ def test_limits() -> None:
     assert "KEEPSTREAM_MAX_EXTRA_BYTES" in extra["left_out"][ITEMS_FIELD]
 
 
+# -- everything is kept ---------------------------------------------------------------------------
+
+
+def test_logprobs_are_kept_once_wherever_they_come() -> None:
+    tokens = [{"token": "Hi", "logprob": -0.1}]
+    part = {"type": "output_text", "text": "Hi", "logprobs": tokens}
+    whole = {"type": "message", "id": "m", "content": [part]}
+    done = event("output_item.done", output_index=0, item=whole)
+    streamed = text("Hi", output_index=0, content_index=0, logprobs=tokens)
+    ended = event("output_text.done", output_index=0, content_index=0, text="Hi", logprobs=tokens)
+    kept = {"type": "message", "id": "m", "content": [{"type": "output_text", "text": "Hi"}]}
+    for events in ([streamed, ended, done], [ended, done], [done], []):
+        extra = choice_of(*events, completed(whole)).extra
+        assert extra == {"logprobs": {"content": tokens}, ITEMS_FIELD: [kept]}
+
+
+def test_items_are_kept_in_the_order_in_which_they_began() -> None:
+    first, second = call("call_1"), call("call_2")
+    kept = choice_of(
+        event("output_item.added", output_index=0, item=first),
+        event("output_item.added", output_index=1, item=second),
+        event("output_item.done", output_index=1, item=second),
+        event("output_item.done", output_index=0, item=first),
+        completed(),
+    )
+    assert kept.extra == {ITEMS_FIELD: [first, second]}
+
+
+def test_an_image_is_kept_once_and_is_output() -> None:
+    image = {"type": "image_generation_call", "id": "ig_1", "status": "completed", "result": "A" * 1000}
+    size = len(json.dumps([image], separators=(",", ":")))
+    for events in ([event("output_item.done", output_index=0, item=image)], []):
+        answer, deltas, error = play(*events, completed(image), limits=Limits(max_extra_bytes=size + 10))
+        assert error is None
+        assert answer.has_output
+        (choice,) = answer.output().choices
+        assert choice.extra == {ITEMS_FIELD: [image]}
+        assert [delta.fields for delta in deltas] == [{"extra": {ITEMS_FIELD: [image]}}]
+    _, deltas, _ = play(*events, completed(image), limits=Limits(live_extra_bytes=100))
+    assert deltas[0].fields == {"extra": {ITEMS_FIELD: [{"omitted": "image", "bytes": size - 2}]}}
+
+
+def test_what_the_response_says_of_itself_is_kept_beside_a_large_output() -> None:
+    image = {"type": "image_generation_call", "id": "ig_1", "result": "A" * 300_000}
+    answer, _, _ = play(completed(image, service_tier="flex", tool_usage={"web_search": 1}, content_filters=[{"n": 1}]))
+    assert answer.output().provider_details == {
+        "service_tier": "flex",
+        "tool_usage": {"web_search": 1},
+        "content_filters": [{"n": 1}],
+    }
+
+
 # -- everything at random -------------------------------------------------------------------------
 
 ANY = st.one_of(st.none(), st.integers(-1, 3), st.text(max_size=3), st.lists(st.integers(), max_size=2), st.booleans())

@@ -59,6 +59,8 @@ def show_result(console: Console, result: CompletionResult) -> None:
         for text, style in ((choice.reasoning, "dim italic"), (choice.content, ""), (choice.refusal, "magenta")):
             if text:
                 console.print(Padding(Text(printable(text).rstrip(), style), (0, INDENT)))
+        for name, reason in choice.left_out.items():
+            console.print(Padding(Text(printable(f"{name}: {reason}"), "yellow"), (0, INDENT)))
     show_tool_calls(console, result)
     if result.attempts:
         console.print()

@@ -24,6 +24,7 @@ log = get_logger()
 
 #: Events of one job in one script call, so that no call holds Redis up.
 _MAX_CALL: Final = 256
+_MAX_CALL_BYTES: Final = 1024 * 1024  #: Of more than one event.
 _TEXTS: Final = frozenset({"content", "reasoning", "refusal"})  #: Fields of a delta that are texts.
 
 
@@ -202,10 +203,21 @@ class Publication:
         """Return the script call for what is pending, and how many of the pending events it covers."""
         if self.needs_snapshot:
             return self._heal(ttl_ms)
-        events = self._pending[:_MAX_CALL]
+        events = self._next_events()
         first_n = self.last_n - len(self._pending) + 1
         mode = log_script.APPEND if self._epoch == epoch else log_script.VERIFY
         return log_script.pack_call(self.keys, self._attempt, first_n, ttl_ms, mode, events), len(events)
+
+    def _next_events(self) -> list[bytes]:
+        """Return as many pending events as one call may carry, at least one."""
+        events = self._pending[:_MAX_CALL]
+        if self._pending_bytes > _MAX_CALL_BYTES:
+            size = 0
+            for position, event in enumerate(events):
+                size += len(event)
+                if position and size > _MAX_CALL_BYTES:
+                    return events[:position]
+        return events
 
     def _heal(self, ttl_ms: bytes) -> tuple[bytes, int]:
         """Send one snapshot in place of all pending events but the terminal one."""

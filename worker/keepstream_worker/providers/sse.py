@@ -19,6 +19,8 @@ _EVENT_END: Final = b"\n\n"
 _LF: Final = 0x0A  # as numbers: searching for one is five times as fast as searching for bytes
 _CR: Final = 0x0D
 _USUAL_START: Final = b"data: "
+_NAMED_START: Final = b"event: "
+_DATA_LINE: Final = b"\ndata: "
 
 
 class SSEDecoder:
@@ -71,6 +73,9 @@ class SSEDecoder:
             if block.startswith(_USUAL_START) and _LF not in block:  # nearly every event
                 if text := block[len(_USUAL_START) :]:
                     events.append((text, ""))
+            elif block.startswith(_NAMED_START) and block.count(_LF) == 1 and (end := block.find(_DATA_LINE)) > 0:
+                if text := block[end + len(_DATA_LINE) :]:  # nearly every event of the Responses API
+                    events.append((text, block[len(_NAMED_START) : end].decode(errors="replace")))
             elif event := self._parse(block):
                 events.append(event)
         if tail:

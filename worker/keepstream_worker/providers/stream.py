@@ -177,11 +177,12 @@ class StreamReader:
             self._read_event(payload, name, deltas)
 
     def _read_event(self, payload: bytes, name: str, deltas: list[Delta]) -> None:
-        if name in _KEEP_ALIVE_EVENTS:
-            return
-        if name == ERROR_FIELD:
-            self._error_field = payload
-            return
+        if name:  # most events of chat completions have none
+            if name in _KEEP_ALIVE_EVENTS:
+                return
+            if name == ERROR_FIELD:
+                self._error_field = payload
+                return
         lenient = False
         try:
             value = orjson.loads(payload)
@@ -203,33 +204,44 @@ class StreamReader:
             self._report(value)
             return
         # Only objects carry anything; they may come in a list.
-        for chunk in value if type(value) is list else (value,):
-            if self.done:
-                break
-            if chunk and type(chunk) is dict:
-                if not self._responses:
-                    self.data_events += 1
-                else:
-                    chunk.setdefault("type", name)
-                    self.data_events += ResponsesAccumulator.is_progress(chunk)
-                self._read_chunk(chunk, deltas, len(payload), lenient=lenient)
+        if type(value) is dict:
+            self._read_object(value, name, deltas, len(payload), lenient)
+        elif type(value) is list:
+            for item in value:
+                if self.done:
+                    break
+                if type(item) is dict:
+                    self._read_object(item, name, deltas, len(payload), lenient)
 
-    def _read_chunk(self, chunk: dict[str, Any], deltas: list[Delta], size: int, *, lenient: bool) -> None:
+    def _read_object(self, chunk: dict[str, Any], name: str, deltas: list[Delta], size: int, lenient: bool) -> None:  # noqa: FBT001 -- a keyword costs time here
+        if not chunk:
+            return
+        if self._responses:
+            chunk.setdefault("type", name)
+            self.data_events += ResponsesAccumulator.is_progress(chunk)
+        else:
+            self.data_events += 1
+        self._read_chunk(chunk, deltas, size, lenient)
+
+    def _read_chunk(self, chunk: dict[str, Any], deltas: list[Delta], size: int, lenient: bool) -> None:  # noqa: FBT001 -- the same
+        answer = self._accumulator
         try:
-            error = self._accumulator.apply(chunk, deltas, size, lenient)
+            error = answer.apply(chunk, deltas, size, lenient)
         except RecursionError:
             self._stop(Failure(ErrorCode.INVALID_STREAM, "The provider's stream has an event nested too deeply."))
             return
         # Both happened before this chunk's finish reason, which may make the answer look complete.
         if error is not None:
             self._failure = failure_from_stream_error(error)
-        elif self._accumulator.too_large:
+        elif answer.too_large:
             self._failure = Failure(ErrorCode.OUTPUT_TOO_LARGE, "The provider's output passed the limit.")
-        elif self._accumulator.foreign:
+        elif answer.foreign:
             self._failure = Failure(
                 ErrorCode.INVALID_RESPONSE, "The provider answers as if asked for a chat completion."
             )
-        self.done = self._failure is not None or self._accumulator.ended
+        elif not answer.ended:  # nearly every chunk
+            return
+        self.done = True
 
     def _read_unreadable(self, payload: bytes, name: str) -> None:
         self.data_events += 1
@@ -288,7 +300,7 @@ class StreamReader:
         for chunk in value if type(value) is list else (value,):
             if type(chunk) is dict:
                 self._is_json_answer = self._is_json_answer or type(chunk.get(self._answer_field)) is list
-                self._read_chunk(chunk, self.final_deltas, len(payload), lenient=lenient)
+                self._read_chunk(chunk, self.final_deltas, len(payload), lenient)
         if not self._is_json_answer and self._failure is None:
             self._failure = self._not_a_stream()
 

@@ -186,7 +186,12 @@ class Accumulator(Bounded):
             delta = item.get("delta")
             count = len(deltas)
             if delta and type(delta) is dict:
-                self._read_delta(choice, delta, deltas)
+                text = delta.get("content") if len(delta) == 1 else None
+                if type(text) is str:  # nearly every chunk
+                    if piece := self._append(choice.content, text):
+                        deltas.append(Delta(choice.index, {"content": piece}))
+                else:
+                    self._read_delta(choice, delta, deltas)
                 if "error" in delta and is_error(delta["error"]) and not self.succeeded:
                     error = {"error": delta["error"]}
             if not _USUAL_CHOICE_FIELDS.issuperset(item) or item.get("logprobs"):
@@ -433,9 +438,12 @@ class Accumulator(Bounded):
         """Keep a field of a choice of which only the last state counts."""
         name = safe(name)
         extras = choice.extras = choice.extras or ExtrasBuilder()
-        if extras.changes(name, value) and self._reserve_extra(extras, name, value) is not None:
-            self._extra_bytes_left += extras.state_size(name)
+        if not extras.changes(name, value):
+            return
+        before, size = extras.state_size(name), self._reserve_extra(extras, name, value)
+        if size is not None:
             extras.replace(name, value)
+            self._extra_bytes_left += size + before - extras.state_size(name)
 
     # -- tool calls -------------------------------------------------------------------------------------
 
@@ -530,8 +538,8 @@ def _rest_of(message: dict[str, Any], choice: ChoiceBuilder) -> dict[str, Any]:
     if choice.calls:
         streamed |= {"tool_calls", "function_call"}
     known = choice.extras
-    return {
-        name: value
-        for name, value in message.items()
-        if name not in streamed and not (known is not None and known.has(name))
-    }
+    if known is None:
+        return {name: value for name, value in message.items() if name not in streamed}
+    if known.has("content_parts") or known.has("reasoning_parts"):
+        streamed.add("content")
+    return {name: value for name, value in message.items() if name not in streamed and not known.has(name)}

@@ -53,8 +53,12 @@ class Bounded:
         elif "\x00" in piece:
             piece = piece.replace("\x00", "")
         size = len(piece) if piece.isascii() else len(piece.encode())  # byte_length, inlined
-        if not piece or not self._reserve(size):
+        if not piece:
             return ""
+        if size > self._bytes_left:  # _reserve, inlined
+            self._mark_too_large()
+            return ""
+        self._bytes_left -= size
         text.append(piece)
         return piece
 

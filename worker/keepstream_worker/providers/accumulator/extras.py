@@ -7,7 +7,10 @@ A field of a delta adds to the one before, also where we do not know it, so unkn
 repeat a label, an image or a verdict with every chunk, and these count once.
 """
 
+from hashlib import blake2b
 from typing import Any, Final
+
+import orjson
 
 from keepstream.extras import BLOCK_LISTS, LABELS, LEFT_OUT, Extras
 from keepstream_worker.providers.accumulator.json_values import MAX_DEPTH, json_size, safe, storable
@@ -63,12 +66,13 @@ class _Pieces:
 class ExtrasBuilder:
     """Builds the extras of one choice."""
 
-    __slots__ = ("_extras", "_last", "_state", "_texts", "left_out")
+    __slots__ = ("_extras", "_last", "_seen", "_state", "_texts", "left_out")
 
     def __init__(self) -> None:
         self.left_out: dict[str, str] = {}  #: Fields that are not whole, with the reason.
         self._extras = Extras()
         self._texts: dict[_Path, _Pieces] = {}
+        self._seen: dict[str, set[bytes]] = {}  # hashes of entries that count once
         self._last: dict[_Path, Any] = {}  # the newest label, number or the like
         self._state: dict[str, Any] = {}  # what replaces what came before; it is told at the end
 
@@ -83,10 +87,7 @@ class ExtrasBuilder:
                 return [self._block(name, part) for part in value] or None
             parts = storable(value)
             if name in _DISTINCT:
-                known = self._extras.items(name)
-                parts = [
-                    part for position, part in enumerate(parts) if part not in known and part not in parts[:position]
-                ]
+                parts = self._not_seen(name, parts)
             return parts or None
         return self._new_part((name,), name, value, MAX_DEPTH)
 
@@ -126,6 +127,17 @@ class ExtrasBuilder:
                 pieces = self._texts.setdefault(path, _Pieces(varies=True))
                 block[field] = pieces.take(text)
         return block
+
+    def _not_seen(self, name: str, parts: list[Any]) -> list[Any]:
+        """Return the entries that have not come before. Only their hashes are kept: an image has megabytes."""
+        seen = self._seen.setdefault(name, set())
+        new = []
+        for part in parts:
+            digest = blake2b(orjson.dumps(part, option=orjson.OPT_SORT_KEYS), digest_size=16).digest()
+            if digest not in seen:
+                seen.add(digest)
+                new.append(part)
+        return new
 
     def add(self, name: str, new: Any) -> None:
         """Add what ``new_in`` returned."""
@@ -167,15 +179,6 @@ class ExtrasBuilder:
     def value(self) -> dict[str, Any] | None:
         """Return the extras so far, as followers know them."""
         return self._extras.value()
-
-
-def _without(parts: list[Any], known: list[Any]) -> list[Any]:
-    """Return the parts that are neither known nor repeated."""
-    new: list[Any] = []
-    for part in parts:
-        if part not in known and part not in new:
-            new.append(part)
-    return new
 
 
 def _nested(path: _Path, value: Any) -> dict[str, Any]:

@@ -36,6 +36,7 @@ _CALL_TYPES: Final = {_FUNCTION_CALL: "function", _CUSTOM_CALL: "custom"}
 #: They come at once and prove nothing: a model that hangs sends them too.
 _LIFECYCLE: Final = frozenset({"response.created", "response.queued", "response.in_progress"})
 _KEEP_ALIVE: Final = frozenset({"keepalive", "ping", "heartbeat"})
+_NO_PROGRESS: Final = _LIFECYCLE | _KEEP_ALIVE
 _TERMINAL: Final = frozenset({"response.completed", "response.incomplete", "response.failed", "response.done"})
 _FAILED: Final = frozenset({"failed", "cancelled"})
 
@@ -188,7 +189,7 @@ class ResponsesAccumulator(Bounded):
     @staticmethod
     def is_progress(event: Mapping[str, Any]) -> bool:
         """Whether an event shows that the model has begun to answer."""
-        return _text(event.get("type")) not in _LIFECYCLE | _KEEP_ALIVE
+        return _text(event.get("type")) not in _NO_PROGRESS
 
     # -- input and output -------------------------------------------------------------------------------
 
