@@ -184,6 +184,7 @@ async def _main(arguments: argparse.Namespace) -> None:
     workers = [_Worker(settings, policy) for _ in range(arguments.workers)]
     _say("ready")
     await asyncio.to_thread(sys.stdin.readline)
+    cpu = time.process_time()
     for worker in workers:
         await worker.start()
     await asyncio.sleep(arguments.seconds)
@@ -194,6 +195,7 @@ async def _main(arguments: argparse.Namespace) -> None:
     _say(
         "ended",
         chosen=dict(chosen),  # by the second of the clock that all processes share
+        cpu_seconds=time.process_time() - cpu,
         jobs=keys.total(),
         doubles=keys.total() - len(keys),
         turns=len(turns),

@@ -47,7 +47,7 @@ def run_crowd(bench: Bench, crowd: Crowd, meanwhile: Callable[[], None] = lambda
     if crowd.providers is not None:
         command += ["--providers", str(crowd.providers)]
     cores = bench.cores.worker | bench.cores.rest
-    deadlocks = _deadlocks(crowd.url)
+    deadlocks, postgres_cpu = _deadlocks(crowd.url), bench.services.postgres_cpu()
     with ExitStack() as stack:
         processes = []
         for number in range(crowd.processes):
@@ -65,10 +65,15 @@ def run_crowd(bench: Bench, crowd: Crowd, meanwhile: Callable[[], None] = lambda
     for result in results:
         chosen.update({int(second): count for second, count in result["chosen"].items()})
     counted = sorted(chosen)[_WARM_SECONDS : -_WARM_SECONDS or None]
+    jobs = sum(result["jobs"] for result in results)
+    cpu = sum(result["cpu_seconds"] for result in results)
+    if crowd.url.startswith("postgresql"):
+        cpu += bench.services.postgres_cpu() - postgres_cpu
     turns = sorted(seconds * 1e3 for result in results for seconds in result["turn_seconds"])
     return {
         "jobs_per_second": sum(chosen[second] for second in counted) / len(counted) if counted else 0.0,
-        "jobs": float(sum(result["jobs"] for result in results)),
+        "jobs": float(jobs),
+        "cpu_ms_per_job": cpu / jobs * 1e3 if jobs else float("nan"),
         "doubles": float(sum(result["doubles"] for result in results)),
         "turns": float(sum(result["turns"] for result in results)),
         "turn_p50_ms": percentile(turns, 0.5),

