@@ -1,6 +1,7 @@
 """A worker dies or a message is lost: the job continues elsewhere, and no follower is misled."""
 
 import json
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -260,3 +261,16 @@ def test_output_of_a_failed_attempt_is_void(shared_cluster: Cluster, fault: str)
     assert transcript.text == cluster.result(job_id).text == "one two three four five six"
     assert "attempt.failed" in following.types
     assert [attempt.outcome for attempt in cluster.result(job_id).attempts] == ["failed", "finished"]
+
+
+def test_a_job_is_tried_again_when_it_is_due_and_not_when_its_worker_looks_anyway(cluster: Cluster) -> None:
+    cluster.start_worker(heartbeat_interval=150.0, lease=450.0, sweep_interval=150.0)
+    job_id = cluster.enqueue(text="well", faults=[{"kind": "cut", "after": 0}] * 4)
+    attempts = cluster.wait_for(job_id).attempts
+    assert [attempt.outcome for attempt in attempts] == ["failed"] * 4 + ["finished"]
+    waits = [
+        (after.started_at - before.finished_at).total_seconds()
+        for before, after in pairwise(attempts)
+        if before.finished_at is not None
+    ]
+    assert sum(waits) < 12.0, waits  # each is some tenths; by chance it would be five seconds

@@ -27,6 +27,7 @@ from keepstream.client.redis_url import RedisServer
 from keepstream.errors import ErrorCode, InvalidJobError, StoreUnavailableError
 from keepstream.jobs import Job, parse_message
 from keepstream.names import DEFAULT_TENANT, control_channel
+from keepstream.results import JobStatus
 from keepstream_worker import store
 from keepstream_worker.events.publisher import Publisher
 from keepstream_worker.intake.pool import Delivery
@@ -221,6 +222,8 @@ class Service:
         """Tell the chooser what an attempt has taken, and how it ended."""
         observation = observation_of(claim, ending)
         self._chooser.observe(observation, urgent=is_refusal(ending))
+        if ending.status is JobStatus.RETRYING:
+            self._chooser.expect(ending.retry_in)
 
     def _nudge(self, queues: list[str]) -> None:
         """Tell other workers that jobs wait which this one cannot take."""

@@ -171,6 +171,10 @@ class Chooser:
         if self.free > 0 and not self._paused:
             self._look_in(random.uniform(0, _SPREAD))  # noqa: S311  # no secret
 
+    def expect(self, seconds: float) -> None:
+        """Look in so many seconds: a job goes on then whose attempt has ended here."""
+        self._look_in(seconds)
+
     def hear(self, looked: store.Looked) -> None:
         """Take note of what a look at the database brought; the heartbeat brings one each second."""
         self._note_state(looked.turn, looked.state)
