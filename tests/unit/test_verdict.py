@@ -217,7 +217,8 @@ def test_job_that_is_asked_to_wait_for_long_goes_on_with_the_next_target() -> No
     busy = fail(ErrorCode.RATE_LIMITED, retry_after=60.0)
     policy = replace(POLICY, chain=TARGETS, max_cooldown=10.0)
     ending = decide(policy, failure=busy)
-    assert (ending.status, ending.chain, ending.retry_in) == (RETRYING, None, pytest.approx(2.0))
+    assert (ending.status, ending.chain) == (RETRYING, None)
+    assert ending.retry_in == pytest.approx(2.0)
     assert ending.failure == busy
     assert decide(replace(policy, max_cooldown=90.0), failure=busy).retry_in == pytest.approx(62.0)
     assert decide(replace(policy, chain=TARGETS[2:]), failure=busy).retry_in == pytest.approx(62.0)
