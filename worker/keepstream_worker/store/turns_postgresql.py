@@ -21,8 +21,8 @@ from keepstream_worker.values import JobKey, Target
 #: The wait for the turn is bounded by how many wait for it. Whoever has it and falls silent is cut off soon.
 _TAKE: Final = """
 SET LOCAL synchronous_commit = off;
-SET LOCAL statement_timeout = '10s';
-SET LOCAL lock_timeout = '10s';
+SET LOCAL statement_timeout = '60s';
+SET LOCAL lock_timeout = '60s';
 SET LOCAL idle_in_transaction_session_timeout = '2s';
 SET LOCAL enable_seqscan = off;
 SET LOCAL enable_bitmapscan = off;
