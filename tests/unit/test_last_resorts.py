@@ -332,7 +332,7 @@ def make_engine(endings: list[Ending], streams: Any, outbox: Any, on_end: Any) -
             return None
 
     settings, database = load_settings({}), cast("Any", Answers())
-    return Engine(settings, "worker", database, outbox, cast("Any", streams), NOBODY, on_end=on_end)
+    return Engine(settings, "worker", database, outbox, cast("Any", streams), NOBODY, lambda _: 10.0, on_end=on_end)
 
 
 async def attempt_is_made() -> None:
