@@ -8,7 +8,7 @@ import pytest
 from celery import Celery
 
 from keepstream import names
-from keepstream_worker.intake.celery_app import make_celery
+from keepstream_worker.intake.celery_app import INTAKE, make_celery
 from keepstream_worker.settings import load_settings
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +42,12 @@ def app() -> Celery:
 )
 def test_celery_is_set_as_the_hazards_demand(app: Celery, setting: str, value: object) -> None:
     assert getattr(app.conf, setting) == value
+
+
+def test_messages_are_stored_however_few_jobs_the_worker_runs_at_once() -> None:
+    """The table is the backlog: a queue that waits for places would keep jobs from being chosen, and from workers."""
+    one_place = load_settings().model_copy(update={"concurrency": 1})
+    assert make_celery(one_place, cast("Any", None)).conf.worker_concurrency == INTAKE
 
 
 def test_broker_connections_are_bounded_in_time(app: Celery) -> None:
