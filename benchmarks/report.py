@@ -293,7 +293,8 @@ def _size_figures(query: _Samples) -> Iterable[Figure]:
 
 def _many_workers_figures(query: _Samples) -> Iterable[Figure]:
     idle = query.values("many_workers", CHOOSERS, "statements_per_worker_second", state="idle")
-    yield Figure("many_idle", "statements a second and worker, 200 idle workers", idle, at_most=1.0)
+    # One of them sweeps for all, by eight statements a second.
+    yield Figure("many_idle", "statements a second and worker, 200 idle workers", idle, at_most=1.05)
     for metric, title, most in (
         ("jobs_per_second", "jobs chosen and ended a second, 200 busy workers", None),
         ("turn_p99_ms", "a turn with its wait at p99, 200 busy workers, ms", None),
