@@ -319,6 +319,30 @@ async def test_full_worker_tells_and_asks_for_nothing(world: World) -> None:
     assert world.turns == [(0, [told(1)])]
 
 
+async def test_worker_that_stops_still_tells_what_its_last_jobs_take(world: World) -> None:
+    world.hear()
+    world.chooser.pause()
+    world.answers = [world.turned(ready={QUEUE: 0.0})]
+    world.chooser.observe(told(1), urgent=True)
+    await until(lambda: world.nudges)
+    assert world.turns == [(0, [told(1)])]
+    assert world.nudges == [[QUEUE]], "others take what may go now"
+
+
+async def test_more_than_one_turn_takes_is_told_by_several(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chooser_module, "_TELL_IDLE", 0.01)
+    monkeypatch.setattr(chooser_module, "_MOST_TOLD", 3)
+    world.hear()
+    world.hold.clear()
+    for number in range(8):
+        world.chooser.observe(told(number))
+    world.hold.set()
+    await until(lambda: sum(len(observations) for _, observations in world.turns) == 8)
+    assert [observation for _, observations in world.turns for observation in observations] == [
+        told(number) for number in range(8)
+    ]
+
+
 async def test_what_could_not_be_told_is_told_again_in_order(world: World) -> None:
     world.hold.clear()
     world.hear()

@@ -117,7 +117,7 @@ class Chooser:
         self._task = asyncio.get_running_loop().create_task(self._run(), name="chooser")
 
     def pause(self) -> None:
-        """Take no more jobs."""
+        """Take no more jobs; what those that run here have taken is told all the same."""
         self._paused = True
 
     async def settle(self) -> None:
@@ -194,7 +194,11 @@ class Chooser:
         self._observations.append(observation)
         if urgent or self._is_awaited(observation) or len(self._observations) >= _MOST_TOLD:
             self._wanted.set()
-        elif self._tell_timer is None:
+        else:
+            self._tell_later()
+
+    def _tell_later(self) -> None:
+        if self._observations and self._tell_timer is None:
             limited = self._state.is_limited or self._policy.is_limited
             seconds = _TELL_WITHIN if limited else _TELL_IDLE
             self._tell_timer = asyncio.get_running_loop().call_later(seconds, self._tell)
@@ -297,20 +301,23 @@ class Chooser:
                 self._wanted.set()
 
     async def _choose(self) -> None:
-        while not self._paused:
-            places = min(self.free, _MOST_PICKS)
-            if places <= 0 and not self._observations:
+        while True:
+            places = 0 if self._paused else max(min(self.free, _MOST_PICKS), 0)
+            if not places and not self._observations:
                 return
-            turned = await self._take_turn(max(places, 0))
+            turned = await self._take_turn(places)
             ready = turned.ready.get(self._queue)
-            if self.free > 0:
+            takes_more = self.free > 0 and not self._paused
+            if takes_more:
                 if ready is not None and ready > turned.now:
                     self._look_in(ready - turned.now + random.uniform(0, _SPREAD))  # noqa: S311  # no secret
                 others = [queue for queue, at in turned.ready.items() if queue != self._queue and at <= turned.now]
             else:
                 others = [queue for queue, at in turned.ready.items() if at <= turned.now]
             self._nudge_others(others)
-            if ready is None or ready > turned.now or self.free <= 0:
+            can_go = ready is not None and ready <= turned.now
+            if not (takes_more and can_go) and len(self._observations) < _MOST_TOLD:
+                self._tell_later()
                 return
 
     async def _take_turn(self, places: int) -> store.Turned:
