@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from benchmarks.harness import cpu_seconds
 from keepstream_worker.dev_stack.embedded import EmbeddedProvider, EmbeddedValkey
 
-#: For many workers, and tables of some gigabytes; what PostgreSQL has by itself is for a machine of the last century.
+#: For many workers, and tables of some gigabytes.
 _POSTGRES_SETTINGS: Final = {
     "max_connections": "1000",
     "shared_buffers": "512MB",
