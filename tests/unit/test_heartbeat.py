@@ -111,6 +111,16 @@ async def test_gap_of_half_a_lease_makes_it_begin_anew(world: World, pause: floa
     assert world.heartbeat.unbroken_for_a_lease is unbroken
 
 
+async def test_heartbeat_that_is_not_answered_yet_may_be_the_beginning_of_a_gap(world: World) -> None:
+    """Each way to the database has a connection of its own, and a sweep may be answered before the heartbeat is."""
+    for _ in range(8):
+        await world.beat()
+    world.time += 3.0
+    assert world.heartbeat.unbroken_for_a_lease
+    world.time += 0.1
+    assert not world.heartbeat.unbroken_for_a_lease
+
+
 async def test_lapse_that_the_database_saw_makes_it_begin_anew(world: World) -> None:
     for _ in range(8):
         await world.beat()

@@ -79,7 +79,10 @@ class WorkerHeartbeat:
         If not, the silence of other workers proves nothing: in an outage or a stall of the database
         everybody is silent.
         """
-        return self._unbroken_since is not None and self._clock() - self._unbroken_since > self._lease
+        now = self._clock()
+        # One that is under way for long may be the beginning of a gap: the answer has not come yet.
+        recent = now - self._confirmed_at <= self._lease / 2
+        return recent and self._unbroken_since is not None and now - self._unbroken_since > self._lease
 
     async def beat(self) -> None:
         """Give one sign of life, and act on the database's answer.
