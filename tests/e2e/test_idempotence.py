@@ -85,11 +85,10 @@ def test_message_that_reuses_an_id_for_another_request_is_recorded_and_harms_not
 
 def test_job_that_waited_too_long_ends_as_expired(any_cluster: Cluster) -> None:
     cluster = any_cluster
+    cluster.start_worker(concurrency=1)
+    cluster.wait_for_deltas(cluster.enqueue(deltas=2000, rate=20))  # the only place is taken
     soon = datetime.now(UTC) + timedelta(seconds=1)
     job_id = cluster.enqueue(deltas=3, limits={"expires_at": soon})
-    with cluster.redis() as client:
-        client.rpop(QUEUE)  # so that the sweeper finds it
-    cluster.start_worker()
     following = cluster.follow(job_id)
     following.to_the_end()
     result = cluster.result(job_id)
