@@ -210,8 +210,8 @@ class Service:
 
     def _go_on(self, answer: Claim | store.Stored | None, refusal: str) -> str | None:
         if isinstance(answer, Claim):
-            self.engine.start(answer)
-            self._chooser.observe(charge_of(answer))
+            if self.engine.start(answer):
+                self._chooser.observe(charge_of(answer))
         elif answer is None or answer is store.Stored.OTHER_REQUEST:
             return refusal
         elif answer is store.Stored.NEW:

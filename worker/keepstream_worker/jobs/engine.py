@@ -73,12 +73,17 @@ class Engine:
         self._tasks: set[asyncio.Task[None]] = set()
         self._announcements: set[asyncio.Task[None]] = set()
 
-    def start(self, claim: Claim) -> None:
-        """Run the attempt that was claimed, in the background."""
+    def start(self, claim: Claim) -> bool:
+        """Run the attempt that was claimed, in the background; return whether it is new here.
+
+        A turn and a message may bring the same claim: the one that comes second finds the job given to this worker.
+        """
+        earlier = self.active.get(claim.key)
+        if earlier is not None and earlier.attempt == claim.attempt:
+            return False
         task = asyncio.get_running_loop().create_task(self._run(claim))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        earlier = self.active.get(claim.key)
         if earlier is not None:  # taken from this very worker, while the database had not heard of it for long
             earlier.request_stop(Stop.SUPERSEDED)
         active = self.active[claim.key] = ActiveJob(task)
@@ -86,6 +91,7 @@ class Engine:
         self.streams[claim.target] += 1
         if claim.cancel_requested:
             active.request_stop(Stop.CANCELLED)
+        return True
 
     async def _run(self, claim: Claim) -> None:
         """Make one attempt; at its end the job is stored, ended or waiting again."""

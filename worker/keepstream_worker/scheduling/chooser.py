@@ -65,7 +65,7 @@ class Chooser:
         work: WorkerDatabase,
         running: Collection[JobKey],
         streams: Mapping[Target, int],
-        start: Callable[[Claim], None],
+        start: Callable[[Claim], object],
         nudge: Callable[[list[str]], None],
     ) -> None:
         """Make a chooser.

@@ -16,7 +16,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final, NamedTuple, TypeVar
 
 from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DBAPIError
 
+from keepstream.client.database import describe_error
 from keepstream.errors import StoreUnavailableError
 from keepstream_worker.store.error_answers import DatabaseOutageError, translate
 from keepstream_worker.telemetry.logs import get_logger
@@ -180,7 +182,7 @@ class WorkerDatabase:
         # One member broke the transaction for all: run each on its own, so that only that one fails.
         outcomes = [outcome for request in group for outcome in self._execute([request])]
         if not any(failure for _, _, failure in outcomes):
-            log.error("group_refused", size=len(group), reason=type(error.__cause__ or error).__name__)
+            log.error("group_refused", size=len(group), reason=_reason(error))
         return outcomes
 
     def _transact(self, group: list[_Request]) -> list[tuple[_Request, Any]]:
@@ -194,6 +196,12 @@ class WorkerDatabase:
                 answered.extend(zip(requests, results, strict=True))
         self._health.note_success(by_operation.keys())
         return answered
+
+
+def _reason(error: Exception) -> str:
+    """Return what a database says of a refusal, a constraint's name for instance; not the values."""
+    cause = error.__cause__
+    return describe_error(cause.orig) if isinstance(cause, DBAPIError) else type(cause or error).__name__
 
 
 def _settle(outcomes: list[tuple[_Request, Any, Exception | None]]) -> None:
