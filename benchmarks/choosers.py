@@ -75,7 +75,7 @@ class _Instant(Engine):
         self._worker = worker
         self._work = database
 
-    def start(self, claim: Claim) -> None:
+    def start(self, claim: Claim) -> bool:
         """End the job that was claimed."""
         self.chosen.append(time.monotonic())
         self.keys.append(claim.key)
@@ -85,6 +85,7 @@ class _Instant(Engine):
         active = self.active[claim.key] = ActiveJob(task)
         active.attempt = claim.attempt
         self.chooser.observe(accepted_of(claim))
+        return True
 
     async def _end(self, claim: Claim) -> None:
         ending = Ending(

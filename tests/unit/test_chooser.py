@@ -158,6 +158,28 @@ async def test_job_that_runs_here_is_not_started_again(world: World) -> None:
     assert not world.chooser.reserve(KEY)
 
 
+async def test_job_that_a_turn_and_a_message_bring_is_expected_until_it_runs(world: World) -> None:
+    """Or the heartbeat would take it for a claim that nobody runs, and give it back."""
+    world.hear()
+    assert world.chooser.reserve(JobKey("default", "a"))
+    world.answers = [world.turned(*pick("a"))]
+    persist = asyncio.Event()
+
+    async def begin_later(operation: Any, argument: Any) -> Any:
+        await persist.wait()
+        return await world.run(operation, argument)
+
+    world.persist = begin_later  # type: ignore[method-assign]
+    world.chooser.wake()
+    await world.turns_taken(1)
+    await world.rests()
+    world.chooser.forget(JobKey("default", "a"))
+    assert JobKey("default", "a") in world.chooser.expected
+    persist.set()
+    await until(lambda: world.started)
+    assert not world.chooser.expected
+
+
 async def test_no_place_is_kept_by_a_worker_that_stops(world: World) -> None:
     world.hear()
     world.chooser.pause()
@@ -385,7 +407,7 @@ async def test_jobs_of_a_turn_under_way_are_known_before_the_end_goes_on(world: 
     assert not settling.done()
     world.hold.set()
     await settling
-    assert world.chooser.expected | set(world.started) == {JobKey("default", "a")}
+    assert set(world.chooser.expected) | set(world.started) == {JobKey("default", "a")}
 
 
 # -- what is known --

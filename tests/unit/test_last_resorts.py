@@ -413,7 +413,7 @@ async def look_is_taken() -> None:
 async def pick_is_begun() -> None:
     job = WaitingJob(1, BAD, 1, 1, 0, 10, None)
     chooser = make_chooser(NOBODY, Turns(defects=1))
-    chooser.expected.add(BAD)
+    chooser.expected[BAD] += 1
     await chooser._begin([Pick(job, TARGET, 500)])
     assert chooser.free == 1, "its row says that it is ours; the heartbeat gives it back"
 

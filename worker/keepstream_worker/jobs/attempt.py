@@ -28,6 +28,8 @@ from keepstream_worker.values import Delta, Failure, JobKey
 
 log = get_logger()
 
+#: Seconds within which a provider refuses what it has no room for; what it answers takes longer, if the model thinks.
+_REFUSED_WITHIN: Final = 0.5
 _MOST_DOUBLINGS: Final = 32  #: Keeps the power finite; the total time is used up long before.
 
 
@@ -180,7 +182,7 @@ class AttemptStreams:
     async def run(self, active: ActiveJob, attempt: Attempt, on_accepted: Callable[[], None]) -> Failure | None:
         """Stream until the answer ends, fails or is stopped; return why it is not whole, or None if it is.
 
-        ``on_accepted`` is called when the provider has taken the request.
+        ``on_accepted`` is called once, when the provider has taken the request: it begins to answer, or refuses not.
         """
         timer = asyncio.get_running_loop().call_later(
             max(attempt.claim.remaining_seconds, 0.0), active.request_stop, Stop.TOTAL_TIMEOUT
@@ -201,15 +203,26 @@ class AttemptStreams:
     async def _read(self, active: ActiveJob, attempt: Attempt, on_accepted: Callable[[], None]) -> Failure | None:
         """Read the provider's answer to its end; return why it broke off, or None."""
         job = attempt.job
+        loop = asyncio.get_running_loop()
         usage_timer: asyncio.TimerHandle | None = None
+        taken_timer: asyncio.TimerHandle | None = None
+
+        def note_taken() -> None:
+            nonlocal taken_timer
+            if taken_timer is not None:
+                taken_timer.cancel()
+                taken_timer = None
+                on_accepted()
+
         try:
             provider = self._providers.get(attempt.target.provider)
             timeouts = self._timeouts(job, provider.config, attempt.claim)
             attempt.begin_request()
+            taken_timer = loop.call_later(_REFUSED_WITHIN, note_taken)
             async with provider.stream(attempt.request, timeouts) as response:
                 attempt.provider_request_id = response.provider_request_id
                 attempt.rate_limits = response.rate_limits
-                on_accepted()
+                note_taken()
                 reader = attempt.reader = self._make_reader(job, provider.config, response)
                 data_events = 0
                 async for data in response:
@@ -222,9 +235,7 @@ class AttemptStreams:
                     if reader.done:
                         break
                     if usage_timer is None and reader.complete:
-                        usage_timer = asyncio.get_running_loop().call_later(
-                            self._settings.usage_wait, active.request_stop, Stop.USAGE_LATE
-                        )
+                        usage_timer = loop.call_later(self._settings.usage_wait, active.request_stop, Stop.USAGE_LATE)
         except ProviderFailure as error:
             return error.failure
         except asyncio.CancelledError:
@@ -233,8 +244,9 @@ class AttemptStreams:
             log.exception("attempt_defect", tenant=job.tenant, job_id=job.id, attempt=attempt.claim.attempt)
             return Failure(code=ErrorCode.INTERNAL, message=f"internal error ({type(error).__name__})")
         finally:
-            if usage_timer is not None:
-                usage_timer.cancel()
+            for timer in (usage_timer, taken_timer):
+                if timer is not None:
+                    timer.cancel()
         return None
 
     def _timeouts(self, job: Job, config: ProviderConfig, claim: Claim) -> Timeouts:

@@ -10,7 +10,7 @@ A wake-up carries no promise: whoever misses one finds the work at its next hear
 import asyncio
 import random
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from typing import Final
@@ -83,7 +83,9 @@ class Chooser:
             start: Called with each claim.
             nudge: Called with queues whose jobs wait for a worker that has a place.
         """
-        self.expected: set[JobKey] = set()  #: Ours already, or perhaps, but not running yet.
+        #: Jobs that are ours already, or perhaps, but do not run yet; counted, since a turn and a message may both
+        #: bring one.
+        self.expected: Counter[JobKey] = Counter()
         self._policy = policy
         self._worker_id = worker_id
         self._queue = queue
@@ -253,12 +255,14 @@ class Chooser:
         known = time.monotonic() - self._heard_at < _FRESH
         if self._paused or self._can_go or not known or self.free <= 0 or key in self.expected or key in self._running:
             return False
-        self.expected.add(key)
+        self.expected[key] += 1
         return True
 
     def forget(self, key: JobKey) -> None:
         """Give a place back that was kept."""
-        self.expected.discard(key)
+        self.expected[key] -= 1
+        if not self.expected[key]:
+            del self.expected[key]
 
     def direct(self, job: Job, prompt_tokens: int, max_tokens: int | None) -> store.Direct | None:
         """Return how a job that came whole is started, if nothing limits it and its place is reserved."""
@@ -379,6 +383,6 @@ class Chooser:
         except Exception:  # its row says that it is ours; the heartbeat finds it and gives it back
             log.exception("claim_defect", tenant=key.tenant, job_id=key.id)
         finally:
-            self.expected.discard(key)
+            self.forget(key)
             if self.free > 0 and self._can_go:
                 self._wanted.set()
