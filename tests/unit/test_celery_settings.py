@@ -16,7 +16,9 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def app() -> Celery:
-    return make_celery(load_settings(), cast("Any", None))
+    app = make_celery(load_settings(), cast("Any", None))
+    app.finalize()  # before another app is made: a task is registered with every app that is finalized after it
+    return app
 
 
 @pytest.mark.parametrize(

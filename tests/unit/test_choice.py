@@ -413,3 +413,15 @@ def test_every_pool_gets_its_turn_where_there_are_very_many():
     for _ in range(100):
         world.turn(rules, 10)
     assert not world.waiting
+
+
+def test_full_pools_keep_no_others_from_being_read() -> None:
+    """More pools than one turn reads wait for a full provider: those of another provider have their turn."""
+    world = World()
+    rules = Policy(providers={"full": ProviderPolicy(limits=Limits(concurrency=1))})
+    for number in range(24):
+        world.store("flood", [("full", f"model-{number}")])
+    assert len(world.turn(rules, 4, []).picks) == 1
+    world.store("other", [("free", "m")])
+    picked = [pick.target.provider for _ in range(4) for pick in world.turn(rules, 4, []).picks]
+    assert picked == ["free"]

@@ -502,6 +502,7 @@ class Check:
 
 ChoiceMachine.TestCase.settings = settings(
     max_examples=EXAMPLES,
+    derandomize="CHOICE_EXAMPLES" not in os.environ,  # the suite runs the same examples each time
     stateful_step_count=STEPS,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],

@@ -306,10 +306,10 @@ class Service:
         while self._has_jobs and time.monotonic() < deadline and not self._stop_forced.is_set():  # noqa: ASYNC110  # the end of the process is no hot path
             await asyncio.sleep(0.02)
         interrupted = len(self.engine.active)
-        for key in list(self.engine.active):
-            self.engine.request_stop(key, Stop.INTERRUPTED)
         deadline = time.monotonic() + _INTERRUPT_TIMEOUT
-        while self.engine.active and time.monotonic() < deadline:  # noqa: ASYNC110  # the end of the process is no hot path
+        while self._has_jobs and time.monotonic() < deadline:
+            for key in list(self.engine.active):  # again and again: what was on its way here begins meanwhile
+                self.engine.request_stop(key, Stop.INTERRUPTED)
             await asyncio.sleep(0.02)
         if interrupted:
             await self._publish_nudge([self._settings.queue])

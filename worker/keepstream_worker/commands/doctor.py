@@ -201,7 +201,10 @@ def _jobs(overview: Overview) -> Finding:
     if jobs.oldest_wait is not None and jobs.oldest_wait > _LONG_WAIT:
         found += f"; the oldest has been due for {jobs.oldest_wait:.0f} s"
         more = (
-            "start more workers, or raise KEEPSTREAM_CONCURRENCY" if overview.workers else "start a worker: see above"
+            "see what they wait for: keepstream top; if it is a free place, start more workers or raise"
+            " KEEPSTREAM_CONCURRENCY"
+            if overview.workers
+            else "start a worker: see above"
         )
         return Finding("jobs", Severity.WARN, found, more)
     return Finding("jobs", Severity.OK, found)

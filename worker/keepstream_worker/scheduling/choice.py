@@ -68,6 +68,7 @@ class Choice:
         self._freed: set[str] = set()
         for observation in self._observations:
             self._hear(observation)
+        self._note_freed({each.place.target.provider for each in self._observations if isinstance(each, Settled)})
         self._asked_pools = self._pools_to_read()
         self._asked_tenants = self._tenants_to_read()
         restarted = self._restarted_to_read()
@@ -142,23 +143,37 @@ class Choice:
             )
         return learning.withdrawn(learned, now, started=started)
 
+    def _note_freed(self, providers: set[str]) -> None:
+        """Note that streams of these have ended: who waits for them need not be last."""
+        for pool in self._state.pools.values() if providers else ():
+            if pool.full_at and any(key.partition("/")[0] in providers for key in pool.chain):
+                pool.full_at = 0.0
+
+    def _note_full_pool(self, pool: PoolState) -> None:
+        """Note whether a pool's target runs all it may; not at each turn, or each would have to be written."""
+        if self._gate(pool) is not None or self._gate(pool, counted=False) is None:
+            pool.full_at = 0.0
+        elif pool.full_at < self._now - _LAST_RESORT / 2:
+            pool.full_at = self._now
+
     def _pools_to_read(self) -> tuple[int, ...]:
         """Return the active pools of the queue that are open.
 
-        If they are too many, those whose lanes are least far: what is read is found to be further than was known, so
+        If they are too many, those whose lanes are least far, and last those whose targets ran all they may a moment
+        ago, since these do not come forward: what is read is found to be further than was known, so
         the others are next.  A lane may be served later for that, by as many turns as it takes to read all once.
         """
         if not self._places:
             return ()
-        active: dict[str, list[tuple[float, int]]] = {INTERACTIVE: [], BULK: []}
+        active: dict[str, list[tuple[bool, float, int]]] = {INTERACTIVE: [], BULK: []}
         for number, pool in self._state.pools.items():
-            if pool.queue == self._queue and pool.low is not None:
-                active[pool.job_class].append((pool.low, number))
+            if pool.queue == self._queue and pool.low is not None and pool.job_class in active:
+                active[pool.job_class].append((pool.full_at > self._now - _LAST_RESORT, pool.low, number))
         asked: list[int] = []
         for pools in active.values():
             pools.sort()
             most = len(asked) + _MOST_POOLS
-            for _, number in pools:
+            for _, _, number in pools:
                 if self._gate(self._state.pools[number], counted=False) is not None:
                     asked.append(number)
                     if len(asked) >= most:
@@ -654,6 +669,7 @@ class Choice:
         """Note below which time no lane of a pool is."""
         for number in self._asked_pools:
             self._state.pools[number].low = None
+            self._note_full_pool(self._state.pools[number])
         for horizons in self._horizons.values():
             for time, number in horizons:
                 self._state.pools[number].low = time

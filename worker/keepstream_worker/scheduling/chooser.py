@@ -24,7 +24,6 @@ from keepstream_worker.scheduling.observations import Observation
 from keepstream_worker.scheduling.state import State
 from keepstream_worker.store import Claim
 from keepstream_worker.store.database import WorkerDatabase
-from keepstream_worker.store.error_answers import StoreRefusedError
 from keepstream_worker.telemetry.logs import get_logger
 from keepstream_worker.turn import Pick, Pool
 from keepstream_worker.values import JobKey, Target
@@ -47,6 +46,8 @@ _SPREAD: Final = 0.02
 _SETTLE_TIMEOUT: Final = 5.0
 #: Seconds after which a turn that met a defect is tried again.
 _PAUSE_AFTER_DEFECT: Final = 1.0
+#: Seconds until a turn follows one that brought nothing though jobs could go; doubled each time, up to one.
+_FRUITLESS_PAUSE: Final = 0.01
 #: Seconds between two nudges of one worker.
 _NUDGE_PAUSE: Final = 0.05
 
@@ -112,6 +113,7 @@ class Chooser:
         self._beginning: set[asyncio.Task[None]] = set()
         self._paused = False
         self._turning = asyncio.Lock()
+        self._fruitless = 0  #: Turns in a row that brought nothing, though jobs could go.
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -295,7 +297,7 @@ class Chooser:
             try:
                 await self._choose()
                 pause = 0.1
-            except (StoreUnavailableError, StoreRefusedError):
+            except StoreUnavailableError:
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, 2.0)
                 self._wanted.set()
@@ -320,6 +322,11 @@ class Chooser:
                 others = [queue for queue, at in turned.ready.items() if at <= turned.now]
             self._nudge_others(others)
             can_go = ready is not None and ready <= turned.now
+            self._fruitless = 0 if turned.picks or not (takes_more and can_go) else self._fruitless + 1
+            if self._fruitless:  # what could go was not read, or went elsewhere: asking without end helps nobody
+                self._look_in(min(_FRUITLESS_PAUSE * 2.0**self._fruitless, 1.0))
+                self._tell_later()
+                return
             if not (takes_more and can_go) and len(self._observations) < _MOST_TOLD:
                 self._tell_later()
                 return
@@ -334,12 +341,12 @@ class Chooser:
                 self._observations.extendleft(reversed(told))
                 raise
             self.expected.update(pick.job.key for pick in turned.picks)
-        self._note_state(turned.turn, turned.state)
-        self._note_ready(turned.ready.get(self._queue), turned.now)
         if turned.picks:
             task = asyncio.get_running_loop().create_task(self._begin(turned.picks))
             self._beginning.add(task)
             task.add_done_callback(self._beginning.discard)
+        self._note_state(turned.turn, turned.state)
+        self._note_ready(turned.ready.get(self._queue), turned.now)
         return turned
 
     def _note_state(self, turn: int, state: str | None) -> None:

@@ -136,7 +136,8 @@ class Lane:
             elif self.pool is not None:
                 made.append(Standing(self.id, self.pool, self.tenant, self.time, 0, active=False))
         times = []
-        if self.time != self.old_time and any(row.old and row.old.active for row in self.rows.values()):
+        waited = any(row.old and (row.old.active or row.old.parked) for row in self.rows.values())
+        if self.time != self.old_time and waited:
             times.append(Retimed(self.id, self.old_time, self.time))
         return moves, made, times
 

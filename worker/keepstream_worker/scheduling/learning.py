@@ -30,7 +30,7 @@ from keepstream_worker.values import Failure
 FIRST_CEILING: Final = 16  #: Streams that a target is given of which nothing is known.
 LONGEST_COOL_DOWN: Final = 60.0  #: Seconds, unless the provider asks for more.
 LONGEST_BREAK: Final = 300.0  #: Seconds that a broken target is left alone.
-PROBE_PATIENCE: Final = 300.0  #: Seconds after which another stream tries a broken target, if the first says nothing.
+PROBE_PATIENCE: Final = 30.0  #: Seconds after which another stream tries a broken target, if the first says nothing.
 
 _ROOM_PATIENCE: Final = 60.0  #: Seconds after which one more stream is let in, if nothing is heard of those before.
 _SHORTEST_COOL_DOWN: Final = 0.5  #: Seconds; the first one, if the provider asks for none.

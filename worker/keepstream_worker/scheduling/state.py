@@ -9,7 +9,7 @@ says nothing.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Final, Self
 
 import orjson
@@ -42,6 +42,7 @@ class PoolState:
     lanes: int = 0  #: Active ones that were read last.
     #: Whether restarted jobs may wait here that were not read, because their tenants were full.
     hidden: bool = False
+    full_at: float = 0.0  #: When its target was last found to run all it may; 0: it was not.
 
 
 @dataclass(slots=True)
@@ -119,6 +120,13 @@ class FullTenant:
     queues: list[str]  #: Where its jobs wait.
 
 
+#: Fields that this version knows: a newer one appends its own, and both may be at work during an upgrade.
+_POOL_FIELDS: Final = len(fields(PoolState))
+_QUEUE_FIELDS: Final = len(fields(QueueState))
+_USE_FIELDS: Final = 5
+_TENANT_FIELDS: Final = len(fields(FullTenant))
+
+
 class State:
     """What one turn leaves for the next."""
 
@@ -138,19 +146,28 @@ class State:
         document: dict[str, Any] = orjson.loads(text)
         state.arrivals_low = document.get("a", 0)
         for pool, row in document.get("p", {}).items():
-            state.pools[int(pool)] = PoolState(*row)
+            state.pools[int(pool)] = PoolState(*row[:_POOL_FIELDS])
         for queue, row in document.get("q", {}).items():
-            state.queues[queue] = QueueState(*row)
+            state.queues[queue] = QueueState(*row[:_QUEUE_FIELDS])
         for key, row in document.get("u", {}).items():
-            state.uses[key] = UseState(*row)
+            state.uses[key] = UseState(*row[:_USE_FIELDS])
         for tenant, row in document.get("t", {}).items():
-            state.tenants[tenant] = FullTenant(*row)
+            state.tenants[tenant] = FullTenant(*row[:_TENANT_FIELDS])
         return state
 
     def to_json(self) -> str:
         """Write it, without what says nothing."""
         pools = {
-            str(number): [pool.queue, pool.job_class, pool.chain, pool.low, pool.restarted, pool.lanes, pool.hidden]
+            str(number): [
+                pool.queue,
+                pool.job_class,
+                pool.chain,
+                pool.low,
+                pool.restarted,
+                pool.lanes,
+                pool.hidden,
+                pool.full_at,
+            ]
             for number, pool in self.pools.items()
             if pool.low is not None or pool.restarted is not None or pool.hidden
         }

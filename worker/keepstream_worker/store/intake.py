@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple
 from sqlalchemy import Connection, and_, select
 
 from keepstream.client import queries
+from keepstream.errors import StoreUnavailableError
 from keepstream.jobs import Job
 from keepstream.results import JobStatus
 from keepstream.tables import jobs, requests, waiting
@@ -202,7 +203,9 @@ def _find(connection: Connection, keys: list[JobKey]) -> _Found:
 
 
 def _known(item: Incoming, found: _Found) -> Claim | Stored:
-    row = found.rows[item.key]
+    row = found.rows.get(item.key)
+    if row is None:
+        raise StoreUnavailableError("the job's row was purged while it was looked at")  # so it is stored at once
     if row.request_hash != item.rows[jobs]["request_hash"]:
         return Stored.OTHER_REQUEST
     place: Any = found.places.get(item.key)

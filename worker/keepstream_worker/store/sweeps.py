@@ -228,9 +228,9 @@ def tidy(connection: Connection, tidyings: list[Tidying]) -> list[int]:
     _hurry(connection)
     answers = []
     for request in tidyings:
+        look_for_arrivals_below(connection)  # first: who waits for the turn must hold nothing that a turn may want
         _delete_idle_standings(connection, request)
         answers.append(_delete_old_turns(connection, request))
-        look_for_arrivals_below(connection)  # last, because it may take the turn
     return answers
 
 

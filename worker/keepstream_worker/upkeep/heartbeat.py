@@ -98,7 +98,6 @@ class WorkerHeartbeat:
         result = await self._database.run(store.record_heartbeat, sign_of_life)
         self._note_confirmed(lapsed=result.lapsed)
         self.sweeper_free = result.sweeper_free
-        self._chooser.hear(result.looked)
         for key in result.cancels:
             self._engine.request_stop(key, Stop.CANCELLED)
         for key, attempt in claimed_before - result.owned:
@@ -108,6 +107,7 @@ class WorkerHeartbeat:
                 log.warning("job_taken_over", tenant=key.tenant, job_id=key.id, attempt=attempt)
                 job.request_stop(Stop.SUPERSEDED)
         await self._release_unknown_claims(result.owned)
+        self._chooser.hear(result.looked)  # last: a defect in it must keep nothing else from being done
 
     def _note_confirmed(self, *, lapsed: bool) -> None:
         now = self._clock()

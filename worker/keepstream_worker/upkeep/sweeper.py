@@ -112,11 +112,14 @@ class Sweeper:
         self._turns_from = await self._database.run(store.tidy, tidying)
 
     async def _apart(self, name: str, step: Coroutine[Any, Any, None]) -> None:
-        """Await one step of the sweep; a defect in it must not keep the next from being made."""
+        """Await one step of the sweep; whatever it meets must not keep the next from being made.
+
+        Nor is an outage here one of the heartbeats: that one step ran out of time says nothing of other workers.
+        """
         try:
             await step
         except StoreUnavailableError:
-            raise
+            pass  # it is said; the next sweep tries again
         except Exception:
             log.exception("upkeep_defect", task=name)
 
