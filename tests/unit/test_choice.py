@@ -422,6 +422,7 @@ def test_full_pools_keep_no_others_from_being_read() -> None:
     for number in range(24):
         world.store("flood", [("full", f"model-{number}")])
     assert len(world.turn(rules, 4, []).picks) == 1
-    world.store("other", [("free", "m")])
+    for _ in range(8):  # after the first four its lane is further than the others
+        world.store("other", [("free", "m")])
     picked = [pick.target.provider for _ in range(4) for pick in world.turn(rules, 4, []).picks]
-    assert picked == ["free"]
+    assert picked == ["free"] * 8
