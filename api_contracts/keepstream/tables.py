@@ -308,7 +308,7 @@ waiting: Final = Table(
     Column("prompt_tokens", BigInteger, nullable=False, comment="an estimate"),
     Column("max_tokens", BigInteger, comment="of the answer, if the request says so"),
     Column("restarted_due", UtcDateTime, comment="of a job that was started before: not to go on earlier"),
-    Column("expires_at", UtcDateTime, comment="of a job that was not started before"),
+    Column("expires_at", UtcDateTime, comment="when it ends, if it waits until then"),
     Index("ix_keepstream_waiting_job", "tenant", "job_id", unique=True),
     Index(
         "ix_keepstream_waiting_lane",

@@ -226,7 +226,7 @@ def upgrade() -> None:
             comment="of a job that was started before: not to go on earlier",
         ),
         sa.Column(
-            "expires_at", sa.DateTime(timezone=True), nullable=True, comment="of a job that was not started before"
+            "expires_at", sa.DateTime(timezone=True), nullable=True, comment="when it ends, if it waits until then"
         ),
         sa.PrimaryKeyConstraint("seq", name=op.f("pk_keepstream_waiting")),
         postgresql_with=BRIEF,

@@ -898,6 +898,20 @@ def test_job_that_waited_too_long_expires_unless_it_has_begun(db: Store) -> None
     assert db.rows(waiting, "waiting") == []
 
 
+def test_job_whose_total_time_is_used_up_ends_while_it_waits(db: Store) -> None:
+    """Whatever keeps its next attempt waiting: a cool-down of hours, a tenant at its limit, no worker."""
+    claim = db.claimed()
+    db.change(deadline_at=seconds_from_now(-1.0))
+    db.end(failed(claim, retry_in=60.0))
+    assert db.sweep().unannounced == [JobKey("default", "a")]
+    result = db.get()
+    assert result.status is JobStatus.FAILED
+    assert result.error is not None
+    assert result.error.code == ErrorCode.TOTAL_TIMEOUT
+    assert db.rows(waiting) == []
+    assert db.claims() == []
+
+
 def test_end_whose_event_may_be_missing_is_found_until_it_is_announced(db: Store) -> None:
     db.end(finished(db.claimed()))
     assert db.sweep().unannounced == [], "its worker is given a moment"

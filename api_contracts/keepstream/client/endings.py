@@ -22,6 +22,7 @@ from keepstream.tables import announcements, arrivals, attempts, choices, jobs, 
 # Why a job ended, where more than one place can end it so.
 CANCELLED_MESSAGE: Final = "the job was cancelled"
 EXPIRED_MESSAGE: Final = "the job waited past its expires_at"
+TOTAL_TIMEOUT_MESSAGE: Final = "the job's total time is used up"
 WORKERS_LOST_MESSAGE: Final = "its workers died, each time"
 
 

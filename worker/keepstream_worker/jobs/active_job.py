@@ -10,7 +10,7 @@ from collections.abc import Coroutine
 from enum import StrEnum
 from typing import Any, Final
 
-from keepstream.client.endings import CANCELLED_MESSAGE
+from keepstream.client.endings import CANCELLED_MESSAGE, TOTAL_TIMEOUT_MESSAGE
 from keepstream.errors import ErrorCode
 from keepstream_worker.values import Failure
 
@@ -29,7 +29,7 @@ STOP_FAILURES: Final = {
     Stop.CANCELLED: Failure(code=ErrorCode.CANCELLED, message=CANCELLED_MESSAGE),
     Stop.INTERRUPTED: Failure(code=ErrorCode.INTERRUPTED, message="the worker was shut down"),
     Stop.SUPERSEDED: Failure(code=ErrorCode.SUPERSEDED, message="another worker has taken the job over"),
-    Stop.TOTAL_TIMEOUT: Failure(code=ErrorCode.TOTAL_TIMEOUT, message="the job's total time is used up"),
+    Stop.TOTAL_TIMEOUT: Failure(code=ErrorCode.TOTAL_TIMEOUT, message=TOTAL_TIMEOUT_MESSAGE),
 }
 
 

@@ -15,7 +15,13 @@ from typing import Any, Final, NamedTuple
 from sqlalchemy import Connection, Float, Integer, bindparam, delete, or_, select, text
 from sqlalchemy.dialects import postgresql, sqlite
 
-from keepstream.client.endings import CANCELLED_MESSAGE, EXPIRED_MESSAGE, WORKERS_LOST_MESSAGE, end_unclaimed
+from keepstream.client.endings import (
+    CANCELLED_MESSAGE,
+    EXPIRED_MESSAGE,
+    TOTAL_TIMEOUT_MESSAGE,
+    WORKERS_LOST_MESSAGE,
+    end_unclaimed,
+)
 from keepstream.errors import ErrorCode
 from keepstream.results import JobStatus
 from keepstream.tables import (
@@ -183,7 +189,11 @@ def _end_expired(connection: Connection, request: Sweep) -> list[JobKey]:
     ended = []
     for key in sorted(JobKey(tenant, job_id) for tenant, job_id in waits):
         attempt = rows[key].attempt
-        end_unclaimed(connection, *key, attempt, JobStatus.EXPIRED, ErrorCode.EXPIRED, EXPIRED_MESSAGE)
+        if attempt:
+            status, code, message = JobStatus.FAILED, ErrorCode.TOTAL_TIMEOUT, TOTAL_TIMEOUT_MESSAGE
+        else:
+            status, code, message = JobStatus.EXPIRED, ErrorCode.EXPIRED, EXPIRED_MESSAGE
+        end_unclaimed(connection, *key, attempt, status, code, message)
         ended.append(key)
     return ended
 

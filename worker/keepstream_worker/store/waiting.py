@@ -7,7 +7,7 @@ sweep.  Out: their rows among those that wait, due at their moment, and notes of
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import Connection, Float, bindparam, delete, select, update
+from sqlalchemy import Connection, Float, bindparam, delete, func, select, update
 
 from keepstream.errors import ErrorCode
 from keepstream.results import JobStatus, UsageSource
@@ -36,7 +36,11 @@ class Restart(NamedTuple):
     due_in: float = 0.0  #: Seconds.
 
 
-_WAIT: Final = waiting.insert().values(restarted_due=seconds_from_now(bindparam("due_in", type_=Float)))
+_WAIT: Final = waiting.insert().values(
+    restarted_due=seconds_from_now(bindparam("due_in", type_=Float)),
+    # Whatever it waits for, a job that has started ends with its total time, and one that has not when it expires.
+    expires_at=select(func.coalesce(jobs.c.deadline_at, jobs.c.expires_at)).where(is_named(jobs)).scalar_subquery(),
+)
 _ARRIVAL_COLUMNS: Final = ("seq", "lane", "pool", "tenant", "restarted_due")
 _ARRIVE: Final = arrivals.insert().from_select(
     _ARRIVAL_COLUMNS, select(*(waiting.c[column] for column in _ARRIVAL_COLUMNS)).where(is_named(waiting))
@@ -60,6 +64,7 @@ def restart(connection: Connection, restarts: Sequence[Restart]) -> None:
                 "max_tokens": job.max_tokens,
                 "due_in": job.due_in,
             }
+            | name(job.key)
             for job in restarts
         ],
     )
