@@ -164,6 +164,12 @@ def _plain(value: Any, *, blocks: bool = False) -> Any:
     return value
 
 
+def joined_pieces(known: Any, piece: Any, name: str) -> Any:
+    """Return two pieces of the field ``name``, which come one after the other, as one that adds up to the same."""
+    both = _joined(_joined(None, known, name, _MAX_DEPTH), piece, name, _MAX_DEPTH)
+    return _plain(both, blocks=name in BLOCK_LISTS)
+
+
 def merged_extra(known: dict[str, Any] | None, piece: dict[str, Any]) -> dict[str, Any]:
     """Return a tool call's extras with those of another piece: they come whole, so the newest value counts."""
     merged = dict(known or {})

@@ -680,6 +680,21 @@ def test_an_answer_without_text_is_output_as_well(delta: dict[str, Any]):
     )
 
 
+def test_fields_that_are_one_once_they_can_be_stored_are_told_as_one():
+    """Two names differ by a NUL, or by their place: ``check`` compares what is told with what is stored."""
+    choice = choice_of(
+        chunk({"plan\0": "ha", "plan": "hi", "deep": {"a\0": "x", "a": "y", "b": 1, "b\0": None}}),
+        {"choices": [{"index": 0, "delta": {"logprobs": {"a": "x"}}, "logprobs": {"b": "y"}}]},
+        chunk({"ends": {"a": "p\ud83d", "b": "q\ud83d"}}),
+    )
+    assert choice.extra == {
+        "plan": "hahi",
+        "deep": {"a": "xy", "b": 1},
+        "logprobs": {"a": "x", "b": "y"},
+        "ends": {"a": "p\N{REPLACEMENT CHARACTER}", "b": "q\N{REPLACEMENT CHARACTER}"},
+    }
+
+
 def test_extras_can_be_stored():
     odd = {"a\x00": "\ud83d\x00", "b": float("nan"), "c": 2**80, "d": [float("inf"), None, True]}
     assert choice_of(chunk({"odd": odd})).extra == {

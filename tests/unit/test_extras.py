@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keepstream.extras import Extras, abridged, abridged_fields, joined_base64, merged_extra, omissions
+from keepstream.extras import Extras, abridged, abridged_fields, joined_base64, joined_pieces, merged_extra, omissions
 
 
 def added(*pieces: dict[str, Any]) -> dict[str, Any] | None:
@@ -41,6 +41,23 @@ def test_texts_and_lists_are_appended_objects_joined_and_the_rest_replaced() -> 
         {"plan": "b", "seen": [2], "deep": {"words": "y", "id": "i2", "count": 2}},
     ) == {"plan": "ab", "seen": [1, 2], "deep": {"words": "xy", "id": "i2", "count": 2, "gone": None}}
     assert added() is None
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "second"),
+    [
+        ("plan", "a", "b"),
+        ("id", "i1", "i2"),
+        ("deep", {"words": "x", "gone": None}, {"words": "y", "more": [1]}),
+        ("seen", [1], [2]),
+        ("reasoning_details", [text("a", index=0)], [text("b", index=0), text("c", index=1)]),
+        ("audio", {"data": "AAA="}, {"data": "AAA=", "transcript": "la"}),
+        ("seen", {"omitted": "seen", "bytes": 100}, [2]),
+    ],
+)
+def test_two_pieces_made_one_add_up_to_the_same(name: str, first: Any, second: Any) -> None:
+    assert added({name: joined_pieces(first, second, name)}) == added({name: first}, {name: second})
+    assert joined_pieces(None, first, name) == first
 
 
 def test_pieces_of_one_index_are_one_block() -> None:

@@ -10,7 +10,7 @@ and the choice says so: what was asked for is still there.
 from dataclasses import dataclass
 from typing import Any
 
-from keepstream.extras import LIVE_BYTES, abridged
+from keepstream.extras import LIVE_BYTES, abridged, joined_pieces
 from keepstream_worker.providers.accumulator.builders import ChoiceBuilder, TextBuilder
 from keepstream_worker.providers.accumulator.extras import ExtrasBuilder
 from keepstream_worker.providers.accumulator.json_values import byte_length, json_size, safe
@@ -100,7 +100,7 @@ class Bounded:
         extras.add(name, new)
         told = fields.setdefault("extra", {})
         new = new if size <= self._limits.live_extra_bytes else self._abridged(new, name)
-        told[name] = told[name] + new if type(new) is list and type(told.get(name)) is list else new
+        told[name] = joined_pieces(told[name], new, name) if name in told else new
 
     def _abridged(self, value: Any, name: str) -> Any:
         return abridged(value, self._limits.live_extra_bytes, name)

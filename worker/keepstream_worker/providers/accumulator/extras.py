@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import orjson
 
-from keepstream.extras import BLOCK_LISTS, LABELS, LEFT_OUT, Extras
+from keepstream.extras import BLOCK_LISTS, LABELS, LEFT_OUT, Extras, joined_pieces
 from keepstream_worker.providers.accumulator.json_values import MAX_DEPTH, json_size, safe, storable
 
 #: Lists in which the same entry twice is a repetition.
@@ -98,13 +98,13 @@ class ExtrasBuilder:
                 pieces = self._texts[path] = _Pieces(varies=path[0] in _NEVER_LABELS)
             return pieces.take(value) or None
         if type(value) is dict and depth:
-            parts = {}
+            parts: dict[str, Any] = {}
             for given, part in value.items():
                 field = safe(given)
                 inner = (*path, field)
                 new = self._new_part(inner, field, part, depth - 1)
                 if new is not None or (inner not in self._last and type(part) not in (str, dict, list)):
-                    parts[field] = new
+                    parts[field] = joined_pieces(parts.get(field), new, field)
                     self._last.setdefault(inner, None)
             return parts or None
         if type(value) is list:
@@ -169,7 +169,7 @@ class ExtrasBuilder:
         self._state = {}
         for path, pieces in self._texts.items():
             if path[0] not in BLOCK_LISTS and path[0] not in self.left_out and (text := pieces.end()):
-                rest.update(_nested(path, text))
+                rest[path[0]] = joined_pieces(rest.get(path[0]), _nested(path[1:], text), path[0])
         if self.left_out:
             rest = {**rest, LEFT_OUT: dict(self.left_out)}
         for name, value in rest.items():
@@ -181,7 +181,7 @@ class ExtrasBuilder:
         return self._extras.value()
 
 
-def _nested(path: _Path, value: Any) -> dict[str, Any]:
+def _nested(path: _Path, value: Any) -> Any:
     for field in reversed(path):
         value = {field: value}
-    return dict(value)
+    return value

@@ -11,7 +11,7 @@ end. Ids and indexes are no better: some servers change the id with every event,
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
-from keepstream.extras import abridged
+from keepstream.extras import abridged, joined_pieces
 from keepstream.next_turn import ITEMS_FIELD
 from keepstream_worker.providers.accumulator import Limits, Output
 from keepstream_worker.providers.accumulator.bounds import Bounded
@@ -247,7 +247,9 @@ class ResponsesAccumulator(Bounded):
                 if rest := call.arguments.end():
                     self._tell(call, arguments=rest)
             if choice.extras is not None and (ends := choice.extras.end()):
-                self._fields.setdefault("extra", {}).update(ends)
+                told = self._fields.setdefault("extra", {})
+                for name, value in ends.items():
+                    told[name] = joined_pieces(told.get(name), value, name)
         if self._fields:
             deltas.append(Delta(0, self._fields))
 
