@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from keepstream.client.aio import AsyncClient
     from keepstream.client.sync import Client
     from keepstream.errors import ErrorCode, ErrorInfo, KeepstreamError
-    from keepstream.events import Event, is_terminal, parse_event
+    from keepstream.events import Event, RawEvent, is_terminal, parse_event
     from keepstream.jobs import Job, parse_job
     from keepstream.results import (
         AttemptResult,
@@ -44,6 +44,7 @@ __all__ = [
     "JobStatus",
     "JobSummary",
     "KeepstreamError",
+    "RawEvent",
     "ToolCall",
     "Transcript",
     "Usage",
@@ -70,6 +71,7 @@ _MODULES: Final = {
     "JobStatus": "keepstream.results",
     "JobSummary": "keepstream.results",
     "KeepstreamError": "keepstream.errors",
+    "RawEvent": "keepstream.events",
     "ToolCall": "keepstream.results",
     "Transcript": "keepstream.transcript",
     "Usage": "keepstream.results",

@@ -8,7 +8,7 @@ attempt, drop what the older attempt sent; if ``n`` skips within an attempt and 
 the log; ignore unknown types and unknown fields.
 """
 
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
@@ -193,6 +193,20 @@ class UnknownEvent(_Event):
     type: str
 
 
+class RawEvent(NamedTuple):
+    """An event that is passed on as it is: its head, and its bytes."""
+
+    id: str
+    type: str
+    payload: bytes  #: The whole event, a JSON text in UTF-8.
+
+
+class _Head(_Event):
+    """What every event has."""
+
+    type: str
+
+
 TerminalEvent = JobCompleted | JobFailed | JobCancelled | JobExpired
 KnownEvent = Annotated[
     AttemptStarted
@@ -255,7 +269,23 @@ def parse_event(text: str | bytes) -> Event:
     return event
 
 
-def is_terminal(event: Event) -> bool:
+def parse_head(text: str | bytes) -> tuple[str, str]:
+    """Return the id and the type of the event that ``text`` (JSON) holds.
+
+    Raises:
+        ValueError: ``text`` is not an event of version 1.
+    """
+    try:
+        head = _Head.model_validate_json(text)
+    except ValueError:
+        head = None
+    if head is None:
+        # Raised outside of the handler, whose exception holds the text.
+        raise ValueError("not a Keepstream event of version 1")
+    return head.id, head.type
+
+
+def is_terminal(event: Event | RawEvent) -> bool:
     """Tell whether ``event`` ends the job."""
     return event.type in TERMINAL_TYPES
 

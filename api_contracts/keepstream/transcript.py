@@ -41,10 +41,14 @@ class Place(Enum):
 
 def place_of(event: Event, last: EventId | None) -> Place:
     """Return the place of ``event`` for a reader who has applied all events up to ``last``."""
-    here = event.event_id
+    return place_of_id(event.event_id, event.type, last)
+
+
+def place_of_id(here: EventId, event_type: str, last: EventId | None) -> Place:
+    """Return the same for an event of which no more is known than its head."""
     if last is not None and here <= last:
         return Place.SEEN
-    if isinstance(event, Snapshot):  # it replaces everything before it
+    if event_type == "snapshot":  # it replaces everything before it
         return Place.NEXT
     expected = last.n + 1 if last is not None and last.attempt == here.attempt else 1
     return Place.NEXT if here.n == expected else Place.AHEAD

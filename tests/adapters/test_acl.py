@@ -75,6 +75,17 @@ def test_a_service_confined_to_its_tenant_cancels_its_jobs(
     assert end.type == "job.cancelled"
 
 
+def test_a_service_confined_to_its_tenant_deletes_its_jobs(guarded: tuple[Cluster, UrlOf]) -> None:
+    cluster, url_of = guarded
+    own, log = url_of("shop"), url_of("producer")
+    with Client(own, broker_url=log, database_url=cluster.database_url, tenant="shop") as client:
+        job_id = client.enqueue(JOB)
+        client.wait(job_id)
+        assert client.delete(job_id)
+        with cluster.redis() as admin:
+            assert not admin.exists(job_keys("shop", job_id).log)
+
+
 def test_a_message_on_the_control_channel_cancels_no_job_of_another_tenant(guarded: tuple[Cluster, UrlOf]) -> None:
     cluster, url_of = guarded
     job_id = cluster.enqueue(text="word " * 30, rate=30)
@@ -92,6 +103,8 @@ def test_a_service_cannot_touch_what_is_not_its_own(guarded: tuple[Cluster, UrlO
             lambda: shop.xrange(foreign.log),
             lambda: shop.set(foreign.cancel, 1),
             lambda: shop.xadd(own.log, {"event": "forged"}),
+            lambda: shop.set(own.log, "forged"),
+            lambda: shop.delete(foreign.log),
             lambda: shop.publish(own.channel, "forged"),
             lambda: shop.lrange(QUEUE, 0, -1),
             lambda: shop.keys("*"),

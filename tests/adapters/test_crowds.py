@@ -165,7 +165,7 @@ def test_questions_are_asked_together_and_each_is_answered() -> None:
 
 
 def test_a_lone_follower_is_answered_at_once_and_leaves_no_thread() -> None:
-    reader = SummaryReader(lambda _: {})
+    reader = SummaryReader[str](lambda _: {})
     question = reader.join("job-1")
     began = time.monotonic()
     for _ in range(20):
@@ -188,7 +188,7 @@ def test_an_error_reaches_all_who_asked() -> None:
 
 
 def test_who_has_gone_keeps_nobody_waiting() -> None:
-    reader = SummaryReader(lambda _: {})
+    reader = SummaryReader[str](lambda _: {})
     question = reader.join("job-1")
     gone = [question.ask() for _ in range(5)]
     for future in gone:

@@ -31,6 +31,7 @@ from keepstream.client.follower import (
     Subscribe,
     parse_cursor,
 )
+from keepstream.client.payloads import TYPED, Payload
 from keepstream.errors import (
     EventsLostError,
     FollowTimeoutError,
@@ -138,16 +139,18 @@ class World:
             case Listen(seconds):
                 assert seconds > 0
                 if self.channel:
-                    return self.channel.pop(0).encode()
+                    return Payload(self.channel.pop(0).encode())
                 self.now += seconds
             case ReadLog(after):
                 since = parse_event_id(after) if after else EventId(0, 0)
                 entries = [
-                    LogEntry(str(here), text.encode()) for here, text in sorted(self.log.items()) if here > since
+                    LogEntry(str(here), Payload(text.encode()))
+                    for here, text in sorted(self.log.items())
+                    if here > since
                 ]
                 return entries[:LOG_PAGE]
             case ReadNewest():
-                return LogEntry(str(max(self.log)), self.log[max(self.log)].encode()) if self.log else None
+                return LogEntry(str(max(self.log)), Payload(self.log[max(self.log)].encode())) if self.log else None
         return None
 
     @property
@@ -186,6 +189,7 @@ class World:
         follower = Follower(
             "job-1",
             parse_cursor(after),
+            form=TYPED,
             has_database=given.get("has_database", True),
             timeout=timeout,
             not_found_after=not_found_after,

@@ -40,10 +40,10 @@ NOWHERE = "redis://127.0.0.1:1"
 KEYS = job_keys("default", "job-1")
 
 Database = Callable[[Operation], Any]
-Driver = Callable[[FollowerRun, Database], Awaitable[list[Event]]]
+Driver = Callable[[FollowerRun[Any], Database], Awaitable[list[Event]]]
 
 
-async def follow_sync(run: FollowerRun, database: Database) -> list[Event]:
+async def follow_sync(run: FollowerRun[Any], database: Database) -> list[Event]:
     connections = RedisConnections(NOWHERE)
     try:
         return list(connections.follow(run, KEYS, database))
@@ -51,7 +51,7 @@ async def follow_sync(run: FollowerRun, database: Database) -> list[Event]:
         connections.close()
 
 
-async def follow_async(run: FollowerRun, database: Database) -> list[Event]:
+async def follow_async(run: FollowerRun[Any], database: Database) -> list[Event]:
     async def read(operation: Operation) -> Any:
         return database(operation)
 
@@ -71,7 +71,7 @@ def follow(request: pytest.FixtureRequest) -> Driver:
 async def test_results_are_sent_back_and_events_come_out_in_order(follow: Driver) -> None:
     results: list[Any] = []
 
-    def run() -> FollowerRun:
+    def run() -> FollowerRun[Any]:
         results.append((yield ReadSummary()))
         yield parse_event(started("1-1"))
         results.append((yield Sleep(0.001)))
@@ -86,7 +86,7 @@ async def test_results_are_sent_back_and_events_come_out_in_order(follow: Driver
 async def test_a_redis_that_is_away_disconnects_every_operation_and_ends_nothing(follow: Driver) -> None:
     disconnected = []
 
-    def run() -> FollowerRun:
+    def run() -> FollowerRun[Any]:
         for operation in (Subscribe(), ReadLog(None), ReadLog("1-1"), ReadNewest()):
             try:
                 yield operation
@@ -123,7 +123,7 @@ async def test_an_error_reaches_the_follower_as_one_that_it_knows(
     def database(_: Operation) -> Any:
         raise error
 
-    def run() -> FollowerRun:
+    def run() -> FollowerRun[Any]:
         try:
             yield ReadSummary()
         except Exception as received:
@@ -139,7 +139,7 @@ async def test_a_message_about_unreadable_data_does_not_repeat_the_data(follow: 
     def database(_: Operation) -> Any:
         raise InvalidResponse("Protocol Error: b'somebody's text'")
 
-    def run() -> FollowerRun:
+    def run() -> FollowerRun[Any]:
         yield ReadSummary()
 
     with pytest.raises(InvalidSettingError) as raised:
@@ -210,7 +210,7 @@ class Subscriptions:
         return self._make(self.unclosed, self._closing)
 
 
-async def first_event_sync(run: FollowerRun, subscriptions: Any) -> Event:
+async def first_event_sync(run: FollowerRun[Any], subscriptions: Any) -> Any:
     """Return the first event, and end the iteration early."""
     connections = RedisConnections(NOWHERE)
     connections._links.get().subscriptions = subscriptions
@@ -221,7 +221,7 @@ async def first_event_sync(run: FollowerRun, subscriptions: Any) -> Event:
         events.close()
 
 
-async def first_event_async(run: FollowerRun, subscriptions: Any) -> Event:
+async def first_event_async(run: FollowerRun[Any], subscriptions: Any) -> Any:
     connections = AsyncRedisConnections(NOWHERE)
     (await connections._links()).subscriptions = subscriptions
 
@@ -235,7 +235,7 @@ async def first_event_async(run: FollowerRun, subscriptions: Any) -> Event:
         await events.aclose()
 
 
-FirstEvent = Callable[[FollowerRun, Subscriptions], Awaitable[Event]]
+FirstEvent = Callable[[FollowerRun[Any], Subscriptions], Awaitable[Event]]
 FORMS = pytest.mark.parametrize(
     ("first_event", "subscription"),
     [(first_event_sync, Subscription), (first_event_async, AsyncSubscription)],
@@ -245,7 +245,7 @@ FORMS = pytest.mark.parametrize(
 
 @FORMS
 async def test_ending_early_closes_the_subscription(first_event: FirstEvent, subscription: Any) -> None:
-    def run() -> FollowerRun:
+    def run() -> FollowerRun[Any]:
         yield Subscribe()
         yield parse_event(started("1-1"))
         yield parse_event(ended("1-2", "completed", ""))
@@ -257,7 +257,7 @@ async def test_ending_early_closes_the_subscription(first_event: FirstEvent, sub
 
 @FORMS
 async def test_an_error_closes_the_subscription(first_event: FirstEvent, subscription: Any) -> None:
-    def run() -> FollowerRun:
+    def run() -> FollowerRun[Any]:
         yield Subscribe()
         yield Listen(1.0)
         raise ZeroDivisionError
@@ -283,7 +283,7 @@ def interrupted_at(close: int, error: BaseException) -> Closing:
 async def test_a_subscription_whose_close_failed_is_closed_later(first_event: FirstEvent, subscription: Any) -> None:
     disconnected = 0
 
-    def run() -> FollowerRun:
+    def run() -> FollowerRun[Any]:
         nonlocal disconnected
         for _ in range(3):
             try:
@@ -303,7 +303,7 @@ async def test_a_subscription_whose_close_failed_is_closed_later(first_event: Fi
 async def test_a_subscription_whose_close_was_interrupted_is_closed_at_the_end(
     first_event: FirstEvent, subscription: Any, interruption: type[BaseException]
 ) -> None:
-    def run() -> FollowerRun:
+    def run() -> FollowerRun[Any]:
         yield Subscribe()
         yield Subscribe()
         yield parse_event(started("1-1"))
@@ -326,7 +326,7 @@ async def test_a_cancellation_ends_the_iteration_even_if_redis_py_swallows_it(*,
             if not swallowed:
                 raise
 
-    def run() -> FollowerRun:
+    def run() -> FollowerRun[Any]:
         yield Subscribe()
         yield Listen(1.0)
         yield parse_event(started("1-1"))

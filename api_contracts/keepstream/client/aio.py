@@ -18,9 +18,10 @@ from keepstream.client.base import FOLLOW_TIMEOUT, NOT_FOUND_AFTER, WAIT_TIMEOUT
 from keepstream.client.follower import FollowerRun, ReadSummary
 from keepstream.client.forks import PerProcess
 from keepstream.client.listing import make_wanted
+from keepstream.client.payloads import RAW, TYPED
 from keepstream.client.redis import AsyncRedisConnections, DatabaseRead
 from keepstream.errors import InvalidSettingError, UnexpectedError
-from keepstream.events import Event
+from keepstream.events import Event, RawEvent
 from keepstream.jobs import Job
 from keepstream.results import CompletionResult, JobPage, JobStatus, JobSummary, WaitingFor
 
@@ -28,6 +29,7 @@ _MAX_THREADS: Final = 8  #: Database and broker calls of one client at the same 
 
 P = ParamSpec("P")
 T = TypeVar("T")
+E = TypeVar("E")
 
 
 class AsyncClient(BaseClient):
@@ -70,7 +72,26 @@ class AsyncClient(BaseClient):
         not_found_after: float = NOT_FOUND_AFTER,
     ) -> AsyncGenerator[Event]:
         """Iterate over a job's events; see ``Client.follow``."""
-        return self._events(self._run_follower, job_id, after, timeout, not_found_after)
+        return self._events(self._run_follower, job_id, after, timeout, not_found_after, TYPED)
+
+    def follow_raw(
+        self,
+        job_id: str,
+        after: str | None = None,
+        *,
+        timeout: float = FOLLOW_TIMEOUT,
+        not_found_after: float = NOT_FOUND_AFTER,
+        on_waiting: Callable[[WaitingFor], None] | None = None,
+    ) -> AsyncGenerator[RawEvent]:
+        """Iterate over a job's events, passing on their bytes; see ``Client.follow_raw``.
+
+        ``on_waiting`` is called on the event loop.
+        """
+        return self._events(self._run_follower, job_id, after, timeout, not_found_after, RAW, on_waiting)
+
+    async def check_follow(self, job_id: str, after: str | None = None) -> bool:
+        """Tell at once whether a job can be followed from a cursor; see ``Client.check_follow``."""
+        return await self._in_thread(self._check_follow, job_id, after)
 
     async def cancel(self, job_id: str) -> JobStatus | None:
         """Cancel a job; see ``Client.cancel``."""
@@ -112,8 +133,14 @@ class AsyncClient(BaseClient):
         """Run an ended job again; see ``Client.retry``."""
         return await self._in_thread(self._retry, job_id, force=force)
 
+    async def delete(self, job_id: str) -> bool:
+        """Delete an ended job; see ``Client.delete``."""
+        return await self._in_thread(self._delete, job_id)
+
     async def close(self) -> None:
         """Close all connections; see ``Client.close``."""
+        if self._origin is not None:
+            return
         loop = asyncio.get_running_loop()
         with ThreadPoolExecutor(1) as thread:  # one of its own, because the others may all be busy
             await loop.run_in_executor(thread, self._close)
@@ -128,10 +155,10 @@ class AsyncClient(BaseClient):
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    def _events(self, make_run: Callable[..., FollowerRun], job_id: str, *arguments: Any) -> AsyncGenerator[Event]:
+    def _events(self, make_run: Callable[..., FollowerRun[E]], job_id: str, *arguments: Any) -> AsyncGenerator[E]:
         keys = self._perform(self._keys, job_id)
         run = self._perform(make_run, job_id, *arguments)
-        question = self._summaries.join(job_id)
+        question = self._summaries.join((self.tenant, job_id))
 
         async def read(operation: DatabaseRead) -> JobSummary | CompletionResult | None:
             if isinstance(operation, ReadSummary):

@@ -5,6 +5,7 @@ cancel, stored results, and the follower's runs, to ``keepstream.client.sync`` a
 """
 
 import contextlib
+import copy
 import json
 import logging
 import math
@@ -19,10 +20,11 @@ from keepstream import names
 from keepstream.client import queries
 from keepstream.client.arguments import check_limit, check_seconds, check_text
 from keepstream.client.database import ClientDatabase
-from keepstream.client.follower import Follower, FollowerRun, parse_cursor
+from keepstream.client.follower import Follower, FollowerRun, is_more_to_come, parse_cursor
 from keepstream.client.forks import ForkMember
 from keepstream.client.gate import Gate
 from keepstream.client.listing import Wanted, list_jobs
+from keepstream.client.payloads import TYPED, Form
 from keepstream.client.redis import RedisConnections
 from keepstream.client.redis_url import with_password
 from keepstream.client.sender import Sender
@@ -39,6 +41,7 @@ from keepstream.errors import (
     StoreUnavailableError,
     UnexpectedError,
 )
+from keepstream.events import Event
 from keepstream.jobs import Job, JobRef, make_job
 from keepstream.results import CompletionResult, JobPage, JobStatus, JobSummary, WaitingFor
 
@@ -67,6 +70,7 @@ _CALLS_TIMEOUT: Final = 10.0
 
 P = ParamSpec("P")
 T = TypeVar("T")
+E = TypeVar("E")
 
 
 class BaseClient(ForkMember):
@@ -96,14 +100,14 @@ class BaseClient(ForkMember):
         for argument, value in given.items():
             if value is not None and not isinstance(value, str):
                 raise InvalidSettingError(f"{argument} is a text, not {type(value).__name__}")
-        if not _can_be_an_id(tenant or ""):
-            raise InvalidSettingError("a tenant consists of letters, digits, '.', '_' and '-', at most 128 of them")
+        _check_tenant(tenant)
         for argument in ("prefix", "queue"):
             if not given[argument]:
                 raise InvalidSettingError(f"{argument} is empty; leave it out, or give the workers' one")
         if not redis_url:  # or None, from a variable that is not set
             raise InvalidSettingError(f"redis_url ({names.ENV_REDIS_URL}) is missing; it looks like {_EXAMPLE_URL}")
         self.tenant = tenant
+        self._origin: Self | None = None  # the client whose connections this one uses
         self._prefix = prefix
         self._queue = queue
         self._gate = Gate()
@@ -144,6 +148,22 @@ class BaseClient(ForkMember):
             prefix=os.environ.get(names.ENV_PREFIX) or names.PREFIX,
             queue=os.environ.get(names.ENV_QUEUE) or names.QUEUE,
         )
+
+    def for_tenant(self, tenant: str) -> Self:
+        """Return a client for another tenant, which uses the connections and threads of this one.
+
+        It costs next to nothing, and may be made for each request.  Closing it closes nothing; closing the client that
+        it was made from ends both.
+
+        Raises:
+            InvalidSettingError: no tenant can be called so.
+        """
+        check_text("tenant", tenant)
+        _check_tenant(tenant)
+        view = copy.copy(self)
+        view.tenant = tenant
+        view._origin = self._origin or self  # noqa: SLF001  # and keeps it alive: it is the one that knows of forks
+        return view
 
     def _perform(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Make a call of the client's; whatever it raises is one of our errors.
@@ -214,29 +234,53 @@ class BaseClient(ForkMember):
         after: str | None,
         timeout: float,
         not_found_after: float,
+        form: Form[E],
+        on_waiting: Callable[[WaitingFor], None] | None = None,
         *,
         total_timeout: float = math.inf,
-    ) -> FollowerRun:
+    ) -> FollowerRun[E]:
         """Return the run of a new follower; its operations are performed by the client's Redis connections."""
-        if after is not None:
-            check_text("after", after)
+        cursor = _cursor(after)
         check_seconds("timeout", timeout)
         check_seconds("timeout", total_timeout)
         check_seconds("not_found_after", not_found_after)
         return Follower(
             job_id,
-            parse_cursor(after),
+            cursor,
+            form=form,
             has_database=self._database is not None,
             timeout=timeout,
             not_found_after=not_found_after,
-            report=partial(_log_reason, job_id),
+            report=on_waiting or partial(_log_reason, job_id),
             total_timeout=total_timeout,
         ).run()
 
-    def _run_waiting(self, job_id: str, timeout: float, not_found_after: float) -> FollowerRun:
+    def _run_waiting(self, job_id: str, timeout: float, not_found_after: float) -> FollowerRun[Event]:
         """Return the run of a follower whose reader waits for the end, and does not look at what comes before."""
         self._required_database()
-        return self._run_follower(job_id, None, math.inf, not_found_after, total_timeout=timeout)
+        return self._run_follower(job_id, None, math.inf, not_found_after, TYPED, total_timeout=timeout)
+
+    def _check_follow(self, job_id: str, after: str | None) -> bool:
+        keys, cursor = self._keys(job_id), _cursor(after)
+        newest = progress = outage = None
+        try:
+            newest = self._redis.read_newest(keys)
+        except BrokerUnavailableError as error:
+            outage = error
+            if self._database is None:
+                raise
+        has_row = self._database is not None
+        if self._database is not None:
+            try:
+                with self._database.transaction() as connection:
+                    progress = queries.get_progress(connection, self.tenant, job_id)
+            except StoreUnavailableError:
+                if newest is None:
+                    raise
+                has_row = False
+        if progress is None and outage is not None:
+            raise outage  # its log may be there
+        return is_more_to_come(job_id, cursor, newest, progress, has_database=has_row)
 
     def _get_ended(self, job_id: str) -> CompletionResult:
         result = self._get(job_id)
@@ -244,10 +288,19 @@ class BaseClient(ForkMember):
             raise JobNotFoundError(f"job {job_id} has been deleted since it ended")
         return result
 
-    def _read_summaries(self, job_ids: list[str]) -> dict[str, JobSummary]:
-        def read() -> dict[str, JobSummary]:
+    def _read_summaries(self, jobs: list[tuple[str, str]]) -> dict[tuple[str, str], JobSummary]:
+        """Return the summaries of some jobs, by tenant and id."""
+        by_tenant: dict[str, list[str]] = {}
+        for tenant, job_id in jobs:
+            by_tenant.setdefault(tenant, []).append(job_id)
+
+        def read() -> dict[tuple[str, str], JobSummary]:
             with self._required_database().transaction() as connection:
-                return queries.get_summaries(connection, self.tenant, job_ids)
+                return {
+                    (tenant, job_id): summary
+                    for tenant, job_ids in by_tenant.items()
+                    for job_id, summary in queries.get_summaries(connection, tenant, job_ids).items()
+                }
 
         return self._perform(read)
 
@@ -312,6 +365,18 @@ class BaseClient(ForkMember):
             queries.enqueue(connection, again, found.queue, retry_of=job_id)  # that queue's workers find it
         return again.id
 
+    def _delete(self, job_id: str) -> bool:
+        database, keys = self._required_database(), self._keys(job_id)
+        with database.transaction() as connection:
+            progress = queries.get_progress(connection, self.tenant, job_id)
+        if progress is None:
+            return False
+        if not progress.status.terminal:
+            raise JobStateError(f"job {job_id} is {progress.status}; cancel it first, and delete it when it has ended")
+        self._redis.delete_log(keys)  # first, so that who is refused here can try again
+        with database.transaction() as connection:
+            return queries.delete_ended(connection, self.tenant, job_id)
+
     def _waiting_for(self, job_id: str) -> WaitingFor | None:
         database = self._required_database()
         _check_id(job_id)
@@ -350,6 +415,17 @@ class BaseClient(ForkMember):
 def _log_reason(job_id: str, reason: WaitingFor) -> None:
     level = logging.INFO if reason.passes else logging.WARNING
     _log.log(level, "job %s waits for %s", job_id, reason.text)
+
+
+def _check_tenant(tenant: str | None) -> None:
+    if not _can_be_an_id(tenant or ""):
+        raise InvalidSettingError("a tenant consists of letters, digits, '.', '_' and '-', at most 128 of them")
+
+
+def _cursor(after: str | None) -> names.EventId | None:
+    if after is not None:
+        check_text("after", after)
+    return parse_cursor(after)
 
 
 def _can_be_an_id(text: str) -> bool:

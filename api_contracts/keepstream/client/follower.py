@@ -17,8 +17,9 @@ import random
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
+from keepstream.client.payloads import Form, Payload
 from keepstream.errors import (
     EventsLostError,
     FollowTimeoutError,
@@ -26,10 +27,12 @@ from keepstream.errors import (
     JobNotFoundError,
     StoreUnavailableError,
 )
-from keepstream.events import Event, is_terminal, parse_event, snapshot_event, terminal_event
+from keepstream.events import TERMINAL_TYPES, Event, snapshot_event, terminal_event
 from keepstream.names import EventId, parse_event_id
 from keepstream.results import CompletionResult, JobStatus, JobSummary, WaitingFor
-from keepstream.transcript import Place, place_of
+from keepstream.transcript import Place, place_of_id
+
+E = TypeVar("E")  #: The form in which the reader gets events.
 
 LOG_PAGE: Final = 500  #: Log entries read at once: the most that a follower holds in memory.
 CHECK_EVERY: Final = 3.0  #: Seconds of silence after which the log and the row are checked.
@@ -52,7 +55,7 @@ class Subscribe(Operation):
 
 @dataclass(frozen=True, slots=True)
 class Listen(Operation):
-    """Wait for a message on the channel. Result: its payload, or None if none came."""
+    """Wait for a message on the channel. Result: its ``Payload``, or None if none came."""
 
     seconds: float  #: The longest wait.
 
@@ -93,7 +96,7 @@ class LogEntry(NamedTuple):
     """One entry of the log."""
 
     id: str
-    payload: bytes
+    payload: Payload
 
 
 class DisconnectedError(Exception):
@@ -101,7 +104,7 @@ class DisconnectedError(Exception):
 
 
 #: What ``Follower.run`` returns: yields operations, whose results are sent back, and events for the reader.
-FollowerRun = Generator[Operation | Event, Any, None]
+FollowerRun = Generator[Operation | E, Any, None]
 
 
 def parse_cursor(text: str | None) -> EventId | None:
@@ -118,12 +121,55 @@ def parse_cursor(text: str | None) -> EventId | None:
         raise InvalidCursorError(f"'after' is {error}") from None
 
 
-class Follower:
+class Progress(NamedTuple):
+    """How far a job has come, by its row."""
+
+    status: JobStatus
+    attempt: int
+    terminal_event_id: str | None
+
+
+def is_more_to_come(
+    job_id: str, after: EventId | None, newest: LogEntry | None, progress: Progress | None, *, has_database: bool
+) -> bool:
+    """Tell whether a reader at ``after`` has events to expect; False: it has the job's terminal event.
+
+    A cursor is refused only if it can never become good, so a follower may still refuse one later.
+
+    Args:
+        job_id: The job.
+        after: The last event the reader has, or None.
+        newest: The newest entry of the log, if there is one and Redis answers.
+        progress: The job's row, if there is one and the database answers.
+        has_database: Whether the database answers.
+
+    Raises:
+        InvalidCursorError: ``after`` is beyond the job's end, or beyond its next attempt.
+        JobNotFoundError: there is neither log nor row, as far as the database can tell.
+    """
+    if newest is None and progress is None and has_database:
+        raise JobNotFoundError(f"there is no job {job_id}, neither on Redis nor in the database")
+    end = limit = None
+    if newest is not None and _is_end(newest):
+        end = limit = _stream_id(newest.id)
+    elif progress is not None and progress.terminal_event_id is not None:
+        end = limit = parse_event_id(progress.terminal_event_id)
+    elif progress is not None:
+        limit = EventId(progress.attempt + 1, 0)
+    elif newest is not None and not has_database:
+        limit = EventId(_stream_id(newest.id).attempt + 1, 0)
+    if after is not None and limit is not None and after > limit:
+        raise InvalidCursorError(f"'after' is {after}, and job {job_id} has not come that far")
+    return after is None or after != end
+
+
+class Follower(Generic[E]):
     """Follows one job for one reader, from the event after ``after`` to the terminal event.
 
     Args:
         job_id: The job.
         after: The last event the reader has, or None.
+        form: The form in which the reader gets events.
         has_database: Whether ``ReadSummary`` and ``ReadResult`` can be performed.
         timeout: Seconds without an event after which to give up.
         not_found_after: Seconds to wait for a job that is neither on Redis nor in the database.
@@ -137,6 +183,7 @@ class Follower:
         job_id: str,
         after: EventId | None,
         *,
+        form: Form[E],
         has_database: bool,
         timeout: float,
         not_found_after: float,
@@ -145,6 +192,7 @@ class Follower:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._job_id = job_id
+        self._form = form
         self._has_database = has_database
         self._timeout = timeout
         self._total_timeout = total_timeout
@@ -154,7 +202,8 @@ class Follower:
         self._last = after
         self._cursor_is_valid = after is None  # True once the job is known to have come as far as ``after``
         self._beyond_log_since: float | None = None  # when the log was first seen to end before ``after``
-        self._ahead: Event | None = None  # the newest event that cannot be delivered yet, because others are missing
+        self._ahead: EventId | None = None  # the newest event that cannot be delivered yet, because others are missing
+        self._ahead_is_end = False
         self._log_is_missing: bool | None = None  # None: not known
         self._is_connected = False
         self._waits_for: dict[str, WaitingFor] = {}  # by cause, as it was when last looked at
@@ -164,7 +213,7 @@ class Follower:
         self._reconnect_delay = _FIRST_RECONNECT_DELAY
         self._ended = False
 
-    def run(self) -> FollowerRun:
+    def run(self) -> FollowerRun[E]:
         """Yield operations and events until the terminal event has been delivered.
 
         Raises:
@@ -201,7 +250,7 @@ class Follower:
                     yield Sleep(min(delay, self._seconds_left()))
                     self._reconnect_delay = min(2 * self._reconnect_delay, _MAX_RECONNECT_DELAY)
 
-    def _catch_up(self) -> FollowerRun:
+    def _catch_up(self) -> FollowerRun[E]:
         """Deliver what is in the log; ask the database if the log has nothing new or has gaps."""
         self._waits_for.clear()
         last = self._last
@@ -230,14 +279,14 @@ class Follower:
         if not self._ended:
             self._check_timeout()
 
-    def _listen(self) -> Generator[Operation | Event, Any, bool]:
+    def _listen(self) -> Generator[Operation | E, Any, bool]:
         """Deliver what arrives on the channel; return False when an event is missing, True after a silence."""
         next_check = self._clock() + (_CHECK_UNKNOWN_EVERY if "job" in self._waits_for else CHECK_EVERY)
         while not self._ended:
             seconds = min(next_check - self._clock(), self._seconds_left())
             if seconds <= 0:
                 return True
-            payload: bytes | None = yield Listen(seconds)
+            payload: Payload | None = yield Listen(seconds)
             if payload is None:
                 continue
             was_behind = self._is_behind
@@ -250,30 +299,32 @@ class Follower:
                 return False
         return False
 
-    def _handle(self, payload: bytes) -> Generator[Operation | Event, Any, Place]:
+    def _handle(self, payload: Payload) -> Generator[Operation | E, Any, Place]:
         """Deliver the event if it comes next; remember it if events before it are missing."""
         try:
-            event = parse_event(payload)
-            place = place_of(event, self._last)
+            here, event_type = payload.event_id, payload.raw.type
+            place = place_of_id(here, event_type, self._last)
+            event = self._form.of_payload(payload) if place is Place.NEXT else None
         except ValueError:
             return Place.SEEN  # unreadable: if it mattered, the next event shows the gap
-        if place is Place.NEXT:
-            yield from self._deliver(event)
+        if event is not None:
+            yield from self._deliver(event, here, event_type)
         elif place is Place.AHEAD:
-            self._ahead = event
+            self._ahead = here
+            self._ahead_is_end = event_type in TERMINAL_TYPES
         return place
 
-    def _deliver(self, event: Event) -> FollowerRun:
-        self._last = event.event_id
+    def _deliver(self, event: E, here: EventId, event_type: str) -> FollowerRun[E]:
+        self._last = here
         self._cursor_is_valid = True
         self._log_is_missing = False
         self._waits_for.clear()
         self._reported.clear()
-        self._ended = is_terminal(event)
+        self._ended = event_type in TERMINAL_TYPES
         yield event
         self._delivered_at = self._clock()  # after the reader came back: its own pauses do not count as silence
 
-    def _ask_database(self) -> FollowerRun:
+    def _ask_database(self) -> FollowerRun[E]:
         """If the job's row says that it has ended, deliver the rest from the stored result."""
         if not self._has_database:
             return
@@ -296,16 +347,16 @@ class Follower:
         end = terminal_event(result)
         self._check_cursor(end.event_id)
         for event in _stored_events(result, self._last):
-            yield from self._deliver(event)
+            yield from self._deliver(self._form.of_event(event), event.event_id, event.type)
         self._ended = True
 
     @property
     def _is_behind(self) -> bool:
-        return self._ahead is not None and (self._last is None or self._last < self._ahead.event_id)
+        return self._ahead is not None and (self._last is None or self._last < self._ahead)
 
     @property
     def _end_is_ahead(self) -> bool:
-        return self._is_behind and self._ahead is not None and is_terminal(self._ahead)
+        return self._is_behind and self._ahead_is_end
 
     def _check_cursor(self, limit: EventId) -> None:
         if not self._cursor_is_valid and self._last is not None and self._last > limit:
@@ -371,7 +422,7 @@ def _stored_events(result: CompletionResult, last: EventId | None) -> Iterator[E
 
 def _is_end(entry: LogEntry) -> bool:
     try:
-        return is_terminal(parse_event(entry.payload))
+        return entry.payload.raw.type in TERMINAL_TYPES
     except ValueError:
         return False
 

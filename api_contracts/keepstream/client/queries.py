@@ -1,7 +1,7 @@
-"""The client's statements: a job is enqueued, cancelled, read or repeated.
+"""The client's statements: a job is enqueued, cancelled, read, repeated or deleted.
 
 In: a connection inside a transaction, and a job or its id, from ``keepstream.client.base``.  Out: rows of new and
-cancelled jobs; stored results.  Listings are in ``listing``.
+cancelled jobs, fewer rows; stored results.  Listings are in ``listing``.
 
 Nothing here commits: the caller's transaction decides what belongs together.  The worker uses the rows of a new job,
 ``cancel`` and ``get`` as well, so that producers and workers write and read the same.
@@ -12,18 +12,30 @@ from collections.abc import Collection
 from functools import cache
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, Table, and_, bindparam, func, select, update
+from sqlalchemy import ColumnElement, Connection, Table, and_, bindparam, delete, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from keepstream import estimates, names, tables
 from keepstream.client.endings import CANCELLED_MESSAGE, end_unclaimed, stop_waiting
+from keepstream.client.follower import Progress
 from keepstream.client.lanes import lane_id, pool_id
 from keepstream.client.results_from_rows import SUMMARY_COLUMNS, completion_result, job_summary
 from keepstream.client.waiting import COLUMNS, reasons
 from keepstream.errors import ErrorCode, IdempotencyConflictError
 from keepstream.jobs import Chain, Job, parse_job
 from keepstream.results import TERMINAL_STATUSES, CompletionResult, JobStatus, JobSummary
-from keepstream.tables import arrivals, attempts, choices, jobs, pools, requests, running, tool_calls, waiting
+from keepstream.tables import (
+    announcements,
+    arrivals,
+    attempts,
+    choices,
+    jobs,
+    pools,
+    requests,
+    running,
+    tool_calls,
+    waiting,
+)
 
 # -- writing --------------------------------------------------------------------------------------
 
@@ -181,6 +193,15 @@ def cancel(connection: Connection, tenant: str, job_id: str) -> JobStatus | None
     return JobStatus.CANCELLED
 
 
+def delete_ended(connection: Connection, tenant: str, job_id: str) -> bool:
+    """Delete a job that has ended, with all that belongs to it; return whether there was such a job."""
+    mine = and_(_is(tenant, job_id), jobs.c.status.in_(TERMINAL_STATUSES))
+    if not connection.execute(delete(jobs).where(mine)).rowcount:  # and, by the foreign keys, what belongs to it
+        return False
+    connection.execute(delete(announcements).where(_of(announcements, tenant, job_id)))
+    return True
+
+
 # -- reading --------------------------------------------------------------------------------------
 
 
@@ -225,6 +246,13 @@ def get_summaries(connection: Connection, tenant: str, job_ids: Collection[str])
     rows = connection.execute(select(*columns).where(jobs.c.tenant == tenant, jobs.c.id.in_(job_ids))).all()
     found = reasons(connection, tenant, rows)
     return {row.id: job_summary(row, found.get(row.id)) for row in rows}
+
+
+def get_progress(connection: Connection, tenant: str, job_id: str) -> Progress | None:
+    """Return how far a job has come, or None; the cost is that of one row."""
+    columns = (jobs.c.status, jobs.c.attempt, jobs.c.terminal_event_id)
+    row = connection.execute(select(*columns).where(_is(tenant, job_id))).one_or_none()
+    return None if row is None else Progress(JobStatus(row.status), row.attempt, row.terminal_event_id)
 
 
 class Repeatable(NamedTuple):

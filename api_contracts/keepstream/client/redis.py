@@ -1,6 +1,6 @@
-"""The client's connections to Redis: performs a follower's operations and leaves cancellation requests.
+"""The client's connections to Redis: performs a follower's operations, leaves cancellation requests, looks at logs.
 
-In: a follower's run, and requests to cancel, from ``keepstream.client.sync`` and ``keepstream.client.aio``.
+In: a follower's run, and requests to cancel or delete, from ``keepstream.client.sync`` and ``keepstream.client.aio``.
 Out: the run's events; keys and messages on Redis.
 
 Every call is bounded in time.  A lost subscription is reported to the follower: redis-py would reconnect
@@ -36,11 +36,11 @@ from keepstream.client.follower import (
     Subscribe,
 )
 from keepstream.client.forks import PerProcess
+from keepstream.client.payloads import Payload
 from keepstream.client.redis_connections import PoolOptions, make_async_pool, make_pool
 from keepstream.client.redis_errors import translate
 from keepstream.client.redis_url import RedisServer, parse_redis_url
 from keepstream.errors import BrokerUnavailableError, KeepstreamError, UnexpectedError
-from keepstream.events import Event
 from keepstream.names import JobKeys
 
 #: Seconds; each command is small, so a longer wait means an outage.
@@ -62,6 +62,7 @@ _SUBSCRIPTION_POOL: Final[PoolOptions] = {
 _CONNECTING: Final = 16  #: Followers that connect at once; all at once would keep each other from it.
 
 T = TypeVar("T")
+E = TypeVar("E")
 DatabaseRead = ReadSummary | ReadResult  #: What the database performs, through a function of the client's.
 #: A call to make, and what to do with its reply, which the async form has to await first.
 _Call = tuple[Callable[[], Any], Callable[[Any], Any]]
@@ -87,7 +88,7 @@ class RedisConnections:
         self._links.get()
         self._check_open = check_open
 
-    def follow(self, run: FollowerRun, keys: JobKeys, read: Callable[[DatabaseRead], Any]) -> Generator[Event]:
+    def follow(self, run: FollowerRun[E], keys: JobKeys, read: Callable[[DatabaseRead], Any]) -> Generator[E]:
         """Perform a follower's run and yield its events; ``read`` asks the database."""
         session = _Session(self._links.get, keys, read=read, sleep=time.sleep, close=methodcaller("close"))
         result = None
@@ -142,6 +143,32 @@ class RedisConnections:
         except (RedisError, OSError) as error:
             raise BrokerUnavailableError(f"Redis did not take the cancellation ({type(error).__name__})") from None
 
+    def read_newest(self, keys: JobKeys) -> LogEntry | None:
+        """Return the newest entry of a job's log, or None if there is no log.
+
+        Raises:
+            BrokerUnavailableError: Redis did not answer.
+            InvalidSettingError: it does not let us, or its answer is none.
+        """
+        try:
+            return _first_entry(self._commands.xrevrange(keys.log, count=1))
+        except (RedisError, OSError) as error:
+            known = translate(error)
+            if isinstance(known, KeepstreamError):
+                raise known from None
+            raise BrokerUnavailableError(f"Redis: {known}") from None
+
+    def delete_log(self, keys: JobKeys) -> None:
+        """Delete a job's log, if there is one.
+
+        Raises:
+            BrokerUnavailableError: Redis did not do it.
+        """
+        try:
+            self._commands.delete(keys.log)
+        except (RedisError, OSError) as error:
+            raise BrokerUnavailableError(f"Redis did not delete the job's log ({type(error).__name__})") from None
+
     def close(self) -> None:
         """Close all connections."""
         links = self._links.take()
@@ -167,8 +194,8 @@ class AsyncRedisConnections:
         self._loops: PerProcess[dict[asyncio.AbstractEventLoop, _AsyncLinks]] = PerProcess(dict)
 
     async def follow(
-        self, run: FollowerRun, keys: JobKeys, read: Callable[[DatabaseRead], Awaitable[Any]]
-    ) -> AsyncGenerator[Event]:
+        self, run: FollowerRun[E], keys: JobKeys, read: Callable[[DatabaseRead], Awaitable[Any]]
+    ) -> AsyncGenerator[E]:
         """Perform a follower's run and yield its events; ``read`` asks the database."""
         links = await self._links()
         session = _Session(lambda: links, keys, read=read, sleep=asyncio.sleep, close=methodcaller("aclose"))
@@ -402,16 +429,16 @@ def _check_confirmed(message: dict[str, Any] | None) -> None:
         raise DisconnectedError("it did not confirm the subscription")
 
 
-def _payload(message: dict[str, Any] | None) -> bytes | None:
+def _payload(message: dict[str, Any] | None) -> Payload | None:
     if message is None:
         return None
     if message["type"] != "message":  # a second confirmation: redis-py has made a new connection
         raise DisconnectedError("it has closed the connection")
-    return bytes(message["data"])
+    return Payload(message["data"])
 
 
 def _entries(reply: Any) -> list[LogEntry]:
-    return [LogEntry(entry_id.decode(), fields.get(b"event", b"")) for entry_id, fields in reply]
+    return [LogEntry(entry_id.decode(), Payload(fields.get(b"event", b""))) for entry_id, fields in reply]
 
 
 def _first_entry(reply: Any) -> LogEntry | None:

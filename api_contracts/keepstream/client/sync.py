@@ -12,15 +12,18 @@ in the database::
 
 from collections.abc import Callable, Collection, Generator, Mapping
 from datetime import datetime
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from keepstream.client.base import FOLLOW_TIMEOUT, NOT_FOUND_AFTER, WAIT_TIMEOUT, BaseClient
 from keepstream.client.follower import FollowerRun, ReadSummary
 from keepstream.client.listing import make_wanted
+from keepstream.client.payloads import RAW, TYPED
 from keepstream.client.redis import DatabaseRead
-from keepstream.events import Event
+from keepstream.events import Event, RawEvent
 from keepstream.jobs import Job
 from keepstream.results import CompletionResult, JobPage, JobStatus, JobSummary, WaitingFor
+
+E = TypeVar("E")
 
 
 class Client(BaseClient):
@@ -86,7 +89,56 @@ class Client(BaseClient):
             EventsLostError: the log has lost events of an ended job, and there is no database to ask.
             InvalidSettingError: Redis does not accept the URL's user, or cannot be used to follow this job.
         """
-        return self._events(self._run_follower, job_id, after, timeout, not_found_after)
+        return self._events(self._run_follower, job_id, after, timeout, not_found_after, TYPED)
+
+    def follow_raw(
+        self,
+        job_id: str,
+        after: str | None = None,
+        *,
+        timeout: float = FOLLOW_TIMEOUT,
+        not_found_after: float = NOT_FOUND_AFTER,
+        on_waiting: Callable[[WaitingFor], None] | None = None,
+    ) -> Generator[RawEvent]:
+        """Iterate over a job's events as ``follow`` does, but pass each on as its bytes: for gateways.
+
+        Nothing but an event's id and type is read of it, so it costs a fraction.  Which events come, and which errors
+        are raised, is the same.  What is wrong with the arguments is raised at once, all else by the iteration.
+
+        Args:
+            job_id: The job.
+            after: Id of the last event the reader has; the iteration begins with the next one.
+            timeout: Seconds without any event after which to give up.
+            not_found_after: Seconds to wait for a job that is unknown, because it may still be on its way.
+            on_waiting: Called with what keeps the job waiting, instead of logging it: each cause once, until the next
+                event.  It must not block, and what it raises ends the iteration.
+
+        Raises:
+            KeepstreamError: as ``follow``.
+        """
+        return self._events(self._run_follower, job_id, after, timeout, not_found_after, RAW, on_waiting)
+
+    def check_follow(self, job_id: str, after: str | None = None) -> bool:
+        """Tell at once whether a job can be followed from a cursor: for what must be known before the first event.
+
+        It looks at the newest entry of the log and at the row, and waits for nothing.
+
+        Args:
+            job_id: The job.
+            after: Id of the last event the reader has.
+
+        Returns:
+            True if events are to be expected, now or later; False if the reader already has the terminal event.
+
+        Raises:
+            InvalidCursorError: ``after`` is no event id of this job; a cursor that may become good, because a fail-over
+                of Redis can take the newest events away for some seconds, is refused by ``follow`` alone.
+            JobNotFoundError: there is no such job; only a client with a database can know.
+            StoreUnavailableError: the database did not answer, and there is no log.
+            BrokerUnavailableError: Redis did not answer, and there is no row.
+            InvalidSettingError: Redis does not accept the URL's user, or cannot be used to follow this job.
+        """
+        return self._perform(self._check_follow, job_id, after)
 
     def cancel(self, job_id: str) -> JobStatus | None:
         """Cancel a job, whatever its state, and return its status after that. May be repeated.
@@ -192,9 +244,28 @@ class Client(BaseClient):
         """
         return self._perform(self._retry, job_id, force=force)
 
+    def delete(self, job_id: str) -> bool:
+        """Delete an ended job with everything stored about it, and its log; return whether there was such a job.
+
+        A worker that is telling the job's end at this very moment may write its last events once more; they expire as
+        every log does.
+
+        Raises:
+            JobNotFoundError: no job can have this id.
+            JobStateError: it has not ended.
+            NotConfiguredError: the client has no database.
+            StoreUnavailableError: the database did not do it; the job is still there.
+            BrokerUnavailableError: Redis did not delete the log; the job is still there.
+        """
+        return self._perform(self._delete, job_id)
+
     def close(self) -> None:
-        """Close all connections, after the calls under way. Iterations of ``follow`` end with ``ClientClosedError``."""
-        self._close()
+        """Close all connections, after the calls under way. Iterations of ``follow`` end with ``ClientClosedError``.
+
+        A client from ``for_tenant`` has none of its own, and closes nothing.
+        """
+        if self._origin is None:
+            self._close()
 
     def __enter__(self) -> Self:
         return self
@@ -202,10 +273,10 @@ class Client(BaseClient):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _events(self, make_run: Callable[..., FollowerRun], job_id: str, *arguments: Any) -> Generator[Event]:
+    def _events(self, make_run: Callable[..., FollowerRun[E]], job_id: str, *arguments: Any) -> Generator[E]:
         keys = self._perform(self._keys, job_id)
         run = self._perform(make_run, job_id, *arguments)
-        question = self._summaries.join(job_id)
+        question = self._summaries.join((self.tenant, job_id))
 
         def read(operation: DatabaseRead) -> JobSummary | CompletionResult | None:
             if isinstance(operation, ReadSummary):
