@@ -76,7 +76,7 @@ COMPILE := $(BIN)/uv pip compile --quiet --no-config --universal --python-versio
 lock: $(VENV)/dev ## Write requirements/*.txt anew [UPGRADE=1 moves to newer versions]
 	@echo "Resolving from the public registry ..."
 	@$(COMPILE) $(if $(UPGRADE),--upgrade) pyproject.toml --all-extras --group build --group dev -o requirements/dev.txt
-	@$(COMPILE) --constraint requirements/dev.txt pyproject.toml --extra worker --extra postgres -o requirements/runtime.txt
+	@$(COMPILE) --constraint requirements/dev.txt pyproject.toml --extra worker --extra gateway --extra postgres -o requirements/runtime.txt
 	@$(COMPILE) --constraint requirements/dev.txt pyproject.toml --extra embedded --extra postgres -o requirements/demo.txt
 	@$(COMPILE) --constraint requirements/dev.txt --group build -o requirements/build.txt
 	@$(COMPILE) --constraint requirements/dev.txt --group bench -o requirements/bench.txt
@@ -84,7 +84,7 @@ lock: $(VENV)/dev ## Write requirements/*.txt anew [UPGRADE=1 moves to newer ver
 
 clean: ## Remove the environment and everything generated
 	rm -rf $(VENV) $(INTEROP) build dist bench-results .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
-	find api_contracts worker migrations tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	find api_contracts worker gateway migrations tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # Set-up. Each file is the stamp of one finished step, so that a second run starts at once.
 
@@ -102,7 +102,7 @@ $(VENV)/demo: $(VENV)/python requirements/build.txt requirements/demo.txt pyproj
 	@echo "Installing what workers and demo need with $$($(PY) --version) (30 MB; about a minute, once) ..."
 	@$(LOCKED) -r requirements/build.txt -r requirements/demo.txt
 	@$(PIP_INSTALL) --no-build-isolation --editable .
-	@$(PY) -c 'import keepstream_worker.app, keepstream_worker.commands.demo' # compiled here rather than during the demo
+	@$(PY) -c 'import keepstream_worker.app, keepstream_worker.commands.demo, keepstream_gateway.app' # compiled here rather than during the demo
 	@touch $@
 
 $(VENV)/dev: $(VENV)/demo requirements/dev.txt

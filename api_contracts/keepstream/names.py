@@ -7,6 +7,7 @@ Out: names of Redis keys and channels, to the worker, the client and the generat
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+from enum import StrEnum
 from typing import Final, NamedTuple
 
 DISTRIBUTION: Final = "keepstream"  #: What pip installs.
@@ -16,6 +17,7 @@ PREFIX: Final = "keepstream"  #: Default prefix of every Redis key and channel o
 DEFAULT_TENANT: Final = "default"
 
 ENVIRONMENT: Final = "KEEPSTREAM_"  #: How our environment variables begin.
+GATEWAY_ENVIRONMENT: Final = "KEEPSTREAM_GATEWAY_"  #: How those begin that only a gateway has.
 ENV_REDIS_URL: Final = "KEEPSTREAM_REDIS_URL"
 ENV_BROKER_URL: Final = "KEEPSTREAM_BROKER_URL"
 ENV_REDIS_PASSWORD: Final = "KEEPSTREAM_REDIS_PASSWORD"  # noqa: S105  # a name, not a password
@@ -34,6 +36,13 @@ _OF_A_SERVICE: Final = re.compile(
 #: Of tenant and job ids: they are parts of key names, so braces, colons and spaces are not allowed.
 ID_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._\-]{0,127}$"
 EVENT_ID_PATTERN: Final = r"^[1-9][0-9]{0,8}-[1-9][0-9]{0,9}$"
+
+
+class Right(StrEnum):
+    """What an API key of the gateway is for."""
+
+    API = "api"  #: To enqueue, follow, cancel and read the tenant's jobs.
+    CONSOLE = "console"  #: To look at the console.
 
 
 class JobKeys(NamedTuple):

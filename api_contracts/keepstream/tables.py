@@ -284,6 +284,18 @@ rejected_messages: Final = Table(
     Index("ix_keepstream_rejected_messages_rejected_at", "rejected_at"),
 )
 
+api_keys: Final = Table(
+    "keepstream_api_keys",
+    metadata,
+    Column("id", String(16), primary_key=True, comment="the part of the key that everybody may see"),
+    Column("hash", String(64), nullable=False, comment="SHA-256 of the key, hexadecimal"),
+    Column("tenant", String(128), nullable=False, comment="whose jobs it is for"),
+    Column("name", String(128), nullable=False, comment="what people call it"),
+    Column("rights", _JSON, nullable=False, comment="a list: api, console"),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("revoked_at", UtcDateTime, comment="null: it is accepted"),
+)
+
 # What is to be done: narrow tables, whose rows are deleted when it is done.  They are not for other services.
 
 #: Rows come and go: cleaned often, without pauses, whatever the size of the table.

@@ -31,7 +31,7 @@ from keepstream_worker.dev_stack.embedded import EmbeddedProcess, EmbeddedProvid
 ROOT: Final = Path(__file__).parents[2]
 PROJECT: Final[dict[str, Any]] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS: Final = PROJECT["optional-dependencies"].keys()
-OURS: Final = {"keepstream", "keepstream_worker", f"keepstream-{PROJECT['version']}.dist-info"}
+OURS: Final = {"keepstream", "keepstream_worker", "keepstream_gateway", f"keepstream-{PROJECT['version']}.dist-info"}
 HOST: Final = {"api_contracts", "migrations", "worker", "host-1.0.dist-info"}
 UV: Final = (sys.executable, "-m", "uv")
 PIP: Final = (sys.executable, "-m", "pip")
@@ -189,11 +189,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout in which Python and other tools have left their caches."""
     target = tmp_path_factory.mktemp("source")
     ignore = shutil.ignore_patterns("__pycache__", ".*_cache")
-    for name in ("api_contracts", "worker", "migrations", "tests"):
+    for name in ("api_contracts", "worker", "gateway", "migrations", "tests"):
         shutil.copytree(ROOT / name, target / name, ignore=ignore)
     for name in ("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", ".gitignore"):
         shutil.copy(ROOT / name, target)
-    for package in ("api_contracts/keepstream", "worker/keepstream_worker", "migrations", "migrations/versions"):
+    packages = ("api_contracts/keepstream", "worker/keepstream_worker", "gateway/keepstream_gateway")
+    for package in (*packages, "migrations", "migrations/versions"):
         for cache, file in ((".mypy_cache", "cache.json"), ("__pycache__", "module.cpython-311.pyc")):
             (target / package / cache).mkdir()
             (target / package / cache / file).touch()
@@ -225,13 +226,13 @@ def metadata(wheel_files: dict[str, bytes]) -> Message:
     return BytesParser().parsebytes(wheel_files[name])
 
 
-def test_the_wheel_holds_two_packages_and_nothing_else(wheel_files: dict[str, bytes]) -> None:
+def test_the_wheel_holds_our_packages_and_nothing_else(wheel_files: dict[str, bytes]) -> None:
     assert {name.partition("/")[0] for name in wheel_files} == OURS
 
 
 def test_the_wheel_holds_each_module_of_the_checkout_and_no_test_and_no_cache(wheel_files: dict[str, bytes]) -> None:
     homes = {"api_contracts/keepstream": "keepstream", "worker/keepstream_worker": "keepstream_worker"}
-    homes["migrations"] = "keepstream_worker/migrations"
+    homes |= {"gateway/keepstream_gateway": "keepstream_gateway", "migrations": "keepstream_worker/migrations"}
     files = {
         f"{home}/{path.relative_to(ROOT / folder)}"
         for folder, home in homes.items()

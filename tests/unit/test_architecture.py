@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 DOCUMENT = (ROOT / "docs" / "architecture.md").read_text()
 GLOSSARY = (ROOT / "docs" / "glossary.md").read_text()
 WORKER = ROOT / "worker" / "keepstream_worker"
+GATEWAY = ROOT / "gateway" / "keepstream_gateway"
 
 #: `path.py` and `path.py: function` or `path.py: Class.method`.
 NAMED = sorted(set(re.findall(r"`([\w/]+\.py)(?:: ([\w.]+))?`", DOCUMENT)))
@@ -19,7 +20,7 @@ NAMED = sorted(set(re.findall(r"`([\w/]+\.py)(?:: ([\w.]+))?`", DOCUMENT)))
 
 def find(path: str) -> Path | None:
     """Return the file that the document means, or None."""
-    bases = (WORKER, ROOT / "api_contracts", ROOT / "api_contracts" / "keepstream")
+    bases = (WORKER, ROOT / "api_contracts", ROOT / "api_contracts" / "keepstream", ROOT / "gateway", GATEWAY)
     return next((base / path for base in bases if (base / path).exists()), None)
 
 
@@ -44,9 +45,9 @@ def test_every_file_and_function_that_the_walk_names_exists(path: str, name: str
 
 def test_every_module_that_a_docstring_names_exists() -> None:
     named: dict[str, Path] = {}
-    for directory in ("api_contracts", "worker", "migrations", "benchmarks", "tests"):
+    for directory in ("api_contracts", "worker", "gateway", "migrations", "benchmarks", "tests"):
         for file in (ROOT / directory).rglob("*.py"):
-            found = re.findall(r"``(keepstream(?:_worker)?(?:\.\w+)+)``", file.read_text())
+            found = re.findall(r"``(keepstream(?:_worker|_gateway)?(?:\.\w+)+)``", file.read_text())
             named |= dict.fromkeys(found, file.relative_to(ROOT))
     gone = {}
     for name, file in named.items():
@@ -64,14 +65,15 @@ def test_the_walk_goes_through_the_rooms() -> None:
     assert visited >= {"keepstream", "intake", "service.py", "jobs", "providers", "events", "store", "upkeep"}
 
 
-def test_every_room_of_the_layers_is_described() -> None:
+@pytest.mark.parametrize(("package", "title"), [(WORKER, "The rooms"), (GATEWAY, "The gateway")])
+def test_every_room_of_the_layers_is_described(package: Path, title: str) -> None:
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
-    (layers,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
-    rooms = {room for layer in layers for room in re.findall(r"\w+", layer)}
-    table = DOCUMENT.partition("## The rooms")[2].partition("\n## ")[0]
+    (layers,) = (contract["layers"] for contract in contracts if contract.get("containers") == [package.name])
+    there = {path.stem for path in package.iterdir() if (path / "__init__.py").is_file() or path.suffix == ".py"}
+    rooms = {room for layer in layers for room in re.findall(r"\w+", layer)} & there
+    table = DOCUMENT.partition(f"## {title}\n")[2].partition("\n## ")[0]
     described = {name.removesuffix(".py") for name in re.findall(r"^\| `(\w+)(?:/|\.py)` \|", table, re.MULTILINE)}
-    assert described == rooms
-    assert all((WORKER / room).is_dir() or (WORKER / f"{room}.py").is_file() for room in rooms)
+    assert described == rooms == there - {"__init__"}
 
 
 def test_the_picture_fits_a_console() -> None:

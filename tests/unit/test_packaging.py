@@ -30,13 +30,19 @@ EXTRA_OF: dict[str, str | None] = {
     "keepstream.client": "client",
     "keepstream.tables": "client",
     "keepstream_worker": "worker",
+    "keepstream_gateway": "gateway",
     "keepstream_worker.dev_stack.embedded": "embedded",
     "migrations": "worker",
 }
 #: Our packages, and the half of pydantic that is a distribution of its own, pinned by the other.
-NOT_FOREIGN = {"keepstream", "keepstream_worker", "migrations", "pydantic_core"}
-#: What no module of ours imports: Kombu's Redis transport needs `packaging`, SQLAlchemy loads `psycopg` for a URL.
-LOADED_BY_NAME: dict[str | None, set[str]] = {"postgres": {"psycopg"}, "worker": {"packaging"}}
+NOT_FOREIGN = {"keepstream", "keepstream_worker", "keepstream_gateway", "migrations", "pydantic_core"}
+#: What no module of ours imports: Kombu's Redis transport needs `packaging`, SQLAlchemy loads `psycopg` for a URL,
+#: uvicorn what it is faster with, and redis-py `hiredis`.
+LOADED_BY_NAME: dict[str | None, set[str]] = {
+    "postgres": {"psycopg"},
+    "worker": {"packaging"},
+    "gateway": {"hiredis", "httptools", "uvloop"},
+}
 KUBERNETES = ("1.32", "1.37")  #: The oldest and the newest whose schemas the manifests have to meet.
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
@@ -85,7 +91,7 @@ def imports() -> dict[str, set[str]]:
     """The foreign distributions that each of our modules imports from, wherever in the module it does."""
     distributions = packages_distributions()
     found: dict[str, set[str]] = {}
-    for package in ("api_contracts/keepstream", "worker/keepstream_worker", "migrations"):
+    for package in ("api_contracts/keepstream", "worker/keepstream_worker", "gateway/keepstream_gateway", "migrations"):
         for path in (ROOT / package).rglob("*.py"):
             tree = list(ast.walk(ast.parse(path.read_text())))
             names = {alias.name for node in tree if isinstance(node, ast.Import) for alias in node.names}
@@ -150,7 +156,7 @@ def test_the_lock_of_the_image_holds_no_embedded_server() -> None:
 
 
 def test_the_locks_hold_what_the_project_asks_for() -> None:
-    for lock, extras in (("runtime", ("worker", "postgres")), ("demo", ("embedded", "postgres"))):
+    for lock, extras in (("runtime", ("worker", "gateway", "postgres")), ("demo", ("embedded", "postgres"))):
         locked = versions(lock)
         for requirement in (found for extra in extras for found in requirements(extra)):
             assert requirement.specifier.contains(locked[requirement.name]), requirement

@@ -4,17 +4,20 @@ import base64
 import json
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jsonschema  # type: ignore[import-untyped]
 import pytest
+from pydantic.fields import FieldInfo
 from typer.main import get_command
 
 from keepstream import names
 from keepstream.events import parse_event
 from keepstream.jobs import parse_job
+from keepstream_gateway.settings import OWN_FIELDS
+from keepstream_gateway.settings import Settings as GatewaySettings
 from keepstream_worker.commands.main import app
 from keepstream_worker.providers.config import parse_policy, parse_providers
 from keepstream_worker.settings import Settings
@@ -44,12 +47,12 @@ def commands(program: str) -> Iterator[list[str]]:
 # -- settings --
 
 
-def settings_table() -> str:
-    """The README's table of settings."""
+def settings_table(prefix: str, fields: Mapping[str, FieldInfo]) -> str:
+    """A table of settings of the README."""
     rows = ["| Variable | Default | Meaning |", "|---|---|---|"]
-    for name, field in Settings.model_fields.items():
-        default = "" if field.default is None else f"`{_plain(field.default)}`"
-        rows.append(f"| `KEEPSTREAM_{name.upper()}` | {default} | {field.description} |")
+    for name, field in fields.items():
+        default = "" if field.default in (None, "") else f"`{_plain(field.default)}`"
+        rows.append(f"| `{prefix}{name.upper()}` | {default} | {field.description} |")
     return "\n".join(rows) + "\n"
 
 
@@ -57,15 +60,31 @@ def _plain(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def test_the_table_of_settings_is_that_of_the_code() -> None:
+@pytest.mark.parametrize(
+    ("marker", "prefix", "fields"),
+    [
+        ("settings", names.ENVIRONMENT, Settings.model_fields),
+        ("gateway settings", names.GATEWAY_ENVIRONMENT, OWN_FIELDS),
+    ],
+)
+def test_the_table_of_settings_is_that_of_the_code(marker: str, prefix: str, fields: Mapping[str, FieldInfo]) -> None:
     """When it fails: put what is expected between the markers."""
-    match = re.search(r"<!-- settings -->\n(.*)<!-- /settings -->", README, re.DOTALL)
+    match = re.search(rf"<!-- {marker} -->\n(.*)<!-- /{marker} -->", README, re.DOTALL)
     assert match is not None
-    assert match[1] == settings_table()
+    assert match[1] == settings_table(prefix, fields)
+
+
+def test_what_gateway_and_worker_share_has_one_default() -> None:
+    shared = {name: field for name, field in GatewaySettings.model_fields.items() if name not in OWN_FIELDS}
+    assert shared
+    for name, field in shared.items():
+        assert field.validation_alias == f"KEEPSTREAM_{name.upper()}"
+        assert field.default == Settings.model_fields[name].default
 
 
 def test_every_variable_that_a_document_names_exists() -> None:
     known = {f"KEEPSTREAM_{name.upper()}" for name in Settings.model_fields} | {"KEEPSTREAM_DEV"}
+    known |= {f"KEEPSTREAM_GATEWAY_{name.upper()}" for name in OWN_FIELDS}
     named = {name for document in DOCUMENTS for name in re.findall(r"KEEPSTREAM_[A-Z_]+[A-Z]", document.read_text())}
     assert named - known == set()
 
@@ -81,7 +100,10 @@ def test_every_make_target_that_a_document_names_exists() -> None:
 def test_every_keepstream_command_and_option_that_a_document_names_exists() -> None:
     for command, *arguments in commands("keepstream"):
         assert command in COMMANDS, command
-        options = {option for parameter in COMMANDS[command].params for option in parameter.opts}
+        known = COMMANDS[command]
+        while arguments and arguments[0] in getattr(known, "commands", {}):
+            known = known.commands[arguments.pop(0)]
+        options = {option for parameter in known.params for option in parameter.opts}
         used = {argument.partition("=")[0] for argument in arguments if re.match(r"--?[a-z]", argument)}
         assert used <= options | {"--help"}, (command, used - options)
 
@@ -142,7 +164,8 @@ def test_channel_and_log_are_named_as_they_are() -> None:
 
 
 def test_every_log_event_is_explained() -> None:
-    source = "\n".join(path.read_text() for path in sorted((ROOT / "worker").rglob("*.py")))
+    files = [path for package in ("worker", "gateway") for path in sorted((ROOT / package).rglob("*.py"))]
+    source = "\n".join(path.read_text() for path in files)
     said = set(re.findall(r"\blog\.(?:info|warning|error|exception|critical)\(\s*\"(\w+)\"", source))
     explained = set(re.findall(r"^\| `(\w+)` \| (?:info|warning|error|critical) \|", GUIDE, re.MULTILINE))
     assert said == explained
@@ -163,7 +186,8 @@ def test_every_link_leads_somewhere(document: Path) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_file_that_a_document_names_exists(document: Path) -> None:
     named = re.findall(
-        r"`((?:api_contracts|worker|tests|docs|migrations|requirements|benchmarks)/[\w./-]+)`", document.read_text()
+        r"`((?:api_contracts|worker|gateway|tests|docs|migrations|requirements|benchmarks)/[\w./-]+)`",
+        document.read_text(),
     )
     assert [path for path in named if not (ROOT / path).exists()] == []
 

@@ -233,6 +233,8 @@ def unknown_variables(environment: Mapping[str, str]) -> list[str]:
         spelling = name.upper()  # names are read in either case
         if not spelling.startswith(_PREFIX) or spelling in known or names.is_set_by_the_platform(name, value):
             continue
+        if spelling.startswith(names.GATEWAY_ENVIRONMENT):  # the gateway's, which looks at them itself
+            continue
         if _is_named_in_providers_file(name, environment):
             continue
         nearest = names.nearest(spelling.removeprefix(_PREFIX), (variable.removeprefix(_PREFIX) for variable in known))

@@ -17,7 +17,7 @@ try:
 except ModuleNotFoundError:  # installed for the contract or the client alone
     raise SystemExit(f"keepstream: the command line needs more; {names.install_hint('worker')}") from None
 
-from keepstream_worker.commands import jobs, operate, try_it
+from keepstream_worker.commands import gateway, jobs, operate, try_it
 from keepstream_worker.commands.entry import version_line
 from keepstream_worker.commands.exits import (
     EXIT_CODES,
@@ -39,7 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (try_it.group, jobs.group, operate.group):  # in the order of the help
+for group in (try_it.group, jobs.group, operate.group, gateway.group):  # in the order of the help
     app.add_typer(group.app)
 
 

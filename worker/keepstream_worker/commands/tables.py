@@ -1,6 +1,6 @@
 """Tables: stored jobs, their attempts and tool calls, and rejected messages.
 
-In: results and summaries, from the client; rejected messages, from the store.
+In: results, summaries and API keys, from the client; rejected messages, from the store.
 Out: tables on a console.
 """
 
@@ -13,6 +13,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from keepstream.client.api_keys import StoredKey
 from keepstream.results import CompletionResult, JobSummary, output_sha256
 from keepstream_worker.commands.formats import INDENT, error_line, printable, seconds_between, status_text, usage_line
 from keepstream_worker.store.inspection import RejectedMessage
@@ -214,6 +215,26 @@ def show_rejected(console: Console, messages: Sequence[RejectedMessage]) -> None
             message.job_id or "-",
             str(message.size or "-"),
             Text(printable(message.reason)),
+        )
+    console.print(table)
+
+
+def show_keys(console: Console, keys: Sequence[StoredKey]) -> None:
+    """Show API keys by how they begin."""
+    if not keys:
+        console.print("There is no API key; to make one: keepstream keys create", style="dim")
+        return
+    table = _plain_table()
+    for title in ("key", "tenant", "rights", "created (UTC)", "revoked (UTC)", "name"):
+        table.add_column(title, overflow="fold")
+    for key in keys:
+        table.add_row(
+            f"{key.prefix}…",
+            key.tenant,
+            ", ".join(sorted(key.rights)),
+            f"{key.created_at:%Y-%m-%d %H:%M:%S}",
+            "-" if key.revoked_at is None else f"{key.revoked_at:%Y-%m-%d %H:%M:%S}",
+            Text(printable(key.name)),
         )
     console.print(table)
 

@@ -1,0 +1,1 @@
+"""The native room: jobs and their events, as the contract has them."""

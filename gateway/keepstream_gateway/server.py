@@ -1,0 +1,121 @@
+"""The server: uvicorn, with a graceful end.
+
+In: settings.  Out: a process that serves until SIGTERM or Ctrl-C, and its exit code.
+
+On SIGTERM it listens no more, ends all streams so that their readers resume at another gateway, and lets other requests
+come to their end for some seconds.
+"""
+
+import asyncio
+import resource
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from socket import socket
+from typing import Final, NoReturn
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from keepstream.errors import InvalidSettingError
+from keepstream_gateway.app import make_app
+from keepstream_gateway.context import Context
+from keepstream_gateway.logs import configure_logging, get_logger
+from keepstream_gateway.settings import Settings, SettingsError, load_settings
+from keepstream_gateway.streaming import ABORT
+
+log = get_logger()
+
+_BACKLOG: Final = 4096  #: Connections that may wait to be accepted; after a failure elsewhere all readers come at once.
+
+
+class StartError(Exception):
+    """The gateway cannot start; the message is one line that says what to do, and holds no secret."""
+
+
+def serve(settings: Settings) -> int:
+    """Serve until the process is told to stop; return its exit code.
+
+    Raises:
+        StartError: a URL cannot be used, or the address cannot be listened on.
+    """
+    configure_logging(settings.log_level, settings.log_format)
+    _allow_many_connections()
+    try:
+        app, context = make_app(settings)
+    except InvalidSettingError as error:
+        raise StartError(str(error)) from None
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        loop="uvloop",
+        http=_Protocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,  # nothing depends on who the peer is
+        backlog=_BACKLOG,
+        timeout_keep_alive=settings.keep_alive,
+        timeout_graceful_shutdown=max(1, round(settings.shutdown_grace)),
+    )
+    server = _Server(config, context)
+    try:
+        server.run()
+    except KeyboardInterrupt:
+        pass  # it has ended gracefully by then
+    except SystemExit:
+        message = f"{settings.host}:{settings.port} cannot be listened on; set KEEPSTREAM_GATEWAY_PORT or --port"
+        raise StartError(message) from None
+    return 0
+
+
+class _Protocol(HttpToolsProtocol):
+    """Lets a response end its connection at once, although not all that was written has been read."""
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.scope["extensions"] = {ABORT: self.transport.abort}  # type: ignore[dict-item]  # a call is what is needed
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, context: Context) -> None:
+        super().__init__(config)
+        self._context = context
+
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        await super().startup(sockets)
+        listening: Sequence[socket] = self.servers[0].sockets
+        log.info("gateway_started", host=self.config.host, port=listening[0].getsockname()[1])
+
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        log.info("gateway_stopping")
+        for server in self.servers:  # before the streams end: their readers must not come back here
+            server.close()
+        stop = asyncio.ensure_future(self._context.streams.stop())
+        await super().shutdown(sockets)
+        await stop
+        log.info("gateway_stopped")
+
+    def handle_exit(self, sig: int, frame: object) -> None:
+        """Called for a signal: a second one ends at once what still goes on."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+
+def _allow_many_connections() -> None:
+    """Raise the number of open files as far as we may: each reader is one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def main() -> NoReturn:
+    """Serve as the environment says."""
+    try:
+        code = serve(load_settings())
+    except (SettingsError, StartError) as error:
+        raise SystemExit(f"keepstream: {error}") from None
+    sys.exit(code)

@@ -1,0 +1,304 @@
+"""Streams: server-sent events to readers that may be slow, gone or many.
+
+In: frames, as bytes, from a room; when the gateway stops.  Out: responses, one for each reader.
+
+All protocols share what is written here.  What goes wrong before the first frame becomes a status of HTTP: the head is
+sent with that frame, or after a moment of silence.  Silence is broken by comments, for proxies' sake.  A reader that
+reads nothing for long is given up, and harms nobody but itself: no more waits for it than one connection buffers.  When
+the gateway stops, each stream ends as its protocol allows, and its reader goes on elsewhere.
+
+One task looks after the time of all streams; a stream costs no timer of its own.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import suppress
+from typing import Final, Protocol
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from keepstream_gateway.access.rights import Access
+from keepstream_gateway.errors import ApiError, api_error
+from keepstream_gateway.logs import get_logger
+from keepstream_gateway.settings import Settings
+
+log = get_logger()
+
+Frames = AsyncGenerator[bytes]
+#: What to send when a stream ends before its frames do: because of an error, or (None) because the gateway stops. None:
+#: nothing, and the connection is broken off, where a clean end would be taken for the answer's.
+Farewell = Callable[[Exception | None], bytes | None]
+
+#: What the server puts into a request's ``extensions``: a call that ends its connection and drops what is not sent.
+ABORT: Final = "keepstream.abort"
+PING: Final = b": ping\n\n"
+HEADERS: Final = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache, no-transform",
+    "X-Accel-Buffering": "no",  # nginx would hold the frames back
+}
+HEAD_WAIT: Final = 0.5  #: Seconds for which the head waits for the first frame, or an error.
+_TICK: Final = 0.5  #: Seconds between two looks at all streams.
+_LAST_WORDS: Final = 1.0  #: Seconds for which the end of a stream may wait for its reader.
+
+
+class Watcher(Protocol):
+    """Is told how many streams there are and how they end; ``metrics`` counts it."""
+
+    def followers(self, number: int) -> None:
+        """So many are open now."""
+
+    def stream_ended(self, how: str) -> None:
+        """One has ended: finished, left, given_up, failed or stopped."""
+
+    def refused(self) -> None:
+        """One was refused, because there are too many."""
+
+
+class Streams:
+    """All streams of a gateway.
+
+    Args:
+        settings: The gateway's.
+        watcher: Is told what happens.
+    """
+
+    def __init__(self, settings: Settings, watcher: Watcher) -> None:
+        self._settings = settings
+        self._watcher = watcher
+        self._open: set[EventStream] = set()
+        self._places: Counter[str] = Counter()  #: Taken, by API key.
+        self._taken = 0
+        self._clock: asyncio.Task[None] | None = None
+        self.stopping = False
+
+    async def answer(
+        self,
+        access: Access,
+        frames: Frames,
+        *,
+        farewell: Farewell,
+        headers: Mapping[str, str] | None = None,
+    ) -> Response:
+        """Return the response that sends ``frames``; 204 if they end without any.
+
+        Args:
+            access: Whose stream it is; it counts as one of its key's.
+            frames: Whole server-sent events; it is closed here, in any case.
+            farewell: What to send if they do not come to their end.
+            headers: Further ones.
+
+        Raises:
+            ApiError: there are too many streams, or the gateway stops.
+            Exception: what ``frames`` raised before the first.
+        """
+        place = self._take_place(access.key_id)
+        first: asyncio.Future[bytes | None] = asyncio.ensure_future(anext(frames, None))
+        try:
+            await asyncio.wait([first], timeout=HEAD_WAIT)
+            if first.done() and first.result() is None:
+                place()
+                await frames.aclose()
+                return Response(status_code=204)
+        except BaseException:
+            place()
+            await _drop(first, frames)
+            raise
+        return EventStream(self, first, frames, farewell, {**HEADERS, **(headers or {})}, place)
+
+    def start(self) -> None:
+        """Begin to look after the streams' time."""
+        self._clock = asyncio.create_task(self._look_after(), name="streams")
+
+    async def stop(self) -> None:
+        """Refuse new streams, end all others, and wait until they have ended, which takes a second or two."""
+        self.stopping = True
+        for stream in list(self._open):
+            stream.stop()
+        while self._open:
+            await asyncio.wait([asyncio.ensure_future(stream.ended.wait()) for stream in self._open])
+        if self._clock is not None:
+            self._clock.cancel()
+
+    def opened(self, stream: "EventStream") -> None:
+        """Called by a stream whose head is sent."""
+        self._open.add(stream)
+        if self.stopping:
+            stream.stop()
+
+    def closed(self, stream: "EventStream", how: str) -> None:
+        """Called by a stream that has ended."""
+        self._open.discard(stream)
+        self._watcher.stream_ended(how)
+
+    def _take_place(self, key_id: str) -> Callable[[], None]:
+        """Count one more stream of a key; return what gives its place back, however often it is called."""
+        if self.stopping:
+            raise ApiError(503, "this gateway is stopping; another one goes on", "stopping", retry_after=1)
+        most = {"gateway": self._settings.max_followers, "key": self._settings.max_followers_per_key}
+        for whose, taken in (("gateway", self._taken), ("key", self._places[key_id])):
+            if taken >= most[whose]:
+                self._watcher.refused()
+                message = f"too many streams are open: this {whose} may have {most[whose]} at once"
+                raise ApiError(429, message, "too_many_followers", retry_after=5)
+        self._taken += 1
+        self._places[key_id] += 1
+        self._watcher.followers(self._taken)
+        is_taken = True
+
+        def give_back() -> None:
+            nonlocal is_taken
+            if is_taken:
+                is_taken = False
+                self._taken -= 1
+                self._places[key_id] -= 1
+                if not self._places[key_id]:
+                    del self._places[key_id]
+                self._watcher.followers(self._taken)
+
+        return give_back
+
+    async def _look_after(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(_TICK)
+            now = loop.time()
+            for stream in list(self._open):
+                stream.look(now, self._settings.ping, self._settings.drain_timeout)
+
+
+class EventStream(Response):
+    """One stream to one reader: a response that ``Streams.answer`` makes."""
+
+    def __init__(
+        self,
+        streams: Streams,
+        first: asyncio.Future[bytes | None],
+        frames: Frames,
+        farewell: Farewell,
+        headers: Mapping[str, str],
+        give_place_back: Callable[[], None],
+    ) -> None:
+        super().__init__(headers=headers)
+        del self.headers["content-length"]  # nobody knows it
+        self.ended = asyncio.Event()
+        self._streams = streams
+        self._first = first
+        self._frames = frames
+        self._farewell = farewell
+        self._give_place_back = give_place_back
+        self._send: Send
+        self._pump: asyncio.Task[None]
+        self._how: str | None = None  #: It ends, if it is not by itself.
+        self._sent_at = 0.0
+        self._sending_since: float | None = None
+        self._pinging: asyncio.Task[None] | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the frames until they, the reader or the gateway end."""
+        self._send = send
+        abort: Callable[[], None] = scope.get("extensions", {}).get(ABORT, lambda: None)
+        gone = asyncio.ensure_future(_disconnected(receive))
+        how, error = "left", None
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            if scope["method"] == "HEAD":
+                await send({"type": "http.response.body", "body": b""})
+                return
+            self._pump = asyncio.ensure_future(self._send_frames())
+            self._sent_at = asyncio.get_running_loop().time()
+            self._streams.opened(self)
+            await asyncio.wait([self._pump, gone], return_when=asyncio.FIRST_COMPLETED)
+            how, error = self._outcome()
+            ends_cleanly = how == "finished" or (how in {"failed", "stopped"} and await self._say_farewell(error))
+            if not ends_cleanly and how != "left":
+                abort()
+                await asyncio.wait([gone], timeout=_LAST_WORDS)  # the server takes notice of it
+        finally:
+            await self._release(gone)
+            self._streams.closed(self, how)
+
+    def look(self, now: float, ping: float, patience: float) -> None:
+        """Give up a reader that reads nothing for ``patience`` seconds; break a silence of ``ping`` seconds."""
+        if self._sending_since is not None:
+            if now - self._sending_since > patience:
+                self._end("given_up")
+        elif now - self._sent_at > ping:
+            self._pinging = asyncio.ensure_future(self._write(PING))
+
+    def stop(self) -> None:
+        """End the stream, because the gateway stops."""
+        self._end("stopped")
+
+    def _end(self, how: str) -> None:
+        self._how = self._how or how
+        self._pump.cancel()
+
+    def _outcome(self) -> tuple[str, Exception | None]:
+        """Return how the frames have ended, and what broke them."""
+        if not self._pump.done() or self._pump.cancelled():
+            return self._how or "left", None
+        error = self._pump.exception()
+        if error is None:
+            return "finished", None
+        assert isinstance(error, Exception)
+        if api_error(error) is None:
+            log.error("stream_failed", error=error)
+        else:
+            log.warning("stream_broken", reason=str(error))
+        return "failed", error
+
+    async def _send_frames(self) -> None:
+        frame = await self._first
+        while frame is not None:
+            await self._write(frame)
+            frame = await anext(self._frames, None)
+        await self._send({"type": "http.response.body", "body": b""})
+
+    async def _write(self, frame: bytes) -> None:
+        loop = asyncio.get_running_loop()
+        self._sending_since = self._sent_at = loop.time()
+        try:
+            await self._send({"type": "http.response.body", "body": frame, "more_body": True})
+        finally:
+            self._sending_since = None
+
+    async def _say_farewell(self, error: Exception | None) -> bool:
+        """Send the last words; return whether the stream has ended cleanly."""
+        words = self._farewell(error)
+        if words is None:
+            return False
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_WORDS):
+                await self._send({"type": "http.response.body", "body": words})
+                return True
+        return False
+
+    async def _release(self, gone: asyncio.Future[None]) -> None:
+        """Let go of everything, also if the request is cancelled meanwhile."""
+        self._give_place_back()
+        gone.cancel()
+        for task in (getattr(self, "_pump", None), self._pinging):
+            if task is not None:
+                task.cancel()
+                await asyncio.wait([task])
+        await _drop(self._first, self._frames)
+        self.ended.set()
+
+
+async def _disconnected(receive: Receive) -> None:
+    """Return when the reader has left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _drop(first: "asyncio.Future[bytes | None]", frames: Frames) -> None:
+    """Close frames that nobody wants any more."""
+    first.cancel()
+    await asyncio.wait([first])
+    if not first.cancelled():
+        first.exception()  # seen
+    with suppress(Exception):  # what breaks an end nobody waits for changes nothing
+        await frames.aclose()
