@@ -69,7 +69,7 @@ def test_the_password_of_redis_goes_into_urls_without_one(monkeypatch: pytest.Mo
     monkeypatch.setenv("KEEPSTREAM_BROKER_URL", "redis://:own@b:1/0")
     monkeypatch.setenv("KEEPSTREAM_REDIS_PASSWORD", "p@ss")
     settings = load_settings()
-    assert settings.redis_url == "redis://:p%40ss@a:1/0"
+    assert settings.redis_url == "redis://a:1/0?password=p%40ss"
     assert settings.broker_url == "redis://:own@b:1/0"
 
 

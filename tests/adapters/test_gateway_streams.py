@@ -1,0 +1,226 @@
+"""Streams over real sockets: slow, silent, absent and too many readers, and a server that stops."""
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Iterator
+from typing import Any
+
+import pytest
+import uvicorn
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from keepstream.errors import JobNotFoundError
+from keepstream_gateway.access.rights import Access
+from keepstream_gateway.envelope import Envelope
+from keepstream_gateway.metrics import Metrics
+from keepstream_gateway.server import _Protocol
+from keepstream_gateway.settings import load_settings
+from keepstream_gateway.streaming import Streams
+from tests.cluster import wait_until
+from tests.http_streams import HttpStream
+
+FRAME = b"data: x\n\n"
+
+
+class Server:
+    """A server whose streams the test writes."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.metrics = Metrics()
+        self.streams = Streams(load_settings({}, **settings), self.metrics)
+        self.closed = 0  #: Frames that have been closed.
+        self.farewell: bytes | None = None
+        self._queues: list[asyncio.Queue[bytes | Exception | None]] = []
+        envelope = Middleware(Envelope, self.metrics, {})
+        app = Starlette(routes=[Route("/stream", self._answer)], middleware=[envelope])
+        config = uvicorn.Config(app, port=0, http=_Protocol, ws="none", log_config=None, lifespan="off")
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        wait_until(lambda: self._server.started, "the server")
+        self.port = self._server.servers[0].sockets[0].getsockname()[1]
+
+    def _run(self) -> None:
+        async def serve() -> None:
+            self._loop = asyncio.get_running_loop()
+            self.streams.start()
+            await self._server.serve()
+
+        asyncio.run(serve())
+
+    async def _answer(self, request: Request) -> Response:
+        key = request.query_params.get("key", "key")
+        return await self.streams.answer(Access("default", key), self._frames(), farewell=lambda _: self.farewell)
+
+    async def _frames(self) -> AsyncGenerator[bytes]:
+        queue: asyncio.Queue[bytes | Exception | None] = asyncio.Queue()
+        self._queues.append(queue)
+        try:
+            while (item := await queue.get()) is not None:
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+        finally:
+            self.closed += 1
+
+    def send(self, item: bytes | Exception | None, stream: int = 0) -> None:
+        """Give a stream its next frame, an error, or its end."""
+        wait_until(lambda: len(self._queues) > stream, "the request")
+        self._loop.call_soon_threadsafe(self._queues[stream].put_nowait, item)
+
+    def stop_streams(self) -> None:
+        """End all streams as when the gateway stops."""
+        asyncio.run_coroutine_threadsafe(self.streams.stop(), self._loop).result(60)
+
+    def count(self, name: str, **labels: str) -> float:
+        """Return what the metrics say."""
+        return self.metrics._registry.get_sample_value(f"keepstream_gateway_{name}", labels) or 0.0
+
+    def wait_for_end(self, how: str) -> None:
+        """Wait until one stream has ended so, and has let go of everything."""
+        wait_until(lambda: self.count("streams_ended_total", how=how) == 1, f"a stream to have {how}")
+        assert self.count("followers") == 0
+        assert self.closed == 1
+
+    def close(self) -> None:
+        self._server.should_exit = self._server.force_exit = True
+        self._thread.join(60)
+
+
+@pytest.fixture
+def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    server = Server(**getattr(request, "param", {}))
+    yield server
+    server.close()
+
+
+def open_stream(server: Server, path: str = "/stream", **options: Any) -> HttpStream:
+    return HttpStream(server.port, path, **options)
+
+
+def test_frames_arrive_as_they_are_and_the_head_keeps_proxies_from_holding_them_back(server: Server) -> None:
+    with open_stream(server) as reader:
+        server.send(FRAME)
+        assert reader.read_until(FRAME) == FRAME
+        assert reader.response.status == 200
+        assert reader.response.headers["content-type"] == "text/event-stream; charset=utf-8"
+        assert reader.response.headers["cache-control"] == "no-cache, no-transform"
+        assert reader.response.headers["x-accel-buffering"] == "no"
+        assert reader.response.headers["x-request-id"]
+        server.send(b"data: y\n\n")
+        server.send(None)
+        assert reader.read_to_the_end()
+        assert reader.received == FRAME + b"data: y\n\n"
+    server.wait_for_end("finished")
+
+
+def test_an_error_before_the_first_frame_has_its_own_status(server: Server) -> None:
+    with open_stream(server) as reader:
+        server.send(JobNotFoundError("no"))
+        assert reader.response.status == 404
+    assert server.closed == 1
+    assert server.count("followers") == 0
+
+
+def test_frames_that_end_without_any_are_no_content(server: Server) -> None:
+    with open_stream(server) as reader:
+        server.send(None)
+        assert reader.response.status == 204
+    assert server.closed == 1
+    assert server.count("followers") == 0
+
+
+def test_the_head_comes_without_a_frame_after_a_moment(server: Server) -> None:
+    with open_stream(server) as reader:
+        assert reader.response.status == 200
+        server.send(FRAME)
+        assert reader.read_until(FRAME) == FRAME
+
+
+@pytest.mark.parametrize("server", [{"ping": 0.2}], indirect=True)
+def test_silence_is_broken_by_comments(server: Server) -> None:
+    with open_stream(server) as reader:
+        reader.read_until(b": ping\n\n: ping\n\n")
+        server.send(FRAME)
+        reader.read_until(FRAME)
+
+
+def test_a_reader_that_leaves_frees_its_place(server: Server) -> None:
+    with open_stream(server) as reader:
+        server.send(FRAME)
+        reader.read_until(FRAME)
+        assert server.count("followers") == 1
+    server.wait_for_end("left")
+
+
+@pytest.mark.parametrize("server", [{"drain_timeout": 1.0}], indirect=True)
+def test_a_reader_that_reads_nothing_is_given_up_and_harms_nobody(server: Server) -> None:
+    big = b"data: " + b"x" * 100_000 + b"\n\n"
+    with open_stream(server, receive_buffer=4096) as lazy, open_stream(server, "/stream?key=other") as keen:
+        wait_until(lambda: len(server._queues) == 2, "both requests")
+        for _ in range(200):
+            server.send(big, 0)
+            server.send(FRAME, 1)
+        server.send(None, 1)
+        assert keen.read_to_the_end()
+        assert len(keen.received) in {200 * len(FRAME), 200 * len(big)}
+        wait_until(lambda: server.count("streams_ended_total", how="given_up") == 1, "the lazy reader to be given up")
+        wait_until(lambda: server.closed == 2, "its frames to be closed")
+        assert not lazy.read_to_the_end()
+        assert len(lazy.received) < 100 * len(big)
+
+
+@pytest.mark.parametrize("server", [{"max_followers": 3, "max_followers_per_key": 2}], indirect=True)
+def test_too_many_are_refused_with_a_time_to_come_back(server: Server) -> None:
+    readers = [open_stream(server, f"/stream?key={key}") for key in "aab"]
+    assert [reader.response.status for reader in readers] == [200, 200, 200]
+    for key, whose in (("a", "this gateway may have 3"), ("c", "this gateway may have 3")):
+        with open_stream(server, f"/stream?key={key}") as refused:
+            assert refused.response.status == 429
+            assert int(refused.response.headers["retry-after"]) >= 1
+            assert whose.encode() in refused.response.read()
+    readers.pop().close()
+    wait_until(lambda: server.count("followers") == 2, "a free place")
+    with open_stream(server, "/stream?key=a") as refused:
+        assert refused.response.status == 429
+        assert b"this key may have 2" in refused.response.read()
+    with open_stream(server, "/stream?key=c") as reader:
+        assert reader.response.status == 200
+    for reader in readers:
+        reader.close()
+    assert server.count("followers_refused_total") == 3
+
+
+@pytest.mark.parametrize("farewell", [b": the gateway stops\n\n", None], ids=["clean", "broken off"])
+@pytest.mark.parametrize("cause", ["error", "stop"])
+def test_a_stream_that_does_not_come_to_its_end_says_farewell_or_breaks_off(
+    server: Server, farewell: bytes | None, cause: str
+) -> None:
+    server.farewell = farewell
+    with open_stream(server) as reader:
+        server.send(FRAME)
+        reader.read_until(FRAME)
+        if cause == "error":
+            server.send(JobNotFoundError("gone"))
+        else:
+            server.stop_streams()
+        assert reader.read_to_the_end() is (farewell is not None)
+        assert reader.received == FRAME + (farewell or b"")
+    server.wait_for_end("failed" if cause == "error" else "stopped")
+
+
+def test_who_stops_refuses_new_streams_and_ends_those_that_read_nothing(server: Server) -> None:
+    server.farewell = b": bye\n\n"
+    with open_stream(server, receive_buffer=4096) as lazy:
+        wait_until(lambda: len(server._queues) == 1, "the request")
+        for _ in range(200):
+            server.send(b"data: " + b"x" * 100_000 + b"\n\n")
+        wait_until(lambda: any(stream._sending_since for stream in server.streams._open), "a full connection")
+        server.stop_streams()
+        with open_stream(server) as refused:
+            assert refused.response.status == 503
+        assert not lazy.read_to_the_end()
