@@ -12,6 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 INTEROP := .venv-interop
+CLIENTS := tests/clients
 
 # The first Python that fits. To choose another: make demo PYTHON=/path/to/python3.12
 CANDIDATES := python3 python3.13 python3.12 python3.11 python3.14 python
@@ -23,7 +24,7 @@ PYTHON ?= $(shell for p in $(CANDIDATES); do "$$p" -c '$(FITS)' 2>/dev/null && {
 PIP_INSTALL := $(PY) -m pip install -qq --no-deps --no-compile --disable-pip-version-check --no-input
 LOCKED := $(PIP_INSTALL) --require-hashes --only-binary=:all:
 
-.PHONY: help demo test test-quick check format conformance interop chaos bench fuzz lock clean
+.PHONY: help demo test test-quick test-clients check format conformance interop chaos bench fuzz lock clean
 
 help: ## Show this list
 	@echo "Keepstream: a background worker for streaming LLM completions."
@@ -35,12 +36,16 @@ demo: $(VENV)/demo ## Run jobs through real workers, kill one of them and watch,
 # Twice as many processes as cores, because these tests wait much; which of them run together, tests/conftest.py says.
 PYTEST := $(PY) -m pytest --numprocesses=auto --dist=loadgroup --no-loadscope-reorder
 
-test: $(VENV)/dev ## Run all tests, with real servers and real worker processes [ARGS=-x]
+test: $(VENV)/dev ## Run all tests that need only Python, with real servers and real worker processes [ARGS=-x]
 	@echo "Running the tests; they start their own Valkey and PostgreSQL."
-	@$(PYTEST) $(ARGS)
+	@$(PYTEST) --ignore=$(CLIENTS) $(ARGS)
 
 test-quick: $(VENV)/dev ## Run the quick tests, in less than a minute [ARGS=-x]
 	@$(PYTEST) -m "not slow" tests/unit tests/adapters $(ARGS)
+
+# Whatever is absent is an error here; where pytest is called without make, the tests that need it are skipped.
+test-clients: $(VENV)/dev $(CLIENTS)/node_modules/.package-lock.json ## Test with other people's clients, in Node and a browser [ARGS=-x]
+	@REQUIRE_DEBIAN_PACKAGES=1 $(PYTEST) $(CLIENTS) $(ARGS)
 
 check: $(VENV)/dev ## Formatting, lint, types, layers, and that schemas and migrations match the code
 	$(PY) -m pip check
@@ -83,7 +88,8 @@ lock: $(VENV)/dev ## Write requirements/*.txt anew [UPGRADE=1 moves to newer ver
 	@$(COMPILE) $(if $(UPGRADE),--upgrade) --group interop -o requirements/interop.txt
 
 clean: ## Remove the environment and everything generated
-	rm -rf $(VENV) $(INTEROP) build dist bench-results .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(INTEROP) $(CLIENTS)/node_modules build dist bench-results
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find api_contracts worker gateway migrations tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # Set-up. Each file is the stamp of one finished step, so that a second run starts at once.
@@ -124,4 +130,18 @@ $(INTEROP)/servers: $(VENV)/dev requirements/interop.txt tests/interop/package.j
 	@if command -v npm >/dev/null; then \
 	    npm --prefix $(INTEROP)/node ci --ignore-scripts --no-audit --no-fund --loglevel=error >/dev/null; \
 	  fi
+	@touch $@
+
+NODE_FITS := process.exit(parseInt(process.versions.node) < 20 ? 1 : 0)
+
+# npm writes the stamp itself. No package may run a script of its own while it is installed.
+$(CLIENTS)/node_modules/.package-lock.json: $(CLIENTS)/package.json $(CLIENTS)/package-lock.json
+	@absent=; for program in chromium node npm; do command -v $$program >/dev/null || absent="$$absent $$program"; done; \
+	  case $$absent in *node*) ;; *) node -e '$(NODE_FITS)' || absent="$$absent node-20-or-newer";; esac; \
+	  if [ -n "$$absent" ]; then \
+	    echo "make test-clients needs chromium, node (20 or newer) and npm; absent:$$absent." >&2; \
+	    echo "On Debian: apt-get install chromium nodejs npm" >&2; exit 1; \
+	  fi
+	@echo "Installing other people's clients for Node into $(CLIENTS)/node_modules (80 MB; half a minute, once) ..."
+	@npm --prefix $(CLIENTS) ci --ignore-scripts --no-audit --no-fund --loglevel=error >/dev/null
 	@touch $@

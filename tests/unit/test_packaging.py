@@ -1,6 +1,7 @@
 """What is shipped keeps its promises: the requirements, the lock files, the image and the compose file."""
 
 import ast
+import json
 import os
 import re
 import sys
@@ -139,6 +140,20 @@ def test_a_lock_names_no_index_and_no_local_path(lock: str) -> None:
     assert re.findall(r"https?://|file:|--(?:index|extra-index|find-links|trusted-host)\S*| /\w+", text) == []
 
 
+@pytest.mark.parametrize("folder", ["clients", "interop"])
+def test_the_packages_for_node_are_pinned_and_have_hashes_and_no_address(folder: str) -> None:
+    wanted = json.loads((ROOT / "tests" / folder / "package.json").read_text())
+    lock = json.loads((ROOT / "tests" / folder / "package-lock.json").read_text())
+    packages: dict[str, dict[str, Any]] = lock["packages"]
+    root = packages.pop("")
+    assert root["dependencies"] == wanted["dependencies"]  # npm ci refuses a lock that lags behind
+    for name, version in wanted["dependencies"].items():
+        assert packages[f"node_modules/{name}"]["version"] == version.rpartition("@")[2]
+    for name, package in packages.items():
+        assert package["integrity"].startswith("sha512-"), name
+        assert "resolved" not in package, name  # it would name a registry
+
+
 @pytest.mark.parametrize("lock", SHARED)
 def test_the_locks_agree_where_they_meet(lock: str) -> None:
     whole, part = versions("dev"), versions(lock)
@@ -172,7 +187,7 @@ def test_the_locks_hold_what_the_project_asks_for() -> None:
 def test_ci_runs_the_command_that_the_documents_name() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
-    assert {"make test", "make check"} <= set(script.read_text().splitlines())
+    assert {"make test", "make test-clients", "make check"} <= set(script.read_text().splitlines())
 
 
 # -- image --
