@@ -531,7 +531,9 @@ def test_a_job_that_somebody_is_about_to_end_is_left_out_and_found_again(postgre
     with engine.connect() as other:
         transaction = other.begin()
         assert queries.cancel(other, "default", "a") is JobStatus.CANCELLED
-        assert [pick.job.key.id for pick in db.turn(places=2).picks] == ["b"]
+        turned = db.turn(places=2)
+        assert [pick.job.key.id for pick in turned.picks] == ["b"]
+        assert [pick.job.key.id for pick in turned.left_out] == ["a"], "it was charged, and is to be settled"
         transaction.commit() if cancels else transaction.rollback()
     assert [pick.job.key.id for pick in db.turn(places=3).picks] == (["c"] if cancels else ["a", "c"])
     assert db.turn(places=3).picks == ()

@@ -14,7 +14,7 @@ from keepstream_worker import store
 from keepstream_worker.limits import Limits, Policy, ProviderPolicy
 from keepstream_worker.scheduling import chooser as chooser_module
 from keepstream_worker.scheduling.chooser import Chooser
-from keepstream_worker.scheduling.observations import Charged, Observation, Place
+from keepstream_worker.scheduling.observations import Charged, End, Observation, Place, Settled
 from keepstream_worker.turn import Pick, Pool, WaitingJob
 from keepstream_worker.values import JobKey, Target
 
@@ -81,9 +81,12 @@ class World:
 
     persist = run
 
-    def _start(self, claim: Any) -> None:
+    def _start(self, claim: Any) -> bool:
+        if claim in self.running:
+            return False
         self.started.append(claim)
         self.running.add(claim)
+        return True
 
     async def turns_taken(self, number: int) -> None:
         await until(lambda: len(self.turns) >= number)
@@ -222,6 +225,51 @@ async def test_job_that_has_ended_meanwhile_gives_its_place_back(world: World) -
     assert world.started == []
     assert world.chooser.free == 2
 
+
+def withdrawn() -> Observation:
+    """Return what is told of a job that ``pick`` has picked and that does not begin."""
+    return Settled(Place(1, 1, "default", "interactive", TARGET), 500, 0, None, End.WITHDRAWN)
+
+
+async def test_job_that_has_ended_meanwhile_takes_nothing(world: World) -> None:
+    """What it was charged goes back, and its target may be tried by another one."""
+    world.hear()
+    world.gone.add(JobKey("default", "a"))
+    world.answers = [world.turned(*pick("a"), ready={QUEUE: 0.0}), world.turned(ready={QUEUE: 200.0})]
+    world.chooser.wake()
+    await until(lambda: any(withdrawn() in told for _, told in world.turns))
+
+
+async def test_job_that_a_message_has_started_meanwhile_is_charged_once(world: World) -> None:
+    world.running.add(JobKey("default", "a"))
+    world.answers = [world.turned(*pick("a"), ready={QUEUE: 0.0}), world.turned(ready={QUEUE: 200.0})]
+    world.chooser.wake()
+    await until(lambda: any(withdrawn() in told for _, told in world.turns))
+
+
+async def test_job_whose_start_meets_a_defect_takes_nothing(world: World) -> None:
+    async def defect(operation: Any, argument: Any) -> Any:
+        raise ZeroDivisionError
+
+    world.persist = defect  # type: ignore[method-assign]
+    world.answers = [world.turned(*pick("a"), ready={QUEUE: 0.0}), world.turned(ready={QUEUE: 200.0})]
+    world.chooser.wake()
+    await until(lambda: any(withdrawn() in told for _, told in world.turns))
+
+
+async def test_job_that_is_left_out_of_its_turn_takes_nothing_and_is_no_reason_for_turns_without_end(
+    world: World,
+) -> None:
+    world.hear()
+    left_out = pick("a")
+    world.answers = [world.turned(ready={QUEUE: 0.0})._replace(left_out=left_out) for _ in range(3)]
+    world.chooser.wake()
+    await world.turns_taken(1)
+    await world.rests()
+    assert len(world.turns) == 1, "somebody has locked it: the next turn would find it so"
+    world.chooser.observe(told(7), urgent=True)
+    await world.turns_taken(2)
+    assert world.turns[1][1] == [withdrawn(), told(7)]
 
 async def test_worker_that_is_full_wakes_others_instead_of_taking_turns(world: World) -> None:
     world.running |= {KEY, OTHER}
@@ -375,6 +423,38 @@ async def test_what_could_not_be_told_is_told_again_in_order(world: World) -> No
     world.hold.set()
     await world.turns_taken(3)
     assert [observations for _, observations in world.turns] == [[told(1)], [told(1), told(2)], [told(1), told(2)]]
+
+
+async def test_what_cannot_be_told_for_long_is_bounded_and_nothing_of_it_is_lost(world: World) -> None:
+    world.hold.clear()
+    for _ in range(10 * chooser_module._MOST_KEPT):
+        world.chooser.observe(told(1))
+    assert len(world.chooser._observations) <= chooser_module._MOST_KEPT
+    world.hold.set()
+    await until(lambda: not world.chooser._observations)
+    tokens = [each.tokens for _, found in world.turns for each in found if isinstance(each, Charged)]
+    assert sum(tokens) == 10 * chooser_module._MOST_KEPT
+
+
+async def test_turns_that_are_lost_again_and_again_are_said_once(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sleep = asyncio.sleep
+    pauses: list[float] = []
+
+    async def no_sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr(chooser_module.asyncio, "sleep", no_sleep)
+    world.answers = [store.TurnLostError("changed") for _ in range(12)]
+    world.chooser.wake()
+    async with asyncio.timeout(PATIENCE):
+        while len(world.turns) < 13:
+            await sleep(0.001)
+    assert capsys.readouterr().out.count("turns_lost") == 1
+    lost = [seconds for seconds in pauses if seconds]
+    assert lost[:5] == [0.1, 0.2, 0.4, 0.8, 1.6]
 
 
 async def test_what_is_left_is_told_at_the_end(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,6 +116,7 @@ class Pick(NamedTuple):
     tokens: int  #: Charged to its lane and its target's buckets.
     chosen_at: float = 0.0  #: The moment of the turn.
     running: int = 0  #: Jobs at the target after this turn's picks; with its moment, what its end teaches.
+    job_class: str = "interactive"  #: Of its lane.
 
 
 class Move(NamedTuple):

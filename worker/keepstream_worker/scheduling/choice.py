@@ -112,6 +112,8 @@ class Choice:
             self._told.append(observation)
             return
         self._freed.add(place.tenant)
+        if not observation.estimated:
+            return  # it was handed out to be ended: no target let it in
         learned = learning.told(use.learned, observation.rates)
         if learned != use.learned:
             use.learned = learned
@@ -651,7 +653,14 @@ class Choice:
         text = state.to_json()
         return Decision(
             picks=tuple(
-                Pick(job, target, tokens, self._now, 0 if gate is None else gate.running)
+                Pick(
+                    job,
+                    target,
+                    tokens,
+                    self._now,
+                    0 if gate is None else gate.running,
+                    self._pool(job.pool).job_class,
+                )
                 for job, target, tokens, gate in self._picks
             ),
             moves=tuple(moves),

@@ -20,8 +20,8 @@ from keepstream.jobs import Job
 from keepstream_worker import store
 from keepstream_worker.limits import Policy
 from keepstream_worker.scheduling.choice import Choice, may_start_directly
-from keepstream_worker.scheduling.observations import Observation
-from keepstream_worker.scheduling.state import State
+from keepstream_worker.scheduling.observations import Observation, merged, withdrawn_of
+from keepstream_worker.scheduling.state import State, key_of
 from keepstream_worker.store import Claim
 from keepstream_worker.store.database import WorkerDatabase
 from keepstream_worker.telemetry.logs import get_logger
@@ -34,6 +34,8 @@ log = get_logger()
 _MOST_PICKS: Final = 50
 #: Observations told in one turn at most.
 _MOST_TOLD: Final = 200
+#: Observations kept while no turn succeeds; beyond, they are merged.
+_MOST_KEPT: Final = 4_000
 #: Seconds after which observations are told though no job is wanted: at once they would cost a turn each.
 _TELL_WITHIN: Final = 1.0
 #: The same while nothing waits and nothing is limited: then nobody needs them soon.
@@ -48,6 +50,8 @@ _SETTLE_TIMEOUT: Final = 5.0
 _PAUSE_AFTER_DEFECT: Final = 1.0
 #: Seconds until a turn follows one that brought nothing though jobs could go; doubled each time, up to one.
 _FRUITLESS_PAUSE: Final = 0.01
+#: Turns lost in a row that are said: now and then one is, when somebody changes what it had read.
+_MANY_LOST: Final = 5
 #: Seconds between two nudges of one worker.
 _NUDGE_PAUSE: Final = 0.05
 
@@ -66,7 +70,7 @@ class Chooser:
         work: WorkerDatabase,
         running: Collection[JobKey],
         streams: Mapping[Target, int],
-        start: Callable[[Claim], object],
+        start: Callable[[Claim], bool],
         nudge: Callable[[list[str]], None],
     ) -> None:
         """Make a chooser.
@@ -81,7 +85,7 @@ class Chooser:
             work: For claims.
             running: The jobs that run here; it changes.
             streams: How many of them there are, by target; it changes.
-            start: Called with each claim.
+            start: Called with each claim; returns whether it is new here.
             nudge: Called with queues whose jobs wait for a worker that has a place.
         """
         #: Jobs that are ours already, or perhaps, but do not run yet; counted, since a turn and a message may both
@@ -195,11 +199,21 @@ class Chooser:
 
         ``urgent``: the others should know at once, of a refusal for instance.
         """
-        self._observations.append(observation)
+        self._keep(observation)
         if urgent or self._is_awaited(observation) or len(self._observations) >= _MOST_TOLD:
             self._wanted.set()
         else:
             self._tell_later()
+
+    def _keep(self, observation: Observation) -> None:
+        self._observations.append(observation)
+        if len(self._observations) > _MOST_KEPT:
+            self._observations = deque(merged(self._observations, _MOST_KEPT // 2))
+
+    def _withdraw(self, pick: Pick) -> None:
+        """Give back what a pick has taken that does not begin; at once if it was the one to try its target."""
+        use = self._state.uses.get(key_of(pick.target))
+        self.observe(withdrawn_of(pick), urgent=use is not None and use.learned.probe_at is not None)
 
     def _tell_later(self) -> None:
         if self._observations and self._tell_timer is None:
@@ -291,13 +305,17 @@ class Chooser:
 
     async def _run(self) -> None:
         pause = 0.1
+        lost = 0  # turns in a row
         while True:
             await self._wanted.wait()
             self._wanted.clear()
             try:
                 await self._choose()
-                pause = 0.1
-            except StoreUnavailableError:
+                pause, lost = 0.1, 0
+            except StoreUnavailableError as error:
+                lost = lost + 1 if isinstance(error, store.TurnLostError) else 0
+                if lost == _MANY_LOST:
+                    log.error("turns_lost", in_a_row=lost, reason=str(error))
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, 2.0)
                 self._wanted.set()
@@ -341,6 +359,8 @@ class Chooser:
                 self._observations.extendleft(reversed(told))
                 raise
             self.expected.update(pick.job.key for pick in turned.picks)
+        for pick in turned.left_out:  # told by the next turn: one at once could find them as they are
+            self._keep(withdrawn_of(pick))
         if turned.picks:
             task = asyncio.get_running_loop().create_task(self._begin(turned.picks))
             self._beginning.add(task)
@@ -385,10 +405,12 @@ class Chooser:
         try:
             picked = store.Picked(pick, self._worker_id, self._total_timeout)
             claim = await self._work.persist(store.begin, picked)
-            if claim is not None:
-                self._start(claim)
+            # It has ended meanwhile; or a message has brought it, too, and has charged it.
+            if claim is None or not self._start(claim):
+                self._withdraw(pick)
         except Exception:  # its row says that it is ours; the heartbeat finds it and gives it back
             log.exception("claim_defect", tenant=key.tenant, job_id=key.id)
+            self._withdraw(pick)
         finally:
             self.forget(key)
             if self.free > 0 and self._can_go:

@@ -6,12 +6,14 @@ They are kept in the worker until they are told; with a worker that dies they ar
 was.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final, Protocol
 
 from keepstream_worker.limits import RateLimits
 from keepstream_worker.scheduling.learning import Verdict, verdict_of
+from keepstream_worker.turn import Pick
 from keepstream_worker.values import Ending, JobKey, Outcome, Target
 
 
@@ -121,7 +123,7 @@ def observation_of(claim: Claimed, ending: Ending) -> Observation:
     else:
         end = _VERDICTS[verdict_of(failure)]
         retry_after = failure.retry_after
-        rates = rates or getattr(failure, "rate_limits", None)
+        rates = rates or failure.rate_limits
     return Settled(
         place=_place(claim),
         estimated=claim.tokens,
@@ -131,6 +133,46 @@ def observation_of(claim: Claimed, ending: Ending) -> Observation:
         retry_after=retry_after,
         rates=rates,
     )
+
+
+def withdrawn_of(pick: Pick) -> Observation:
+    """Return what is told of a job that a turn has picked and that does not begin: it takes nothing."""
+    job = pick.job
+    place = Place(job.lane, job.pool, job.key.tenant, pick.job_class, pick.target, pick.chosen_at, pick.running)
+    return Settled(place, estimated=pick.tokens, actual=0, output=None, end=End.WITHDRAWN)
+
+
+def merged(observations: Iterable[Observation], most: int) -> list[Observation]:
+    """Return what many observations say in few: of each kind, lane and target one; at most ``most``, the newest.
+
+    What attempts have taken is summed. Of how they ended the newest counts, as it would if all were told.
+    """
+    found: dict[tuple[object, ...], Observation] = {}
+    for observation in observations:
+        place = observation.place
+        end = observation.end if isinstance(observation, Settled) else None
+        key = (type(observation), end, place.lane, place.pool, place.target)
+        earlier = found.pop(key, None)  # and in again behind the others: order is that of the newest
+        found[key] = observation if earlier is None else _together(earlier, observation)
+    return list(found.values())[-most:]
+
+
+def _together(earlier: Observation, later: Observation) -> Observation:
+    if isinstance(earlier, Charged) and isinstance(later, Charged):
+        return replace(later, tokens=earlier.tokens + later.tokens)
+    if isinstance(earlier, Settled) and isinstance(later, Settled):
+        return replace(
+            later,
+            estimated=earlier.estimated + later.estimated,
+            actual=_known(earlier) + _known(later),
+            output=earlier.output if later.output is None else later.output,
+            rates=later.rates or earlier.rates,
+        )
+    return later
+
+
+def _known(settled: Settled) -> int:
+    return settled.estimated if settled.actual is None else settled.actual
 
 
 def is_refusal(ending: Ending) -> bool:

@@ -56,6 +56,8 @@ class Turned(NamedTuple):
     now: float  #: The moment of the turn.
     turn: int  #: Its number; that of the one before if nothing was written.
     state: str  #: Which it has left, JSON.
+    #: Picks that could not be taken, because somebody ends or starts these jobs: they were charged all the same.
+    left_out: tuple[Pick, ...] = ()
 
 
 class _Statements(Protocol):
@@ -104,7 +106,8 @@ def take_turn(connection: Connection, turns: list[Turn]) -> list[Turned]:
     if written.moved != len(decision.moves):
         raise TurnLostError("somebody else has changed what was to be chosen from")
     picks = tuple(pick for pick in decision.picks if pick.job.seq in written.taken)
-    return [Turned(picks, decision.ready, decision.closed, newest.now, newest.n + 1, decision.state)]
+    left_out = tuple(pick for pick in decision.picks if pick.job.seq not in written.taken)
+    return [Turned(picks, decision.ready, decision.closed, newest.now, newest.n + 1, decision.state, left_out)]
 
 
 def _read(connection: Connection, statements: _Statements, newest: Newest, question: Question) -> Reading:
