@@ -187,6 +187,8 @@ class Model:
             self.learned[target] = learning.accepted(known, self.now, started=started, running=place.running)
             return
         assert isinstance(told, Settled)
+        if not told.estimated:
+            return  # it was handed out to be ended, and no target let it in
         known = learning.told(known, told.rates)
         if told.end is End.COMPLETED:
             known = learning.completed(known, self.now, started=started)

@@ -6,7 +6,7 @@ transaction; attempts that end; jobs that are cancelled.
 
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
 from keepstream.client.lanes import lane_id, pool_id
@@ -52,6 +52,7 @@ class World:
     pools: dict[int, Pool] = field(default_factory=dict)
     running: dict[JobKey, Running] = field(default_factory=dict)
     question: Question = field(default_factory=Question)
+    choice: Choice = field(default_factory=lambda: Choice(Policy(), "main", 0))
     reading: Reading | None = None
     jobs_read: int = 0
     seq: int = 0
@@ -129,10 +130,16 @@ class World:
     # -- the turn --
 
     def turn(
-        self, policy: Policy, places: int, observations: Sequence[Observation] = (), *, queue: str = "main"
+        self,
+        policy: Policy,
+        places: int,
+        observations: Sequence[Observation] = (),
+        *,
+        queue: str = "main",
+        providers: Container[str] | None = None,
     ) -> Decision:
         """Take a turn."""
-        choice = Choice(policy, queue, places, observations)
+        choice = self.choice = Choice(policy, queue, places, observations, providers)
         self.question = choice.ask(self.now, self.state)
         self.reading = self.read(self.question)
         decision = choice.decide(self.reading)

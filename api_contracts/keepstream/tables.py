@@ -268,6 +268,7 @@ workers: Final = Table(
     Column("queue", String(128), nullable=False, comment="where it takes its jobs from"),
     Column("places", Integer, nullable=False, comment="jobs that it runs at once"),
     Column("running", Integer, nullable=False, comment="jobs that it ran at its last heartbeat"),
+    Column("providers", _JSON, comment="names of those that it can ask; null: it does not say"),
     Index("ix_keepstream_workers_heartbeat", "heartbeat_at"),
 )
 

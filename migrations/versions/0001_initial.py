@@ -268,6 +268,12 @@ def upgrade() -> None:
         sa.Column("queue", sa.String(length=128), nullable=False, comment="where it takes its jobs from"),
         sa.Column("places", sa.Integer(), nullable=False, comment="jobs that it runs at once"),
         sa.Column("running", sa.Integer(), nullable=False, comment="jobs that it ran at its last heartbeat"),
+        sa.Column(
+            "providers",
+            sa.JSON(none_as_null=True),
+            nullable=True,
+            comment="names of those that it can ask; null: it does not say",
+        ),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_keepstream_workers")),
     )
     op.create_index("ix_keepstream_workers_heartbeat", "keepstream_workers", ["heartbeat_at"], unique=False)

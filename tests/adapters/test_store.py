@@ -934,6 +934,30 @@ def test_orphan_is_released_by_its_own_worker_only(db: Store) -> None:
     assert again.reason is AttemptReason.WORKER_LOST
 
 
+def test_a_provider_is_unknown_if_no_worker_of_the_queue_has_or_had_it(db: Store) -> None:
+    def say(worker: str, *names: str, queue: str = QUEUE) -> None:
+        db(store.record_heartbeat, Heartbeat(worker, 6.0, queue, 10, 0, providers=names))
+
+    def unknown(*names: str) -> frozenset[str]:
+        (found,) = db(store.find_unknown, store.Wanted(QUEUE, frozenset(names)))
+        return found
+
+    assert unknown("a") == {"a"}
+    say("w1", "a", "b")
+    say("w2", "b", "c", queue="other")
+    assert unknown("a", "b", "c") == {"c"}
+    db.retire("w1")
+    assert unknown("a", "c") == {"c"}, "it may be about to be replaced"
+    say("w3", "b")
+    with db.engine.begin() as connection:
+        connection.execute(
+            update(workers).where(workers.c.id == "w1").values(heartbeat_at=seconds_from_now(-86_400.0 - 400.0))
+        )
+    assert unknown("a", "b", "c") == {"a", "c"}
+    db.dead("w4")  # of a version that does not say what it has
+    assert unknown("a", "b", "c") == frozenset()
+
+
 def test_one_worker_sweeps_until_its_lease_ends_or_it_gives_it_up(db: Store) -> None:
     assert db.alive("w1").sweeper_free
     first, second = store.Candidacy("w1", 60.0), store.Candidacy("w2", 60.0)

@@ -97,10 +97,15 @@ def request_of(engine: Engine, job_id: str) -> Any:
 
 
 def work(
-    engine: Engine, worker: str = "w", silent_for: float = 0.0, queue: str = names.QUEUE, running: int = 0
+    engine: Engine,
+    worker: str = "w",
+    silent_for: float = 0.0,
+    queue: str = names.QUEUE,
+    running: int = 0,
+    providers: list[str] | None = None,
 ) -> None:
     """Let there be a worker with three places."""
-    values = {"lease": 30.0, "queue": queue, "places": 3, "running": running}
+    values = {"lease": 30.0, "queue": queue, "places": 3, "running": running, "providers": providers}
     with engine.begin() as connection:
         connection.execute(
             insert(workers).values(id=worker, started_at=now(), heartbeat_at=seconds_from_now(-silent_for), **values)
@@ -135,6 +140,19 @@ def test_a_job_waits_for_a_free_place(client: Client, engine: Engine) -> None:
     assert reason is not None
     assert (reason.cause, reason.passes) == ("place", True)
     assert reason.text == "a free place: all 2 workers are busy, and 3 jobs wait"
+
+
+def test_a_job_waits_for_a_worker_that_has_its_provider(client: Client, engine: Engine) -> None:
+    work(engine, "one", providers=["default"])
+    job_id = enqueue(client, provider="other")
+    text = "a worker that has the provider 'other': none that is alive does"
+    assert client.waiting_for(job_id) == WaitingFor(cause="worker", text=text)
+    work(engine, "two", providers=["other", "default"], running=3)
+    reason = client.waiting_for(job_id)
+    assert reason is not None
+    assert reason.cause == "place", "the worker with places is not asked"
+    work(engine, "of another version")
+    assert client.waiting_for(job_id) == WaitingFor(cause="pickup", text="a worker to take it")
 
 
 def test_a_backlog_is_not_counted_to_its_end(client: Client, engine: Engine) -> None:

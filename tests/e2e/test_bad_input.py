@@ -152,6 +152,25 @@ def test_job_that_names_an_unknown_provider_fails_at_once_and_is_told_the_known_
     assert len(result.attempts) == 1
 
 
+def test_worker_that_lacks_a_provider_leaves_its_jobs_to_one_that_has_it(
+    cluster: Cluster, providers_file: Path, tmp_path: Path
+) -> None:
+    """As in a deployment whose workers get a new providers file one after the other."""
+    old_file = tmp_path / "old.toml"
+    old_file.write_text("")
+    new = cluster.start_worker(providers_file=providers_file, concurrency=1)
+    slow = cluster.enqueue(deltas=3, first_token_delay=600)
+    cluster.wait_for(slow, "running")
+    old = cluster.start_worker(providers_file=old_file)
+    job_id = cluster.client.enqueue(model="m", messages=MESSAGES, provider="good")
+    plain = cluster.enqueue()
+    assert cluster.wait_for(plain).attempts[0].worker == old.id, "it has places"
+    assert cluster.result(job_id).status is JobStatus.QUEUED
+    cluster.client.cancel(slow)
+    assert cluster.wait_for(job_id).status is JobStatus.COMPLETED
+    assert cluster.result(job_id).attempts[0].worker == new.id
+
+
 # -- jobs over the queue --
 
 

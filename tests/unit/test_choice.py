@@ -426,3 +426,29 @@ def test_full_pools_keep_no_others_from_being_read() -> None:
         world.store("other", [("free", "m")])
     picked = [pick.target.provider for _ in range(4) for pick in world.turn(rules, 4, []).picks]
     assert picked == ["free"] * 8
+
+
+# -- providers that a worker lacks --
+
+
+def test_jobs_of_a_provider_that_a_worker_lacks_are_left_alone() -> None:
+    world = World()
+    there = world.store("a", [("there", "m")])
+    here = world.store("b", [("here", "m"), ("there", "m")])
+    lacking = world.turn(Policy(), 5, providers={"here"})
+    assert [pick.job.key for pick in lacking.picks] == [here.key]
+    assert world.choice.lacking == {"there"}
+    assert lacking.ready == {"main": 0.0}, "they can go, by another worker"
+    assert [pick.job.key for pick in world.turn(Policy(), 5, providers={"here", "there"}).picks] == [there.key]
+    assert world.choice.lacking == set()
+
+
+def test_restarted_jobs_of_a_provider_that_a_worker_lacks_are_left_alone() -> None:
+    world = World()
+    job = world.store("a", [("there", "m")])
+    assert len(world.turn(Policy(), 5, providers={"there"}).picks) == 1
+    again = world.restart(job.key, 0.0)
+    for _ in range(2):  # with the note of its arrival, and without
+        assert world.turn(Policy(), 5, providers={"here"}).picks == ()
+        assert world.choice.lacking == {"there"}
+    assert [pick.job.seq for pick in world.turn(Policy(), 5, providers={"there"}).picks] == [again.seq]

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import SimpleNamespace
 from typing import Any, Final
 
@@ -36,7 +36,7 @@ def pick(*names: str) -> tuple[Pick, ...]:
 class World:
     """A database, an engine and other workers, around one chooser of two places."""
 
-    def __init__(self, policy: Policy | None = None, places: int = 2) -> None:
+    def __init__(self, policy: Policy | None = None, places: int = 2, providers: Collection[str] | None = None) -> None:
         self.time = 1000.0  #: By the monotonic clock.
         self.answers: list[store.Turned | Exception] = []  #: Of the next turns; then nothing waits.
         self.looks: list[store.Looked] = []  #: The same, of looks.
@@ -46,6 +46,9 @@ class World:
         self.gone: set[JobKey] = set()  #: Jobs that turn out to have ended.
         self.started: list[Any] = []
         self.nudges: list[list[str]] = []
+        self.lacking: set[str] = set()  #: Of the providers for which jobs wait, those that the chooser has not got.
+        self.unknown: set[str] = set()  #: Those that no worker has.
+        self.asked_for: list[frozenset[str]] = []
         self.running: set[JobKey] = set()
         self.streams: dict[Target, int] = {}
         self.hold = asyncio.Event()  #: What keeps turns and looks waiting while it is not set.
@@ -53,7 +56,7 @@ class World:
         self.turn = 0
         self.chooser = Chooser(
             policy or Policy(), "worker", QUEUE, places, 60.0, self, self, self.running, self.streams,  # type: ignore[arg-type]
-            self._start, self.nudges.append,
+            self._start, self.nudges.append, providers,
         )  # fmt: skip
 
     def turned(self, *picks: Pick, ready: dict[str, float] | None = None, now: float = 100.0) -> store.Turned:
@@ -68,6 +71,7 @@ class World:
         await self.hold.wait()
         if operation is store.take_turn:
             self.turns.append((argument.decider._places, list(argument.decider._observations)))
+            argument.decider.lacking = {name for name in self.lacking if name not in argument.decider._providers}
             answer = self.answers.pop(0) if self.answers else self.turned()
             if isinstance(answer, Exception):
                 raise answer
@@ -75,6 +79,9 @@ class World:
         if operation is store.look:
             self.looked += 1
             return self.looks.pop(0) if self.looks else store.Looked(100.0, self.turn, None, {}, arrivals=False)
+        if operation is store.find_unknown:
+            self.asked_for.append(argument.providers)
+            return argument.providers & self.unknown
         assert operation is store.begin
         self.begun.append(argument.pick.job.key)
         return None if argument.pick.job.key in self.gone else argument.pick.job.key
@@ -112,6 +119,65 @@ async def world(monkeypatch: pytest.MonkeyPatch) -> Any:
     yield world
     world.hold.set()
     await world.chooser.stop()
+
+
+# -- providers that this worker lacks --
+
+
+@pytest.fixture
+async def lacking(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A world whose chooser can ask one provider, and in which jobs wait for another one."""
+    world = World(providers=["default"])
+    world.lacking = {"other"}
+    monkeypatch.setattr(chooser_module, "time", SimpleNamespace(monotonic=lambda: world.time))
+    world.chooser.start()
+    yield world
+    world.hold.set()
+    await world.chooser.stop()
+
+
+async def test_jobs_of_a_provider_that_another_worker_has_are_left_to_it(lacking: World) -> None:
+    world = lacking
+    world.hear()
+    world.answers = [world.turned(ready={QUEUE: 0.0}) for _ in range(3)]
+    for number in range(1, 4):
+        world.chooser.wake()
+        await world.turns_taken(number)
+        await world.rests()
+    assert world.asked_for == [frozenset({"other"})], "once in a second"
+    assert world.nudges == [[QUEUE]]
+    world.lacking.clear()
+    world.chooser.wake()
+    await world.turns_taken(4)
+    await world.rests()
+    assert len(world.asked_for) == 1
+
+
+async def test_jobs_of_a_provider_that_nobody_has_are_taken_at_once(lacking: World) -> None:
+    world = lacking
+    taken: list[set[str]] = []
+    run = world.run
+
+    async def note(operation: Any, argument: Any) -> Any:
+        if operation is store.take_turn:
+            taken.append(set(argument.decider._providers))
+        return await run(operation, argument)
+
+    world.chooser._turns = SimpleNamespace(run=note)  # type: ignore[assignment]
+    world.unknown = {"other"}
+    world.chooser.wake()
+    await until(lambda: len(taken) >= 2)
+    await world.rests()
+    assert taken == [{"default"}, {"default", "other"}]
+    world.chooser.wake()
+    await until(lambda: len(taken) >= 3)
+    assert taken[2] == {"default"}, "what others have may have changed"
+
+
+async def test_job_of_a_provider_that_is_lacking_does_not_start_directly(lacking: World) -> None:
+    job = Job(provider="other", request={"model": "m", "messages": [{}]})
+    assert lacking.chooser.direct(job, 10, None) is None
+    assert lacking.chooser.direct(job.model_copy(update={"provider": "default"}), 10, None) is not None
 
 
 # -- direct starts --
@@ -270,6 +336,7 @@ async def test_job_that_is_left_out_of_its_turn_takes_nothing_and_is_no_reason_f
     world.chooser.observe(told(7), urgent=True)
     await world.turns_taken(2)
     assert world.turns[1][1] == [withdrawn(), told(7)]
+
 
 async def test_worker_that_is_full_wakes_others_instead_of_taking_turns(world: World) -> None:
     world.running |= {KEY, OTHER}
@@ -446,7 +513,7 @@ async def test_turns_that_are_lost_again_and_again_are_said_once(
         pauses.append(seconds)
         await sleep(0)
 
-    monkeypatch.setattr(chooser_module.asyncio, "sleep", no_sleep)
+    monkeypatch.setattr(asyncio, "sleep", no_sleep)
     world.answers = [store.TurnLostError("changed") for _ in range(12)]
     world.chooser.wake()
     async with asyncio.timeout(PATIENCE):

@@ -116,6 +116,7 @@ class Service:
             self.engine.streams,
             self.engine.start,
             self._nudge,
+            self._provider_configs,
         )
         self._cancel_listener = CancelListener(
             self._client,
@@ -126,7 +127,9 @@ class Service:
             self._announcer,
             self._chooser.nudged,
         )
-        self._heartbeat = WorkerHeartbeat(settings, self.worker_id, self._heartbeats, self.engine, self._chooser)
+        self._heartbeat = WorkerHeartbeat(
+            settings, self.worker_id, self._heartbeats, self.engine, self._chooser, self._provider_configs
+        )
         self._sweeper = Sweeper(
             settings,
             self.worker_id,

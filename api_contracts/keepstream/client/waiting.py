@@ -33,6 +33,11 @@ class Worker(NamedTuple):
     queue: str
     places: int
     running: int
+    providers: frozenset[str] | None = None  #: Those that it can ask; None: it does not say.
+
+    def can_ask(self, provider: str) -> bool:
+        """Whether it can run jobs of a provider, as far as is known."""
+        return self.providers is None or provider in self.providers
 
 
 class _Surroundings(NamedTuple):
@@ -59,11 +64,15 @@ def reasons(connection: Connection, tenant: str, rows: Sequence[StoredRow]) -> d
 
 def living_workers(connection: Connection) -> dict[str, Worker]:
     """Return the workers that are alive, by id."""
-    recent = select(workers.c.id, workers.c.queue, workers.c.places, workers.c.running).where(
+    columns = workers.c.id, workers.c.queue, workers.c.places, workers.c.running, workers.c.providers
+    recent = select(*columns).where(
         workers.c.heartbeat_at > seconds_from_now(-_LONGEST_LEASE),
         seconds_until(workers.c.heartbeat_at) > -workers.c.lease,
     )
-    return {row.id: Worker(row.queue, row.places, row.running) for row in connection.execute(recent)}
+    return {
+        id_: Worker(queue, places, running, None if names is None else frozenset(names))
+        for id_, queue, places, running, names in connection.execute(recent)
+    }
 
 
 def closed_now(connection: Connection) -> dict[str, Any]:
@@ -116,7 +125,14 @@ def _reason(job: StoredRow, tenant: str, around: _Surroundings) -> WaitingFor | 
         return WaitingFor(cause="worker", text=f"a worker: none is alive for the queue '{job.queue}'")
     if place.restarted_due is not None and place.seconds_until_due > _SOON:
         return WaitingFor(cause="retry", text=f"its next attempt, due at {_clock_time(place.restarted_due)}")
-    closed = closed_reason(around.closed, tenant, around.chains.get(place.pool, ()), around.now)
+    chain = around.chains.get(place.pool, ())
+    if chain:
+        provider = chain[0][0]
+        here = [worker for worker in here if worker.can_ask(provider)]
+        if not here:
+            text = f"a worker that has the provider '{provider}': none that is alive does"
+            return WaitingFor(cause="worker", text=text)
+    closed = closed_reason(around.closed, tenant, chain, around.now)
     if closed is not None:
         return closed
     if all(worker.running >= worker.places for worker in here):

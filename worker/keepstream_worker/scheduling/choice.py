@@ -9,7 +9,7 @@ least far; (5) its oldest job.  What is read is bounded, so a batch ends early w
 """
 
 import heapq
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from keepstream_worker.limits import Policy
@@ -41,7 +41,14 @@ _LONG_AGO: Final = -1e300
 class Choice:
     """One turn of one worker: asks, then decides."""
 
-    def __init__(self, policy: Policy, queue: str, places: int, observations: Sequence[Observation] = ()) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        queue: str,
+        places: int,
+        observations: Sequence[Observation] = (),
+        providers: Container[str] | None = None,
+    ) -> None:
         """Prepare a turn.
 
         Args:
@@ -49,7 +56,10 @@ class Choice:
             queue: Whose jobs the worker runs.
             places: Jobs that it takes at most; with 0 the turn only tells.
             observations: What it tells, in order.
+            providers: Whose jobs it takes; None: all. Others are left to workers that can ask them.
         """
+        self.lacking: set[str] = set()  #: Providers for which jobs of the queue wait that could go, but not here.
+        self._providers = providers
         self._policy = policy
         self._queue = queue
         self._places = places
@@ -223,7 +233,13 @@ class Choice:
     def _gate(self, pool: PoolState, *, counted: bool = True) -> Gate | None:
         """Return the gate by which the pool's next job passes, if it is open."""
         gate, _ = self._gates.effective(pool.chain)
-        return gate if gate is not None and gate.closed(counted=counted) is None else None
+        if gate is None or gate.closed(counted=counted) is not None:
+            return None
+        provider = gate.target.provider
+        if self._providers is not None and pool.queue == self._queue and provider not in self._providers:
+            self.lacking.add(provider)
+            return None
+        return gate
 
     # -- what is to be written --
 

@@ -50,6 +50,8 @@ _SETTLE_TIMEOUT: Final = 5.0
 _PAUSE_AFTER_DEFECT: Final = 1.0
 #: Seconds until a turn follows one that brought nothing though jobs could go; doubled each time, up to one.
 _FRUITLESS_PAUSE: Final = 0.01
+#: Seconds until it is asked again whether another worker has a provider that this one lacks.
+_ASK_PAUSE: Final = 1.0
 #: Turns lost in a row that are said: now and then one is, when somebody changes what it had read.
 _MANY_LOST: Final = 5
 #: Seconds between two nudges of one worker.
@@ -72,6 +74,7 @@ class Chooser:
         streams: Mapping[Target, int],
         start: Callable[[Claim], bool],
         nudge: Callable[[list[str]], None],
+        providers: Collection[str] | None = None,
     ) -> None:
         """Make a chooser.
 
@@ -87,6 +90,7 @@ class Chooser:
             streams: How many of them there are, by target; it changes.
             start: Called with each claim; returns whether it is new here.
             nudge: Called with queues whose jobs wait for a worker that has a place.
+            providers: Those that this worker can ask; None: all.
         """
         #: Jobs that are ours already, or perhaps, but do not run yet; counted, since a turn and a message may both
         #: bring one.
@@ -102,6 +106,9 @@ class Chooser:
         self._streams = streams
         self._start = start
         self._nudge = nudge
+        self._providers = None if providers is None else frozenset(providers)
+        self._lacking: set[str] = set()  #: For which jobs wait that could go, but not here, as the last turn found.
+        self._asked_at = 0.0  #: When it was last asked who has them.
         self._nudged_at = 0.0
         self._observations: deque[Observation] = deque()
         self._state = State()
@@ -297,6 +304,8 @@ class Chooser:
     def _admit(
         self, chain: tuple[Target, ...], tenant: str, prompt_tokens: int, max_tokens: int | None
     ) -> tuple[Target, int] | None:
+        if self._providers is not None and chain[0].provider not in self._providers:
+            return None
         state = self._state
         target = may_start_directly(self._policy, state, chain, tenant, self._streams)
         return target and (target, state.estimate(target, prompt_tokens, max_tokens))
@@ -315,7 +324,7 @@ class Chooser:
             except StoreUnavailableError as error:
                 lost = lost + 1 if isinstance(error, store.TurnLostError) else 0
                 if lost == _MANY_LOST:
-                    log.error("turns_lost", in_a_row=lost, reason=str(error))
+                    log.warning("turns_lost", in_a_row=lost, reason=str(error))
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, 2.0)
                 self._wanted.set()
@@ -325,11 +334,15 @@ class Chooser:
                 self._wanted.set()
 
     async def _choose(self) -> None:
+        unknown: frozenset[str] = frozenset()
         while True:
             places = 0 if self._paused else max(min(self.free, _MOST_PICKS), 0)
             if not places and not self._observations:
                 return
-            turned = await self._take_turn(places)
+            turned = await self._take_turn(places, unknown)
+            unknown = await self._find_unknown()
+            if unknown:
+                continue
             ready = turned.ready.get(self._queue)
             takes_more = self.free > 0 and not self._paused
             if takes_more:
@@ -341,6 +354,8 @@ class Chooser:
             self._nudge_others(others)
             can_go = ready is not None and ready <= turned.now
             self._fruitless = 0 if turned.picks or not (takes_more and can_go) else self._fruitless + 1
+            if self._fruitless == 1 and self._lacking:
+                self._nudge_others([self._queue])
             if self._fruitless:  # what could go was not read, or went elsewhere: asking without end helps nobody
                 self._look_in(min(_FRUITLESS_PAUSE * 2.0**self._fruitless, 1.0))
                 self._tell_later()
@@ -349,9 +364,27 @@ class Chooser:
                 self._tell_later()
                 return
 
-    async def _take_turn(self, places: int) -> store.Turned:
+    async def _find_unknown(self) -> frozenset[str]:
+        """Return those of the providers that this worker lacks which no worker has.
+
+        Their jobs would wait for ever, so this one takes them in its next turn, and they fail.  What others have
+        changes, so the answer is good for that turn.
+        """
+        now = time.monotonic()
+        if not self._lacking or now - self._asked_at < _ASK_PAUSE:
+            return frozenset()
+        unknown: frozenset[str] = await self._turns.run(
+            store.find_unknown, store.Wanted(self._queue, frozenset(self._lacking))
+        )
+        if not unknown:
+            self._asked_at = now
+        return unknown
+
+    async def _take_turn(self, places: int, unknown: frozenset[str] = frozenset()) -> store.Turned:
+        """Take a turn for so many places; of ``unknown`` providers, too, which no worker can ask."""
+        providers = None if self._providers is None else self._providers | unknown
         told = [self._observations.popleft() for _ in range(min(len(self._observations), _MOST_TOLD))]
-        choice = Choice(self._policy, self._queue, places, told)
+        choice = Choice(self._policy, self._queue, places, told, providers)
         async with self._turning:
             try:
                 turned = await self._turns.run(store.take_turn, store.Turn(self._worker_id, choice))
@@ -359,6 +392,7 @@ class Chooser:
                 self._observations.extendleft(reversed(told))
                 raise
             self.expected.update(pick.job.key for pick in turned.picks)
+        self._lacking = choice.lacking
         for pick in turned.left_out:  # told by the next turn: one at once could find them as they are
             self._keep(withdrawn_of(pick))
         if turned.picks:

@@ -1,7 +1,7 @@
 """Heartbeats: which workers are alive, and what each of them should know.
 
 In: signs of life, from the heartbeat; looks, from the chooser.  Out: the workers' rows; to each worker the jobs that it
-owns, and what is known of those that wait.
+owns, what is known of those that wait, and which providers no worker has.
 """
 
 import json
@@ -12,12 +12,14 @@ from sqlalchemy import (
     Connection,
     Float,
     Text,
+    and_,
     bindparam,
     case,
     cast,
     delete,
     exists,
     func,
+    or_,
     select,
     update,
 )
@@ -28,6 +30,10 @@ from keepstream_worker.values import JobKey
 #: Seconds for which a worker that is gone stays in the table, for `keepstream doctor` and for people.
 _REMEMBERED: Final = 172_800.0
 _FORGOTTEN_AT_ONCE: Final = 200
+#: How old the last sign of life of a worker seems that is gone.
+_RETIRED: Final = 86_400.0
+#: Seconds in which a worker that is gone may be back, with the providers that it had: it is replaced, or moved.
+_RETURNS_WITHIN: Final = 300.0
 #: The lease of whoever sweeps.
 SWEEPER: Final = "sweeper"
 
@@ -41,6 +47,7 @@ class Heartbeat(NamedTuple):
     places: int  #: Jobs that it runs at once.
     running: int  #: Jobs that it runs now.
     known_turn: int = -1  #: As of ``Look``.
+    providers: tuple[str, ...] | None = None  #: Those that it can ask; None: it does not say.
 
 
 class Look(NamedTuple):
@@ -103,9 +110,11 @@ def _looked(row: Any) -> Looked:
     return Looked(row.now, turn, state, json.loads(ready), bool(arrived))
 
 
+#: What a worker says of itself.
+_SAID: Final = ("lease", "queue", "places", "running", "providers")
 _SIGN: Final = {
     "heartbeat_at": now(),
-    **{column: bindparam(f"new_{column}") for column in ("lease", "queue", "places", "running")},
+    **{column: bindparam(f"new_{column}", type_=workers.c[column].type) for column in _SAID},
 }
 _IS_WORKER: Final = workers.c.id == bindparam("of_worker")
 _RENEW: Final = update(workers).where(_IS_WORKER).values(_SIGN)
@@ -136,7 +145,7 @@ def _record(connection: Connection, heartbeat: Heartbeat) -> HeartbeatResult:
     values = {
         "of_worker": heartbeat.worker_id,
         "known_turn": heartbeat.known_turn,
-        **{f"new_{column}": getattr(heartbeat, column) for column in ("lease", "queue", "places", "running")},
+        **{f"new_{column}": getattr(heartbeat, column) for column in _SAID},
     }
     answer = connection.execute(_RENEW_IN_TIME[connection.dialect.name], values).one_or_none()
     lapsed = answer is None
@@ -158,9 +167,42 @@ def _record(connection: Connection, heartbeat: Heartbeat) -> HeartbeatResult:
 def retire(connection: Connection, worker_ids: list[str]) -> list[None]:
     """Mark workers as gone at once, so that nobody waits for their lease."""
     connection.execute(
-        update(workers).where(workers.c.id.in_(worker_ids)).values(heartbeat_at=seconds_from_now(-86_400.0))
+        update(workers).where(workers.c.id.in_(worker_ids)).values(heartbeat_at=seconds_from_now(-_RETIRED))
     )
     return [None] * len(worker_ids)
+
+
+class Wanted(NamedTuple):
+    """Providers for which jobs wait."""
+
+    queue: str
+    providers: frozenset[str]
+
+
+def _was_here(since: float, until: float = 0.0) -> Any:
+    """Select workers that gave their last sign of life within so many seconds, before the last ``until`` ones."""
+    heard = workers.c.heartbeat_at
+    after = heard > seconds_from_now(-since - until)
+    return and_(after, heard <= seconds_from_now(-until)) if until else after
+
+
+_PROVIDERS: Final = select(workers.c.providers).where(
+    workers.c.queue == bindparam("of_queue"), or_(_was_here(_RETURNS_WITHIN), _was_here(_RETURNS_WITHIN, _RETIRED))
+)
+
+
+def find_unknown(connection: Connection, wanted: list[Wanted]) -> list[frozenset[str]]:
+    """Return which of the providers no worker of the queue can ask, nor could one that was alive minutes ago."""
+    return [_unknown(connection, question) for question in wanted]
+
+
+def _unknown(connection: Connection, wanted: Wanted) -> frozenset[str]:
+    left = wanted.providers
+    for names in connection.scalars(_PROVIDERS, {"of_queue": wanted.queue}):
+        if names is None:  # of a version that does not say it: it may have all
+            return frozenset()
+        left = left.difference(names)
+    return left
 
 
 _FORGET: Final = delete(workers).where(

@@ -7,7 +7,7 @@ that waits and of the sweeper's lease, to whoever asked to hear it.
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from keepstream.errors import StoreUnavailableError
 from keepstream_worker import store
@@ -36,6 +36,7 @@ class WorkerHeartbeat:
         database: WorkerDatabase,
         engine: Engine,
         chooser: Chooser,
+        providers: Collection[str] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.sweeper_free = False  #: Whether no worker sweeps, as far as is known.
@@ -47,6 +48,7 @@ class WorkerHeartbeat:
         self._database = database
         self._engine = engine
         self._chooser = chooser
+        self._providers = None if providers is None else tuple(sorted(providers))
         self._clock = clock
         self._confirmed_at = 0.0  #: When the last heartbeat was confirmed.
         self._unbroken_since: float | None = None  #: When the first one after the last gap was.
@@ -93,7 +95,13 @@ class WorkerHeartbeat:
         active = self._engine.active
         claimed_before = {(key, job.attempt) for key, job in active.items() if job.attempt}
         sign_of_life = store.Heartbeat(
-            self._worker_id, self._lease, self._queue, self._places, len(active), self._chooser.known_turn
+            self._worker_id,
+            self._lease,
+            self._queue,
+            self._places,
+            len(active),
+            self._chooser.known_turn,
+            self._providers,
         )
         result = await self._database.run(store.record_heartbeat, sign_of_life)
         self._note_confirmed(lapsed=result.lapsed)
