@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Any, ClassVar, Final, Self, TypeVar
 
 import redis
 from sqlalchemy import Connection, create_engine
@@ -78,6 +78,9 @@ def wait_until(condition: Callable[[], T | None], what: str, timeout: float = PA
 class WorkerProcess(EmbeddedProcess):
     """One worker, started as in production, or forked off if there is a server for that."""
 
+    module: ClassVar[str] = "keepstream_worker.app"
+    started: ClassVar[str] = "worker_started"  #: What its log says when it is at work.
+
     def __init__(self, environment: dict[str, str], log: Path, forks: ForkServer | None = None) -> None:
         super().__init__("worker")
         self._forks = forks
@@ -86,7 +89,7 @@ class WorkerProcess(EmbeddedProcess):
 
     @override
     def _command(self) -> list[str]:
-        return [sys.executable, "-m", "keepstream_worker.app"]
+        return [sys.executable, "-m", self.module]
 
     @override
     def _options(self) -> dict[str, Any]:
@@ -94,13 +97,13 @@ class WorkerProcess(EmbeddedProcess):
 
     @override
     def _is_ready(self) -> bool:
-        return bool(self.said("worker_started"))
+        return bool(self.said(self.started))
 
     @override
     def _spawn(self) -> subprocess.Popen[bytes]:
         if self._forks is None:
             return super()._spawn()
-        return self._forks.start("keepstream_worker.app", [], self._environment, self._log)
+        return self._forks.start(self.module, [], self._environment, self._log)
 
     @property
     def running(self) -> bool:
@@ -238,7 +241,7 @@ class Cluster:
         self.directory = directory
         self.database_url = database_url
         self._postgres = postgres
-        self._forks = forks
+        self.forks = forks
         self.settings = {**base, **settings}
         self._valkey = valkey or EmbeddedValkey(persistent=persistent)
         self._sentinels = sentinels
@@ -246,6 +249,7 @@ class Cluster:
         self.redis_url = sentinels.url if sentinels else redis_url or self._valkey.url
         self.provider = RecordingProviderProcess(forks=forks)
         self.workers: list[WorkerProcess] = []
+        self.gateways: list[WorkerProcess] = []
         self._numbers = itertools.count(1)
         self._clients: list[Client] = []
         self._engine = create_engine(database_url, pool_pre_ping=True)
@@ -271,9 +275,9 @@ class Cluster:
 
     def close(self) -> None:
         """End everything."""
-        for worker in self.workers:
-            worker.kill()
-            worker.close()
+        for process in (*self.workers, *self.gateways):
+            process.kill()
+            process.close()
         for client in self._clients:
             client.close()
         self._engine.dispose()
@@ -299,7 +303,7 @@ class Cluster:
     def new_worker(self, **settings: Any) -> WorkerProcess:
         """Return a worker that is not started yet."""
         log = self.directory / f"worker-{next(self._numbers)}.log"
-        worker = WorkerProcess(self.environment(**settings), log, self._forks)
+        worker = WorkerProcess(self.environment(**settings), log, self.forks)
         self.workers.append(worker)
         return worker
 
@@ -348,7 +352,10 @@ class Cluster:
 
     def worker_logs(self) -> list[tuple[str, str]]:
         """Return the name and the end of each worker's log."""
-        return [(str(worker.log), worker.log.read_text(errors="replace")[-_LOG_SHOWN:]) for worker in self.workers]
+        return [
+            (str(worker.log), worker.log.read_text(errors="replace")[-_LOG_SHOWN:])
+            for worker in (*self.workers, *self.gateways)
+        ]
 
     # -- jobs --
 

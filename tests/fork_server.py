@@ -39,6 +39,7 @@ _PRELOADED: Final = (
     "psycopg",
     "sqlalchemy.dialects.postgresql.psycopg",
     "sqlalchemy.dialects.sqlite.pysqlite",
+    "keepstream_gateway.server",
     "keepstream_worker.app",
     "tests.recording_provider",
 )

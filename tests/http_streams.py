@@ -27,6 +27,8 @@ class HttpStream:
         self._connection.request("GET", path, headers=dict(headers or {}))
         self._response: HTTPResponse | None = None
         self.received = b""
+        self.ended_cleanly = False
+        self._left = b""
 
     @property
     def response(self) -> HTTPResponse:
@@ -51,6 +53,20 @@ class HttpStream:
         except (IncompleteRead, ConnectionError):
             return False
         return True
+
+    def read_frame(self) -> bytes | None:
+        """Read one server-sent event or comment; None: the stream has ended, and ``ended_cleanly`` says how."""
+        while b"\n\n" not in self._left:
+            try:
+                piece = self.response.read1(65_536)
+            except (IncompleteRead, ConnectionError):
+                return None
+            if not piece:
+                self.ended_cleanly = True
+                return None
+            self._left += piece
+        frame, _, self._left = self._left.partition(b"\n\n")
+        return frame
 
     def close(self) -> None:
         """Leave."""

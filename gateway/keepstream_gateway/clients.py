@@ -12,27 +12,25 @@ from keepstream_gateway.settings import Settings
 
 
 class Clients:
-    """The clients of a gateway; ``close`` closes them all."""
+    """The clients of a gateway; ``close`` closes them all.
+
+    Raises:
+        InvalidSettingError: a URL cannot be used.
+    """
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._of: dict[str, AsyncClient] = {}
+        self._first = AsyncClient(
+            settings.redis_url,
+            broker_url=settings.broker_url,
+            database_url=settings.database_url,
+            prefix=settings.prefix,
+            queue=settings.queue,
+        )
         self._redis = RedisConnections(settings.redis_url, lambda: None)
 
     def of(self, tenant: str) -> AsyncClient:
-        """Return the client for a tenant's jobs."""
-        client = self._of.get(tenant)
-        if client is None:
-            settings = self._settings
-            client = self._of[tenant] = AsyncClient(
-                settings.redis_url,
-                broker_url=settings.broker_url,
-                database_url=settings.database_url,
-                tenant=tenant,
-                prefix=settings.prefix,
-                queue=settings.queue,
-            )
-        return client
+        """Return the client for a tenant's jobs; it costs next to nothing."""
+        return self._first.for_tenant(tenant)
 
     async def redis_answers(self) -> bool:
         """Whether Redis answers now."""
@@ -44,6 +42,5 @@ class Clients:
 
     async def close(self) -> None:
         """Close all connections."""
-        for client in self._of.values():
-            await client.close()
+        await self._first.close()
         self._redis.close()

@@ -80,6 +80,7 @@ class Streams:
         frames: Frames,
         *,
         farewell: Farewell,
+        comment: Callable[[], bytes] = lambda: PING,
         headers: Mapping[str, str] | None = None,
     ) -> Response:
         """Return the response that sends ``frames``; 204 if they end without any.
@@ -88,6 +89,7 @@ class Streams:
             access: Whose stream it is; it counts as one of its key's.
             frames: Whole server-sent events; it is closed here, in any case.
             farewell: What to send if they do not come to their end.
+            comment: Returns what breaks a silence.
             headers: Further ones.
 
         Raises:
@@ -106,7 +108,7 @@ class Streams:
             place()
             await _drop(first, frames)
             raise
-        return EventStream(self, first, frames, farewell, {**HEADERS, **(headers or {})}, place)
+        return EventStream(self, first, frames, farewell, comment, {**HEADERS, **(headers or {})}, place)
 
     def start(self) -> None:
         """Begin to look after the streams' time."""
@@ -178,6 +180,7 @@ class EventStream(Response):
         first: asyncio.Future[bytes | None],
         frames: Frames,
         farewell: Farewell,
+        comment: Callable[[], bytes],
         headers: Mapping[str, str],
         give_place_back: Callable[[], None],
     ) -> None:
@@ -188,6 +191,7 @@ class EventStream(Response):
         self._first = first
         self._frames = frames
         self._farewell = farewell
+        self._comment = comment
         self._give_place_back = give_place_back
         self._send: Send
         self._pump: asyncio.Task[None]
@@ -226,7 +230,7 @@ class EventStream(Response):
             if now - self._sending_since > patience:
                 self._end("given_up")
         elif now - self._sent_at > ping:
-            self._pinging = asyncio.ensure_future(self._write(PING))
+            self._pinging = asyncio.ensure_future(self._write(self._comment()))
 
     def stop(self) -> None:
         """End the stream, because the gateway stops."""
