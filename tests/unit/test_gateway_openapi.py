@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import jsonschema  # type: ignore[import-untyped]
@@ -26,8 +27,9 @@ def test_the_document_is_valid_openapi() -> None:
     assert list(OpenAPIV31SpecValidator(DOCUMENT).iter_errors()) == []
 
 
-def test_it_describes_each_address_and_no_other() -> None:
-    app, _ = make_app(load_settings({}, redis_url="redis://127.0.0.1:1/0", database_url="sqlite://"))
+def test_it_describes_each_address_and_no_other(tmp_path: Path) -> None:
+    settings = load_settings({}, redis_url="redis://127.0.0.1:1/0", database_url=f"sqlite:///{tmp_path}/k.db")
+    app, _ = make_app(settings)
     served = {
         (route.path, method)
         for route in app.routes
