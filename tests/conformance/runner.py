@@ -39,7 +39,8 @@ CASES: Final = tuple(Path(__file__).with_name(name) for name in ("sse_cases.json
 _APIS: Final = ("chat", "responses")
 OUTCOMES: Final = ("completed", "retry", "fail")
 
-_SILENCE_SECONDS: Final = 2.0  #: What a stalled stream gets; more than the machine ever stalls by itself.
+_STALL_SECONDS: Final = 2.0  #: What a stream gets that stalls.
+_SILENCE_SECONDS: Final = 30.0  #: What all others get; more than the machine ever stalls by itself.
 _USAGE_SECONDS: Final = 1.0
 _CASE_SECONDS: Final = 60.0  #: Seconds after which a case counts as hung.
 _AT_ONCE: Final = 40
@@ -142,6 +143,8 @@ def _outcome(result: CompletionResult) -> str:
         return "completed"
     if result.status is JobStatus.FAILED and len(result.attempts) == 1:
         return "retry" if result.attempts[0].retryable else "fail"
+    if result.status is JobStatus.CANCELLED and result.attempts and result.attempts[0].retryable:
+        return "retry"
     return f"{result.status} after {len(result.attempts)} attempts"
 
 
@@ -213,23 +216,29 @@ def _short(value: object) -> str:
 
 
 async def play(client: AsyncClient, case: Case) -> Seen:
-    """Enqueue ``case`` as a job with one attempt, follow it to its end and return the result."""
+    """Enqueue ``case`` as a job with one attempt, follow it to its end and return the result.
+
+    What costs no attempt, such as a 429, would be tried for as long as the job may live: it is cancelled then.
+    """
+    silence = _STALL_SECONDS if case.response.get("close") == "stall" else _SILENCE_SECONDS
     job_id = await client.enqueue(
         {
-            "model": "conformance",
+            "model": case.name,  # a target of its own: what a provider refuses or breaks closes its target for a while
             "messages": [{"role": "user", "content": case.name}],
             "script": {"raw": case.response},
         },
         provider=case.api,
         max_attempts=1,
-        first_token_timeout=_SILENCE_SECONDS,
-        idle_timeout=_SILENCE_SECONDS,
+        first_token_timeout=silence,
+        idle_timeout=silence,
     )
     transcript = Transcript()
     streamed: list[ChoiceSnapshot] | None = None
     async for event in client.follow(job_id, timeout=_CASE_SECONDS):
         if isinstance(event, AttemptFailed):
             streamed = transcript.choices
+            if event.retry_in is not None:
+                await client.cancel(job_id)
         transcript.apply(event)
     result = await client.get(job_id)
     if result is None:

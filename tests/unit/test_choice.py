@@ -11,6 +11,7 @@ import pytest
 
 from keepstream_worker.limits import Limits, Policy, ProviderPolicy, TenantPolicy
 from keepstream_worker.scheduling.choice import Choice, may_start_directly
+from keepstream_worker.scheduling.learning import FAILING_FOR
 from keepstream_worker.scheduling.observations import Accepted, Charged, End, Observation, Place, Settled
 from keepstream_worker.scheduling.report import report
 from keepstream_worker.scheduling.state import State
@@ -249,9 +250,11 @@ def test_a_broken_target_is_tried_with_one_job():
     rules = Policy(providers={"p": ProviderPolicy(broken_after=2, broken_for=10.0)})
     for _ in range(10):
         world.store("a", CHAIN)
-    places = [world.running[pick.job.key].place for pick in world.turn(rules, 2).picks]
+    first, second = (world.running[pick.job.key].place for pick in world.turn(rules, 2).picks)
     world.now += 1.0
-    decision = world.turn(rules, 5, [Settled(place, 100, 0, None, End.FAILED) for place in places])
+    world.turn(rules, 0, [Settled(first, 100, 0, None, End.FAILED)])
+    world.now += FAILING_FOR
+    decision = world.turn(rules, 5, [Settled(second, 100, 0, None, End.FAILED)])
     assert not decision.picks
     assert decision.closed["p/m"]["why"] == "broken"
     world.now = decision.ready["main"]

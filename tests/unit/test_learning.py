@@ -159,18 +159,34 @@ def test_a_wall_of_long_ago_is_forgotten() -> None:
 # -- the circuit --
 
 
+def broken() -> TargetState:
+    state = failed(failed(TargetState(), NOW - learning.FAILING_FOR), NOW, times=2)
+    assert closed(state, NOW) == Closed("broken", NOW + 10)
+    return state
+
+
 def test_some_failures_in_a_row_close_a_target_and_others_do_not() -> None:
-    state = failed(TargetState(), NOW, times=2)
-    state = learning.completed(state, NOW, started=NOW)
-    state = failed(state, NOW, times=2)
-    assert closed(state, NOW) is None
+    state = failed(TargetState(), NOW - 5, times=2)
+    state = learning.completed(state, NOW - 4, started=NOW - 5)
+    state = failed(state, NOW - 4, times=2)
+    assert closed(state, NOW - 4) is None
     state = failed(state, NOW)
     assert closed(state, NOW) == Closed("broken", NOW + 10)
     assert state.is_limited
 
 
+def test_a_burst_of_failures_closes_no_target() -> None:
+    state = failed(TargetState(), NOW, times=100)
+    state = failed(state, NOW + learning.FAILING_FOR - 0.1, times=100)
+    assert closed(state, NOW + learning.FAILING_FOR) is None
+    assert closed(failed(state, NOW + learning.FAILING_FOR), NOW + learning.FAILING_FOR) is not None
+    # A success in between: what fails from then on is another row.
+    state = learning.completed(state, NOW + 2, started=NOW + 1)
+    assert closed(failed(state, NOW + 4, times=100), NOW + 4) is None
+
+
 def test_a_broken_target_is_tried_by_exactly_one_stream() -> None:
-    state = failed(TargetState(), NOW, times=3)
+    state = broken()
     assert places(state, NOW + 9, 0) == 0
     assert places(state, NOW + 10, 0) == 1
     assert places(state, NOW + 10, 500) == 1  # streams from before may still run
@@ -186,7 +202,7 @@ def test_a_broken_target_is_tried_by_exactly_one_stream() -> None:
 
 
 def test_each_stream_that_tries_in_vain_closes_it_for_longer() -> None:
-    state = failed(TargetState(), NOW, times=3)
+    state = broken()
     now, times = NOW, []
     for _ in range(7):
         now = state.broken_until or 0
@@ -196,13 +212,13 @@ def test_each_stream_that_tries_in_vain_closes_it_for_longer() -> None:
 
 
 def test_a_try_that_was_cancelled_makes_room_for_another() -> None:
-    state = learning.let_in(failed(TargetState(), NOW, times=3), NOW + 10)
+    state = learning.let_in(broken(), NOW + 10)
     assert places(learning.withdrawn(state, NOW + 11, started=NOW + 10), NOW + 11, 0) == 1
     assert places(state, NOW + 11 + learning.PROBE_PATIENCE, 0) == 1  # its worker died, and nobody told
 
 
 def test_a_refusal_shows_that_a_target_lives() -> None:
-    state = learning.let_in(failed(TargetState(), NOW, times=3), NOW + 10)
+    state = learning.let_in(broken(), NOW + 10)
     state = refused(state, NOW + 11, started=NOW + 10, running=1)
     assert closed(state, NOW + 11) == Closed("cooling", NOW + 11.5)
     assert closed(state, NOW + 12) is None

@@ -77,7 +77,7 @@ class ProviderPolicy:
     limits: Limits = Limits()  #: Of all its models together.
     models: Mapping[str, Limits] = field(default_factory=lambda: MappingProxyType({}))  #: By name or pattern, in order.
     max_cooldown: float = DEFAULT_MAX_COOLDOWN  #: Seconds a target may cool down before its jobs use their fallbacks.
-    broken_after: int = DEFAULT_BROKEN_AFTER  #: Failures in a row after which a target counts as broken.
+    broken_after: int = DEFAULT_BROKEN_AFTER  #: Failures in a row, over some seconds, after which a target is broken.
     broken_for: float = DEFAULT_BROKEN_FOR  #: Seconds for which it does at first; doubled each time it stays broken.
 
 

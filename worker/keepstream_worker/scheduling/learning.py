@@ -10,8 +10,9 @@ Three things are learnt about a target, each by itself:
   same moment. The level of the refusal is remembered as the **wall**: the ceiling returns to just below it quickly and
   tries the next place beyond it seldom, so that next to nothing is refused, and a limit that was raised is found.
 - A **cool-down** that all workers share, as long as the provider asks for or, if it says nothing, longer each time.
-- A **circuit**: after some failures in a row nothing is let in for a while; then exactly one stream, whose clean end
-  opens the target again and whose failure closes it for longer.
+- A **circuit**: after some failures in a row, over some seconds, nothing is let in for a while; then exactly one
+  stream, whose clean end opens the target again and whose failure closes it for longer. A burst of requests on which a
+  provider chokes is no outage, and must not keep out those of others.
 
 Moments are seconds since the epoch by one clock. ``started`` is the moment at which an attempt was let in and
 ``running`` the number of streams at the target right after that, all that were let in with it included.
@@ -30,6 +31,7 @@ from keepstream_worker.values import Failure
 FIRST_CEILING: Final = 16  #: Streams that a target is given of which nothing is known.
 LONGEST_COOL_DOWN: Final = 60.0  #: Seconds, unless the provider asks for more.
 LONGEST_BREAK: Final = 300.0  #: Seconds that a broken target is left alone.
+FAILING_FOR: Final = 3.0  #: Seconds of failures without a success before a target counts as broken.
 PROBE_PATIENCE: Final = 30.0  #: Seconds after which another stream tries a broken target, if the first says nothing.
 
 _ROOM_PATIENCE: Final = 60.0  #: Seconds after which one more stream is let in, if nothing is heard of those before.
@@ -78,6 +80,7 @@ class TargetState:
     pause: float = 0.0  #: Seconds of the last cool-down.
     cooling_until: float = 0.0
     failures: int = 0  #: In a row.
+    failing_since: float = 0.0  #: When the first of them came.
     broken_until: float | None = None  #: None: the circuit is closed, and the target open.
     breaks: int = 0  #: Times in a row that it was found broken.
     probe_at: float | None = None  #: When the one stream was let in that tries a broken target.
@@ -116,6 +119,7 @@ _KEYS: Final = {
     "p": "pause",
     "u": "cooling_until",
     "f": "failures",
+    "g": "failing_since",
     "b": "broken_until",
     "o": "breaks",
     "q": "probe_at",
@@ -221,10 +225,10 @@ def answered(state: TargetState, now: float, *, started: float) -> TargetState:
     """The provider answered as one that works, be it with an error that is the request's own."""
     state = _heard(state, started)
     if state.broken_until is None:
-        return replace(state, failures=0) if state.failures else state
+        return replace(state, failures=0, failing_since=0.0) if state.failures else state
     if state.probe_at is None or started < state.probe_at:
         return state  # a stream from before
-    return replace(state, failures=0, broken_until=None, breaks=0, probe_at=None)
+    return replace(state, failures=0, failing_since=0.0, broken_until=None, breaks=0, probe_at=None)
 
 
 def refused(
@@ -285,7 +289,7 @@ def failed(state: TargetState, now: float, *, started: float, broken_after: int,
         state: Of the target.
         now: The moment.
         started: When the attempt was let in.
-        broken_after: Failures in a row after which the target counts as broken.
+        broken_after: Failures in a row, over ``FAILING_FOR`` seconds at least, after which the target counts as broken.
         broken_for: Seconds that it is left alone at first.
     """
     state = _heard(state, started)
@@ -293,8 +297,8 @@ def failed(state: TargetState, now: float, *, started: float, broken_after: int,
         if state.probe_at is None or started < state.probe_at:
             return state  # a stream from before: it is known that the target was broken
     else:
-        state = replace(state, failures=state.failures + 1)
-        if state.failures < broken_after:
+        state = replace(state, failures=state.failures + 1, failing_since=state.failing_since or now)
+        if state.failures < broken_after or now - state.failing_since < FAILING_FOR:
             return state
     seconds = min(LONGEST_BREAK, broken_for * 2.0 ** min(state.breaks, _MOST_DOUBLINGS))
     return replace(state, broken_until=now + seconds, breaks=state.breaks + 1, probe_at=None)
