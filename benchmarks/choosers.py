@@ -152,7 +152,7 @@ class _Worker:
             self.engine.start,
             lambda _queues: None,
         )
-        self.heartbeat = WorkerHeartbeat(settings, self.id, beats, self.engine, self.chooser)
+        self.heartbeat = WorkerHeartbeat(settings, self.id, beats, sweeps, self.engine, self.chooser)
         self.sweeper = Sweeper(
             settings, self.id, sweeps, self.heartbeat, self.chooser, _Announcer(sweeps), _NoMessages()
         )

@@ -218,6 +218,8 @@ class _Reader:
             counted |= {arrival.tenant for arrival in arrivals}
             counted |= {job.key.tenant for job in restarted}
         pools = {each.pool for group in (self.standings, arrivals, restarted) for each in group}
+        providers = {target.provider for pool in pools for target in world.pools[pool].chain}
+        providers.update(question.counted_providers)
         return Reading(
             now=world.now,
             pools={pool: world.pools[pool] for pool in pools},
@@ -227,7 +229,7 @@ class _Reader:
             restarted=restarted,
             arrivals=arrivals,
             more_arrivals=len(seqs) > ARRIVALS_READ,
-            running={each: number for each, number in targets.items() if each.provider in question.counted_providers},
+            running={each: number for each, number in targets.items() if each.provider in providers},
             running_tenants={each: number for each, number in tenants.items() if each in counted},
         )
 

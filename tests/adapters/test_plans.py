@@ -97,13 +97,15 @@ class Doing:
         self.used = Used(engine)
         self.explained = Explained(engine)
 
-    def __call__(self, operation: Callable[..., list[Any]], *arguments: Any, buffers: int = FEW) -> list[Any]:
+    def __call__(
+        self, operation: Callable[..., list[Any]], *arguments: Any, buffers: int = FEW, scanned: str = ""
+    ) -> list[Any]:
         self.explained.clear()
         self.used.operations.add(operation.__name__)
         with self.engine.begin() as connection:
             answers = operation(connection, list(arguments))
         if self.explained:
-            self.explained.check(buffers, scanned=BY_THEIR_END | {"keepstream_arrivals"})
+            self.explained.check(buffers, scanned=BY_THEIR_END | {"keepstream_arrivals", scanned})
         return answers
 
     def change(self, *statements: Any) -> None:
@@ -225,10 +227,13 @@ def _look_after(do: Doing) -> None:
         update(announcements).values(ended_at=seconds_from_now(-60.0)),
         update(workers).where(workers.c.id == "me").values(heartbeat_at=seconds_from_now(-999_999.0)),
     )
-    (found,) = do(store.sweep, store.Sweep(60.0, True, float("inf"), 5, 200), buffers=SWEPT)
-    assert {key("lost"), key("stopped")} <= set(found.lost)
-    assert key("expires-2") in found.unannounced
-    assert found.unannounced
+    request = store.Sweep(60.0, True, float("inf"), 5, 200)
+    (lost,) = do(store.release_lost, request, buffers=SWEPT)
+    assert {key("lost"), key("stopped")} <= {released.key for released in lost}
+    (expired,) = do(store.end_expired, request, buffers=SWEPT)
+    assert key("expires-2") in expired
+    (unannounced,) = do(store.find_unannounced, request, buffers=SWEPT)
+    assert unannounced
     with do.engine.begin() as connection:
         newest = connection.scalar(select(turns.c.n).order_by(turns.c.n.desc()).limit(1)) or 0
         queries.enqueue(connection, job("late"))
@@ -236,7 +241,14 @@ def _look_after(do: Doing) -> None:
         row = {"ready": "{}", "closed": "{}", "state": "{}", "arrivals_low": low + 1}
         connection.execute(turns.insert(), [row | {"n": newest + number} for number in range(1, 200)])
     idle = {(QUEUE, "interactive"): 1e9}
-    do(store.tidy, store.Tidying(200, 0, idle), store.Tidying(200, 0, idle), buffers=SWEPT)
+    tidying = store.Tidying(200, idle_times=idle)
+    do(store.find_late_arrivals, tidying, tidying._replace(whole=False), buffers=SWEPT)
+    do(store.delete_old_turns, tidying, buffers=SWEPT)
+    do(store.delete_idle_standings, tidying, buffers=SWEPT)
+    # What runs is never more than the workers have places for.
+    do(store.delete_idle_pools, tidying._replace(limit=10), buffers=SWEPT, scanned="keepstream_running")
+    assert do(store.put_right, low) != [None]
+    do(store.find_unknown, store.Wanted(QUEUE, frozenset({"default"})), scanned="keepstream_workers")
 
 
 LANES: Final = 10

@@ -1,16 +1,18 @@
 """The store on real databases: who owns a job, what an ending writes, and what a sweep finds."""
 
+import json
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, TypeVar
+from datetime import UTC, datetime
+from typing import Any, NamedTuple, TypeVar
 from unittest.mock import ANY
 
 import pytest
-from sqlalchemy import Connection, Engine, Table, func, select, update
+from sqlalchemy import Connection, Engine, Table, delete, func, select, update
 
 from keepstream.client import queries
 from keepstream.client.database import make_engine
@@ -34,6 +36,7 @@ from keepstream.tables import (
     jobs,
     leases,
     now,
+    pools,
     rejected_messages,
     requests,
     running,
@@ -45,6 +48,8 @@ from keepstream.tables import (
     workers,
 )
 from keepstream_worker import store
+from keepstream_worker.limits import Policy
+from keepstream_worker.scheduling import choice as rules
 from keepstream_worker.store import (
     Claim,
     Heartbeat,
@@ -55,9 +60,9 @@ from keepstream_worker.store import (
     Rejection,
     Stored,
     Sweep,
-    SweepResult,
     schema,
 )
+from keepstream_worker.store import pools as store_pools
 from keepstream_worker.turn import Decision, Move, Pick, Reading
 from keepstream_worker.values import AttemptReason, Ended, Ending, Failure, JobKey, Outcome, Target
 from tests import jobs as test_jobs
@@ -74,6 +79,13 @@ HELLO = Choice(
     finish_reason="stop",
     tool_calls=[ToolCall(id="c1", name="look", arguments="{}", arguments_valid=True)],
 )
+
+
+class Swept(NamedTuple):
+    """What a sweep has found."""
+
+    lost: list[JobKey]
+    unannounced: list[JobKey]  #: Of some of them nobody knew that they have ended.
 
 
 class Store:
@@ -115,10 +127,20 @@ class Store:
         (answer,) = self(store.end, ending)
         return answer
 
-    def sweep(self, *, lease: float = 6.0, reap: bool = True, **kw: Any) -> SweepResult:
+    def sweep(self, *, lease: float = 6.0, reap: bool = True, **kw: Any) -> Swept:
         swept: dict[str, Any] = {"max_attempts": 5, "limit": 200, "asked_at": time.monotonic()} | kw
-        (found,) = self(store.sweep, Sweep(lease=lease, reap=reap, **swept))
-        return found
+        request = Sweep(lease=lease, reap=reap, **swept)
+        (lost,) = self(store.release_lost, request)
+        (unannounced,) = self(store.find_unannounced, request)
+        (expired,) = self(store.end_expired, request)
+        return Swept([released.key for released in lost], unannounced + expired)
+
+    def tidy(self, **given: Any) -> int:
+        request = store.Tidying(**{"limit": 200} | given)
+        self(store.find_late_arrivals, request)
+        self(store.delete_idle_standings, request)
+        (bound,) = self(store.delete_old_turns, request)
+        return bound
 
     def enqueue(self, job_id: str = "a", **fields: Any) -> None:
         with self.engine.begin() as connection:
@@ -558,6 +580,73 @@ def test_a_turn_whose_standings_somebody_has_changed_is_taken_back(db: Store) ->
     assert [pick.job.key.id for pick in db.turn().picks] == ["a"]
 
 
+def chosen(db: Store, places: int = 5) -> store.Turned:
+    """Take a turn by the rules of choice."""
+    (turned,) = db(store.take_turn, store.Turn("w1", rules.Choice(Policy(), QUEUE, places)))
+    return turned
+
+
+def names(turned: store.Turned) -> list[str]:
+    return [pick.job.key.id for pick in turned.picks]
+
+
+@pytest.mark.parametrize("chain", ['[["default"]]', "[]", '"x"', '[["default", 5]]', None], ids=str)
+def test_a_pool_that_cannot_be_read_concerns_its_own_jobs_and_is_made_anew(
+    db: Store, chain: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_pools, "_KNOWN", {})
+    model = "odd"
+    fallback = {"provider": "other", "model": model}
+    db.enqueue("odd", request={"model": model, "messages": [{}]}, fallbacks=[fallback])
+    db.enqueue("good")
+    (row,) = db.rows(waiting, "odd")
+    with db.engine.begin() as connection:
+        if chain is None:
+            connection.execute(delete(pools).where(pools.c.id == row.pool))
+        else:
+            connection.execute(update(pools).where(pools.c.id == row.pool).values(chain=json.loads(chain)))
+    turned = chosen(db)
+    assert names(turned) == ["good"]
+    assert turned.misplaced == (row.seq,)
+    assert db(store.put_right, row.seq) == [store.PutRight(JobKey("default", "odd"), ended=False)]
+    turned = chosen(db)
+    assert (names(turned), turned.misplaced) == (["odd"], ())
+    claim = db.begin(turned.picks[0])
+    assert claim is not None
+    assert claim.chain == (Target("default", model), Target("other", model))
+    assert db.rows_of_arrivals() == []
+
+
+def test_a_job_that_waits_where_it_cannot_ends_as_failed(db: Store) -> None:
+    db.enqueue("odd")
+    db.enqueue("good")
+    seq = db.rows(waiting, "odd")[0].seq
+    with db.engine.begin() as connection:
+        connection.execute(update(waiting).where(waiting.c.job_id == "odd").values(pool=12_345))
+        connection.execute(update(arrivals).where(arrivals.c.seq == seq).values(pool=12_345))
+    turned = chosen(db)
+    assert names(turned) == ["good"]
+    assert db(store.put_right, *turned.misplaced) == [store.PutRight(JobKey("default", "odd"), ended=True)]
+    result = db.get("odd")
+    assert result.status is JobStatus.FAILED
+    assert result.error is not None
+    assert result.error.code == ErrorCode.INTERNAL
+    assert db.rows_of_arrivals() == []
+    assert db(store.put_right, *turned.misplaced) == [None]
+
+
+def test_a_note_without_a_job_is_deleted(db: Store) -> None:
+    note = {"seq": 1000, "lane": 1, "pool": 12_345, "tenant": "default", "restarted_due": None}
+    with db.engine.begin() as connection:
+        connection.execute(arrivals.insert(), [note, note | {"seq": 1001, "restarted_due": datetime.now(UTC)}])
+    db.enqueue("good")
+    turned = chosen(db)
+    assert names(turned) == ["good"]
+    assert sorted(turned.misplaced) == [1000, 1001]
+    assert db(store.put_right, *turned.misplaced) == [None, None]
+    assert db.rows_of_arrivals() == []
+
+
 def test_many_workers_take_each_job_once(engine: Engine) -> None:
     names = [f"job-{number}" for number in range(60)]
     for name in names:
@@ -958,6 +1047,42 @@ def test_a_provider_is_unknown_if_no_worker_of_the_queue_has_or_had_it(db: Store
     assert unknown("a", "b", "c") == frozenset()
 
 
+def test_orphan_whose_cancel_came_meanwhile_ends_when_it_is_released(db: Store) -> None:
+    db.claimed()
+    assert db.cancel() is JobStatus.RUNNING
+    (released,) = db(store.release, OwnedJob(JobKey("default", "a"), 1, "w1"))
+    assert released is not None
+    assert (released.key, released.target, released.tokens, released.begun) == (JobKey("default", "a"), TARGET, 1, True)
+    assert db.get().status is JobStatus.CANCELLED
+    assert db.rows(waiting) == db.rows(running) == []
+    assert db.rows(announcements)
+
+
+def test_orphan_that_had_not_begun_and_is_cancelled_ends_when_it_is_released(db: Store) -> None:
+    db.enqueue()
+    db.turn("w1")
+    db.cancel()
+    (released,) = db(store.release, OwnedJob(JobKey("default", "a"), 1, "w1"))
+    assert released is not None
+    assert not released.begun
+    assert db.get().status is JobStatus.CANCELLED
+
+
+def test_sweep_of_what_is_recent_leaves_what_is_old_to_one_of_everything(db: Store) -> None:
+    """Before what is recent there may be thousands of deleted rows that nobody has cleaned up yet."""
+    for job_id in "ab":
+        db.end(finished(db.claimed(job_id), job_id))
+    db.age_announcement("a")
+    with db.engine.begin() as connection:
+        this = announcements.c.job_id == "b"
+        connection.execute(update(announcements).where(this).values(ended_at=seconds_from_now(-300.0)))
+    db.take_in("c")
+    with db.engine.begin() as connection:
+        connection.execute(update(waiting).values(expires_at=seconds_from_now(-300.0)))
+    assert db.sweep(whole=False).unannounced == [JobKey("default", "a")]
+    assert db.sweep().unannounced == [JobKey("default", name) for name in "bac"]
+
+
 def test_one_worker_sweeps_until_its_lease_ends_or_it_gives_it_up(db: Store) -> None:
     assert db.alive("w1").sweeper_free
     first, second = store.Candidacy("w1", 60.0), store.Candidacy("w2", 60.0)
@@ -981,9 +1106,20 @@ def test_an_arrival_that_turns_have_passed_by_is_found_again(db: Store) -> None:
         connection.execute(turns.insert().values(row))
     assert db.turn().picks == ()
     assert not db.alive().looked.arrivals
-    db(store.tidy, store.Tidying(limit=200))
+    db.tidy()
     assert db.alive().looked.arrivals
     assert [pick.job.key.id for pick in db.turn().picks] == ["a"]
+
+
+def test_an_arrival_far_below_what_turns_look_at_is_found_by_a_sweep_of_everything(db: Store) -> None:
+    db.enqueue("a")
+    with db.engine.begin() as connection:
+        row = {"n": 7, "arrivals_low": 200_000, "ready": "{}", "closed": "{}", "state": "{}"}
+        connection.execute(turns.insert().values(row))
+    db.tidy(whole=False)
+    assert not db.alive().looked.arrivals
+    db.tidy()
+    assert db.alive().looked.arrivals
 
 
 def test_old_turns_are_deleted_but_not_the_newest_ones(db: Store) -> None:
@@ -992,7 +1128,7 @@ def test_old_turns_are_deleted_but_not_the_newest_ones(db: Store) -> None:
         connection.execute(turns.insert(), [row | {"n": n} for n in range(1, 401)])
     bound = 0
     for _ in range(5):
-        (bound,) = db(store.tidy, store.Tidying(limit=10, turns_from=bound))
+        bound = db.tidy(limit=10, turns_from=bound)
     with db.engine.begin() as connection:
         assert list(connection.scalars(select(turns.c.n).order_by(turns.c.n))) == list(range(300, 401))
     assert bound == 300
@@ -1012,11 +1148,61 @@ def test_a_lane_that_means_nothing_any_more_is_deleted(db: Store) -> None:
             lane | {"time": 90.0, "active": None, "parked": None},
         ]
         connection.execute(standings.insert(), values)
-    db(store.tidy, store.Tidying(limit=10, idle_times={(QUEUE, "bulk"): 50.0, ("other", "interactive"): 50.0}))
+    db.tidy(limit=10, idle_times={(QUEUE, "bulk"): 50.0, ("other", "interactive"): 50.0})
     assert len(db.rows_of_standings()) == 5
-    db(store.tidy, store.Tidying(limit=10, idle_times={(QUEUE, "interactive"): 50.0}))
+    db.tidy(limit=10, idle_times={(QUEUE, "interactive"): 50.0})
     left = [(row.time, row.active, row.parked) for row in db.rows_of_standings() if row.lane == 5]
     assert sorted(left, key=str) == [(10.0, 1, None), (10.0, None, 1), (90.0, None, None)]
+
+
+def test_a_pool_is_deleted_when_nothing_waits_there_or_runs_from_there(db: Store) -> None:
+    states: dict[str, Callable[[], object]] = {
+        "arrived": lambda: None,
+        "waits": lambda: chosen(db, 0),
+        "runs": lambda: db.begin(chosen(db, 1).picks[0]),
+        "restarted": lambda: db.end(failed(claims[-1], "restarted", retry_in=60.0)),
+        "ended": lambda: db.end(finished(claims[-1], "ended")),
+    }
+    claims: list[Claim] = []
+    pool_of: dict[str, int] = {}
+    for name in ("runs", "restarted", "ended", "waits", "arrived"):
+        db.enqueue(name, request={"model": f"model of one that {name}", "messages": [{}]})
+        pool_of[name] = db.rows(waiting, name)[0].pool
+        if name in ("restarted", "ended"):
+            claim = db.begin(chosen(db, 1).picks[0])
+            assert claim is not None
+            claims.append(claim)
+        states[name]()
+    with db.engine.begin() as connection:
+        connection.execute(delete(standings).where(standings.c.active.is_(None)))
+    bound, steps = 0, 0
+    while bound or not steps:
+        (bound,) = db(store.delete_idle_pools, store.Tidying(limit=2, pools_from=bound))
+        steps += 1
+    with db.engine.begin() as connection:
+        left = set(connection.scalars(select(pools.c.id)))
+    assert left == {pool_of[name] for name in ("arrived", "waits", "runs", "restarted")}
+    assert steps == 3
+
+
+def test_a_job_whose_pool_is_swept_while_it_is_stored_gets_it_back(postgres_url: str) -> None:
+    """On SQLite nobody sweeps while somebody stores."""
+    engine = make_engine(postgres_url)
+    schema.migrate(engine)
+    db = Store(engine)
+    request = {"model": "model of a slow transaction", "messages": [{}]}
+    db.enqueue("first", request=request)
+    db.cancel("first")
+    with engine.connect() as slow:
+        transaction = slow.begin()
+        queries.enqueue(slow, make_job("second", request=request))
+        db(store.delete_idle_pools, store.Tidying(limit=10))
+        transaction.commit()
+    turned = chosen(db)
+    assert (names(turned), len(turned.misplaced)) == ([], 1)
+    db(store.put_right, *turned.misplaced)
+    assert names(chosen(db)) == ["second"]
+    engine.dispose()
 
 
 def test_rejection_recorded_twice_is_one_row(db: Store) -> None:

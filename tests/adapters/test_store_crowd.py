@@ -169,9 +169,16 @@ class Worker:
         self.sign()
 
     def sweep(self) -> None:
-        (found,) = self.world.run(store.sweep, store.Sweep(600.0, True, float("inf"), 50, 20))
-        self.world.run(store.mark_announced, *found.unannounced) if found.unannounced else None
-        (self.bound,) = self.world.run(store.tidy, store.Tidying(20, self.bound))
+        request = store.Sweep(600.0, True, float("inf"), 50, 20)
+        self.world.run(store.release_lost, request)
+        (unannounced,) = self.world.run(store.find_unannounced, request)
+        (expired,) = self.world.run(store.end_expired, request)
+        ended = unannounced + expired
+        self.world.run(store.mark_announced, *ended) if ended else None
+        tidying = store.Tidying(20, turns_from=self.bound)
+        self.world.run(store.find_late_arrivals, tidying)
+        self.world.run(store.delete_idle_standings, tidying)
+        (self.bound,) = self.world.run(store.delete_old_turns, tidying)
 
     def release(self) -> None:
         """Give jobs up that are ours, but that we do not run."""

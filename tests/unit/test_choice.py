@@ -4,6 +4,7 @@ import heapq
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import orjson
@@ -15,7 +16,7 @@ from keepstream_worker.scheduling.learning import FAILING_FOR
 from keepstream_worker.scheduling.observations import Accepted, Charged, End, Observation, Place, Settled
 from keepstream_worker.scheduling.report import report
 from keepstream_worker.scheduling.state import State
-from keepstream_worker.turn import Pick
+from keepstream_worker.turn import Pick, Question, Reading
 from keepstream_worker.values import JobKey, Target
 from tests.choice_world import World
 
@@ -455,3 +456,78 @@ def test_restarted_jobs_of_a_provider_that_a_worker_lacks_are_left_alone() -> No
         assert world.turn(Policy(), 5, providers={"here"}).picks == ()
         assert world.choice.lacking == {"there"}
     assert [pick.job.seq for pick in world.turn(Policy(), 5, providers={"there"}).picks] == [again.seq]
+
+
+# -- what makes no sense --
+
+
+def test_class_that_this_version_does_not_know_counts_as_bulk() -> None:
+    world = World()
+    odd = world.store("a", CHAIN, job_class="sometimes")
+    plain = world.store("a", CHAIN)
+    place = Place(odd.lane, odd.pool, "a", "sometimes", TARGET)
+    told: list[Observation] = [Charged(place, 100), Settled(place, 100, 300, None, End.COMPLETED)]
+    decision = world.turn(Policy(), 5, told)
+    assert [pick.job for pick in decision.picks] == [plain, odd]
+    again = world.restart(odd.key, 0.0)
+    assert [pick.job for pick in world.turn(Policy(), 5).picks] == [again]
+
+
+def test_jobs_whose_pool_cannot_be_read_keep_no_others_waiting() -> None:
+    world = World()
+    odd = world.store("a", [("odd", "m")])
+    world.store("a", [("odd", "n")])
+    started = world.store("a", [("odd", "o")])
+    world.turn(Policy(), 0)
+    (pick,) = [pick for pick in world.turn(Policy(), 3).picks if pick.job == started]
+    again = world.restart(pick.job.key, 0.0)
+    good = world.store("b", CHAIN)
+    later = world.store("a", [("odd", "p")])
+    unreadable = {later.pool, again.pool}
+    reading = world.read
+
+    def read(question: Question) -> Reading:
+        found = reading(question)
+        return replace(found, pools={id_: pool for id_, pool in found.pools.items() if id_ not in unreadable})
+
+    world.read = read  # type: ignore[method-assign]
+    decision = world.turn(Policy(), 5)
+    assert good in [pick.job for pick in decision.picks]
+    assert odd.key in world.running
+    assert set(decision.misplaced) == {later.seq, again.seq}
+    assert set(world.arrivals) == {later.seq, again.seq}, "their notes are left, and found by the next turn"
+    assert set(world.turn(Policy(), 0).misplaced) == {later.seq, again.seq}
+    unreadable.clear()
+    assert {pick.job for pick in world.turn(Policy(), 5).picks} == {later, again}
+
+
+# -- what is remembered --
+
+
+def test_target_that_nobody_uses_is_forgotten_after_a_day() -> None:
+    rules = Policy(providers={"p": ProviderPolicy(limits=Limits(requests_per_minute=60.0))})
+    world = World()
+    world.store("a", CHAIN)
+    (pick,) = world.turn(rules, 1).picks
+    told = [Accepted(world.end(pick.job.key).place)]
+    world.turn(rules, 1, told)
+    assert set(State.from_json(world.state).uses) == {"p", "p/m"}
+    world.now += 80_000.0
+    world.turn(rules, 1)
+    assert "p/m" in State.from_json(world.state).uses
+    world.now += 10_000.0
+    world.turn(rules, 1)
+    assert State.from_json(world.state).uses == {}
+
+
+def test_only_providers_are_counted_for_which_jobs_wait() -> None:
+    rules = Policy(providers={name: ProviderPolicy(limits=TEN) for name in ("p", "q", "r")})
+    world = World()
+    world.store("a", CHAIN)
+    world.turn(rules, 0)
+    assert not world.question.counted_providers
+    world.store("a", [("q", "m"), ("s", "m")])
+    world.turn(rules, 0)
+    assert set(world.question.counted_providers) == {"p"}
+    world.turn(rules, 0)
+    assert set(world.question.counted_providers) == {"p", "q", "s"}

@@ -48,6 +48,7 @@ class World:
         self.nudges: list[list[str]] = []
         self.lacking: set[str] = set()  #: Of the providers for which jobs wait, those that the chooser has not got.
         self.unknown: set[str] = set()  #: Those that no worker has.
+        self.put_right: list[int] = []
         self.asked_for: list[frozenset[str]] = []
         self.running: set[JobKey] = set()
         self.streams: dict[Target, int] = {}
@@ -82,6 +83,11 @@ class World:
         if operation is store.find_unknown:
             self.asked_for.append(argument.providers)
             return argument.providers & self.unknown
+        if operation is store.put_right:
+            self.put_right.append(argument)
+            if argument == 13:
+                raise ZeroDivisionError
+            return None
         assert operation is store.begin
         self.begun.append(argument.pick.job.key)
         return None if argument.pick.job.key in self.gone else argument.pick.job.key
@@ -490,6 +496,15 @@ async def test_what_could_not_be_told_is_told_again_in_order(world: World) -> No
     world.hold.set()
     await world.turns_taken(3)
     assert [observations for _, observations in world.turns] == [[told(1)], [told(1), told(2)], [told(1), told(2)]]
+
+
+async def test_jobs_that_wait_where_no_turn_can_look_are_seen_to_one_by_one(world: World) -> None:
+    world.answers = [world.turned(*pick("a"))._replace(misplaced=(12, 13, 14))]
+    world.chooser.wake()
+    await until(lambda: len(world.put_right) == 3 and world.started)
+    await world.rests()
+    assert world.put_right == [12, 13, 14]
+    assert len(world.turns) == 1, "what could not be mended is no reason for turns without end"
 
 
 async def test_what_cannot_be_told_for_long_is_bounded_and_nothing_of_it_is_lost(world: World) -> None:

@@ -2,16 +2,17 @@
 
 import asyncio
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 from keepstream_worker import store
 from keepstream_worker.jobs.active_job import ActiveJob, Stop
+from keepstream_worker.scheduling.observations import End, Observation, Place, Settled
 from keepstream_worker.settings import load_settings
 from keepstream_worker.store import HeartbeatResult, Looked, OwnedJob
 from keepstream_worker.upkeep.heartbeat import WorkerHeartbeat
-from keepstream_worker.values import Failure, JobKey
+from keepstream_worker.values import Failure, JobKey, Target
 
 KEY = JobKey("tenant-1", "job-1")
 SETTINGS = load_settings().model_copy(update={"heartbeat_interval": 1.0, "lease": 6.0})
@@ -32,16 +33,29 @@ class World:
         self.active: dict[JobKey, ActiveJob] = {}
         engine = SimpleNamespace(active=self.active, request_stop=self._request_stop)
         self.expected: set[JobKey] = set()
-        chooser = SimpleNamespace(expected=self.expected, known_turn=6, hear=self.heard.append)
-        self.heartbeat = WorkerHeartbeat(
-            SETTINGS, "worker-1", cast("Any", self), cast("Any", engine), cast("Any", chooser), clock=lambda: self.time
+        self.observed: list[Observation] = []
+        chooser = SimpleNamespace(
+            expected=self.expected,
+            known_turn=6,
+            hear=self.heard.append,
+            observe=self.observed.append,
+            wake=lambda: None,
         )
+        self.hold = asyncio.Event()  #: What keeps releases waiting while it is not set.
+        self.hold.set()
+        work = SimpleNamespace(run=self._release)
+        parts: tuple[Any, Any, Any, Any] = (self, work, engine, chooser)
+        self.heartbeat = WorkerHeartbeat(SETTINGS, "worker-1", *parts, clock=lambda: self.time)
+
+    async def _release(self, operation: Any, argument: OwnedJob) -> store.Released:
+        """Answer as the database does, by another connection."""
+        assert operation is store.release
+        self.released.append(argument)
+        await self.hold.wait()
+        return store.Released(argument.key, 1, 1, "interactive", Target("default", "m"), 7, 900.0, begun=False)
 
     async def run(self, operation: Any, argument: Any) -> HeartbeatResult | None:
         """Answer as the database does."""
-        if operation is store.release:
-            self.released.append(argument)
-            return None
         assert operation is store.record_heartbeat
         self.asked.append(argument)
         return self.answer
@@ -51,6 +65,8 @@ class World:
         self.time += after
         self.answer = self.answer._replace(**changes)
         await self.heartbeat.beat()
+        for _ in range(5):  # what it has begun goes on
+            await asyncio.sleep(0)
 
     def _request_stop(self, key: JobKey, stop: Stop) -> None:
         self.active[key].request_stop(stop)
@@ -180,6 +196,19 @@ async def test_claim_that_nothing_runs_is_released_at_the_second_heartbeat(world
     assert world.released == [], "its answer may be on its way"
     await world.beat()
     assert world.released == [OwnedJob(KEY, 2, "worker-1")]
+
+
+async def test_release_holds_up_no_heartbeat_and_gives_back_what_was_charged(world: World) -> None:
+    world.hold.clear()
+    for number in range(4):
+        await world.beat(owned=frozenset({(KEY, 2)}))
+        assert len(world.asked) == number + 1
+    assert world.released == [OwnedJob(KEY, 2, "worker-1")], "one is under way"
+    assert world.observed == []
+    world.hold.set()
+    await world.beat(owned=frozenset())
+    place = Place(1, 1, KEY.tenant, "interactive", Target("default", "m"), 900.0)
+    assert world.observed == [Settled(place, 7, 0, None, End.WITHDRAWN)]
 
 
 async def test_claim_of_another_attempt_begins_anew(world: World) -> None:

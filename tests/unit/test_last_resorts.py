@@ -508,9 +508,10 @@ async def step_of_a_sweep_is_made() -> None:
 
     class Found:
         async def run(self, operation: Any, _: Any) -> Any:
-            if operation is store.tidy:
+            if operation in (store.end_expired, store.find_late_arrivals):
                 raise Defect
-            return True if operation is store.lead else store.SweepResult(lost=[], unannounced=[GOOD])
+            found: dict[Any, Any] = {store.lead: True, store.find_unannounced: [GOOD], store.release_lost: []}
+            return found.get(operation)
 
     async def record(limit: int) -> None:
         recorded.append(limit)

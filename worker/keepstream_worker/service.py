@@ -128,7 +128,13 @@ class Service:
             self._chooser.nudged,
         )
         self._heartbeat = WorkerHeartbeat(
-            settings, self.worker_id, self._heartbeats, self.engine, self._chooser, self._provider_configs
+            settings,
+            self.worker_id,
+            self._heartbeats,
+            self._sweeps,
+            self.engine,
+            self._chooser,
+            self._provider_configs,
         )
         self._sweeper = Sweeper(
             settings,

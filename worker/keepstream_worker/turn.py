@@ -84,7 +84,8 @@ class Question:
     other_jobs: int = 0  #: Of each other one, of each parked one read, and of each lane and pool that arrivals name
     #: (there from the smaller of the head, if it is active, and the seq of its least arrival).
     restarted: int = 0
-    counted_providers: tuple[str, ...] = ()  #: Whose running jobs are counted, by target.
+    #: Whose running jobs are counted, by target; those of the pools that are read are counted as well.
+    counted_providers: tuple[str, ...] = ()
     counted_tenants: tuple[str, ...] = ()  #: The same, by tenant; those of the standings read are counted as well.
     #: Whether the tenants of the standings, arrivals and restarted jobs read are to be counted.
     counts_all_tenants: bool = False
@@ -147,6 +148,7 @@ class Decision:
     times: tuple[Retimed, ...] = ()  #: After the moves.
     new_standings: tuple[Standing, ...] = ()
     arrivals: tuple[int, ...] = ()  #: Their seqs; they are deleted.
+    misplaced: tuple[int, ...] = ()  #: Seqs of arrivals whose pool could not be read; they are left.
     arrivals_low: int = 0  #: From where the next turn looks for arrivals; a sweep looks below.
     ready: Mapping[str, float] = field(default_factory=dict)  #: By queue: when the next turn is worth taking, if
     #: nothing arrives; 0: at once.  Queues in which nothing waits are missing.

@@ -17,7 +17,16 @@ from keepstream_worker.scheduling import learning
 from keepstream_worker.scheduling.gates import Gate, Gates
 from keepstream_worker.scheduling.lanes import Lane, Row
 from keepstream_worker.scheduling.observations import Accepted, Charged, End, Observation, Settled
-from keepstream_worker.scheduling.state import BULK, INTERACTIVE, FullTenant, PoolState, State, key_of, pool_state
+from keepstream_worker.scheduling.state import (
+    BULK,
+    INTERACTIVE,
+    FullTenant,
+    PoolState,
+    State,
+    class_of,
+    key_of,
+    pool_state,
+)
 from keepstream_worker.turn import Decision, Move, Pick, Question, Reading, Retimed, Standing, WaitingJob
 from keepstream_worker.values import Target
 
@@ -103,7 +112,7 @@ class Choice:
             first_jobs=places,
             other_jobs=min(places, -(-2 * places // lanes) + 1),
             restarted=places,
-            counted_providers=tuple(self._policy.providers),
+            counted_providers=self._providers_waited_for(),
             counted_tenants=self._asked_tenants,
             counts_all_tenants=any(tenant.concurrency is not None for tenant in self._policy.tenants.values()),
         )
@@ -113,9 +122,9 @@ class Choice:
         place = observation.place
         key = key_of(place.target)
         use = self._state.use(key)
+        use.used = self._now
         if isinstance(observation, Accepted):
             use.learned = learning.accepted(use.learned, self._now, started=place.chosen_at, running=place.running)
-            use.used = self._now
             return
         if isinstance(observation, Charged):
             self._gates.of(key).charge(observation.tokens)
@@ -217,6 +226,9 @@ class Choice:
                 found.append(number)
         return tuple(found)
 
+    def _providers_waited_for(self) -> tuple[str, ...]:
+        return tuple({key.partition("/")[0] for pool in self._state.pools.values() for key in pool.chain})
+
     def _least_times(self) -> dict[tuple[str, str], float]:
         """Return, by queue and class, the least time that a standing can have which means anything."""
         times = self._state.idle_times(self._policy.credit)
@@ -249,6 +261,7 @@ class Choice:
         self._running_tenants = dict(reading.running_tenants)
         self._full: set[str] = set()
         self._restarted_arrived: set[int] = set()
+        self._misplaced: list[int] = []
         self._picks: list[tuple[WaitingJob, Target, int, Gate | None]] = []
         self._cut: set[str] = set()  # classes of which more may be open than was read
         self._open: dict[int, Gate | None] = {}
@@ -276,16 +289,22 @@ class Choice:
             pool = self._state.pools[number] = pool_state(self._reading.pools[number])
         return pool
 
+    def _is_known(self, number: int) -> bool:
+        """Whether a pool is known, or could be read."""
+        return number in self._state.pools or number in self._reading.pools
+
     def _lane(self, number: int, tenant: str, queue: str, job_class: str) -> Lane:
         lane = self._lanes.get(number)
         if lane is None:
             weight = self._policy.tenant(tenant).weight
-            lane = self._lanes[number] = Lane(number, tenant, queue, job_class, weight)
+            lane = self._lanes[number] = Lane(number, tenant, queue, class_of(job_class), weight)
         return lane
 
     def _read_standings(self) -> None:
         jobs, whole = self._reading.jobs, self._reading.whole
         for standing in self._reading.standings:
+            if not self._is_known(standing.pool):
+                continue
             pool = self._pool(standing.pool)
             row = self._lane(standing.lane, standing.tenant, pool.queue, pool.job_class).read(standing)
             if row.old is standing:
@@ -326,10 +345,10 @@ class Choice:
             place = observation.place
             lane = self._lane(place.lane, place.tenant, self._queue, place.job_class)
             if isinstance(observation, Charged):
-                reach = self._reach(self._queue, place.job_class)
+                reach = self._reach(self._queue, lane.job_class)
                 # Nothing waited when it was started, so it was the first to come after a time of idling.
-                start = lane.start(self._least(self._queue, place.job_class) if lane.waits else reach)
-                self._state.queue(self._queue).reach[place.job_class] = max(reach, start)
+                start = lane.start(self._least(self._queue, lane.job_class) if lane.waits else reach)
+                self._state.queue(self._queue).reach[lane.job_class] = max(reach, start)
                 lane.time = start + observation.tokens / lane.weight
             else:
                 assert observation.actual is not None
@@ -337,7 +356,7 @@ class Choice:
                 if lane.is_unknown:  # then it is further behind than counts
                     if taken < 0:
                         continue
-                    lane.time = self._least(self._queue, place.job_class)
+                    lane.time = self._least(self._queue, lane.job_class)
                 lane.time += taken / lane.weight
             lane.is_charged = True
             lane.pool = place.pool
@@ -443,6 +462,9 @@ class Choice:
 
     def _arrive(self, arrivals: Iterable[Any]) -> None:
         for arrival in arrivals:
+            if not self._is_known(arrival.pool):
+                self._misplaced.append(arrival.seq)
+                continue
             pool = self._pool(arrival.pool)
             if arrival.due is not None and pool.queue == self._queue:
                 self._restarted_arrived.add(arrival.pool)
@@ -571,6 +593,8 @@ class Choice:
         by_pool: dict[int, list[WaitingJob]] = {}
         due = []
         for job in self._reading.restarted:
+            if not self._is_known(job.pool):
+                continue  # its arrival was read, too
             pool = self._pool(job.pool)
             if pool.queue == self._queue:
                 by_pool.setdefault(job.pool, []).append(job)
@@ -660,12 +684,15 @@ class Choice:
         if self._places:
             self._note_floors()
         state = self._state
-        arrivals = tuple(arrival.seq for arrival in self._reading.arrivals)
+        arrivals = tuple(arrival.seq for arrival in self._reading.arrivals if self._is_known(arrival.pool))
         if arrivals:
             state.arrivals_low = max(state.arrivals_low, max(arrivals) - _LATE_ARRIVALS)
+        if self._misplaced:
+            state.arrivals_low = min(state.arrivals_low, *self._misplaced)
         ready, closed = self._outlook()
         for name in state.queues.keys() | ready.keys():
             state.queue(name).ready = ready.get(name)
+        state.forget_targets(self._now)
         text = state.to_json()
         return Decision(
             picks=tuple(
@@ -684,6 +711,7 @@ class Choice:
             new_standings=tuple(made),
             arrivals=arrivals,
             arrivals_low=state.arrivals_low,
+            misplaced=tuple(self._misplaced),
             ready=ready,
             closed=closed,
             state=text,

@@ -122,6 +122,7 @@ class Chooser:
         self._timer_at = 0.0
         self._tell_timer: asyncio.TimerHandle | None = None
         self._beginning: set[asyncio.Task[None]] = set()
+        self._putting_right: asyncio.Task[None] | None = None
         self._paused = False
         self._turning = asyncio.Lock()
         self._fruitless = 0  #: Turns in a row that brought nothing, though jobs could go.
@@ -399,9 +400,26 @@ class Chooser:
             task = asyncio.get_running_loop().create_task(self._begin(turned.picks))
             self._beginning.add(task)
             task.add_done_callback(self._beginning.discard)
+        if turned.misplaced and (self._putting_right is None or self._putting_right.done()):
+            self._putting_right = asyncio.get_running_loop().create_task(self._put_right(turned.misplaced))
         self._note_state(turned.turn, turned.state)
         self._note_ready(turned.ready.get(self._queue), turned.now)
         return turned
+
+    async def _put_right(self, misplaced: Iterable[int]) -> None:
+        await asyncio.gather(*(self._put_one_right(seq) for seq in misplaced))
+
+    async def _put_one_right(self, seq: int) -> None:
+        """See to a job that waits where no turn can look."""
+        try:
+            put = await self._work.run(store.put_right, seq)
+            if put is not None:
+                log.error("job_misplaced", tenant=put.key.tenant, job_id=put.key.id, ended=put.ended)
+                self._wanted.set()
+        except StoreUnavailableError:
+            pass  # the next turn finds it again
+        except Exception:
+            log.exception("choice_defect")
 
     def _note_state(self, turn: int, state: str | None) -> None:
         if state is not None and turn > self._turn:

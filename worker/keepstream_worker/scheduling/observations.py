@@ -142,6 +142,41 @@ def withdrawn_of(pick: Pick) -> Observation:
     return Settled(place, estimated=pick.tokens, actual=0, output=None, end=End.WITHDRAWN)
 
 
+class Released(Protocol):
+    """What is to be known of a job that was taken from its worker: the store's, which this module need not know."""
+
+    @property
+    def key(self) -> JobKey: ...  # noqa: D102
+    @property
+    def lane(self) -> int: ...  # noqa: D102
+    @property
+    def pool(self) -> int: ...  # noqa: D102
+    @property
+    def job_class(self) -> str: ...  # noqa: D102
+    @property
+    def target(self) -> Target: ...  # noqa: D102
+    @property
+    def tokens(self) -> int: ...  # noqa: D102
+    @property
+    def chosen_at(self) -> float: ...  # noqa: D102
+    @property
+    def begun(self) -> bool: ...  # noqa: D102
+
+
+def lost_of(released: Released) -> Observation:
+    """Return what is told of a job that was taken from a worker which did not run it: if it had begun, nobody knows."""
+    place = Place(
+        released.lane,
+        released.pool,
+        released.key.tenant,
+        released.job_class,
+        released.target,
+        released.chosen_at,
+    )
+    actual = None if released.begun else 0
+    return Settled(place, estimated=released.tokens, actual=actual, output=None, end=End.WITHDRAWN)
+
+
 def merged(observations: Iterable[Observation], most: int) -> list[Observation]:
     """Return what many observations say in few: of each kind, lane and target one; at most ``most``, the newest.
 

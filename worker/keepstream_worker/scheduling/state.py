@@ -28,6 +28,8 @@ _USUAL_OUTPUT: Final = 500
 _MEAN_STEP: Final = 0.1
 #: Targets remembered; beyond, those that were used longest ago are forgotten.
 _MOST_TARGETS: Final = 1000
+#: Seconds after which a target is forgotten that nobody uses.
+_TARGET_MEMORY: Final = 86_400.0
 
 
 @dataclass(slots=True)
@@ -183,6 +185,14 @@ class State:
         parts: dict[str, Any] = {"a": self.arrivals_low, "p": pools, "q": queues, "u": uses, "t": tenants}
         return orjson.dumps({name: part for name, part in parts.items() if part}).decode()
 
+    def forget_targets(self, now: float) -> None:
+        """Forget targets and providers that nobody has used for a day; whatever they owed is paid by then."""
+        at_rest = [
+            key for key, use in self.uses.items() if max(use.used, use.requests, use.tokens) < now - _TARGET_MEMORY
+        ]
+        for key in at_rest:
+            del self.uses[key]
+
     def _kept_uses(self) -> list[tuple[str, UseState]]:
         says = [(key, use) for key, use in self.uses.items() if not use.says_nothing]
         if len(says) > _MOST_TARGETS:
@@ -232,6 +242,11 @@ def key_of(target: Target) -> str:
     return f"{target.provider}/{target.model}"
 
 
+def class_of(name: str) -> str:
+    """Return by which of the two classes jobs are chosen: one that this version does not know counts as bulk."""
+    return INTERACTIVE if name == INTERACTIVE else BULK
+
+
 def pool_state(pool: Pool) -> PoolState:
     """Return what is known of a pool before anything is."""
-    return PoolState(pool.queue, pool.job_class, tuple(map(key_of, pool.chain)))
+    return PoolState(pool.queue, class_of(pool.job_class), tuple(map(key_of, pool.chain)))

@@ -31,19 +31,24 @@ from keepstream_worker.store.heartbeats import (
     retire,
 )
 from keepstream_worker.store.intake import Admits, Incoming, Named, Stored, incoming, take_in, take_named
+from keepstream_worker.store.misplaced import PutRight, put_right
 from keepstream_worker.store.rejections import Refused, Rejection, refuse, reject
 from keepstream_worker.store.sweeps import (
     Candidacy,
     Sweep,
-    SweepResult,
     Tidying,
+    delete_idle_pools,
+    delete_idle_standings,
+    delete_old_turns,
+    end_expired,
+    find_late_arrivals,
+    find_unannounced,
     lead,
     mark_announced,
-    sweep,
-    tidy,
+    release_lost,
 )
 from keepstream_worker.store.turns import Turn, Turned, TurnLostError, take_turn
-from keepstream_worker.store.waiting import OwnedJob, release
+from keepstream_worker.store.waiting import OwnedJob, Released, release
 
 __all__ = [
     "Admits",
@@ -60,11 +65,12 @@ __all__ = [
     "NotEnded",
     "OwnedJob",
     "Picked",
+    "PutRight",
     "Refused",
     "Rejection",
+    "Released",
     "Stored",
     "Sweep",
-    "SweepResult",
     "Tidying",
     "Turn",
     "TurnLostError",
@@ -72,22 +78,28 @@ __all__ = [
     "Wanted",
     "begin",
     "cancel",
+    "delete_idle_pools",
+    "delete_idle_standings",
+    "delete_old_turns",
     "end",
+    "end_expired",
+    "find_late_arrivals",
+    "find_unannounced",
     "find_unknown",
     "incoming",
     "lead",
     "load_results",
     "look",
     "mark_announced",
+    "put_right",
     "record_heartbeat",
     "record_usage",
     "refuse",
     "reject",
     "release",
+    "release_lost",
     "retire",
-    "sweep",
     "take_in",
     "take_named",
     "take_turn",
-    "tidy",
 ]

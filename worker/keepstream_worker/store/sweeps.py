@@ -4,33 +4,34 @@ In: what a sweeper asks for, from ``keepstream_worker.upkeep``.  Out: jobs of de
 be announced; arrivals that turns have passed by, found again; old rows, deleted.
 
 Whatever one process leaves undone another one finds.  One worker sweeps at a time; two would do no harm: each row goes
-to one. Each statement takes a bounded number of rows, by an index.
+to one.  Each function is a step of its own, so that none undoes another's work when its time is up. Each statement
+takes a bounded number of rows, by an index, and as a rule from a bound on: what was deleted before may be in the way.
 """
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import Connection, Float, Integer, bindparam, delete, or_, select, text
+from sqlalchemy import BigInteger, Connection, Float, Integer, bindparam, delete, exists, func, or_, select, text
 from sqlalchemy.dialects import postgresql, sqlite
 
 from keepstream.client.endings import (
-    CANCELLED_MESSAGE,
     EXPIRED_MESSAGE,
     TOTAL_TIMEOUT_MESSAGE,
-    WORKERS_LOST_MESSAGE,
     end_unclaimed,
 )
 from keepstream.errors import ErrorCode
 from keepstream.results import JobStatus
 from keepstream.tables import (
     announcements,
+    arrivals,
     jobs,
     leases,
     now,
+    pools,
     running,
     seconds_from_now,
+    standings,
     turns,
     waiting,
     workers,
@@ -38,13 +39,20 @@ from keepstream.tables import (
 from keepstream_worker.store.conditions import among, each, is_named, name
 from keepstream_worker.store.heartbeats import SWEEPER, forget_workers
 from keepstream_worker.store.turns import look_for_arrivals_below
-from keepstream_worker.store.waiting import OwnedJob, give_up, mark_lost, put_back
+from keepstream_worker.store.waiting import OwnedJob, Released, take_away
 from keepstream_worker.values import JobKey
 
-#: Claims beyond a job's max_attempts, each of which may still recover a finished stream from the log.
-_SPARE_CLAIMS: Final = 3
 #: Turns that are kept, for people; only the newest counts.
 _KEPT_TURNS: Final = 100
+#: Arrivals beyond which pools are not swept: each would have to be looked at.
+_MANY_ARRIVALS: Final = 1000
+#: Seconds before now from which on a sweep looks that does not look at everything.
+_RECENT: Final = 60.0
+#: Numbers below those that turns look at from which on it looks for arrivals.
+_RECENT_ARRIVALS: Final = 100_000
+#: Seconds, and numbers, for all.
+_EVER: Final = 3e9
+_ALL_ARRIVALS: Final = 2**62
 #: Seconds in which a job's worker announces its end itself.
 _ANNOUNCED_WITHIN: Final = 2.0
 
@@ -92,26 +100,29 @@ class Sweep(NamedTuple):
     asked_at: float  #: ``time.monotonic()`` of the question.
     max_attempts: int  #: For jobs that do not say.
     limit: int  #: Rows of each kind at most.
+    whole: bool = True  #: Whether to look at all rows, however old; else at those of the last minute.
 
 
-@dataclass(frozen=True, slots=True)
-class SweepResult:
-    """What a sweep found, and has already changed in the rows."""
-
-    lost: list[JobKey]  #: Their worker died; they wait again, or have ended.
-    unannounced: list[JobKey]  #: Ended, but their terminal event may be missing.
-
-
-def sweep(connection: Connection, sweeps: list[Sweep]) -> list[SweepResult]:
-    """Find what nobody takes care of, take it over, and return it."""
+def release_lost(connection: Connection, sweeps: list[Sweep]) -> list[list[Released]]:
+    """Let jobs of dead workers wait again, or end; return them."""
     _hurry(connection)
-    return [
-        SweepResult(
-            lost=_release_lost(connection, request) if request.reap else [],
-            unannounced=_find_unannounced(connection, request) + _end_expired(connection, request),
-        )
-        for request in sweeps
-    ]
+    return [_release_lost(connection, request) if request.reap else [] for request in sweeps]
+
+
+def end_expired(connection: Connection, sweeps: list[Sweep]) -> list[list[JobKey]]:
+    """End jobs that wait past their time; return them."""
+    _hurry(connection)
+    return [_end_expired(connection, request) for request in sweeps]
+
+
+def find_unannounced(connection: Connection, sweeps: list[Sweep]) -> list[list[JobKey]]:
+    """Return jobs that have ended, but whose terminal event may be missing."""
+    _hurry(connection)
+    return [_find_unannounced(connection, request) for request in sweeps]
+
+
+def _since(request: Sweep) -> float:
+    return _EVER if request.whole else _RECENT
 
 
 def _hurry(connection: Connection) -> None:
@@ -135,7 +146,7 @@ _TAKE_OVER: Final = (
 )
 
 
-def _release_lost(connection: Connection, request: Sweep) -> list[JobKey]:
+def _release_lost(connection: Connection, request: Sweep) -> list[Released]:
     found = connection.execute(_FIND_LOST, {"lease": request.lease, "limit": request.limit}).all()
     owned = {JobKey(tenant, job_id): (attempt, worker_id) for tenant, job_id, attempt, worker_id in found}
     rows = each(connection, _TAKE_OVER, owned)
@@ -145,33 +156,16 @@ def _release_lost(connection: Connection, request: Sweep) -> list[JobKey]:
     for row in rows:
         key = JobKey(row.tenant, row.id)
         attempt, worker_id = owned[key]
-        place = give_up(connection, OwnedJob(key, attempt, worker_id))
-        if place is not None:  # else its worker has ended it meanwhile
-            _go_on_without(connection, request, row, place)
-            lost.append(key)
+        released = take_away(connection, row, OwnedJob(key, attempt, worker_id), request.max_attempts)
+        if released is not None:  # else its worker has ended it meanwhile
+            lost.append(released)
     forget_workers(connection)
     return lost
 
 
-def _go_on_without(connection: Connection, request: Sweep, row: Any, place: Any) -> None:
-    """Let a job whose worker died wait again, or end it; ``place`` is the row that it had among those that run."""
-    key = JobKey(row.tenant, row.id)
-    begun = row.attempt == place.attempt
-    if row.cancel_requested_at is not None:
-        status, code, message = JobStatus.CANCELLED, ErrorCode.CANCELLED, CANCELLED_MESSAGE
-    elif begun and row.tries > (row.max_attempts or request.max_attempts) + _SPARE_CLAIMS:
-        status, code, message = JobStatus.FAILED, ErrorCode.WORKER_LOST, WORKERS_LOST_MESSAGE
-    else:
-        put_back(connection, place, begun=begun)
-        return
-    if begun:
-        mark_lost(connection, key, place.attempt)
-    end_unclaimed(connection, *key, row.attempt, status, code, message)
-
-
 _FIND_EXPIRED: Final = (
     select(waiting.c.tenant, waiting.c.job_id)
-    .where(waiting.c.expires_at <= now())
+    .where(waiting.c.expires_at <= now(), waiting.c.expires_at > seconds_from_now(-bindparam("since", type_=Float)))
     .order_by(waiting.c.expires_at)
     .limit(bindparam("limit", type_=Integer))
 )
@@ -181,7 +175,7 @@ _STILL_WAITING: Final = (
 
 
 def _end_expired(connection: Connection, request: Sweep) -> list[JobKey]:
-    found = connection.execute(_FIND_EXPIRED, {"limit": request.limit}).all()
+    found = connection.execute(_FIND_EXPIRED, {"limit": request.limit, "since": _since(request)}).all()
     keys = [JobKey(tenant, job_id) for tenant, job_id in found]
     rows = {JobKey(row.tenant, row.id): row for row in each(connection, _TAKE_OVER, keys)}
     # What a turn has taken meanwhile is its worker's to end.
@@ -200,14 +194,17 @@ def _end_expired(connection: Connection, request: Sweep) -> list[JobKey]:
 
 _FIND_UNANNOUNCED: Final = (
     select(announcements.c.tenant, announcements.c.job_id)
-    .where(announcements.c.ended_at <= seconds_from_now(-_ANNOUNCED_WITHIN))
+    .where(
+        announcements.c.ended_at <= seconds_from_now(-_ANNOUNCED_WITHIN),
+        announcements.c.ended_at > seconds_from_now(-bindparam("since", type_=Float)),
+    )
     .order_by(announcements.c.ended_at)
     .limit(bindparam("limit", type_=Integer))
 )
 
 
 def _find_unannounced(connection: Connection, request: Sweep) -> list[JobKey]:
-    rows = connection.execute(_FIND_UNANNOUNCED, {"limit": request.limit})
+    rows = connection.execute(_FIND_UNANNOUNCED, {"limit": request.limit, "since": _since(request)})
     return [JobKey(tenant, job_id) for tenant, job_id in rows]
 
 
@@ -228,20 +225,75 @@ class Tidying(NamedTuple):
     """What is to be tidied up."""
 
     limit: int  #: Rows of each kind at most.
+    whole: bool = True  #: As of ``Sweep``.
     turns_from: int = 0  #: As the last answer said: what was deleted before is not looked at again.
+    pools_from: int = 0  #: As the last answer said: where the walk through the pools goes on.
     #: By queue and class: the virtual time below which a lane in which nothing waits means nothing any more.
     idle_times: Mapping[tuple[str, str], float] = {}
 
 
-def tidy(connection: Connection, tidyings: list[Tidying]) -> list[int]:
-    """Delete old rows, and have arrivals handled that turns have passed by; return each ``turns_from``."""
+def find_late_arrivals(connection: Connection, tidyings: list[Tidying]) -> list[object]:
+    """Have arrivals handled that turns have passed by.
+
+    A transaction of its own: who waits for the turn must hold nothing that a turn may want.
+    """
     _hurry(connection)
-    answers = []
     for request in tidyings:
-        look_for_arrivals_below(connection)  # first: who waits for the turn must hold nothing that a turn may want
+        look_for_arrivals_below(connection, _ALL_ARRIVALS if request.whole else _RECENT_ARRIVALS)
+    return [None] * len(tidyings)
+
+
+def delete_old_turns(connection: Connection, tidyings: list[Tidying]) -> list[int]:
+    """Delete turns that are not kept for people any more; return each ``turns_from``."""
+    _hurry(connection)
+    return [_delete_old_turns(connection, request) for request in tidyings]
+
+
+def delete_idle_standings(connection: Connection, tidyings: list[Tidying]) -> list[object]:
+    """Delete standings that mean nothing any more."""
+    _hurry(connection)
+    for request in tidyings:
         _delete_idle_standings(connection, request)
-        answers.append(_delete_old_turns(connection, request))
-    return answers
+    return [None] * len(tidyings)
+
+
+_ARRIVED: Final = select(func.count()).select_from(
+    select(arrivals.c.seq).order_by(arrivals.c.seq.desc()).limit(_MANY_ARRIVALS + 1).subquery()
+)
+_POOLS: Final = (
+    select(pools.c.id)
+    .where(pools.c.id >= bindparam("pools_from", type_=BigInteger))
+    .order_by(pools.c.id)
+    .limit(bindparam("limit", type_=Integer))
+)
+_IN_USE: Final = or_(
+    exists().where(standings.c.pool == pools.c.id, standings.c.active.is_not(None)),
+    exists().where(standings.c.pool == pools.c.id, standings.c.active.is_(None)),
+    exists().where(waiting.c.pool == pools.c.id, waiting.c.restarted_due.is_not(None)),
+    pools.c.id.in_(select(running.c.pool)),
+    pools.c.id.in_(select(arrivals.c.pool)),
+)
+_DELETE_POOLS: Final = delete(pools).where(
+    pools.c.id >= bindparam("first", type_=BigInteger), pools.c.id <= bindparam("last", type_=BigInteger), ~_IN_USE
+)
+
+
+def delete_idle_pools(connection: Connection, tidyings: list[Tidying]) -> list[int]:
+    """Delete pools in which nothing waits and from which nothing runs; return each ``pools_from``.
+
+    A job that is stored meanwhile may lose its pool; ``misplaced.put_right`` gives it back.
+    """
+    _hurry(connection)
+    return [_delete_idle_pools(connection, request) for request in tidyings]
+
+
+def _delete_idle_pools(connection: Connection, request: Tidying) -> int:
+    if (connection.scalar(_ARRIVED) or 0) > _MANY_ARRIVALS:
+        return request.pools_from
+    ids = connection.scalars(_POOLS, {"pools_from": request.pools_from, "limit": request.limit}).all()
+    if ids:
+        connection.execute(_DELETE_POOLS, {"first": ids[0], "last": ids[-1]})
+    return ids[-1] + 1 if len(ids) == request.limit else 0
 
 
 _NEWEST_TURN: Final = select(turns.c.n).order_by(turns.c.n.desc()).limit(1)

@@ -58,6 +58,7 @@ class Turned(NamedTuple):
     state: str  #: Which it has left, JSON.
     #: Picks that could not be taken, because somebody ends or starts these jobs: they were charged all the same.
     left_out: tuple[Pick, ...] = ()
+    misplaced: tuple[int, ...] = ()  #: Seqs of arrivals that wait where no turn can look; for ``put_right``.
 
 
 class _Statements(Protocol):
@@ -101,13 +102,15 @@ def take_turn(connection: Connection, turns: list[Turn]) -> list[Turned]:
     question = turn.decider.ask(newest.now, newest.state)
     decision = turn.decider.decide(_read(connection, statements, newest, question))
     if not decision.changed:
-        return [Turned((), decision.ready, decision.closed, newest.now, newest.n, newest.state)]
+        answer = Turned((), decision.ready, decision.closed, newest.now, newest.n, newest.state)
+        return [answer._replace(misplaced=decision.misplaced)]
     written = statements.write(connection, turn.worker_id, newest.n + 1, decision)
     if written.moved != len(decision.moves):
         raise TurnLostError("somebody else has changed what was to be chosen from")
     picks = tuple(pick for pick in decision.picks if pick.job.seq in written.taken)
     left_out = tuple(pick for pick in decision.picks if pick.job.seq not in written.taken)
-    return [Turned(picks, decision.ready, decision.closed, newest.now, newest.n + 1, decision.state, left_out)]
+    answer = Turned(picks, decision.ready, decision.closed, newest.now, newest.n + 1, decision.state)
+    return [answer._replace(left_out=left_out, misplaced=decision.misplaced)]
 
 
 def _read(connection: Connection, statements: _Statements, newest: Newest, question: Question) -> Reading:
@@ -139,8 +142,9 @@ def _read(connection: Connection, statements: _Statements, newest: Newest, quest
         tenants |= {job.key.tenant for job in restarted.values()}
     running: dict[Target, int] = {}
     running_tenants: dict[str, int] = {}
-    if question.counted_providers or tenants:
-        running, running_tenants = statements.count_running(connection, question.counted_providers, sorted(tenants))
+    providers = {*question.counted_providers, *(target.provider for pool in pools.values() for target in pool.chain)}
+    if providers or tenants:
+        running, running_tenants = statements.count_running(connection, sorted(providers), sorted(tenants))
     return Reading(
         now=newest.now,
         pools=pools,
@@ -195,9 +199,20 @@ def _spans(
         low = min(seq, known.head) if known is not None and (known.active or known.parked) else seq
         most = spans[place].most if place in spans else question.other_jobs
         spans[place] = Span(*place, low, most)
-    return [span for span in spans.values() if span.pool in pools and pools[span.pool].queue == question.queue]
+    # A pool that was asked for and has lost its row is of this queue, or nobody would know of it.
+    return [
+        span
+        for span in spans.values()
+        if (pools[span.pool].queue == question.queue if span.pool in pools else span.pool in asked)
+    ]
 
 
-def look_for_arrivals_below(connection: Connection) -> None:
-    """Have the next turn handle arrivals that turns have passed by, because they were committed late."""
-    turns_postgresql.lower(connection) if connection.dialect.name == "postgresql" else turns_sqlite.lower(connection)
+def look_for_arrivals_below(connection: Connection, numbers: int) -> None:
+    """Have the next turn handle arrivals that turns have passed by, because they were committed late.
+
+    Args:
+        connection: In a transaction that has done nothing else.
+        numbers: How far below what turns look at to look.
+    """
+    lower = turns_postgresql.lower if connection.dialect.name == "postgresql" else turns_sqlite.lower
+    lower(connection, numbers)

@@ -303,7 +303,9 @@ def _values(worker_id: str, n: int, decision: Decision) -> dict[str, Any]:
 
 _STALE: Final = """
 SELECT seq FROM keepstream_arrivals
-WHERE seq < (SELECT arrivals_low FROM keepstream_turns ORDER BY n DESC LIMIT 1) ORDER BY seq LIMIT 1
+WHERE seq < (SELECT arrivals_low FROM keepstream_turns ORDER BY n DESC LIMIT 1)
+  AND seq >= (SELECT arrivals_low - %(numbers)s::bigint FROM keepstream_turns ORDER BY n DESC LIMIT 1)
+ORDER BY seq LIMIT 1
 """
 _LOWER: Final = """
 INSERT INTO keepstream_turns (n, arrivals_low, ready, closed, state)
@@ -311,9 +313,9 @@ SELECT n + 1, least(arrivals_low, %(seq)s), ready, closed, state FROM keepstream
 """
 
 
-def lower(connection: Connection) -> None:
-    """Have the next turn begin with the oldest arrival, if it lies below what turns look at."""
-    seq = connection.exec_driver_sql(_STALE).scalar()
+def lower(connection: Connection, numbers: int) -> None:
+    """Have the next turn begin with the oldest arrival, if it lies at most so far below what turns look at."""
+    seq = connection.exec_driver_sql(_STALE, {"numbers": numbers}).scalar()
     if seq is not None:
         connection.exec_driver_sql(_TAKE)
         connection.exec_driver_sql(_LOWER, {"seq": seq})

@@ -188,7 +188,9 @@ def _execute(connection: Connection, statement: str, values: list[tuple[Any, ...
 
 _STALE: Final = """
 SELECT seq FROM keepstream_arrivals
-WHERE seq < (SELECT arrivals_low FROM keepstream_turns ORDER BY n DESC LIMIT 1) ORDER BY seq LIMIT 1
+WHERE seq < (SELECT arrivals_low FROM keepstream_turns ORDER BY n DESC LIMIT 1)
+  AND seq >= (SELECT arrivals_low - ? FROM keepstream_turns ORDER BY n DESC LIMIT 1)
+ORDER BY seq LIMIT 1
 """
 _LOWER: Final = """
 INSERT INTO keepstream_turns (n, arrivals_low, ready, closed, state)
@@ -196,8 +198,8 @@ SELECT n + 1, min(arrivals_low, ?), ready, closed, state FROM keepstream_turns O
 """
 
 
-def lower(connection: Connection) -> None:
-    """Have the next turn begin with the oldest arrival, if it lies below what turns look at."""
-    seq = connection.exec_driver_sql(_STALE).scalar()
+def lower(connection: Connection, numbers: int) -> None:
+    """Have the next turn begin with the oldest arrival, if it lies at most so far below what turns look at."""
+    seq = connection.exec_driver_sql(_STALE, (numbers,)).scalar()
     if seq is not None:
         connection.exec_driver_sql(_LOWER, (seq,))

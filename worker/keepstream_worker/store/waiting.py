@@ -1,7 +1,8 @@
 """Waiting: jobs that were started before go back to where a turn finds them.
 
 In: jobs whose attempt has ended, from ``endings``; jobs that their worker does not run, from the heartbeat and the
-sweep.  Out: their rows among those that wait, due at their moment, and notes of their arrival.
+sweep.  Out: their rows among those that wait, due at their moment, and notes of their arrival; or, where a cancel came
+or too many workers died of them, their end.
 """
 
 from collections.abc import Iterable, Sequence
@@ -9,11 +10,16 @@ from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection, Float, bindparam, delete, func, select, update
 
+from keepstream.client.endings import CANCELLED_MESSAGE, WORKERS_LOST_MESSAGE, end_unclaimed
 from keepstream.errors import ErrorCode
 from keepstream.results import JobStatus, UsageSource
 from keepstream.tables import arrivals, attempts, jobs, now, running, seconds_from_now, waiting
 from keepstream_worker.store.conditions import among, each, is_named, name
-from keepstream_worker.values import AttemptReason, JobKey, Outcome
+from keepstream_worker.store.pools import find_pools
+from keepstream_worker.values import AttemptReason, JobKey, Outcome, Target
+
+#: Claims beyond a job's max_attempts, each of which may still recover a finished stream from the log.
+_SPARE_CLAIMS: Final = 3
 
 
 class OwnedJob(NamedTuple):
@@ -22,6 +28,19 @@ class OwnedJob(NamedTuple):
     key: JobKey
     attempt: int
     worker_id: str
+
+
+class Released(NamedTuple):
+    """A job that its worker does not run any more, and what it was given."""
+
+    key: JobKey
+    lane: int
+    pool: int
+    job_class: str
+    target: Target
+    tokens: int  #: Charged for the attempt.
+    chosen_at: float  #: Seconds since the epoch, by the database's clock.
+    begun: bool  #: Whether the attempt had begun.
 
 
 class Restart(NamedTuple):
@@ -77,7 +96,7 @@ def note_arrivals(connection: Connection, keys: Iterable[JobKey]) -> None:
 
 
 _LOCK: Final = (
-    select(jobs.c.tenant, jobs.c.id, jobs.c.attempt)
+    select(jobs.c.tenant, jobs.c.id, jobs.c.attempt, jobs.c.tries, jobs.c.max_attempts, jobs.c.cancel_requested_at)
     .where(among(jobs))
     .order_by(jobs.c.tenant, jobs.c.id)
     .with_for_update(key_share=True)
@@ -91,16 +110,52 @@ _GIVE_UP: Final = (
 )
 
 
-def release(connection: Connection, owned_jobs: list[OwnedJob]) -> list[None]:
-    """Give up jobs that their own worker does not run, so that any worker may go on with them."""
+def release(connection: Connection, owned_jobs: list[OwnedJob]) -> list[Released | None]:
+    """Give up jobs that their own worker does not run, so that any worker may go on with them; None: it does.
+
+    One whose cancel came meanwhile ends.
+    """
     ordered = sorted(set(owned_jobs))
-    rows = each(connection, _LOCK, [owned.key for owned in ordered])
-    attempt_of = {JobKey(row.tenant, row.id): row.attempt for row in rows}
-    for owned in ordered:
-        row = give_up(connection, owned)
-        if row is not None:
-            put_back(connection, row, begun=attempt_of.get(owned.key) == owned.attempt)
-    return [None] * len(owned_jobs)
+    rows = {JobKey(row.tenant, row.id): row for row in each(connection, _LOCK, [owned.key for owned in ordered])}
+    found = {owned: take_away(connection, rows[owned.key], owned) for owned in ordered if owned.key in rows}
+    return [found.get(owned) for owned in owned_jobs]
+
+
+def take_away(connection: Connection, row: Any, owned: OwnedJob, max_attempts: int | None = None) -> Released | None:
+    """Take a job from a worker that does not run it: it waits again, or ends; None: it runs, or has ended.
+
+    Args:
+        connection: In a transaction.
+        row: The job's, which the transaction has locked, with the columns of ``_LOCK``.
+        owned: As the worker has it.
+        max_attempts: For a job that does not say; None: it does not end for the number of its attempts.
+    """
+    place = give_up(connection, owned)
+    if place is None:
+        return None
+    begun = row.attempt == place.attempt
+    pool = find_pools(connection, {place.pool}).get(place.pool)
+    released = Released(
+        owned.key,
+        place.lane,
+        place.pool,
+        "" if pool is None else pool.job_class,
+        Target(place.provider, place.model),
+        place.tokens,
+        place.started_at.timestamp(),
+        begun,
+    )
+    if row.cancel_requested_at is not None:
+        status, code, message = JobStatus.CANCELLED, ErrorCode.CANCELLED, CANCELLED_MESSAGE
+    elif begun and max_attempts is not None and row.tries > (row.max_attempts or max_attempts) + _SPARE_CLAIMS:
+        status, code, message = JobStatus.FAILED, ErrorCode.WORKER_LOST, WORKERS_LOST_MESSAGE
+    else:
+        _put_back(connection, place, begun=begun)
+        return released
+    if begun:
+        _mark_lost(connection, owned.key, place.attempt)
+    end_unclaimed(connection, *owned.key, row.attempt, status, code, message)
+    return released
 
 
 def give_up(connection: Connection, owned: OwnedJob) -> Any | None:
@@ -126,19 +181,19 @@ _RELEASE: Final = (
 )
 
 
-def mark_lost(connection: Connection, key: JobKey, attempt: int) -> None:
+def _mark_lost(connection: Connection, key: JobKey, attempt: int) -> None:
     """Note that an attempt's worker died."""
     connection.execute(_MARK_LOST, name(key) | {"of_number": attempt})
 
 
-def put_back(connection: Connection, row: Any, *, begun: bool) -> None:
+def _put_back(connection: Connection, row: Any, *, begun: bool) -> None:
     """Let a job go on at once whose worker does not run it any more; ``row`` is the one it had among those that run.
 
     An attempt that had not begun leaves no trace: its number is given again.
     """
     key = JobKey(row.tenant, row.job_id)
     if begun:
-        mark_lost(connection, key, row.attempt)
+        _mark_lost(connection, key, row.attempt)
         connection.execute(_RELEASE, name(key))
     attempt = row.attempt if begun else row.attempt - 1
     restart(connection, [Restart(key, attempt, row.lane, row.pool, row.prompt_tokens, row.max_tokens)])

@@ -7,13 +7,14 @@ that waits and of the sweeper's lease, to whoever asked to hear it.
 
 import asyncio
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 
 from keepstream.errors import StoreUnavailableError
 from keepstream_worker import store
 from keepstream_worker.jobs.active_job import Stop
 from keepstream_worker.jobs.engine import Engine
 from keepstream_worker.scheduling.chooser import Chooser
+from keepstream_worker.scheduling.observations import lost_of
 from keepstream_worker.settings import Settings
 from keepstream_worker.store.database import WorkerDatabase
 from keepstream_worker.telemetry.logs import get_logger
@@ -34,6 +35,7 @@ class WorkerHeartbeat:
         settings: Settings,
         worker_id: str,
         database: WorkerDatabase,
+        work: WorkerDatabase,
         engine: Engine,
         chooser: Chooser,
         providers: Collection[str] | None = None,
@@ -46,6 +48,8 @@ class WorkerHeartbeat:
         self._places = settings.concurrency
         self._worker_id = worker_id
         self._database = database
+        self._work = work  # for what must not hold up heartbeats
+        self._releasing: asyncio.Task[None] | None = None
         self._engine = engine
         self._chooser = chooser
         self._providers = None if providers is None else tuple(sorted(providers))
@@ -64,6 +68,8 @@ class WorkerHeartbeat:
         """Stop, and tell the others that this worker is gone."""
         if self._task is not None:
             await self._task.stop()
+        if self._releasing is not None:
+            self._releasing.cancel()
         try:
             async with asyncio.timeout(_RETIRE_TIMEOUT):
                 await self._database.run(store.retire, self._worker_id)
@@ -114,7 +120,7 @@ class WorkerHeartbeat:
             if job is not None and job.attempt == attempt and job.interruptible:
                 log.warning("job_taken_over", tenant=key.tenant, job_id=key.id, attempt=attempt)
                 job.request_stop(Stop.SUPERSEDED)
-        await self._release_unknown_claims(result.owned)
+        self._release_unknown_claims(result.owned)
         self._chooser.hear(result.looked)  # last: a defect in it must keep nothing else from being done
 
     def _note_confirmed(self, *, lapsed: bool) -> None:
@@ -124,12 +130,27 @@ class WorkerHeartbeat:
             self._unbroken_since = now
         self._confirmed_at = now
 
-    async def _release_unknown_claims(self, owned: frozenset[tuple[JobKey, int]]) -> None:
+    def _release_unknown_claims(self, owned: frozenset[tuple[JobKey, int]]) -> None:
         """Release claims whose answer was lost: ours in the database for two heartbeats, but not running here."""
         not_running = frozenset(
             claim for claim in owned if claim[0] not in self._engine.active and claim[0] not in self._chooser.expected
         )
-        for key, attempt in not_running & self._not_running:
-            log.warning("unknown_claim_released", tenant=key.tenant, job_id=key.id, attempt=attempt)
-            await self._database.run(store.release, store.OwnedJob(key, attempt, self._worker_id))
+        unknown = sorted(not_running & self._not_running)
         self._not_running = not_running
+        if unknown and (self._releasing is None or self._releasing.done()):
+            self._releasing = asyncio.get_running_loop().create_task(self._release(unknown), name="release")
+
+    async def _release(self, claims: Iterable[tuple[JobKey, int]]) -> None:
+        try:
+            for key, attempt in claims:
+                if key in self._engine.active or key in self._chooser.expected:
+                    continue  # it has come meanwhile
+                log.warning("unknown_claim_released", tenant=key.tenant, job_id=key.id, attempt=attempt)
+                released = await self._work.run(store.release, store.OwnedJob(key, attempt, self._worker_id))
+                if released is not None:
+                    self._chooser.observe(lost_of(released))
+                    self._chooser.wake()
+        except StoreUnavailableError:
+            pass  # the next heartbeat finds them again
+        except Exception:
+            log.exception("upkeep_defect", task="release")

@@ -13,6 +13,7 @@ from typing import Any, Final
 from keepstream.errors import StoreUnavailableError
 from keepstream_worker import store
 from keepstream_worker.scheduling.chooser import Chooser
+from keepstream_worker.scheduling.observations import lost_of
 from keepstream_worker.settings import Settings
 from keepstream_worker.store.database import WorkerDatabase
 from keepstream_worker.telemetry.logs import get_logger
@@ -30,6 +31,8 @@ _LIMIT: Final = 200
 _ANNOUNCEMENTS_AT_ONCE: Final = 4
 #: Sweeps for which a lease lasts: a worker that dies is followed soon, one that is slow is not replaced.
 _LEASE_SWEEPS: Final = 4.0
+#: Sweeps of which one looks at everything, however old; the others know what was there.
+_WHOLE_EVERY: Final = 60
 #: Seconds to give the lease up at the end.
 _RELEASE_TIMEOUT: Final = 2.0
 
@@ -56,6 +59,8 @@ class Sweeper:
         self._unreadable_messages = unreadable_messages
         self._leads = False
         self._turns_from = 0  #: Turns below are deleted.
+        self._pools_from = 0  #: Where the walk through the pools goes on.
+        self._until_whole = 0  #: Sweeps until the next one that looks at everything.
         self._paused = False
         self._task: PeriodicTask | None = None
 
@@ -87,31 +92,64 @@ class Sweeper:
         candidacy = store.Candidacy(self._worker_id, _LEASE_SWEEPS * settings.sweep_interval)
         self._leads = await self._database.run(store.lead, candidacy)
         if not self._leads:
+            self._until_whole = 0
             return
-        found = await self._database.run(
-            store.sweep,
-            store.Sweep(
-                lease=settings.lease,
-                reap=self._heartbeat.unbroken_for_a_lease,
-                asked_at=time.monotonic(),
-                max_attempts=settings.max_attempts,
-                limit=_LIMIT,
-            ),
+        whole = self._until_whole <= 0
+        self._until_whole = _WHOLE_EVERY if whole else self._until_whole - 1
+        await self._release_lost(self._request(whole=whole))
+        await self._apart("end expired", self._end_expired(self._request(whole=whole)))
+        await self._apart("announce", self._announce_missed(self._request(whole=whole)))
+        tidying = store.Tidying(
+            _LIMIT, whole, self._turns_from, self._pools_from, idle_times=self._chooser.idle_times()
         )
-        for key in found.lost:
-            log.warning("worker_lost", tenant=key.tenant, job_id=key.id)
-        if found.lost:
-            self._chooser.wake()
-        await self._apart("announce", self._announce(found.unannounced))
-        await self._apart("tidy", self._tidy())
+        await self._apart("find late arrivals", self._database.run(store.find_late_arrivals, tidying))
+        await self._apart("delete old turns", self._delete_old_turns(tidying))
+        await self._apart("delete idle standings", self._database.run(store.delete_idle_standings, tidying))
+        if whole:
+            await self._apart("delete idle pools", self._delete_idle_pools(tidying))
         await self._apart("record unreadable messages", self._unreadable_messages.record(limit=_LIMIT))
 
-    async def _tidy(self) -> None:
-        """Delete rows that nobody needs any more, apart from the sweep, whose work a time-out here must not undo."""
-        tidying = store.Tidying(_LIMIT, self._turns_from, self._chooser.idle_times())
-        self._turns_from = await self._database.run(store.tidy, tidying)
+    def _request(self, *, whole: bool) -> store.Sweep:
+        return store.Sweep(
+            lease=self._settings.lease,
+            reap=self._heartbeat.unbroken_for_a_lease,
+            asked_at=time.monotonic(),
+            max_attempts=self._settings.max_attempts,
+            limit=_LIMIT,
+            whole=whole,
+        )
 
-    async def _apart(self, name: str, step: Coroutine[Any, Any, None]) -> None:
+    async def _release_lost(self, request: store.Sweep) -> None:
+        """Let jobs of dead workers go on; not apart: an outage here is one of the heartbeats, too."""
+        lost = await self._database.run(store.release_lost, request)
+        for released in lost:
+            log.warning("worker_lost", tenant=released.key.tenant, job_id=released.key.id)
+            self._chooser.observe(lost_of(released))
+        if lost:
+            self._chooser.wake()
+
+    async def _end_expired(self, request: store.Sweep) -> None:
+        ended = await self._database.run(store.end_expired, request)
+        self._look_again_if_any(ended)
+        await self._announce(ended)
+
+    async def _announce_missed(self, request: store.Sweep) -> None:
+        missed = await self._database.run(store.find_unannounced, request)
+        self._look_again_if_any(missed)
+        await self._announce(missed)
+
+    def _look_again_if_any(self, found: list[JobKey]) -> None:
+        """Let the next sweep look at everything, too: more may be there, and what Redis did not take stays."""
+        if found:
+            self._until_whole = 0
+
+    async def _delete_idle_pools(self, tidying: store.Tidying) -> None:
+        self._pools_from = await self._database.run(store.delete_idle_pools, tidying)
+
+    async def _delete_old_turns(self, tidying: store.Tidying) -> None:
+        self._turns_from = await self._database.run(store.delete_old_turns, tidying)
+
+    async def _apart(self, name: str, step: Coroutine[Any, Any, object]) -> None:
         """Await one step of the sweep; whatever it meets must not keep the next from being made.
 
         Nor is an outage here one of the heartbeats: that one step ran out of time says nothing of other workers.
