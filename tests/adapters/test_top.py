@@ -1,10 +1,13 @@
 """`keepstream top` and `keepstream limits` on a database, and on a terminal."""
 
 import json
+import os
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
 from sqlalchemy import Engine, insert
 
 from keepstream.client import queries
@@ -96,6 +99,18 @@ def test_top_is_live_on_a_terminal_and_ends_cleanly(tmp_path: Path) -> None:
     engine.dispose()
 
 
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_top_that_is_told_to_end_gives_the_terminal_back(tmp_path: Path, signum: signal.Signals) -> None:
+    environment, engine = settings(tmp_path)
+    engine.dispose()
+    with Terminal([*COMMAND, "top", "--every", "0.2"], environment) as terminal:
+        terminal.wait_for("nothing runs or waits")
+        os.kill(terminal.process.pid, signum)
+        assert terminal.wait() == 128 + signum
+        assert terminal.written.rstrip().endswith(b"\x1b[?25h\x1b[?1049l")
+        assert "Traceback" not in terminal.text
+
+
 def test_top_and_limits_are_lines_or_json_for_a_pipe(tmp_path: Path) -> None:
     environment, engine = settings(tmp_path)
     enqueue(engine, "a-1", "a-2", tenant="acme")
@@ -107,7 +122,7 @@ def test_top_and_limits_are_lines_or_json_for_a_pipe(tmp_path: Path) -> None:
     assert (document["waiting"], document["tenants"][0]["name"], document["tenants"][0]["most"]) == (2, "acme", 2)
     assert "0 of 7" in run(environment, "limits").stdout
     (limit, *_) = json.loads(run(environment, "limits", "--json").stdout)["limits"]
-    assert (limit["name"], limit["concurrency"], limit["waiting"]) == ("default", 7, 2)
+    assert (limit["name"], limit["streams"]["allowed"], limit["waiting"]) == ("default", 7, 2)
 
 
 def test_limits_that_cannot_work_are_one_line(tmp_path: Path) -> None:

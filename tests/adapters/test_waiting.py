@@ -192,21 +192,25 @@ FALLBACKS = {"provider": "a", "fallbacks": [{"provider": "b", "model": "n"}]}
     [
         ({"a": FULL}, "concurrency", "provider a: 200 of 200 streams"),
         ({"a/m": FULL}, "concurrency", "a/m: 200 of 200 streams"),
-        ({"a": {"why": "tokens_per_minute", "until": LATER}}, "tokens_per_minute", "tokens per minute of provider a"),
-        ({"a/m": {"why": "requests_per_minute"}}, "requests_per_minute", "requests per minute of a/m"),
-        ({"a/m": COOLING}, "cooling", "cool-down of a/m until 00:00:05 UTC"),
-        ({"a/m": COOLING | {"until": None}}, "cooling", "cool-down of a/m"),
+        (
+            {"a": {"why": "tokens_per_minute", "until": LATER}},
+            "tokens_per_minute",
+            "provider a: tokens per minute; next at 00:00:05 UTC",
+        ),
+        ({"a/m": {"why": "requests_per_minute"}}, "requests_per_minute", "a/m: requests per minute"),
+        ({"a/m": COOLING}, "cooling", "a/m: cool-down until 00:00:05 UTC"),
+        ({"a/m": COOLING | {"until": None}}, "cooling", "a/m: cool-down"),
         ({"a/m": COOLING, "b": FULL}, "concurrency", "provider b: 200 of 200 streams"),
+        # All targets are closed: the one that opens soonest, the first of those that open together.
+        ({"a/m": BROKEN, "b/n": COOLING}, "broken", "a/m: broken; next try at 00:00:05 UTC"),
+        ({"a/m": BROKEN | {"until": LATER + 1}, "b/n": COOLING}, "cooling", "b/n: cool-down until 00:00:05 UTC"),
+        ({"a/m": COOLING, "b/n": BROKEN | {"until": LATER + 1}}, "cooling", "a/m: cool-down until 00:00:05 UTC"),
         (
-            {"a/m": BROKEN, "b/n": COOLING},
+            {"a/m": {"why": "probing", "until": None}, "b": BROKEN},
             "broken",
-            "a/m, which fails again and again; next try at 00:00:05 UTC",
+            "provider b: broken; next try at 00:00:05 UTC",
         ),
-        (
-            {"a/m": {"why": "probing", "until": None}},
-            "broken",
-            "a/m, which failed again and again; one job is trying it",
-        ),
+        ({"a/m": {"why": "probing", "until": None}}, "broken", "a/m: broken; one job is trying it"),
     ],
 )
 def test_a_job_waits_for_what_is_closed(
@@ -347,7 +351,7 @@ def test_a_follower_of_a_job_whose_workers_are_busy_is_told_after_some_seconds(
 ) -> None:
     caplog.set_level(logging.INFO)
     work(engine, running=3)
-    with pytest.raises(FollowTimeoutError, match="the queue's only worker is busy, and 1 job waits"):
+    with pytest.raises(FollowTimeoutError, match="the only worker is busy, and 1 job waits"):
         next(client.follow(enqueue(client), timeout=4))
     assert [level for level, _ in told(caplog)] == ["INFO"]
 

@@ -1,6 +1,7 @@
 """What goes on is drawn from what was looked at, and fits its console."""
 
 import json
+import re
 from datetime import UTC, datetime
 from typing import Any
 
@@ -11,6 +12,8 @@ from keepstream.client.waiting import Worker
 from keepstream_worker.commands.activity import Picture, as_json, draw, limits_json
 from keepstream_worker.commands.activity_view import screen, show_limits
 from keepstream_worker.limits import Limits, Policy, ProviderPolicy, TenantPolicy
+from keepstream_worker.scheduling.learning import TargetState
+from keepstream_worker.scheduling.state import State
 from keepstream_worker.store.activity import COUNTED, Activity, Waiting
 from keepstream_worker.values import Target
 
@@ -53,7 +56,7 @@ def test_jobs_are_counted_by_target_and_by_tenant() -> None:
     )
     assert [(row.name, row.running, row.most, row.waiting) for row in drawn.targets] == [
         ("openai/a", 3, 4, 4),
-        ("other/b", 1, None, 1),
+        ("other/b", 1, 16, 1),  # learned
     ]
     assert [(row.name, row.running, row.most, row.waiting) for row in drawn.tenants] == [
         ("acme", 2, 2, 4),
@@ -106,6 +109,32 @@ def test_the_screen_fits_its_console(width: int, height: int, many: int) -> None
     assert any("waiting" in line for line in lines)
 
 
+LATER = {"until": AT.timestamp() + 8.0}
+REASONS = {
+    "openai/gpt-6-mini": ({"why": "broken", **LATER}, "broken; next try at 12:00:08 UTC"),
+    "openai/gpt-6-large": ({"why": "cooling", **LATER}, "cool-down until 12:00:08 UTC"),
+    "a-gateway/vendor/model-1": ({"why": "tokens_per_minute", **LATER}, "tokens per minute; next at 12:00:08 UTC"),
+}
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (120, 40)])
+def test_reasons_are_whole_on_usual_terminals(width: int, height: int) -> None:
+    targets = [Target(*name.split("/", 1)) for name in REASONS]
+    nobody = "a worker: none is alive for the queue 'completions'"
+    drawn = picture(
+        *(waits("acme", target, jobs=9) for target in targets),
+        waits("umbrella", A, jobs=COUNTED, queue="completions"),
+        running={(target, "acme"): 16 for target in targets},
+        closed={name: closed for name, (closed, _) in REASONS.items()},
+    )
+    lines = [line.rstrip() for line in text(screen(drawn, width, height), width)]
+    assert len(lines) <= height
+    assert all(
+        any(line.endswith(words) for line in lines) for words in [nobody, *(words for _, words in REASONS.values())]
+    )
+    assert not any("…" in line for line in lines)
+
+
 def test_the_screen_says_how_many_it_leaves_out_and_what_is_not_counted() -> None:
     drawn = picture(*(waits(f"t{number}", A, jobs=COUNTED) for number in range(100)), more_waiting=True)
     shown = "\n".join(text(screen(drawn, 80, 24)))
@@ -122,18 +151,78 @@ def test_a_name_cannot_steer_the_console() -> None:
     assert "\x1b" not in "".join(text(screen(picture(waits("a", Target("p", "m\x1b[2J"))), 80, 24)))
 
 
+def shown_limits(drawn: Picture, *doubts: str, width: int = 80) -> list[str]:
+    console = Console(width=width, highlight=False)
+    with console.capture() as captured:
+        show_limits(console, drawn, doubts)
+    return [re.sub(r" {2,}", "  ", line.rstrip()) for line in captured.get().splitlines()]
+
+
 def test_limits_that_nobody_uses_yet_are_shown_too() -> None:
     drawn = picture(waits("acme", A, jobs=3), running={(A, "acme"): 2})
-    shown = {row["name"]: row for row in limits_json(drawn)["limits"]}
-    assert set(shown) == {"openai", "openai/a", "openai/b*"}
-    assert [(shown[name]["running"], shown[name]["concurrency"]) for name in ("openai", "openai/a")] == [(2, 5), (2, 4)]
+    document = limits_json(drawn)
+    shown = {row["name"]: row for row in document["limits"]}
+    assert set(shown) == {"openai", "openai/a"}
+    assert [(shown[name]["streams"]["used"], shown[name]["streams"]["allowed"]) for name in shown] == [(2, 5), (2, 4)]
     assert shown["openai"]["waiting"] == 3
-    console = Console(width=80)
-    with console.capture() as captured:
-        show_limits(console, drawn, ["a doubt"])
-    assert "2 of 5" in captured.get()
-    assert "2 of 2" in captured.get()
-    assert "a doubt" in captured.get()
+    lines = shown_limits(drawn, "a doubt")
+    assert "openai  2 of 5 streams  3" in lines
+    assert "acme  2 of 2 jobs; weight 3  3" in lines
+    assert "a doubt" in lines
+
+
+def test_a_pattern_is_no_target() -> None:
+    drawn = picture(running={(Target("openai", "b-1"), "acme"): 1})
+    document = limits_json(drawn)
+    assert document["patterns"] == [
+        {"name": "openai/b*", "concurrency": None, "requests_per_minute": None, "tokens_per_minute": 9}
+    ]
+    (target,) = (row for row in document["limits"] if row["name"] == "openai/b-1")
+    assert target["tokens"]["per_minute"] == 9
+    lines = shown_limits(drawn)
+    assert "openai/b*  9 tokens a minute" in lines
+
+
+CLOSED = {
+    "cooling": (TargetState(cooling_until=AT.timestamp() + 5), "cool-down until 12:00:05 UTC", "2026-01-01T12:00:05Z"),
+    "broken": (
+        TargetState(broken_until=AT.timestamp() + 5),
+        "broken; next try at 12:00:05 UTC",
+        "2026-01-01T12:00:05Z",
+    ),
+    "probing": (
+        TargetState(broken_until=AT.timestamp() - 5, probe_at=AT.timestamp() - 1),
+        "broken; one job is trying it",
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("why", CLOSED)
+def test_what_is_closed_says_until_when(why: str) -> None:
+    learned, words, until = CLOSED[why]
+    state = State()
+    state.use("other/b").learned = learned
+    drawn = picture(policy=Policy(), state=state.to_json())
+    (row,) = json.loads(json.dumps(limits_json(drawn)))["limits"]
+    assert row["closed"] == {"why": why, "until": until}
+    first, second, *_ = shown_limits(drawn)[1:]
+    assert first.startswith("other/b  0 of 16 streams (learned)")
+    assert second.strip() == words
+
+
+def test_what_is_used_has_one_notation_and_a_debt_says_when_it_is_paid() -> None:
+    rates = Limits(concurrency=3, requests_per_minute=600, tokens_per_minute=2_000_000)
+    state = State()
+    state.use("openai").requests = AT.timestamp() - 2
+    state.use("openai").tokens = AT.timestamp() + 6
+    drawn = picture(policy=Policy({"openai": ProviderPolicy(rates)}), running={(A, "a"): 1}, state=state.to_json())
+    assert [line.strip() for line in shown_limits(drawn)[1:5]] == [
+        "openai  1 of 3 streams  0",
+        "9 of 28 requests, 600 a minute",
+        "285,000 of 95,000 tokens, 2,000,000 a minute",
+        "tokens per minute; next at 12:00:06 UTC",
+    ]
 
 
 def test_nothing_limited_is_said() -> None:

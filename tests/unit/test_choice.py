@@ -11,10 +11,11 @@ import orjson
 import pytest
 
 from keepstream_worker.limits import Limits, Policy, ProviderPolicy, TenantPolicy
+from keepstream_worker.scheduling import learning
 from keepstream_worker.scheduling.choice import Choice, may_start_directly
 from keepstream_worker.scheduling.learning import FAILING_FOR
 from keepstream_worker.scheduling.observations import Accepted, Charged, End, Observation, Place, Settled
-from keepstream_worker.scheduling.report import report
+from keepstream_worker.scheduling.report import Used, report
 from keepstream_worker.scheduling.state import State
 from keepstream_worker.turn import Pick, Question, Reading
 from keepstream_worker.values import JobKey, Target
@@ -364,14 +365,46 @@ def test_the_report_says_what_is_used():
     world.store("a", CHAIN)
     world.turn(rules, 5)
     provider, model = report(rules, State.from_json(world.state), {TARGET: 1}, world.now)
-    assert (provider.key, provider.running, provider.limits.concurrency) == ("p", 1, 2)
-    assert provider.requests_left == pytest.approx(1.85, abs=0.01)
-    assert provider.tokens_left == pytest.approx(3 * 6000 * 0.95 / 60 - 200)
+    assert (provider.key, provider.streams) == ("p", Used(1, 2))
+    assert provider.requests == Used(1, 2, 60)  # of three seconds' worth
+    assert provider.tokens == Used(200, 285, 6000)
     assert provider.closed is None
-    assert (model.key, model.running, model.ceiling) == ("p/m", 1, None)
+    assert (model.key, model.streams) == ("p/m", Used(1, None))
     (full, _) = report(rules, State.from_json(world.state), {TARGET: 2}, world.now)
     assert full.closed is not None
     assert full.closed.as_json() == {"why": "concurrency", "running": 2, "most": 2}
+
+
+def test_what_is_learned_is_reported_as_such():
+    """A target that was never refused has a ceiling as well, and whoever is in debt has used more than it may."""
+    state = State()
+    state.use("new/m").output = 7.0
+    state.use("met/m").learned = learning.TargetState(ceiling=7.5, requests_per_minute=600.0)
+    state.use("debt").tokens = 1020.0
+    rules = Policy(
+        {
+            "debt": ProviderPolicy(Limits(tokens_per_minute=6000), {"a": Limits(concurrency=3), "b*": Limits(1)}),
+            "met": ProviderPolicy(models={"m": Limits(concurrency=9)}),
+        }
+    )
+    found = {use.key: use for use in report(rules, state, {}, 1000.0)}
+    assert list(found) == ["debt", "debt/a", "met/m", "new/m"]  # and no pattern
+    assert found["new/m"].streams == Used(0, learning.FIRST_CEILING, learned=True)
+    assert found["met/m"].streams == Used(0, 7, learned=True)
+    assert found["met/m"].requests == Used(0, 28, 600.0, learned=True)
+    assert found["debt/a"].streams == Used(0, 3)
+    assert found["debt"].tokens == Used(23 * 95, 3 * 95, 6000)
+    assert found["debt"].closed is not None
+    assert found["debt"].closed.until == 1020.0
+
+
+def test_what_closes_a_provider_is_reported_though_its_targets_are_closed_for_other_reasons():
+    state = State()
+    state.use("p/b").learned = learning.TargetState(cooling_until=1020.0)
+    state.use("p/a").output = 1.0
+    rules = policy(Limits(concurrency=1))
+    provider, *targets = report(rules, state, {Target("p", "a"): 1}, 1000.0)
+    assert [use.closed and use.closed.why for use in (provider, *targets)] == ["concurrency", None, "cooling"]
 
 
 def chains(number: int) -> Sequence[list[tuple[str, str]]]:

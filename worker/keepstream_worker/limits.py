@@ -152,6 +152,11 @@ class Policy:
         return found
 
 
+def is_pattern(model: str) -> bool:
+    """Whether a name in the configuration stands for all models that fit it."""
+    return any(sign in model for sign in "*?[")
+
+
 def target_key(provider: str, model: str) -> str:
     """Return the key under which the use of one model is counted; a provider's name has no slash."""
     return f"{provider}/{model}"

@@ -7,6 +7,7 @@ the workers, why the newest turn left what it left, and of the backlog no more t
 """
 
 import json
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
@@ -136,7 +137,7 @@ def _reason(job: StoredRow, tenant: str, around: _Surroundings) -> WaitingFor | 
     if closed is not None:
         return closed
     if all(worker.running >= worker.places for worker in here):
-        busy = "the queue's only worker is busy" if len(here) == 1 else f"all {len(here)} workers are busy"
+        busy = "the only worker is busy" if len(here) == 1 else f"all {len(here)} workers are busy"
         return WaitingFor(cause="place", text=f"a free place: {busy}, and {_count(around.backlog)}")
     return WaitingFor(cause="pickup", text="a worker to take it")
 
@@ -146,42 +147,52 @@ def closed_reason(
 ) -> WaitingFor | None:
     """Return why a turn leaves a tenant's jobs with these targets waiting; None: nothing is closed for them.
 
+    If all targets rest or are broken, it is that of the one which opens soonest.
+
     ``closed`` says ``why`` of each ``PROVIDER/MODEL``, ``PROVIDER`` and ``tenant:NAME`` that is closed, with
     ``running`` jobs and the ``most`` there may be, or ``until``, seconds since the epoch; null: not known.
     """
     at_limit = closed.get(f"tenant:{tenant}")
     if at_limit is not None:
         return WaitingFor(cause="tenant", text=f"tenant {tenant}: {_used(at_limit)} at once")
-    passed_over = None
+    opens: dict[float, WaitingFor] = {}  # When a job goes on at a target that rests or is broken, soonest or first.
     for provider, model in chain:
-        reason = _target_reason(closed, provider, model, at.timestamp())
-        if reason is None:
-            return passed_over  # a short cool-down of a target before it is waited for
+        found = _target_reason(closed, provider, model, at.timestamp())
+        if found is None:
+            break  # and yet jobs wait: for the end of a short cool-down of a target before it
+        reason, until = found
         if reason.cause not in _PASSED_OVER:
             return reason
-        passed_over = passed_over or reason
-    return passed_over
+        opens.setdefault(until, reason)
+    return opens[min(opens)] if opens else None
 
 
-def _target_reason(closed: Mapping[str, Any], provider: str, model: str, at: float) -> WaitingFor | None:
+def _target_reason(closed: Mapping[str, Any], provider: str, model: str, at: float) -> tuple[WaitingFor, float] | None:
+    """Return why a target takes no job, and until when, in seconds since the epoch; infinite: not known."""
     for key, name in ((f"{provider}/{model}", f"{provider}/{model}"), (provider, f"provider {provider}")):
         entry = closed.get(key)
         until = None if entry is None else entry.get("until")
         if entry is None or (until is not None and until < at):
             continue
-        cause = entry["why"]
-        when = "" if until is None else f"{_clock_time(datetime.fromtimestamp(until, UTC))}"
-        if cause == "concurrency":
-            return WaitingFor(cause=cause, text=f"{name}: {_used(entry)} streams")
-        if cause == "cooling":
-            return WaitingFor(cause=cause, text=f"cool-down of {name}{when and f' until {when}'}")
-        if cause == "broken":
-            text = f"{name}, which fails again and again{when and f'; next try at {when}'}"
-            return WaitingFor(cause=cause, text=text)
-        if cause == "probing":
-            return WaitingFor(cause="broken", text=f"{name}, which failed again and again; one job is trying it")
-        return WaitingFor(cause=cause, text=f"{cause.replace('_', ' ')} of {name}")
+        cause = "broken" if entry["why"] == "probing" else entry["why"]
+        reason = WaitingFor(cause=cause, text=f"{name}: {closed_words(entry)}")
+        return reason, math.inf if until is None else until
     return None
+
+
+def closed_words(entry: Mapping[str, Any]) -> str:
+    """Return in words why a target or provider takes no job, by what ``closed`` says of it."""
+    why, until = entry["why"], entry.get("until")
+    when = "" if until is None else _clock_time(datetime.fromtimestamp(until, UTC))
+    if why == "concurrency":
+        return f"{_used(entry)} streams"
+    if why == "cooling":
+        return f"cool-down until {when}" if when else "cool-down"
+    if why == "broken":
+        return f"broken; next try at {when}" if when else "broken"
+    if why == "probing":
+        return "broken; one job is trying it"
+    return f"{why.replace('_', ' ')}; next at {when}" if when else str(why).replace("_", " ")
 
 
 def _used(entry: Mapping[str, Any]) -> str:

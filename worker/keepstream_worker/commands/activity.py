@@ -6,12 +6,15 @@ and as JSON.  Pure.
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from keepstream.client.waiting import closed_reason
+from keepstream.client.waiting import closed_reason, closed_words
 from keepstream.results import WaitingFor
-from keepstream_worker.limits import OTHER_TENANTS, Limits, Policy
-from keepstream_worker.scheduling.report import Use, report
+from keepstream_worker.commands.formats import iso_time
+from keepstream_worker.limits import OTHER_TENANTS, Limits, Policy, is_pattern, target_key
+from keepstream_worker.scheduling.report import Use, Used, report
 from keepstream_worker.scheduling.state import State
 from keepstream_worker.store.activity import Activity, Waiting
 from keepstream_worker.values import Target
@@ -37,32 +40,49 @@ class LimitRow(NamedTuple):
     use: Use
     waiting: int
 
+    @property
+    def closed(self) -> str:
+        """Why no further job can go there, for people; empty: one can."""
+        return "" if self.use.closed is None else closed_words(self.use.closed.as_json())
+
     def as_json(self) -> dict[str, Any]:
         """Return it for programs."""
         use = self.use
-        closed = use.closed and {"why": use.closed.why, "until": use.closed.until}
+        until = None if use.closed is None else use.closed.until
+        closes = None if until is None else iso_time(datetime.fromtimestamp(until, UTC))
         return {
             "name": use.key,
-            "concurrency": use.limits.concurrency,
-            "learned_concurrency": use.ceiling,
-            "running": use.running,
+            "streams": use.streams._asdict(),
+            "requests": use.requests and use.requests._asdict(),
+            "tokens": use.tokens and use.tokens._asdict(),
             "waiting": self.waiting,
-            "requests_per_minute": use.limits.requests_per_minute,
-            "requests_left": use.requests_left,
-            "tokens_per_minute": use.limits.tokens_per_minute,
-            "tokens_left": use.tokens_left,
-            "closed": closed,
+            "closed": use.closed and {"why": use.closed.why, "until": closes},
         }
+
+
+class PatternRow(NamedTuple):
+    """What each model may use whose name fits, by itself."""
+
+    name: str  #: ``PROVIDER/PATTERN``.
+    limits: Limits
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it for programs."""
+        return {"name": self.name, **asdict(self.limits)}
 
 
 class TenantRow(NamedTuple):
     """What is used of a tenant's limits."""
 
     name: str
-    running: int
-    concurrency: int | None
+    jobs: Used
     weight: float
     waiting: int
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it for programs."""
+        jobs = {"used": self.jobs.used, "allowed": self.jobs.allowed}
+        return {"name": self.name, "jobs": jobs, "weight": self.weight, "waiting": self.waiting}
 
 
 class Picture(NamedTuple):
@@ -72,6 +92,7 @@ class Picture(NamedTuple):
     targets: list[Row]  #: Those with most waiting and running jobs first.
     tenants: list[Row]  #: The same.
     limits: list[LimitRow]  #: By name.
+    patterns: list[PatternRow]  #: As configured.
     tenant_limits: list[TenantRow]  #: By name; of those that have limits, or jobs.
 
     @property
@@ -97,7 +118,7 @@ def draw(activity: Activity, policy: Policy) -> Picture:
     for (target, tenant), jobs in activity.running.items():
         by_target[target] += jobs
         by_tenant[tenant] += jobs
-    uses = _all_uses(policy, activity, by_target)
+    uses = {use.key: use for use in report(policy, State.from_json(activity.state), by_target, activity.at.timestamp())}
     waits_for = [(each, _reason(each, activity)) for each in activity.waiting]
     first = Counter(dict.fromkeys(by_target, 0))
     tenants = Counter(dict.fromkeys(by_tenant, 0))
@@ -126,9 +147,15 @@ def draw(activity: Activity, policy: Policy) -> Picture:
             )
             for tenant, waiting in tenants.items()
         ),
-        limits=[LimitRow(use, _waiting_at(use.key, first)) for _, use in sorted(uses.items())],
+        limits=[LimitRow(use, _waiting_at(key, first)) for key, use in uses.items()],
+        patterns=[
+            PatternRow(target_key(provider, model), limits)
+            for provider, of_provider in policy.providers.items()
+            for model, limits in of_provider.models.items()
+            if is_pattern(model)
+        ],
         tenant_limits=[
-            TenantRow(name, by_tenant[name], of.concurrency, of.weight, tenants[name])
+            TenantRow(name, Used(by_tenant[name], of.concurrency), of.weight, tenants[name])
             for name in sorted({*policy.tenants, *tenants} - {OTHER_TENANTS})
             for of in [policy.tenant(name)]
         ],
@@ -139,7 +166,7 @@ def as_json(picture: Picture) -> dict[str, Any]:
     """Return a picture for programs."""
     activity = picture.activity
     return {
-        "at": activity.at.isoformat(),
+        "at": iso_time(activity.at),
         "workers": [{"id": name, **worker._asdict()} for name, worker in sorted(activity.workers.items())],
         "running": picture.running,
         "waiting": picture.waiting,
@@ -153,35 +180,15 @@ def as_json(picture: Picture) -> dict[str, Any]:
 def limits_json(picture: Picture) -> dict[str, Any]:
     """Return its limits for programs."""
     return {
-        "at": picture.activity.at.isoformat(),
+        "at": iso_time(picture.activity.at),
         "limits": [row.as_json() for row in picture.limits],
-        "tenants": [row._asdict() for row in picture.tenant_limits],
+        "patterns": [row.as_json() for row in picture.patterns],
+        "tenants": [row.as_json() for row in picture.tenant_limits],
     }
 
 
-def _all_uses(policy: Policy, activity: Activity, running: Mapping[Target, int]) -> dict[str, Use]:
-    """Return what is used of each limit: of targets that are in use or remembered, and of those that are configured."""
-    found = {}
-    for provider, of_provider in policy.providers.items():
-        if of_provider.limits:
-            found[provider] = _unused(provider, of_provider.limits)
-        for model in of_provider.models:
-            for key, limits in policy.limits_of(provider, model):
-                found.setdefault(key, _unused(key, limits))
-    for use in report(policy, State.from_json(activity.state), running, activity.at.timestamp()):
-        found[use.key] = use
-    return found
-
-
-def _unused(key: str, limits: Limits) -> Use:
-    return Use(key, limits, None, 0, None, None, None)
-
-
 def _most(use: Use | None) -> int | None:
-    if use is None:
-        return None
-    known = [int(most) for most in (use.limits.concurrency, use.ceiling) if most is not None]
-    return min(known, default=None)
+    return None if use is None else use.streams.allowed
 
 
 def _waiting_at(key: str, first: Mapping[Target, int]) -> int:

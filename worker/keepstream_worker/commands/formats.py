@@ -6,7 +6,7 @@ Out: texts for a console, to `live_view`, `tables`, `demo` and `doctor`.
 Whatever comes from outside is shown without control characters, so that it cannot steer the console.
 """
 
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Final
 
 from rich.text import Text
@@ -73,3 +73,13 @@ def error_line(error: ErrorInfo) -> str:
 def seconds_between(start: datetime, end: datetime) -> str:
     """Return the time from ``start`` to ``end``, in seconds with two decimals."""
     return f"{(end - start).total_seconds():.2f} s"
+
+
+def clock_time(time: datetime) -> str:
+    """Return the time of day in UTC, as people are shown it."""
+    return f"{time.astimezone(UTC):%H:%M:%S} UTC"
+
+
+def iso_time(time: datetime) -> str:
+    """Return a time as all JSON has it: ISO 8601, in UTC."""
+    return time.astimezone(UTC).isoformat().replace("+00:00", "Z")

@@ -5,8 +5,12 @@ In: settings and the policy.  Out: screens on a terminal, one after the other; t
 
 import json
 import os
+import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 import typer
 from rich.live import Live
@@ -42,7 +46,7 @@ def _go_on(database: ClientDatabase, policy: Policy, picture: Picture, every: fl
     console = make_console()
     trouble = None
     try:
-        with Live(console=console, screen=True, auto_refresh=False) as live:
+        with _ended_by_signals(), Live(console=console, screen=True, auto_refresh=False) as live:
             while True:
                 columns, lines = os.get_terminal_size(sys.stdout.fileno())  # which may change
                 if columns > 0 and lines > 0:
@@ -55,6 +59,21 @@ def _go_on(database: ClientDatabase, policy: Policy, picture: Picture, every: fl
                     trouble = str(error)
     except KeyboardInterrupt:
         pass
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP, like Ctrl-C, give the terminal back what was on it."""
+
+    def end(signum: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + signum)
+
+    before = {signum: signal.signal(signum, end) for signum in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def show_limits_now(settings: Settings, policy: Policy, *, as_json: bool) -> None:

@@ -76,15 +76,20 @@ class Limit:
         """Return the moment from which no tokens are owed."""
         return self.use.tokens if self.token_seconds else 0.0
 
-    def requests_left(self, now: float) -> float | None:
-        """Return the requests that may be made at once; None: there is no limit."""
+    def requests(self, now: float) -> tuple[int, int] | None:
+        """Return the requests in use, of those that may be made at once; None: there is no limit."""
         if not self.request_seconds:
             return None
-        return min(now - self.use.requests, self.requests_full) / self.request_seconds
+        most = int(self.requests_full / self.request_seconds + _ROUNDING)
+        left = min(now - self.use.requests, self.requests_full) / self.request_seconds
+        return min(most, most - int(left + _ROUNDING)), most
 
-    def tokens_left(self, now: float) -> float | None:
-        """Return the tokens that may be taken at once, or with a minus those that are owed; None: there is no limit."""
-        return min(now - self.use.tokens, _BURST) / self.token_seconds if self.token_seconds else None
+    def tokens(self, now: float) -> tuple[int, int] | None:
+        """Return the tokens in use, of those that may be taken at once: more of them are a debt; None: no limit."""
+        if not self.token_seconds:
+            return None
+        left = min(now - self.use.tokens, _BURST)
+        return round((_BURST - left) / self.token_seconds), round(_BURST / self.token_seconds)
 
     def charge(self, now: float, tokens: int) -> None:
         """Take one request and ``tokens``."""
@@ -120,6 +125,13 @@ class Gate:
     def running(self) -> int:
         """Streams at this target."""
         return self.limits[-1].running
+
+    def most(self) -> int | None:
+        """Return how many streams it may have, whatever its provider has; None: only the provider's limit counts."""
+        own, learned = self.limits[-1].limits.concurrency, self.use.learned
+        if own is None and learned.ceiling is None and self._configured is not None:
+            return None
+        return int(learning.ceiling(learned, own))
 
     def unfit(self) -> Closed | None:
         """Return why no job can go there, whatever runs: it cools down, or is broken."""

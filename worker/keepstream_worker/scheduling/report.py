@@ -7,27 +7,33 @@ Pure.
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from keepstream_worker.limits import Limits, Policy
-from keepstream_worker.scheduling import learning
-from keepstream_worker.scheduling.gates import Closed, Gates
+from keepstream_worker.limits import Limits, Policy, is_pattern, target_key
+from keepstream_worker.scheduling.gates import Closed, Gates, Limit
 from keepstream_worker.scheduling.state import State, key_of
 from keepstream_worker.values import Target
 
 
+class Used(NamedTuple):
+    """What is used of a limit."""
+
+    used: int
+    allowed: int | None  #: At once; None: nothing limits it here.
+    per_minute: float | None = None  #: At this rate it comes back; None: when a job ends.
+    learned: bool = False  #: Whether the limit was learned, rather than configured.
+
+
 class Use(NamedTuple):
-    """A target, or a provider as a whole: what limits it, and what is used of that."""
+    """A target, or a provider as a whole: what is used of its limits."""
 
     key: str  #: ``PROVIDER/MODEL`` or ``PROVIDER``.
-    limits: Limits  #: As configured; where that leaves them open, as learned.
-    ceiling: float | None  #: Streams at once that were learned to be accepted; None: nothing was learned.
-    running: int
-    requests_left: float | None  #: That may be made at once; None: there is no limit.
-    tokens_left: float | None  #: The same; negative: a debt.
+    streams: Used
+    requests: Used | None  #: None: there is no limit.
+    tokens: Used | None  #: The same; more used than allowed: a debt.
     closed: Closed | None  #: Why no further job can go there.
 
 
 def report(policy: Policy, state: State, running: Mapping[Target, int], now: float) -> list[Use]:
-    """Return all targets of which something is known or that run jobs, and their providers, by key.
+    """Return all targets and providers that have a limit, learned ones included, or run jobs, by key.
 
     Args:
         policy: The limits.
@@ -39,19 +45,32 @@ def report(policy: Policy, state: State, running: Mapping[Target, int], now: flo
     gates.count(running)
     keys = {key for key in state.uses if "/" in key} | {key_of(target) for target in running}
     keys.update(key for pool in state.pools.values() for key in pool.chain)
+    for provider, of_provider in policy.providers.items():
+        keys.update(target_key(provider, model) for model in of_provider.models if not is_pattern(model))
     found: dict[str, Use] = {}
+    for provider, of_provider in policy.providers.items():
+        if of_provider.limits:
+            unused = Limit(provider, of_provider.limits, state.use(provider), 0, now)
+            found[provider] = _use(unused, of_provider.limits, unused.limits.concurrency, None, now)
     for key in sorted(keys):
         gate = gates.of(key)
         closed = gate.closed()
+        configured = dict(policy.limits_of(*gate.target))
         for limit in gate.limits:
-            learned = limit.use.learned if limit.key == key else learning.TargetState()
-            found[limit.key] = Use(
-                limit.key,
-                limit.limits,
-                learned.ceiling,
-                limit.running,
-                limit.requests_left(now),
-                limit.tokens_left(now),
-                closed if closed is not None and closed.key == limit.key else None,
-            )
+            why = closed if closed is not None and closed.key == limit.key else None
+            if why is None and limit.key in found:
+                why = found[limit.key].closed  # another of the provider's targets has met it
+            most = gate.most() if limit.key == key else limit.limits.concurrency
+            found[limit.key] = _use(limit, configured.get(limit.key, Limits()), most, why, now)
     return [found[key] for key in sorted(found)]
+
+
+def _use(limit: Limit, configured: Limits, most: int | None, closed: Closed | None, now: float) -> Use:
+    requests, tokens = limit.requests(now), limit.tokens(now)
+    return Use(
+        limit.key,
+        Used(limit.running, most, learned=most is not None and most != configured.concurrency),
+        requests and Used(*requests, limit.limits.requests_per_minute, configured.requests_per_minute is None),
+        tokens and Used(*tokens, limit.limits.tokens_per_minute, configured.tokens_per_minute is None),
+        closed,
+    )
