@@ -47,7 +47,13 @@ class UsageSource(StrEnum):
 
 
 class _Value(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(
+        frozen=True,
+        extra="ignore",
+        validate_by_name=True,  # "class", as the JSON has it, is no name in Python
+        validate_by_alias=True,
+        serialize_by_alias=True,
+    )
 
 
 class Usage(_Value):
@@ -126,7 +132,7 @@ class AttemptResult(_Value):
         description="finished, recovered, failed, cancelled, interrupted or lost; null while it runs."
     )
     worker: str | None = None
-    provider: str
+    provider: str = Field(description="Which it asked; with fallbacks that may be another one than the job's.")
     model: str
     started_at: datetime
     finished_at: datetime | None = None
@@ -177,6 +183,13 @@ class WaitingFor(_Value):
         return self.text
 
 
+class Target(_Value):
+    """A provider and a model of it."""
+
+    provider: str
+    model: str
+
+
 class CompletionResult(_Value):
     """A job with everything that is stored about it."""
 
@@ -185,6 +198,14 @@ class CompletionResult(_Value):
     status: JobStatus
     model: str
     provider: str
+    fallbacks: list[Target] = Field(
+        default_factory=list,
+        description=(
+            "Further targets, as the job was enqueued; each attempt says which one it asked. Empty where only the"
+            " answer was read."
+        ),
+    )
+    job_class: str = Field(default="interactive", alias="class", description="interactive or bulk.")
     request: dict[str, Any] | None = Field(
         default=None, description="The chat-completions body as it was enqueued; null where only the answer was read."
     )
@@ -243,6 +264,7 @@ class JobSummary(_Value):
     status: JobStatus
     model: str
     provider: str
+    job_class: str = Field(default="interactive", alias="class", description="interactive or bulk.")
     prompt_start: str = Field(default="", description="Beginning of the last user message, on one line.")
     metadata: dict[str, Any] = Field(default_factory=dict)
     retry_of: str | None = Field(default=None, description="Id of the job that this one repeats.")

@@ -21,7 +21,7 @@ from keepstream.errors import (
 )
 from keepstream.events import JobCancelled, terminal_event
 from keepstream.jobs import Job
-from keepstream.results import JobStatus, Usage, UsageSource, output_sha256
+from keepstream.results import CompletionResult, JobStatus, Usage, UsageSource, output_sha256
 from keepstream.tables import announcements, arrivals, attempts, choices, jobs, pools, running, tool_calls, waiting
 from tests.jobs import make_job
 from tests.stored_jobs import finish, pause, row, start, stored_job, take
@@ -300,6 +300,21 @@ def test_a_result_has_everything_in_order(connection: Connection) -> None:
     assert stored.attempts[1].usage == Usage()
     assert stored.attempts[1].error is not None
     assert (stored.text, stored.usage, stored.created_at.utcoffset() is not None) == ("0", None, True)
+
+
+def test_a_result_says_of_which_class_the_job_is_and_who_else_may_be_asked(connection: Connection) -> None:
+    fallbacks = [{"provider": "other", "model": "a/b"}, {"provider": "default", "model": "c"}]
+    for job in (make_job(id="a", job_class="bulk", fallbacks=fallbacks), make_job(id="b")):
+        queries.enqueue(connection, job)
+    results = [queries.get(connection, "default", name, whole=True) for name in "ab"]
+    shown = [result.model_dump(mode="json") for result in results if result is not None]
+    assert [(each["class"], each["fallbacks"]) for each in shown] == [("bulk", fallbacks), ("interactive", [])]
+    assert [result and CompletionResult(**each) for result, each in zip(results, shown, strict=True)] == results
+    answer = queries.get(connection, "default", "a")
+    assert answer is not None
+    assert (answer.job_class, answer.fallbacks) == ("bulk", [])  # the request was not read
+    listed = {job.id: job.job_class for job in list_jobs(connection, "default")}
+    assert listed == {"a": "bulk", "b": "interactive"}
 
 
 def test_a_tenant_does_not_see_anothers_jobs(connection: Connection) -> None:

@@ -20,6 +20,7 @@ import pytest
 import redis
 
 from keepstream import parse_event
+from keepstream.client.database import make_engine
 from keepstream.events import UnknownEvent
 from keepstream.jobs import parse_job
 from keepstream.names import QUEUE, control_channel
@@ -27,6 +28,7 @@ from keepstream.tables import rejected_messages, seconds_from_now
 from keepstream.transcript import Transcript
 from keepstream_worker.commands.main import main
 from keepstream_worker.dev_stack.embedded import EmbeddedProvider, free_port, sqlite_url
+from keepstream_worker.store import inspection, schema
 from keepstream_worker.supervisor import python_module
 from tests.cluster import Cluster, wait_until
 from tests.stored_jobs import stored_job
@@ -419,6 +421,15 @@ def test_whoever_follows_a_job_that_no_worker_takes_is_told_so(cluster: Cluster)
     assert "waits for  a worker: none is alive" in keepstream(cluster, "get", told.split()[1]).stdout
 
 
+@pytest.mark.parametrize("columns", ["80", "200"])
+def test_a_listing_says_of_each_waiting_job_what_it_waits_for(cluster: Cluster, columns: str):
+    env = cluster.environment() | {"KEEPSTREAM_QUEUE": "a-queue-without-workers", "COLUMNS": columns}
+    job_id = run(env, "submit", "--model", "m", "-m", "Hi " * 100).stdout.strip()
+    shown = " ".join(run(env, "list", "--limit", "1").stdout.split())
+    assert job_id in shown
+    assert "waits for a worker: none is alive for the queue 'a-queue-without-workers'" in shown
+
+
 @pytest.mark.parametrize("timeout", ["1", "600"])
 def test_following_an_unknown_job_is_not_found_even_without_redis(cluster: Cluster, timeout: str):
     env = cluster.environment() | {"KEEPSTREAM_REDIS_URL": f"redis://127.0.0.1:{free_port()}"}
@@ -539,6 +550,43 @@ def test_an_unmigrated_database_is_named_with_what_to_type(cluster: Cluster, tmp
     assert run(env, "list").stdout == "No such jobs.\n"
 
 
+LOOKING = (
+    "get x",
+    "list",
+    "top",
+    "top --json",
+    "limits",
+    "rejected",
+    "cancel x",
+    "retry x",
+    "doctor",
+    "migrate --check",
+)
+
+
+@pytest.mark.parametrize("command", [*LOOKING, "worker", "purge --older-than 1d --all-tenants --yes", "follow x"])
+def test_where_there_is_no_database_none_is_made(tmp_path: Path, command: str):
+    done = run(environment(KEEPSTREAM_REDIS_URL=f"redis://127.0.0.1:{free_port()}/0"), *command.split(), cwd=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    if command in ("doctor", "migrate --check"):
+        assert done.returncode == UNSUCCESSFUL
+        return
+    assert done.returncode == UNAVAILABLE
+    said = one_line(done)
+    assert re.search("there is no (database|file)", said)
+    assert said.endswith("run `keepstream migrate`, or set KEEPSTREAM_DATABASE_URL\n")
+
+
+@pytest.mark.parametrize("command", ["get x", "list", "top", "limits", "rejected", "cancel x", "retry x"])
+def test_a_database_without_tables_is_named_with_what_to_type(tmp_path: Path, command: str):
+    (tmp_path / "keepstream.db").touch()
+    env = environment(KEEPSTREAM_REDIS_URL=f"redis://127.0.0.1:{free_port()}/0")
+    done = run(env, *command.split(), cwd=tmp_path)
+    assert done.returncode == UNAVAILABLE
+    assert "the database has no Keepstream tables" in one_line(done)
+    assert done.stderr.endswith("run `keepstream migrate`, or set KEEPSTREAM_DATABASE_URL\n")
+
+
 @pytest.mark.parametrize("command", ["worker", "list", "migrate"])
 def test_a_wrong_setting_is_named_without_its_value(command: str):
     done = run(environment(KEEPSTREAM_CONCURRENCY=SECRET), command)
@@ -654,6 +702,34 @@ def test_the_doctor_warns_of_a_limit_that_is_hardly_meant(cluster: Cluster, tmp_
     assert (done.returncode, findings(done)["limits"]) == (OK, "warn")
 
 
+def test_the_doctor_names_a_transaction_that_stays_open(
+    here: Callable[..., Done], cluster: Cluster, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+):
+    engine = make_engine(postgres_url, "nightly-report")
+    schema.migrate(engine)
+    for name, value in (cluster.environment() | {"KEEPSTREAM_DATABASE_URL": postgres_url}).items():
+        monkeypatch.setenv(name, value)
+
+    def transactions() -> dict[str, Any]:
+        checks = json.loads(here("doctor", "--json").stdout)["checks"]
+        (check,) = (check for check in checks if check["check"] == "transactions")
+        return dict(check)
+
+    with engine.begin() as connection:
+        pid = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar()
+        assert transactions()["severity"] == "ok"  # it has just begun
+        monkeypatch.setattr(inspection, "LONG_TRANSACTION", 0.0)
+        found = transactions()
+        assert found["severity"] == "warn"
+        assert re.search(
+            rf"1 open for long; the oldest for \d+ s: pid {pid}, application 'nightly-report', idle in transaction",
+            found["found"],
+        )
+        assert f"pg_terminate_backend({pid})" in found["advice"]
+    assert transactions()["severity"] == "ok"
+    engine.dispose()
+
+
 def test_the_doctor_warns_of_a_redis_that_forgets(cluster: Cluster):
     with redis.Redis.from_url(cluster.valkey.url) as client:
         client.config_set("maxmemory-policy", "allkeys-lru")
@@ -684,6 +760,17 @@ def test_a_job_may_be_for_bulk_and_have_fallbacks(cluster: Cluster):
     with cluster.database() as connection:
         job = stored_job(connection, job_id)
     assert (job.job_class, job.chain) == ("bulk", (("default", "m"), ("other", "a/b"), ("default", "c")))
+    document = json.loads(keepstream(cluster, "get", job_id, "--json").stdout)
+    assert (document["class"], document["fallbacks"]) == (
+        "bulk",
+        [{"provider": "other", "model": "a/b"}, {"provider": "default", "model": "c"}],
+    )
+    shown = run(cluster.environment() | {"COLUMNS": "80"}, "get", job_id).stdout
+    assert "class      bulk" in shown
+    assert "fallbacks  other/a/b, default/c" in shown
+    assert re.search(r"1 first +finished +default/m", shown)
+    (listed,) = (json.loads(line) for line in keepstream(cluster, "list", "--json", "--limit", "1").stdout.splitlines())
+    assert (listed["id"], listed["class"]) == (job_id, "bulk")
 
 
 def test_purge_deletes_old_jobs_of_one_tenant(cluster: Cluster):

@@ -392,6 +392,26 @@ def test_dev_with_a_provider_of_ones_own(place: Place):
             assert terminal.wait() == INTERRUPTED
 
 
+def test_dev_says_which_providers_it_uses_and_which_file_it_does_not(place: Place):
+    with EmbeddedProvider() as provider:
+        file = place.directory / "mine.toml"
+        file.write_text(f'[providers.default]\nbase_url = "{provider.base_url}"\n')
+        mine = {"KEEPSTREAM_PROVIDERS_FILE": str(file)}
+        for arguments, line in (
+            ((), f"not used {file} KEEPSTREAM_PROVIDERS_FILE; with it: --provider own"),
+            (("--provider", "own"), f"provider yours those of {file}"),
+        ):
+            with place.terminal("dev", *arguments, columns=200, environment=mine) as terminal:
+                terminal.wait_for("worker_started")
+                assert line in " ".join(terminal.text.split())
+                assert ("scripted" in terminal.text.partition("a scripted provider")[2]) is (arguments == ())
+                job = place.run("submit", "--model", "scripted-1", "-m", "Hi", "--follow", **place.sourced())
+                assert job.returncode == OK
+                assert _requests(provider) == len(arguments) // 2  # it was asked only where it is to be used
+                terminal.press(CTRL_C)
+                assert terminal.wait() == INTERRUPTED
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP])
 def test_a_worker_that_is_told_to_stop_prints_nothing_but_its_log(place: Place, signum: signal.Signals):
     with place.terminal("dev") as terminal:

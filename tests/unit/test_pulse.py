@@ -270,5 +270,11 @@ def test_the_doctor_asks_for_this_hosts_worker(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("socket.gethostname", lambda: "web")
     others = [worker_id("web-2", 1, "0a1b2c3d"), worker_id("web2", 1, "0a1b2c3d")]
     own: list[Any] = [worker_id("web", 1, "0a1b2c3d")]
-    assert _own_worker(Overview(workers=others, backlog=IDLE, rejected=0)).severity is Severity.FAIL
-    assert _own_worker(Overview(workers=others + own, backlog=IDLE, rejected=0)).found == "1 process on web alive"
+    assert (
+        _own_worker(Overview(workers=others, backlog=IDLE, rejected=0, long_transactions=None)).severity
+        is Severity.FAIL
+    )
+    assert (
+        _own_worker(Overview(workers=others + own, backlog=IDLE, rejected=0, long_transactions=None)).found
+        == "1 process on web alive"
+    )

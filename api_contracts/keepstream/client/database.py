@@ -7,9 +7,11 @@ and no values.
 """
 
 import os
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
@@ -17,11 +19,13 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, Resourc
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from keepstream.client.forks import PerProcess
-from keepstream.client.postgresql import explain_failure, plan_session
+from keepstream.client.postgresql import MIGRATE_OR_SET, explain_failure, plan_session
 from keepstream.errors import InvalidSettingError, StoreUnavailableError
 from keepstream.names import install_hint
 
 _READ_ONLY: Final = "25006"  #: SQLSTATE of a write in a transaction that may only read.
+_NOT_MIGRATED: Final = frozenset({"42P01", "42703"})  #: SQLSTATEs of a table and of a column that there is not.
+_NOT_MIGRATED_ON_SQLITE: Final = ("OperationalError: no such table", "OperationalError: no such column")
 #: Per backend, the one driver that Keepstream uses: time-outs, pragmas and errors are this driver's.
 _DRIVERS: Final = {"sqlite": "pysqlite", "postgresql": "psycopg"}
 
@@ -50,9 +54,10 @@ class ClientDatabase:
             if connection is None:
                 failure = explain_failure(str(error.orig))
                 raise StoreUnavailableError(f"the database {failure.what} ({cause}); {failure.advice}") from None
-            missing = "no such table" in cause or 'relation "' in cause
-            hint = " (has 'keepstream migrate' been run?)" if missing else ""
-            raise StoreUnavailableError(f"the database did not do its work: {cause}{hint}") from None
+            if getattr(error.orig, "sqlstate", None) in _NOT_MIGRATED or cause.startswith(_NOT_MIGRATED_ON_SQLITE):
+                what = "has no Keepstream tables, or not those of this version"
+                raise StoreUnavailableError(f"the database {what} ({cause}); {MIGRATE_OR_SET}") from None
+            raise StoreUnavailableError(f"the database did not do its work: {cause}") from None
         except (PoolTimeoutError, ResourceClosedError):
             raise StoreUnavailableError("no database connection was free in time") from None
 
@@ -76,8 +81,9 @@ def make_engine(url: str, application: str = "keepstream", *, pool_size: int = 5
     """Return an engine for ``url`` with the time-outs and pragmas that Keepstream relies on.
 
     Args:
-        url: SQLAlchemy URL of a SQLite or PostgreSQL database, without a driver or with ours. What it sets itself, in
-            its query or by ``options``, wins over our time-outs and is otherwise kept: a search path, for instance.
+        url: SQLAlchemy URL of a SQLite or PostgreSQL database, without a driver or with ours. A file that does not
+            exist is not created. What the URL sets itself, in its query or by ``options``, wins over our time-outs
+            and is otherwise kept: a search path, for instance.
             ``prepare_threshold=5`` has PostgreSQL prepare what is executed for the fifth time, which no pooler allows.
         application: Name under which PostgreSQL lists the connections.
         pool_size: Connections that are kept.
@@ -117,6 +123,24 @@ def make_engine(url: str, application: str = "keepstream", *, pool_size: int = 5
     raise InvalidSettingError(mistake)
 
 
+def database_file(url: str | URL) -> Path | None:
+    """Return the file of a SQLite database; None: it is another one, or in memory, or its URL is none."""
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        return None
+    name = parsed.database
+    if parsed.get_backend_name() != "sqlite" or not name or name.startswith((":", "file:")):
+        return None
+    return Path(name)
+
+
+def missing_file(url: str | URL) -> Path | None:
+    """Return the file of a SQLite database that does not exist; None: it does, or the database is no file."""
+    file = database_file(url)
+    return file if file is not None and not file.exists() else None
+
+
 def _sqlite(url: URL, *, writer: bool) -> Engine:
     engine = create_engine(
         url,
@@ -124,6 +148,12 @@ def _sqlite(url: URL, *, writer: bool) -> Engine:
         pool_timeout=5,
         connect_args={"timeout": 10, "check_same_thread": False},  # waits that long for another writer
     )
+
+    @event.listens_for(engine, "do_connect")
+    def _create_nothing(*_arguments: Any) -> None:
+        # SQLite would: an empty database, in whatever directory this is. Whoever migrates has made the file before.
+        if (file := missing_file(url)) is not None:
+            raise sqlite3.OperationalError(f'there is no file "{file}"')
 
     @event.listens_for(engine, "connect")
     def _configure(connection: Any, _record: Any) -> None:

@@ -84,11 +84,15 @@ _TLS: Final = Failure(
     "correct sslmode or sslrootcert in KEEPSTREAM_DATABASE_URL, or the server's certificate",
 )
 _SETTING: Final = Failure(False, "cannot be reached in the way the URL says", "correct KEEPSTREAM_DATABASE_URL")
+#: What to do about a database that is not there, or has not got our tables.
+MIGRATE_OR_SET: Final = "run `keepstream migrate`, or set KEEPSTREAM_DATABASE_URL"
+_MISSING: Final = Failure(False, "does not exist", MIGRATE_OR_SET)
 _FILE: Final = Failure(False, "cannot be opened", "set KEEPSTREAM_DATABASE_URL to a file that can be written")
 
 #: Words of libpq, PostgreSQL, PgBouncer and SQLite; what comes first decides. A server that speaks another language is
 #: believed to be away, which costs a wait at most: its sentence is shown all the same.
 _FAILURES: Final = (
+    ("^there is no file", _MISSING),
     ("unsupported startup parameter", _OPTION_REFUSED),
     ("timeout expired", _SILENT),
     ("starting up|shutting down|recovery|not (yet )?accepting|too many|connection slots|no more connections", _BUSY),

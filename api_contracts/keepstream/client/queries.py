@@ -208,18 +208,18 @@ def delete_ended(connection: Connection, tenant: str, job_id: str) -> bool:
 def get(connection: Connection, tenant: str, job_id: str, *, whole: bool = False) -> CompletionResult | None:
     """Return a job and everything stored about its answer, or None.
 
-    With ``whole`` also its request, and what it waits for.
+    With ``whole`` also its request and fallbacks, and what it waits for.
     """
     # The job is read first: if it is terminal, what is read after it will not change any more.
     row = connection.execute(select(jobs).where(_is(tenant, job_id))).one_or_none()
     if row is None:
         return None
-    request = None
+    job = None
     if whole:
-        request = connection.scalar(select(requests.c.job).where(_of(requests, tenant, job_id)))
+        job = connection.scalar(select(requests.c.job).where(_of(requests, tenant, job_id)))
     return completion_result(
         row,
-        request=None if request is None else json.loads(request).get("request"),
+        job=None if job is None else json.loads(job),
         waiting_for=reasons(connection, tenant, [row]).get(job_id) if whole else None,
         tool_calls=connection.execute(
             select(tool_calls)

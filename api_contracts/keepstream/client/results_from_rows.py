@@ -4,7 +4,7 @@ In: rows, from ``queries``.  Out: the typed results of ``keepstream.results``.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Final, TypeAlias
 
 from sqlalchemy import Row
@@ -22,6 +22,7 @@ SUMMARY_COLUMNS: Final = (
     jobs.c.status,
     jobs.c.model,
     jobs.c.provider,
+    jobs.c["class"],
     jobs.c.prompt_start,
     jobs.c.metadata,
     jobs.c.retry_of,
@@ -51,7 +52,7 @@ def completion_result(
     tool_calls: Iterable[StoredRow],
     attempts: Iterable[StoredRow],
     *,
-    request: dict[str, Any] | None,
+    job: Mapping[str, Any] | None,
     waiting_for: WaitingFor | None,
 ) -> CompletionResult:
     """Return a job with everything stored about it.
@@ -62,7 +63,7 @@ def completion_result(
             method of the name ``index``.
         tool_calls: Of all choices, in the order of their position.
         attempts: In the order of their number.
-        request: The job's, if it was read.
+        job: As it was enqueued, if that was read.
         waiting_for: What the job waits for, if that was asked.
     """
     calls: dict[int, list[ToolCall]] = defaultdict(list)
@@ -71,7 +72,8 @@ def completion_result(
     return CompletionResult(
         **_summary_values(row),
         usage=_usage(row, row.usage),
-        request=request,
+        request=None if job is None else job.get("request"),
+        fallbacks=[] if job is None else job.get("fallbacks", []),
         waiting_for=waiting_for,
         partial=row.partial,
         choices=[
@@ -100,6 +102,7 @@ def _summary_values(row: StoredRow) -> dict[str, Any]:
         "status": row.status,
         "model": row.model,
         "provider": row.provider,
+        "job_class": row._mapping["class"],  # noqa: SLF001  # SQLAlchemy's public way to a column of any name
         "metadata": row.metadata,
         "retry_of": row.retry_of,
         "created_at": row.created_at,

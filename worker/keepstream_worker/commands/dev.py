@@ -15,7 +15,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from keepstream_worker.commands.dev_directory import DevDirectory, DevDirectoryError, dev_directory
+from keepstream_worker.commands.dev_directory import (
+    PROVIDERS_VARIABLE,
+    DevDirectory,
+    DevDirectoryError,
+    dev_directory,
+)
 from keepstream_worker.commands.exits import INTERRUPTED, INVALID, UNSUCCESSFUL, fail, print_error, start_errors
 from keepstream_worker.commands.output import own_command
 from keepstream_worker.dev_stack.stack import SCRIPTED, DevStack, WorkerProcess, dev_stack
@@ -30,16 +35,17 @@ def run_dev(console: Console, path: Path, *, own_provider: bool, providers_file:
         console: Where to.
         path: The directory in which the database is kept.
         own_provider: Whether jobs go to the user's provider rather than to the scripted one.
-        providers_file: The user's further providers.
+        providers_file: The user's own, if there is one; not used unless ``own_provider``.
     """
     command = own_command()
     try:
         with start_errors(), dev_directory(path, command) as directory:
             console.print("Starting Valkey, SQLite and a scripted provider ...", style="dim")
-            with dev_stack(path, own_provider=own_provider, providers_file=providers_file) as stack:
+            used = providers_file if own_provider else None
+            with dev_stack(path, own_provider=own_provider, providers_file=used) as stack:
                 exported = {name: os.environ[name] for name in _ALSO_EXPORTED if os.environ.get(name)}
                 directory.publish(exported | stack.settings)
-                _show(console, directory, stack, command)
+                _show(console, directory, stack, command, providers_file)
                 environment = {"KEEPSTREAM_LOG_FORMAT": "console", **stack.environment(os.environ)}
                 with closing(WorkerProcess(environment, visible=True)) as worker:
                     code = _run(console, worker)
@@ -70,15 +76,23 @@ def _how(code: int) -> str:
     return f"exit code {code}" if code >= 0 else signal.Signals(-code).name
 
 
-def _show(console: Console, directory: DevDirectory, stack: DevStack, command: str) -> None:
-    provider = f"yours; the scripted one is called {SCRIPTED}" if stack.own_provider else "scripted: no model, no cost"
-    table = Table.grid(padding=(0, 2))
-    for name, value, remark in (
+def _show(
+    console: Console, directory: DevDirectory, stack: DevStack, command: str, providers_file: Path | None
+) -> None:
+    provider = (stack.provider_url, "scripted: no model, no cost")
+    if stack.own_provider:
+        of = f"those of {providers_file}" if providers_file else f"of OPENAI_…; the scripted one is called {SCRIPTED}"
+        provider = ("yours", of)
+    rows = [
         ("Redis", stack.redis_url, "Valkey; starts empty each time"),
         ("database", str(directory.path / stack.database.name), "SQLite; kept, and unfinished jobs go on"),
-        ("provider", "yours" if stack.own_provider else stack.provider_url, provider),
-    ):
-        table.add_row(Text(f"  {name}", "dim"), Text(value), Text(remark, "dim"))
+        ("provider", *provider),
+    ]
+    if providers_file is not None and not stack.own_provider:
+        rows.append(("not used", str(providers_file), f"{PROVIDERS_VARIABLE}; with it: --provider own"))
+    table = Table.grid(padding=(0, 2))
+    for name, value, remark in rows:
+        table.add_row(Text(f"  {name}", "dim"), Text(value, overflow="fold"), Text(remark, "dim"))
     console.print(Text("Keepstream runs here until Ctrl-C.", "bold"))
     console.print(table)
     console.print(Text("\nIn other shells, in this directory and after each start:", "bold"))

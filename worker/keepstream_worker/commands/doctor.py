@@ -22,7 +22,7 @@ from keepstream import names
 from keepstream.client.database import ClientDatabase, make_engine
 from keepstream.client.redis_url import RedisServer
 from keepstream.errors import InvalidSettingError, StoreUnavailableError
-from keepstream_worker.commands.formats import count
+from keepstream_worker.commands.formats import count, printable
 from keepstream_worker.providers.config import DEFAULT, ProviderConfig, ProviderConfigError, load
 from keepstream_worker.redis_check import RedisFault, check_redis_server
 from keepstream_worker.settings import Settings, SettingsError, load_settings
@@ -106,7 +106,7 @@ def _thorough() -> Iterator[Finding]:
     database = _database(settings)
     yield database
     if database.severity is not Severity.FAIL:
-        yield from _work(settings, _workers, _jobs, _rejected)
+        yield from _work(settings, _workers, _jobs, _rejected, _transactions)
     yield from _providers(settings)
 
 
@@ -156,14 +156,14 @@ def _database(settings: Settings) -> Finding:
         schema.check(engine)
         revision = schema.current(engine)
     except schema.SchemaError as error:
-        found, _, advice = str(error).partition(": " if "run `" in str(error) else "; ")
+        found, _, advice = str(error).partition("; " if "; " in str(error) else ": ")
         return Finding("database", Severity.FAIL, found, advice)
     finally:
         engine.dispose()
     return Finding("database", Severity.OK, f"{engine.dialect.name} answers; its tables are at revision {revision}")
 
 
-def _work(settings: Settings, *checks: Callable[[Overview], Finding]) -> Iterator[Finding]:
+def _work(settings: Settings, *checks: Callable[[Overview], Finding | None]) -> Iterator[Finding]:
     try:
         database = ClientDatabase(settings.database_url)
         try:
@@ -174,7 +174,7 @@ def _work(settings: Settings, *checks: Callable[[Overview], Finding]) -> Iterato
     except StoreUnavailableError as error:
         yield Finding("work", Severity.FAIL, str(error), "see the database's own log")
     else:
-        yield from (check(overview) for check in checks)
+        yield from filter(None, (check(overview) for check in checks))
 
 
 def _own_worker(overview: Overview) -> Finding:
@@ -224,6 +224,23 @@ def _rejected(overview: Overview) -> Finding:
             "a producer sends messages that are not valid jobs; to see them: keepstream rejected",
         )
     return Finding("rejected", Severity.OK, found)
+
+
+def _transactions(overview: Overview) -> Finding | None:
+    found = overview.long_transactions
+    if found is None:
+        return None
+    if not found:
+        return Finding("transactions", Severity.OK, "none has been open for long")
+    oldest = found[0]
+    whose = f"pid {oldest.pid}, application '{printable(oldest.application)}', {oldest.state or 'state not shown'}"
+    return Finding(
+        "transactions",
+        Severity.WARN,
+        f"{len(found)} open for long; the oldest for {oldest.age:.0f} s: {whose}",
+        "PostgreSQL cannot clean up behind it, and choosing jobs gets slower: let its application end it, or"
+        f" SELECT pg_terminate_backend({oldest.pid})",
+    )
 
 
 def _providers(settings: Settings) -> Iterator[Finding]:

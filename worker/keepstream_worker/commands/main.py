@@ -106,7 +106,8 @@ def main() -> NoReturn:
         code = exit_code_of(error)
         if code is None:
             raise
-        hint = "; to see what is wrong: keepstream doctor" if code == UNAVAILABLE else ""
+        says_what_to_do = code != UNAVAILABLE or "keepstream migrate" in str(error)
+        hint = "" if says_what_to_do else "; to see what is wrong: keepstream doctor"
         print_error(f"keepstream: {_in_plain_words(str(error))}{hint}")
         raise SystemExit(code) from None
     raise SystemExit(code or OK)

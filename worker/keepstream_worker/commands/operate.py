@@ -17,7 +17,7 @@ import typer
 
 from keepstream_worker.commands.arguments import AsJson, AsJsonLines, parse_duration
 from keepstream_worker.commands.entry import check_pulses
-from keepstream_worker.commands.environment import settings_from_environment
+from keepstream_worker.commands.environment import database_from_environment, settings_from_environment
 from keepstream_worker.commands.exits import INVALID, UNSUCCESSFUL, fail, print_error, start_errors
 from keepstream_worker.commands.group import CommandGroup
 from keepstream_worker.commands.output import make_console, print_lines
@@ -134,7 +134,7 @@ def top(
     """
     from keepstream_worker.commands.top import show_top
 
-    show_top(settings_from_environment(), _policy(), every=every, once=once, as_json=as_json)
+    show_top(database_from_environment(), _policy(), every=every, once=once, as_json=as_json)
 
 
 @group.command("keepstream limits", "keepstream limits --json | jq .limits")
@@ -142,7 +142,7 @@ def limits(*, as_json: AsJson = False) -> None:
     """Show each limit of providers, models and tenants, configured or learned, and what is used of it now."""
     from keepstream_worker.commands.top import show_limits_now
 
-    show_limits_now(settings_from_environment(), _policy(), as_json=as_json)
+    show_limits_now(database_from_environment(), _policy(), as_json=as_json)
 
 
 def _policy() -> "Policy":
@@ -191,10 +191,9 @@ def rejected(
 
     The newest come first. The table keepstream_rejected_messages keeps them with their payload.
     """
-    from keepstream.client.database import ClientDatabase
     from keepstream_worker.store import inspection
 
-    database = ClientDatabase(settings_from_environment().database_url)
+    database = database_from_environment()
     try:
         with database.transaction() as connection:
             messages = inspection.rejected(connection, limit)
@@ -231,7 +230,6 @@ def purge(
     What is deleted cannot be restored. If standard input is interactive, the command asks first. With --every it goes
     on until SIGTERM, and an outage of the database only delays it.
     """
-    from keepstream.client.database import ClientDatabase
     from keepstream_worker.store import retention
 
     seconds = parse_duration(older_than)
@@ -241,7 +239,7 @@ def purge(
     if pause is not None and (pause < 1 or dry_run or not yes):
         fail("--every goes with --yes, not with --dry-run, and is at least 1s: it runs where nobody is asked", INVALID)
     ask = sys.stdin.isatty() and not yes and not dry_run
-    database = ClientDatabase(settings_from_environment().database_url)
+    database = database_from_environment()
     try:
         if dry_run or ask:
             found = retention.purge(database.transaction, seconds, tenant, count_only=True)

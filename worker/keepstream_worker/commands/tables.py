@@ -8,13 +8,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from keepstream.client.api_keys import StoredKey
-from keepstream.results import CompletionResult, JobSummary, output_sha256
+from keepstream.results import AttemptResult, CompletionResult, JobSummary, Target, UsageSource, output_sha256
 from keepstream_worker.commands.formats import INDENT, error_line, printable, seconds_between, status_text, usage_line
 from keepstream_worker.store.inspection import RejectedMessage
 
@@ -42,7 +42,10 @@ def show_result(console: Console, result: CompletionResult) -> None:
         facts.add_row("waits for", Text(result.waiting_for.text, "yellow"))
     if result.retry_of is not None:
         facts.add_row("retry of", Text(result.retry_of))
-    facts.add_row("model", Text(f"{result.model}, provider {result.provider}, tenant {result.tenant}"))
+    facts.add_row("model", Text(printable(f"{result.model}, provider {result.provider}, tenant {result.tenant}")))
+    if result.fallbacks:
+        facts.add_row("fallbacks", Text(printable(", ".join(_target(each) for each in result.fallbacks))))
+    facts.add_row("class", Text(printable(result.job_class)))
     facts.add_row("times", _times(result))
     facts.add_row("usage", usage_line(result.usage) if result.usage or result.status.terminal else "not known yet")
     if result.metadata:
@@ -123,28 +126,41 @@ def show_tool_calls(console: Console, result: CompletionResult) -> None:
 
 
 def show_attempts(console: Console, result: CompletionResult) -> None:
-    """Show each attempt with its outcome, times, usage and error."""
+    """Show each attempt with whom it asked, its outcome, times and usage; below, what went wrong in words."""
     table = _plain_table()
-    for title in ("attempt", "outcome", "first token", "whole", "tokens", "usage from"):
+    for title in ("attempt", "outcome"):
         table.add_column(title, no_wrap=True)
-    table.add_column("error", overflow="fold")
+    table.add_column("asked", overflow="fold")
+    for title in ("first token", "whole", "tokens"):
+        table.add_column(title, no_wrap=True)
     for attempt in result.attempts:
-        usage = attempt.usage
         table.add_row(
             f"{attempt.number} {attempt.reason}",
             Text(attempt.outcome or "running", "green" if attempt.outcome == "finished" else "yellow"),
+            Text(printable(_target(attempt))),
             "-" if attempt.first_token_ms is None else f"{attempt.first_token_ms:.0f} ms",
             "-" if attempt.finished_at is None else seconds_between(attempt.started_at, attempt.finished_at),
-            "-" if usage is None or usage.total_tokens is None else str(usage.total_tokens),
-            "-" if usage is None else usage.source.value,
-            Text("" if attempt.error is None else printable(error_line(attempt.error)), "red"),
+            _attempt_tokens(attempt),
         )
     console.print(table)
     for attempt in result.attempts:
+        if attempt.error is not None:
+            console.print(Text(printable(f"attempt {attempt.number}: {error_line(attempt.error)}"), "red"))
         if attempt.provider_error is not None:
             said = attempt.provider_error.model_dump(exclude_none=True)
             words = "; ".join(f"{name}: {text}" for name, text in said.items())
             console.print(Text(printable(f"attempt {attempt.number}, the provider said: {words}"), "dim"))
+
+
+def _target(target: Target | AttemptResult | JobSummary) -> str:
+    return f"{target.provider}/{target.model}"
+
+
+def _attempt_tokens(attempt: AttemptResult) -> str:
+    if attempt.usage is None or attempt.usage.total_tokens is None:
+        return "-"
+    source = attempt.usage.source
+    return f"{attempt.usage.total_tokens}{'' if source is UsageSource.PROVIDER else f' {source.value}'}"
 
 
 def show_list(console: Console, summaries: Sequence[JobSummary]) -> None:
@@ -158,7 +174,7 @@ def show_list(console: Console, summaries: Sequence[JobSummary]) -> None:
     for title in ("job", "status", "created (UTC)", "took", "tokens"):
         table.add_column(title, no_wrap=True)
     table.add_column("model", overflow="fold", ratio=1)
-    table.add_column("prompt, error", no_wrap=True, ratio=2)
+    table.add_column("prompt, error, what it waits for", ratio=2)
     table.expand = True
     for job in summaries:
         table.add_row(
@@ -168,7 +184,7 @@ def show_list(console: Console, summaries: Sequence[JobSummary]) -> None:
             _took(job),
             _tokens(job),
             Text(printable(job.model)),
-            _about(job),
+            Group(*_about(job)),
         )
     console.print(table)
 
@@ -177,18 +193,23 @@ def _show_in_lines(console: Console, job: JobSummary) -> None:
     console.print(Text(job.id), soft_wrap=True)
     facts = [f"{job.created_at:%m-%d %H:%M:%S}", _took(job), printable(job.model)]
     line = Text("  ").join([status_text(job.status), *(Text(fact) for fact in facts if fact != "-")])
-    console.print(Padding(line, (0, 0, 0, INDENT), expand=False))
-    if about := _about(job):
-        about.truncate(max(1, console.width - INDENT), overflow="ellipsis")
-        console.print(Padding(about, (0, 0, 0, INDENT), expand=False))
+    console.print(Padding(Group(line, *_about(job)), (0, 0, 0, INDENT), expand=False))
 
 
-def _about(job: JobSummary) -> Text:
-    """Return the error, or what the job waits for, and the beginning of its prompt."""
-    reason = Text("" if job.error is None else job.error.code, "red")
-    if job.waiting_for is not None and not job.waiting_for.passes:
-        reason = Text(f"waits for {job.waiting_for.text}", "yellow")
-    return Text("  ").join(part for part in (reason, Text(printable(job.prompt_start))) if part)
+def _about(job: JobSummary) -> list[Text]:
+    """Return what the job waits for, which is never cut, and on a line its error and the beginning of its prompt.
+
+    The job's own target need not be named.
+    """
+    lines = []
+    if (reason := job.waiting_for) is not None:
+        text = reason.text.removeprefix(f"{_target(job)}: ")
+        lines.append(Text(printable(f"waits for {text}"), "yellow" if reason.passes else "red"))
+    error = Text("" if job.error is None else job.error.code, "red")
+    if beginning := Text("  ").join(part for part in (error, Text(printable(job.prompt_start))) if part):
+        beginning.no_wrap, beginning.overflow = True, "ellipsis"
+        lines.append(beginning)
+    return lines
 
 
 def _took(job: JobSummary) -> str:

@@ -1,6 +1,6 @@
 """The commands that look on: `keepstream top`, live, and `keepstream limits`.
 
-In: settings and the policy.  Out: screens on a terminal, one after the other; tables or JSON on standard output.
+In: the database and the policy.  Out: screens on a terminal, one after the other; tables or JSON on standard output.
 """
 
 import json
@@ -21,13 +21,11 @@ from keepstream_worker.commands.activity import Picture, as_json, draw, limits_j
 from keepstream_worker.commands.activity_view import screen, show_limits
 from keepstream_worker.commands.output import make_console
 from keepstream_worker.limits import Policy
-from keepstream_worker.settings import Settings
 from keepstream_worker.store import activity
 
 
-def show_top(settings: Settings, policy: Policy, *, every: float, once: bool, as_json: bool) -> None:
+def show_top(database: ClientDatabase, policy: Policy, *, every: float, once: bool, as_json: bool) -> None:
     """Show what goes on, once or until Ctrl-C, which is the way to end it."""
-    database = ClientDatabase(settings.database_url)
     try:
         picture = _look(database, policy)
         if as_json:
@@ -76,9 +74,8 @@ def _ended_by_signals() -> Iterator[None]:
             signal.signal(signum, handler)
 
 
-def show_limits_now(settings: Settings, policy: Policy, *, as_json: bool) -> None:
+def show_limits_now(database: ClientDatabase, policy: Policy, *, as_json: bool) -> None:
     """Show what is used of each limit."""
-    database = ClientDatabase(settings.database_url)
     try:
         picture = _look(database, policy)
     finally:

@@ -96,13 +96,13 @@ def dev(
     Starts an embedded Valkey, a SQLite database, a scripted provider and a worker. Prints what other shells and your
     own service need. The database is kept in the directory from run to run; Redis starts empty each time, and jobs
     that had not ended go on. With --provider own, the worker calls your provider, and those of
-    KEEPSTREAM_PROVIDERS_FILE, whenever a job is sent. Exits 130 after Ctrl-C.
+    KEEPSTREAM_PROVIDERS_FILE, whenever a job is sent; without it, that file is not used. Exits 130 after Ctrl-C.
     """
     from keepstream_worker.commands.dev import run_dev
 
     settings_from_environment()
     own_provider = provider is Whose.OWN
-    file = own_providers_file(os.environ) if own_provider else None
+    file = own_providers_file(os.environ)
     if own_provider:
         _check_own_provider(file)
     run_dev(make_console(), directory, own_provider=own_provider, providers_file=file)

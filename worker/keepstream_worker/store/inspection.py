@@ -1,17 +1,19 @@
 """Inspection: the operator's questions to the database.
 
-In: a connection inside a transaction.  Out: who works, how much waits, what was rejected; to the doctor and the
+In: a connection inside a transaction.  Out: who works, how much waits, what was rejected, what holds
+up the database; to the doctor and the
 command line.  Nothing is written, and nothing is counted without end.
 """
 
 from datetime import datetime
 from typing import Final, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, Table, func, select
+from sqlalchemy import ColumnElement, Connection, Table, func, select, text
 
 from keepstream.tables import jobs, rejected_messages, running, seconds_from_now, seconds_until, waiting, workers
 
 COUNTED: Final = 10_000  #: Rows that are counted; one more means more than that.
+LONG_TRANSACTION: Final = 300.0  #: Seconds; far more than any of ours takes.
 
 
 class Backlog(NamedTuple):
@@ -23,12 +25,22 @@ class Backlog(NamedTuple):
     oldest_wait: float | None  #: Seconds for which the oldest due job waits; None: none waits.
 
 
+class LongTransaction(NamedTuple):
+    """A transaction in this database that has been open for long, whoever's it is."""
+
+    pid: int  #: Of the server's process.
+    application: str  #: As it calls itself; may be empty.
+    state: str  #: ``active``, ``idle in transaction`` …
+    age: float  #: Seconds since it began.
+
+
 class Overview(NamedTuple):
     """What goes on, in all tenants."""
 
     workers: list[str]  #: Ids of the workers that are alive; an id begins with the name of the worker's host.
     backlog: Backlog
     rejected: int  #: Messages of the last 24 hours that were no valid jobs; ``COUNTED`` + 1 at most.
+    long_transactions: list[LongTransaction] | None  #: The oldest first; None: it is SQLite, which lists none.
 
 
 class RejectedMessage(NamedTuple):
@@ -50,6 +62,7 @@ def overview(connection: Connection, lease: float) -> Overview:
         workers=list(connection.scalars(alive)),
         backlog=_backlog(connection),
         rejected=_count(connection, rejected_messages, recent),
+        long_transactions=_long_transactions(connection),
     )
 
 
@@ -85,6 +98,25 @@ def _oldest_wait(connection: Connection) -> float | None:
     ]
     waits = [max(0.0, -until) for until in untils if until is not None]
     return max(waits, default=None)
+
+
+def _long_transactions(connection: Connection) -> list[LongTransaction] | None:
+    if connection.dialect.name != "postgresql":
+        return None
+    rows = connection.execute(_OPEN_FOR_LONG, {"seconds": LONG_TRANSACTION, "most": COUNTED})
+    return [LongTransaction(row.pid, row.application_name, row.state or "", row.age) for row in rows]
+
+
+#: Those of another database hold up nothing here. Of other roles' a member of ``pg_read_all_stats`` is shown the age.
+_OPEN_FOR_LONG: Final = text(
+    """
+    SELECT pid, application_name, state, extract(epoch FROM clock_timestamp() - xact_start)::float AS age
+    FROM pg_stat_activity
+    WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'
+      AND xact_start <= clock_timestamp() - make_interval(secs => :seconds)
+    ORDER BY xact_start LIMIT :most
+    """
+)
 
 
 def rejected(connection: Connection, limit: int) -> list[RejectedMessage]:

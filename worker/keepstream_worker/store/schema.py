@@ -18,7 +18,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 import keepstream_worker
-from keepstream.client.database import describe_error
+from keepstream.client.database import describe_error, missing_file
 from keepstream.client.postgresql import explain_failure
 from keepstream.tables import VERSION_TABLE, metadata
 from keepstream_worker.store.error_answers import state_of
@@ -55,6 +55,8 @@ def current(engine: Engine) -> str | None:
     Raises:
         SchemaError: the database does not answer, cannot store every text, or gives us no right to look.
     """
+    if missing_file(engine.url) is not None:
+        return None
     with _connected(engine) as connection:
         return _revision(connection)
 
@@ -90,12 +92,13 @@ def check_writing(engine: Engine) -> None:
 
 
 def migrate(engine: Engine) -> str:
-    """Bring the database up to date, wholly or not at all; return the revision reached.
+    """Bring the database up to date, wholly or not at all; return the revision reached. SQLite's file is created.
 
     Raises:
         SchemaError: a name is taken, the tables are newer than this version, the database refuses the change,
             or ``current`` would raise.
     """
+    _create_file(engine)
     with _connected(engine) as connection:
         revision = _revision(connection)
         if revision is not None and revision not in _known_revisions():
@@ -105,6 +108,17 @@ def migrate(engine: Engine) -> str:
             )
         command.upgrade(_config(connection), "head")
     return head()
+
+
+def _create_file(engine: Engine) -> None:
+    try:
+        if (file := missing_file(engine.url)) is not None:
+            file.touch()
+    except OSError as error:
+        raise SchemaError(
+            f"the database cannot be created ({error.strerror or type(error).__name__}); "
+            "set KEEPSTREAM_DATABASE_URL to a file that can be written"
+        ) from None
 
 
 def _known_revisions() -> set[str]:
