@@ -3,7 +3,7 @@
 --   Python's sqlite3: cursor.execute(statement, {"job_id": "0b5e…"}) for each of them
 
 -- The job: its status, what it cost, and the SHA-256 of its output, as in its last event.
-SELECT status, model, error_code, error_message, partial, output_sha256,
+SELECT status, provider, model, class, error_code, error_message, partial, output_sha256,
        prompt_tokens, completion_tokens, total_tokens, usage_source
 FROM keepstream_jobs
 WHERE tenant = 'default' AND id = :job_id;
@@ -20,8 +20,8 @@ FROM keepstream_tool_calls
 WHERE tenant = 'default' AND job_id = :job_id
 ORDER BY choice_index, position;
 
--- The streams it took.
-SELECT number, reason, outcome, first_token_ms, error_code, http_status, total_tokens, usage_source
+-- The streams it took, and whom each asked.
+SELECT number, reason, provider, model, outcome, first_token_ms, error_code, http_status, total_tokens, usage_source
 FROM keepstream_attempts
 WHERE tenant = 'default' AND job_id = :job_id
 ORDER BY number;

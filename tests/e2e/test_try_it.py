@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -410,6 +411,28 @@ def test_dev_says_which_providers_it_uses_and_which_file_it_does_not(place: Plac
                 assert _requests(provider) == len(arguments) // 2  # it was asked only where it is to be used
                 terminal.press(CTRL_C)
                 assert terminal.wait() == INTERRUPTED
+
+
+def test_limits_are_tried_as_the_guide_says(place: Place):
+    guide = (Path(__file__).parents[2] / "docs/operations/running.md").read_text(encoding="utf-8")
+    recipe = guide.partition("<!-- try limits -->")[2].partition("<!-- /try limits -->")[0]
+    start, look = re.findall(r"^```sh\n(.*?)^```$", recipe, re.MULTILINE | re.DOTALL)
+    commands = place.directory / "bin"
+    commands.mkdir()
+    for name, command in (("keepstream", COMMAND), ("python", [sys.executable])):
+        (commands / name).write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+        (commands / name).chmod(0o755)
+    environment = place.environment | {"PATH": f"{commands}:{os.environ['PATH']}"}
+    start = start.replace("8099", str(free_port()))
+    with Terminal(["/bin/sh", "-c", start], environment, columns=200, cwd=place.directory) as terminal:
+        terminal.wait_for("worker_started")
+        shown = subprocess.run(
+            ["/bin/sh", "-c", look], env=environment, cwd=place.directory, capture_output=True, text=True, check=True
+        ).stdout
+        assert re.search(r"default +[1-4] of 4 streams", shown)
+        assert re.search(r"shop +[12] of 2 jobs", shown)
+        assert re.search(r"shop .* tenant shop: 2 of 2 at once|default/m .* provider default: 4 of 4 streams", shown)
+        terminal.press(CTRL_C)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP])
