@@ -163,6 +163,7 @@ async def test_connection_of_a_way_that_is_idle_is_closed_and_opened_again(
 
 async def test_ways_of_one_process_take_turns_where_there_is_one_writer(tmp_path: Path) -> None:
     """SQLite itself makes who finds it locked look again after a growing pause, and give up in the end."""
+    (tmp_path / "a.db").touch()
     url, one_writer = sqlite_url(tmp_path / "a.db"), threading.Lock()
     ways = [WorkerDatabase(make_engine(url, writer=True), turn=one_writer) for _ in range(3)]
     begun, go_on = threading.Event(), threading.Event()
@@ -288,6 +289,7 @@ async def test_server_that_never_answers_is_an_outage() -> None:
 
 
 async def test_sqlite_that_cannot_be_written_is_an_outage_and_a_constraint_is_none(tmp_path: Path) -> None:
+    (tmp_path / "a.db").touch()
     async with opened(sqlite_url(tmp_path / "a.db")) as database:
         await database.run(execute, "CREATE TABLE t (x int unique)")
         await database.run(execute, "INSERT INTO t VALUES (1)")

@@ -31,6 +31,13 @@ def connection(database_url: str) -> Iterator[Connection]:
     engine.dispose()
 
 
+def engine_with_tables(database_url: str) -> Engine:
+    maker = create_engine(database_url)
+    tables.metadata.create_all(maker)
+    maker.dispose()
+    return make_engine(database_url)
+
+
 def add(connection: Connection, job_id: str, *, age: float = 0.0, status: str = "completed", **fields: Any) -> None:
     """Add a job that is some seconds old."""
     job = make_job(id=job_id, **fields)
@@ -112,8 +119,7 @@ def test_a_listing_says_what_its_jobs_wait_for(connection: Connection) -> None:
 
 
 def test_jobs_that_come_while_a_listing_walks_shift_nothing(database_url: str) -> None:
-    engine = make_engine(database_url)
-    tables.metadata.create_all(engine)
+    engine = engine_with_tables(database_url)
     there = [f"there-{n:04}" for n in range(STRETCH + 10)]
     with engine.begin() as connection:
         for n, job_id in enumerate(there):
@@ -174,8 +180,7 @@ def fill(engine: Engine) -> None:
 
 @pytest.mark.slow
 def test_whatever_is_asked_a_listing_of_a_large_table_looks_at_a_limited_number_of_rows(database_url: str) -> None:
-    engine = make_engine(database_url)
-    tables.metadata.create_all(engine)
+    engine = engine_with_tables(database_url)
     fill(engine)
     questions: dict[str, dict[str, Any]] = {
         "everything": {},
@@ -238,8 +243,7 @@ def _nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_a_listing_that_stopped_says_where_and_goes_on_there(database_url: str) -> None:
-    engine = make_engine(database_url)
-    tables.metadata.create_all(engine)
+    engine = engine_with_tables(database_url)
     fill(engine)
     with engine.begin() as connection:
         before = None

@@ -9,7 +9,8 @@ import pytest
 from alembic import command
 from sqlalchemy import Engine, create_engine, select, text
 
-from keepstream.client.database import make_engine
+from keepstream.client.database import ClientDatabase, make_engine
+from keepstream.errors import StoreUnavailableError
 from keepstream.tables import workers
 from keepstream_worker.store import schema
 from tests.services import PostgresServer
@@ -48,9 +49,26 @@ def test_database_that_does_not_answer_is_one_line_without_the_password(action: 
     assert "\n" not in str(caught.value)
 
 
+def test_sqlite_file_that_is_not_there_is_made_by_a_migration_alone(tmp_path: Path) -> None:
+    engine = make_engine(f"sqlite:///{tmp_path}/new.db")
+    assert schema.current(engine) is None
+    with pytest.raises(schema.SchemaError, match=r"does not exist .*; run `keepstream migrate`, or set KEEPSTREAM_DAT"):
+        schema.check(engine)
+    database = ClientDatabase(f"sqlite:///{tmp_path}/new.db")
+    with pytest.raises(StoreUnavailableError, match="does not exist"), database.transaction():
+        pass
+    assert list(tmp_path.iterdir()) == []
+    schema.migrate(engine)
+    schema.check(engine)
+    with database.transaction() as connection:
+        connection.exec_driver_sql("SELECT * FROM keepstream_jobs")
+    database.close()
+    engine.dispose()
+
+
 def test_sqlite_file_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
     engine = make_engine(f"sqlite:///{tmp_path}/nowhere/keepstream.db")
-    with pytest.raises(schema.SchemaError, match=r"cannot be opened \(.*unable to open .*a file that can be written"):
+    with pytest.raises(schema.SchemaError, match=r"cannot be created \(No such .*a file that can be written"):
         schema.migrate(engine)
 
 

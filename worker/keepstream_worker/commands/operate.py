@@ -10,7 +10,6 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
@@ -200,7 +199,9 @@ def rejected(
     finally:
         database.close()
     if as_json:
-        print_lines(json.dumps(message._asdict(), default=datetime.isoformat) for message in messages)
+        from keepstream_worker.commands.formats import iso_time
+
+        print_lines(json.dumps(message._asdict(), default=iso_time) for message in messages)
         return
     from keepstream_worker.commands.tables import show_rejected
 
