@@ -577,7 +577,7 @@ def test_where_there_is_no_database_none_is_made(tmp_path: Path, command: str):
     assert said.endswith("run `keepstream migrate`, or set KEEPSTREAM_DATABASE_URL\n")
 
 
-@pytest.mark.parametrize("command", ["get x", "list", "top", "limits", "rejected", "cancel x", "retry x"])
+@pytest.mark.parametrize("command", ["get x", "list", "top", "limits", "rejected", "keys list", "retry x"])
 def test_a_database_without_tables_is_named_with_what_to_type(tmp_path: Path, command: str):
     (tmp_path / "keepstream.db").touch()
     env = environment(KEEPSTREAM_REDIS_URL=f"redis://127.0.0.1:{free_port()}/0")

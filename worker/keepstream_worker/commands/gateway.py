@@ -13,7 +13,7 @@ import typer
 
 from keepstream.names import Right, install_hint
 from keepstream_worker.commands.arguments import AsJson, AsJsonLines
-from keepstream_worker.commands.environment import check_variable_names, settings_from_environment
+from keepstream_worker.commands.environment import check_variable_names, database_from_environment
 from keepstream_worker.commands.exits import INVALID, NOT_FOUND, UNAVAILABLE, fail
 from keepstream_worker.commands.group import CommandGroup
 from keepstream_worker.commands.output import make_console, print_lines
@@ -122,9 +122,7 @@ def revoke(
 @contextmanager
 def _database() -> Iterator[Any]:
     """Give a connection inside a transaction."""
-    from keepstream.client.database import ClientDatabase
-
-    database = ClientDatabase(settings_from_environment().database_url)
+    database = database_from_environment()
     try:
         with database.transaction() as connection:
             yield connection
@@ -134,11 +132,13 @@ def _database() -> Iterator[Any]:
 
 def _shown(stored: "StoredKey") -> dict[str, Any]:
     """Return a key as JSON has it."""
+    from keepstream_worker.commands.formats import iso_time
+
     return {
         "prefix": stored.prefix,
         "tenant": stored.tenant,
         "name": stored.name,
         "rights": sorted(stored.rights),
-        "created_at": stored.created_at.isoformat(),
-        "revoked_at": None if stored.revoked_at is None else stored.revoked_at.isoformat(),
+        "created_at": iso_time(stored.created_at),
+        "revoked_at": stored.revoked_at and iso_time(stored.revoked_at),
     }
