@@ -65,7 +65,7 @@ def test_what_a_job_waits_for_is_a_whole_line_of_a_listing(words: str) -> None:
 @pytest.mark.parametrize("words", REASONS)
 def test_on_a_wide_console_the_reason_is_broken_between_words_rather_than_cut(words: str) -> None:
     lines = rendered(show_list, [waiting(REASONS[words])], 120)
-    column = lines[0].index("prompt, error")
+    column = lines[0].index("waits for, error")
     assert f"waits for {words} Why is" in " ".join(" ".join(line[column:] for line in lines[1:]).split())
     assert max(map(len, lines)) <= 120
 

@@ -135,7 +135,7 @@ def _running(row: Row) -> str:
 def _bar(used: int, most: int | None) -> Text:
     if not most:
         return Text("")
-    full = min(_BAR, round(_BAR * used / most))
+    full = min(_BAR, max(round(_BAR * used / most), 1 if used else 0))
     style = "red" if used >= most else "yellow" if used >= 0.8 * most else "green"
     return Text.assemble(("━" * full, style), ("─" * (_BAR - full), "dim"))
 

@@ -174,7 +174,7 @@ def show_list(console: Console, summaries: Sequence[JobSummary]) -> None:
     for title in ("job", "status", "created (UTC)", "took", "tokens"):
         table.add_column(title, no_wrap=True)
     table.add_column("model", overflow="fold", ratio=1)
-    table.add_column("prompt, error, what it waits for", ratio=2)
+    table.add_column("waits for, error, prompt", ratio=2)
     table.expand = True
     for job in summaries:
         table.add_row(
