@@ -205,7 +205,12 @@ class CompletionResult(_Value):
             " answer was read."
         ),
     )
-    job_class: str = Field(default="interactive", alias="class", description="interactive or bulk.")
+    job_class: str = Field(
+        default="interactive",
+        validation_alias="class",
+        serialization_alias="class",
+        description="interactive or bulk.",
+    )
     request: dict[str, Any] | None = Field(
         default=None, description="The chat-completions body as it was enqueued; null where only the answer was read."
     )
@@ -264,7 +269,12 @@ class JobSummary(_Value):
     status: JobStatus
     model: str
     provider: str
-    job_class: str = Field(default="interactive", alias="class", description="interactive or bulk.")
+    job_class: str = Field(
+        default="interactive",
+        validation_alias="class",
+        serialization_alias="class",
+        description="interactive or bulk.",
+    )
     prompt_start: str = Field(default="", description="Beginning of the last user message, on one line.")
     metadata: dict[str, Any] = Field(default_factory=dict)
     retry_of: str | None = Field(default=None, description="Id of the job that this one repeats.")

@@ -16,7 +16,7 @@ AT = datetime(2026, 1, 1, 12, 0, tzinfo=UTC)
 LATER = AT.timestamp() + 5
 MODEL = "gpt-6-large-2026-06-01"
 OWN = f"openai/{MODEL}"
-REASONS = {
+REASONS: dict[str, dict[str, Any]] = {
     "200 of 200 streams": {OWN: {"why": "concurrency", "running": 200, "most": 200}},
     "cool-down until 12:00:05 UTC": {OWN: {"why": "cooling", "until": LATER}},
     "broken; next try at 12:00:05 UTC": {OWN: {"why": "broken", "until": LATER}},
