@@ -410,7 +410,8 @@ def test_whoever_follows_a_job_that_no_worker_takes_is_told_so(cluster: Cluster)
     env = cluster.environment() | {"KEEPSTREAM_QUEUE": "nobody"}
     with started(env, "submit", "--model", "m", "-m", "Hi", "--follow") as process:
         assert process.stderr is not None
-        assert "waits for a worker: none is alive for the queue 'nobody'" in process.stderr.readline()
+        line = process.stderr.readline()
+        assert "waits for a worker: none is alive for the queue 'nobody'" in line
     done = run(env, "submit", "--model", "m", "-m", "Hi")
     done = run(env, "follow", done.stdout.strip(), "--timeout", "1", "--json")
     assert done.returncode == UNAVAILABLE
@@ -419,6 +420,8 @@ def test_whoever_follows_a_job_that_no_worker_takes_is_told_so(cluster: Cluster)
     assert "no event of job" in error
     assert "it waits for a worker: none is alive" in error
     assert "waits for  a worker: none is alive" in keepstream(cluster, "get", told.split()[1]).stdout
+    for waiting in (line, told):  # the doctor would wonder why they wait for so long
+        assert keepstream(cluster, "cancel", waiting.split()[1]).returncode == OK
 
 
 @pytest.mark.parametrize("columns", ["80", "200"])
@@ -428,6 +431,7 @@ def test_a_listing_says_of_each_waiting_job_what_it_waits_for(cluster: Cluster, 
     shown = " ".join(run(env, "list", "--limit", "1").stdout.split())
     assert job_id in shown
     assert "waits for a worker: none is alive for the queue 'a-queue-without-workers'" in shown
+    assert run(env, "cancel", job_id).returncode == OK  # the doctor would wonder why it waits for so long
 
 
 @pytest.mark.parametrize("timeout", ["1", "600"])
