@@ -35,6 +35,7 @@ _OF_A_SERVICE: Final = re.compile(
 
 #: Of tenant and job ids: they are parts of key names, so braces, colons and spaces are not allowed.
 ID_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._\-]{0,127}$"
+NUMBER_DIGITS: Final = 8  #: Of a job's number, where ids are numbered.
 EVENT_ID_PATTERN: Final = r"^[1-9][0-9]{0,8}-[1-9][0-9]{0,9}$"
 
 
@@ -67,6 +68,16 @@ def control_channel(prefix: str = PREFIX) -> str:
 def rejected_list(prefix: str = PREFIX) -> str:
     """Return the Redis list of queue items that could not be read as Celery messages."""
     return f"{prefix}:rejected"
+
+
+def numbered_id(prefix: str, number: int) -> str:
+    """Return the id of a job whose id is a prefix and a number; ids of one prefix sort by their numbers."""
+    return f"{prefix}{number:0{NUMBER_DIGITS}d}"
+
+
+def number_in(job_id: str) -> int:
+    """Return the number in an id that ``numbered_id`` has made."""
+    return int(job_id[-NUMBER_DIGITS:])
 
 
 class EventId(NamedTuple):

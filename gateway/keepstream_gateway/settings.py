@@ -4,6 +4,7 @@ In: environment variables with the prefix ``KEEPSTREAM_GATEWAY_``, and those tha
 ``Settings`` value, to the composition.  A wrong one stops the start with a clear line.
 """
 
+import json
 import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
@@ -86,6 +87,22 @@ class Settings(BaseSettings):
         " read the table of keys could make tokens.",
     )
 
+    # -- chats of the AI SDK --
+    chat_request: str = Field(
+        "{}",
+        description="What each chat asks for, as the JSON of a chat-completions body: model, tools, and messages that"
+        " come first. An API key may ask for more in the body, a token may not.",
+    )
+    chat_retry: Literal["reset-step", "error"] = Field(
+        "reset-step",
+        description="What a chat is sent when an attempt fails and its text is to be dropped: reset-step for version 7"
+        " of the AI SDK; error for older ones, which then resume.",
+    )
+    chat_replay: Seconds = Field(
+        600.0,
+        description="Seconds after its end for which a chat's answer can still be resumed.",
+    )
+
     # -- the end --
     shutdown_grace: Seconds = Field(
         10.0,
@@ -102,6 +119,17 @@ class Settings(BaseSettings):
             parts = urlsplit(origin)
             if origin != "*" and (not parts.scheme or not parts.netloc or parts.path or parts.query):
                 raise ValueError("must be origins, as https://app.example, without a path, separated by commas")
+        return value
+
+    @field_validator("chat_request")
+    @classmethod
+    def _is_a_request(cls, value: str) -> str:
+        try:
+            request = json.loads(value)
+        except (ValueError, RecursionError):
+            request = None
+        if not isinstance(request, dict) or not isinstance(request.get("messages", []), list):
+            raise ValueError('must be a JSON object, as {"model": "gpt-5"}')  # noqa: TRY004  # pydantic tells it
         return value
 
     @property

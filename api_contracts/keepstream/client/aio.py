@@ -117,6 +117,10 @@ class AsyncClient(BaseClient):
         wanted = self._perform(make_wanted, status, model, provider, metadata, since, until)
         return await self._in_thread(self._list, wanted, before, limit)
 
+    async def last_numbered(self, prefix: str) -> JobSummary | None:
+        """Return the last of some numbered jobs; see ``Client.last_numbered``."""
+        return await self._in_thread(self._last_numbered, prefix)
+
     async def wait(
         self, job_id: str, *, timeout: float = WAIT_TIMEOUT, not_found_after: float = NOT_FOUND_AFTER
     ) -> CompletionResult:

@@ -32,6 +32,7 @@ from keepstream.client.summaries import SummaryReader
 from keepstream.errors import (
     BrokerUnavailableError,
     ErrorCode,
+    InvalidArgumentError,
     InvalidJobError,
     InvalidSettingError,
     JobNotFoundError,
@@ -332,6 +333,13 @@ class BaseClient(ForkMember):
             return None
         with database.transaction() as connection:
             return queries.get(connection, self.tenant, job_id, whole=True)
+
+    def _last_numbered(self, prefix: str) -> JobSummary | None:
+        database = self._required_database()
+        if re.fullmatch("[a-z][0-9a-z]{0,99}", prefix) is None:
+            raise InvalidArgumentError("a prefix of numbered ids consists of small letters and digits, at most 100")
+        with database.transaction() as connection:
+            return queries.get_last_numbered(connection, self.tenant, prefix)
 
     def _list(self, wanted: Wanted, before: str | None, limit: int) -> JobPage:
         database = self._required_database()

@@ -248,6 +248,22 @@ def get_summaries(connection: Connection, tenant: str, job_ids: Collection[str])
     return {row.id: job_summary(row, found.get(row.id)) for row in rows}
 
 
+def get_last_numbered(connection: Connection, tenant: str, prefix: str) -> JobSummary | None:
+    """Return, of the jobs whose ids are ``prefix`` and a number, the one with the highest number, or None.
+
+    The cost is that of a few rows: the primary key has them in order.  Other ids may stand between them, by the rules
+    that some languages have for sorting; they are left out.
+    """
+    lowest, highest = names.numbered_id(prefix, 0), prefix + "9" * names.NUMBER_DIGITS
+    wanted = select(jobs.c.id).where(jobs.c.tenant == tenant, jobs.c.id >= lowest, jobs.c.id <= highest)
+    job_id = connection.scalar(
+        wanted.where(func.substr(jobs.c.id, 1, len(prefix)) == prefix, func.length(jobs.c.id) == len(lowest))
+        .order_by(jobs.c.id.desc())
+        .limit(1)
+    )
+    return None if job_id is None else get_summary(connection, tenant, job_id)
+
+
 def get_progress(connection: Connection, tenant: str, job_id: str) -> Progress | None:
     """Return how far a job has come, or None; the cost is that of one row."""
     columns = (jobs.c.status, jobs.c.attempt, jobs.c.terminal_event_id)

@@ -197,6 +197,19 @@ class Client(BaseClient):
         wanted = self._perform(make_wanted, status, model, provider, metadata, since, until)
         return self._perform(self._list, wanted, before, limit)
 
+    def last_numbered(self, prefix: str) -> JobSummary | None:
+        """Return, of the jobs whose ids are ``prefix`` and a number (``names.numbered_id``), the one with the highest.
+
+        For jobs that belong together, such as those of a conversation: the last one is found by an index, however many
+        jobs are stored.  A prefix consists of small letters and digits.
+
+        Raises:
+            InvalidArgumentError: there is another character in the prefix.
+            NotConfiguredError: the client has no database.
+            StoreUnavailableError: the database did not answer.
+        """
+        return self._perform(self._last_numbered, prefix)
+
     def wait(
         self, job_id: str, *, timeout: float = WAIT_TIMEOUT, not_found_after: float = NOT_FOUND_AFTER
     ) -> CompletionResult:

@@ -56,21 +56,43 @@ class Gatekeeper:
         return Access(stored.tenant, stored.id, stored.rights)
 
     async def require_job(self, request: Request, job_id: str, may: May = May.READ) -> Access:
-        """Return the access of a request about one job: with an API key, or with a token for this job in ``?token=``.
+        """Return the access of a request about one job: with an API key, or with a token for this job.
 
         Raises:
             ApiError: 401, 403, or 404 for a token of another job.
             StoreUnavailableError: the database did not answer.
         """
-        token = request.query_params.get("token")
-        if token is None or _key_of(request) is not None:
-            return await self.require(request)
-        access = await self._check_token(token)
+        access = await self.identify(request)
+        self.confine(access, job_id, may)
+        return access
+
+    async def identify(self, request: Request) -> Access:
+        """Return the access of a request with an API key or a token; ``confine`` says what a token is good for.
+
+        A token may also stand where keys do, so that it is in no address where it need not be.
+
+        Raises:
+            ApiError: 401 or 403.
+            StoreUnavailableError: the database did not answer.
+        """
+        key, token = _key_of(request), request.query_params.get("token")
+        if key is not None and api_keys.id_of(key) is None and tokens.read(key) is not None:
+            return await self._check_token(key)
+        return await (self.require(request) if token is None or key is not None else self._check_token(token))
+
+    @staticmethod
+    def confine(access: Access, job_id: str, may: May = May.READ) -> None:
+        """Refuse an access by a token that is for another job, or not for this; a key is for all of its tenant's.
+
+        Raises:
+            ApiError: 403, or 404 for a token of another job.
+        """
+        if access.job_id is None:
+            return
         if access.job_id != job_id:
             raise not_found()
         if may not in access.may:
             raise ApiError(403, f"this token does not allow to {may}", "missing_right")
-        return access
 
     async def make_token(self, access: Access, job_id: str, seconds: float, may: frozenset[May]) -> tuple[str, int]:
         """Return a token for one job, and when it expires in seconds since the epoch.

@@ -1,12 +1,12 @@
 """Chunks: a job's events as the AI SDK's UI message stream.
 
-In: typed events, each once and in order, as the client's follower gives them.  Out: chunks, JSON objects that ``useChat``
-builds its message from; as server-sent events.  Pure.
+In: typed events, each once and in order, as the client's follower gives them.  Out: chunks, JSON objects from which
+``useChat`` builds its message; as server-sent events.  Pure.
 
-The stream of a job is one step of a message.  Whatever happens, the message equals the stored answer in the end: a failed
-attempt's output is dropped by ``reset-step``, which the AI SDK knows from a version 7 on.  For older ones (``resets`` is
-False) the stream ends with an error instead, and resuming it brings the attempt that goes on.  Tool calls are complete
-only when the job is stored, so that a page which answers them finds everything there.
+The stream of a job is one step of a message.  Whatever happens, the message equals the stored answer in the end: a
+failed attempt's output is dropped by ``reset-step``, which the AI SDK knows since version 7.  For older ones
+(``resets`` is False) the stream ends with an error instead, and resuming it brings the attempt that goes on.  Tool
+calls are complete only when the job is stored, so that a page which answers them finds everything there.
 """
 
 import json
@@ -152,9 +152,11 @@ def stored_step(job_id: str, choice: Choice, outputs: dict[str, Any]) -> list[Ch
     whole = output.missing(ChoiceSnapshot.of(choice))
     assert whole is not None
     chunks = [{"type": "start-step"}, *output.add(whole), *output.finish()]
-    for call in choice.tool_calls:
-        if call.id in outputs:
-            chunks.append({"type": "tool-output-available", "toolCallId": call.id, "output": outputs[call.id]})
+    chunks += [
+        {"type": "tool-output-available", "toolCallId": call.id, "output": outputs[call.id]}
+        for call in choice.tool_calls
+        if call.id in outputs
+    ]
     return [*chunks, {"type": "finish-step"}]
 
 

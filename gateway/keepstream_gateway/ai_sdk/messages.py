@@ -4,9 +4,9 @@ In: the messages in a request of ``useChat``, and stored answers of the chat.  O
 page's tools gave, back from such messages.  Pure.
 
 Text, files and tool results go to the model; what only a page shows (data parts, sources, reasoning) does not.  A step
-of the message that is being continued is replaced by its stored answer's ``assistant_message()``, because providers want
-back what a page never had: their reasoning, signatures.  Tool calls without a result are left out, for providers refuse
-them.
+of the message that is being continued is replaced by its stored answer's ``assistant_message()``, because providers
+want back what a page never had: their reasoning, signatures.  Tool calls without a result are left out, for providers
+refuse them.
 """
 
 import json
@@ -71,7 +71,7 @@ def tool_outputs(messages: Iterable[Message]) -> dict[str, Any]:
     return {
         message["tool_call_id"]: _output_value(message.get("content"))
         for message in messages
-        if isinstance(message, dict) and message.get("role") == "tool" and isinstance(message.get("tool_call_id"), str)
+        if message.get("role") == "tool" and isinstance(message.get("tool_call_id"), str)
     }
 
 
