@@ -11,7 +11,8 @@ import json
 import os
 import subprocess
 from pathlib import Path
-from typing import Any, Final
+from types import TracebackType
+from typing import Any, Final, Self
 
 import pytest
 
@@ -31,10 +32,35 @@ def node() -> list[str]:
     return [str(program)]
 
 
-def run(program: str, told: Any = None, *, timeout: float = 2 * PATIENCE) -> list[Any]:
+class Running:
+    """A program of ``tests/clients`` that runs; a context manager that ends it if it has not ended."""
+
+    def __init__(self, program: str, told: Any = None) -> None:
+        self._program = program
+        command = [*node(), str(CLIENTS / program), json.dumps(told)]
+        self._process = subprocess.Popen(
+            command, cwd=CLIENTS, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def finish(self, timeout: float = 2 * PATIENCE) -> list[Any]:
+        """Wait for its end, which must be a good one, and return what it has printed."""
+        printed, complaints = self._process.communicate(timeout=timeout)
+        if self._process.returncode:
+            pytest.fail(f"{self._program} ended with code {self._process.returncode}:\n{printed}\n{complaints}")
+        return [json.loads(line) for line in printed.splitlines()]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.communicate()
+
+
+def run(program: str, told: Any = None) -> list[Any]:
     """Run a program of ``tests/clients`` to its end, which must be a good one, and return what it has printed."""
-    command = [*node(), str(CLIENTS / program), json.dumps(told)]
-    done = subprocess.run(command, cwd=CLIENTS, capture_output=True, text=True, timeout=timeout, check=False)
-    if done.returncode:
-        pytest.fail(f"{program} ended with code {done.returncode}:\n{done.stdout}\n{done.stderr}")
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    with Running(program, told) as running:
+        return running.finish()

@@ -26,6 +26,7 @@ from keepstream_gateway.ai_sdk.chunks import Chunk, Step
 from keepstream_gateway.bodies import read_object
 from keepstream_gateway.context import Context
 from keepstream_gateway.errors import ApiError, invalid
+from keepstream_gateway.parameters import check_names
 
 _API: Final = "/api/chat"
 _CHAT: Final = f"{_API}/{{chat:path}}"
@@ -53,6 +54,7 @@ class _Chats:
     async def send(self, request: Request) -> Response:
         """Take a message, and stream the answer."""
         access = await self._context.gatekeeper.identify(request)
+        check_names(request, ("token",))
         body = await read_object(request, self._context.settings.max_body_bytes)
         chat = chats.check_id(body.get("id"))
         self._context.gatekeeper.confine(access, chats.scope(chat), May.READ)
@@ -102,6 +104,7 @@ class _Chats:
     async def token(self, request: Request) -> Response:
         """Return a token by which a browser may send, resume and stop in this chat, and nothing else."""
         access = await self._context.gatekeeper.require(request)
+        check_names(request, ())
         chat = chats.check_id(request.path_params["chat"])
         most = self._context.settings.token_seconds
         body = await read_object(request, self._context.settings.max_body_bytes, optional=True)
@@ -122,6 +125,7 @@ class _Chats:
     async def _chat(self, request: Request, may: May = May.READ) -> tuple[str, Access]:
         """Return the chat that a request names, and the access to it."""
         access = await self._context.gatekeeper.identify(request)
+        check_names(request, ("token",))
         chat = chats.check_id(request.path_params["chat"])
         self._context.gatekeeper.confine(access, chats.scope(chat), may)
         return chat, access
