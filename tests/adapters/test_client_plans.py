@@ -54,6 +54,7 @@ def test_a_client_reads_and_locks_a_few_pages(engine: Engine) -> None:
         assert do(queries.get, "default", "new", whole=whole).status is JobStatus.QUEUED
     assert do(queries.get_summary, "default", "new").waiting_for is not None
     assert do(queries.get_for_retry, "default", "new").job == job
+    assert do(queries.get_last_numbered, "default", "chat0") is None
     assert do(queries.cancel, "default", "new") is JobStatus.CANCELLED
     assert do(queries.cancel, "default", "new") is JobStatus.CANCELLED
     assert do(queries.cancel, "default", "nothing") is None

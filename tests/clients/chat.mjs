@@ -120,7 +120,7 @@ const actions = {
   },
   async sendAndStop(message, headers) {
     const sent = chat.sendMessage(message);
-    await until(() => textOf(chat.lastMessage).length > 0 && chat.lastMessage.role === "assistant", "a text");
+    await until(() => chat.lastMessage?.role === "assistant" && textOf(chat.lastMessage) !== "", "a text");
     const path = `/api/chat/${encodeURIComponent(told.chat)}/stop`;
     const answer = await fetchInTurn(`http://gateway${path}`, { method: "POST", headers: told.headers });
     await answer.body?.cancel();
