@@ -35,6 +35,9 @@ def test_worker_and_gateway_may_have_one_environment() -> None:
         ("KEEPSTREAM_GATEWAY_PING", "0", "must be greater than 0"),
         ("KEEPSTREAM_GATEWAY_CORS_ORIGINS", "app.example", "must be origins, as https://app.example"),
         ("KEEPSTREAM_GATEWAY_CORS_ORIGINS", "https://app.example/page", "must be origins, as https://app.example"),
+        ("KEEPSTREAM_GATEWAY_CHAT_REQUEST", "gpt-5", 'must be a JSON object, as {"model": "gpt-5"}'),
+        ("KEEPSTREAM_GATEWAY_CHAT_REQUEST", '{"messages": "Be brief."}', "must be a JSON object"),
+        ("KEEPSTREAM_GATEWAY_CHAT_RETRY", "reset", "must be 'reset-step' or 'error'"),
         ("KEEPSTREAM_LOG_LEVEL", "loud", "must be 'debug', 'info', 'warning' or 'error'"),
     ],
 )
