@@ -190,7 +190,14 @@ def test_what_tools_gave_is_found_again() -> None:
 
 
 def test_a_request_has_what_all_chats_have_and_what_the_page_asks_for() -> None:
-    body = {"id": "c", "messages": [], "trigger": "submit-message", "messageId": None, "temperature": 0.2, "model": "b"}
+    body: dict[str, Any] = {
+        "id": "c",
+        "messages": [],
+        "trigger": "submit-message",
+        "messageId": None,
+        "temperature": 0.2,
+        "model": "b",
+    }
     common = {"model": "a", "tools": [], "messages": [{"role": "system", "content": "Be brief."}]}
     asked = [{"role": "user", "content": "Hello"}]
     assert to_request(body, asked, common, parameters=True) == {
