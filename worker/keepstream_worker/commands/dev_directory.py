@@ -17,10 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Final
 
+from keepstream import names
 from keepstream_worker.dev_stack.guard import Guard
 
 DIRECTORY: Final = Path(".keepstream")  #: By default, in the working directory.
 DEV_VARIABLE: Final = "KEEPSTREAM_DEV"  #: Set by the file `env`: the directory.
+API_URL: Final = "KEEPSTREAM_API_URL"  #: Set by the file `env`, for people: where the gateway is.
+API_KEY: Final = "KEEPSTREAM_API_KEY"  #: Set by the file `env`, for people: a key for it.
 PROVIDERS_VARIABLE: Final = "KEEPSTREAM_PROVIDERS_FILE"
 
 _LOCK_WAIT: Final = 0.5  #: Seconds; a shell that only looks whether we run holds the lock for a moment.
@@ -44,8 +47,29 @@ class DevDirectory:
         self._describe(f"process {os.getpid()}, {settings['KEEPSTREAM_REDIS_URL']}")
         exports = {**settings, DEV_VARIABLE: str(self.path.absolute())}
         new = self.env.with_suffix(".new")
+        new.touch(0o600)
         new.write_text("".join(f"export {name}={shlex.quote(value)}\n" for name, value in exports.items()), "utf-8")
         new.replace(self.env)
+
+    def api_key(self, database: Path) -> str:
+        """Return an API key for the gateway, which is kept from run to run, with the database that knows it."""
+        from keepstream.client import api_keys
+        from keepstream.client.database import ClientDatabase
+        from keepstream_worker.dev_stack.embedded import sqlite_url
+
+        file = self.path / "api-key"
+        client = ClientDatabase(sqlite_url(database))
+        try:
+            with client.transaction() as connection:
+                key = file.read_text("utf-8") if file.is_file() else ""
+                stored = api_keys.find(connection, api_keys.id_of(key) or "")
+                if stored is None or not api_keys.is_key_of(key, stored):
+                    _, key = api_keys.create(connection, names.DEFAULT_TENANT, "dev", frozenset(names.Right))
+                    file.touch(0o600)
+                    file.write_text(key, "utf-8")
+        finally:
+            client.close()
+        return key
 
     def _describe(self, text: str) -> None:
         self._lock.seek(0)

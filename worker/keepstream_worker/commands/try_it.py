@@ -93,9 +93,9 @@ def dev(
 ) -> None:
     """Run everything here, for development, until Ctrl-C.
 
-    Starts an embedded Valkey, a SQLite database, a scripted provider and a worker. Prints what other shells and your
-    own service need. The database is kept in the directory from run to run; Redis starts empty each time, and jobs
-    that had not ended go on. With --provider own, the worker calls your provider, and those of
+    Starts an embedded Valkey, a SQLite database, a scripted provider, a worker and a gateway. Prints what other shells
+    and your own service need. The database is kept in the directory from run to run; Redis starts empty each time, and
+    jobs that had not ended go on. With --provider own, the worker calls your provider, and those of
     KEEPSTREAM_PROVIDERS_FILE, whenever a job is sent; without it, that file is not used. Exits 130 after Ctrl-C.
     """
     from keepstream_worker.commands.dev import run_dev

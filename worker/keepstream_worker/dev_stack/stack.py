@@ -1,7 +1,7 @@
 """The dev stack: everything a worker needs, on this machine, for as long as we run.
 
 In: a directory for the database, from `demo`, `dev` and the tests.
-Out: running servers, a migrated database and the settings that lead to them; worker processes for these settings.
+Out: running servers, a migrated database and the settings that lead to them; workers and gateways for these settings.
 """
 
 import signal
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple
 
 from typing_extensions import override
 
@@ -76,36 +76,37 @@ def dev_stack(directory: Path, *, own_provider: bool = False, providers_file: Pa
         yield DevStack(valkey.url, database, provider.base_url, own_provider, settings)
 
 
-class WorkerProcess(EmbeddedProcess):
-    """A worker in a process of its own.
+class OwnProcess(EmbeddedProcess):
+    """A process of ours.
 
     Args:
         environment: Its settings.
         visible: Whether its log goes to our standard error; otherwise it is kept, in case something goes wrong.
     """
 
-    stop_timeout = 60.0
+    module: ClassVar[str]
+    started: ClassVar[bytes]  #: What its log says when it is at work.
 
     def __init__(self, environment: Mapping[str, str], *, visible: bool = False) -> None:
-        super().__init__("worker")
+        super().__init__(self.module)
         self._environment = dict(environment)
         self._visible = visible
 
     def log_tail(self) -> str:
-        """Return the end of the worker's log."""
+        """Return the end of its log."""
         return self._log_tail()
 
     def wait(self) -> int:
-        """Wait until the worker ends; return its exit code."""
+        """Wait until it ends; return its exit code."""
         return self._process.wait() if self._process is not None else 0
 
     def terminate(self) -> None:
-        """Ask the worker to stop and do not wait; asked again, it does not let its streams finish."""
+        """Ask it to stop and do not wait; asked again, it does not let its streams finish."""
         self._signal(self.stop_signal)
 
     @override
     def _command(self) -> list[str]:
-        return python_module("keepstream_worker.app")
+        return python_module(self.module)
 
     @override
     def _options(self) -> dict[str, Any]:
@@ -113,7 +114,22 @@ class WorkerProcess(EmbeddedProcess):
 
     @override
     def _is_ready(self) -> bool:
-        return b"worker_started" in self._log.read_bytes()
+        return self.started in self._log.read_bytes()
+
+
+class WorkerProcess(OwnProcess):
+    """A worker in a process of its own."""
+
+    module = "keepstream_worker.app"
+    started = b"worker_started"
+    stop_timeout = 60.0
+
+
+class GatewayProcess(OwnProcess):
+    """A gateway in a process of its own."""
+
+    module = "keepstream_gateway"
+    started = b"gateway_started"
 
 
 def _providers(url: str, *, own_provider: bool) -> str:
