@@ -176,6 +176,7 @@ jobs: Final = Table(
     # its end, need no new entry in any.  What is to be done with jobs stands in the narrow tables below.
     # For listings: a walk through a tenant's jobs by age; the id tells jobs of one moment apart.
     Index("ix_keepstream_jobs_tenant_created", "tenant", "created_at", "id"),
+    Index("ix_keepstream_jobs_created", "created_at", "tenant", "id"),  # the same through all jobs, for operators
     postgresql_with={"fillfactor": 80},  # so that these updates find room on the row's own page
 )
 
@@ -283,6 +284,28 @@ rejected_messages: Final = Table(
     Column("size", Integer, nullable=False, comment="bytes of the message"),
     Column("payload", Text, comment="the message, base64, cut to a limit"),
     Index("ix_keepstream_rejected_messages_rejected_at", "rejected_at"),
+)
+
+#: Upper ends in seconds of the classes into which the times until the first output are sorted; the last has none.
+FIRST_OUTPUT_CLASSES: Final = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+
+minutes: Final = Table(
+    "keepstream_minutes",
+    metadata,
+    # Sums of what all workers did, for people; what counts stands in the tables above.
+    Column("minute", Integer, primary_key=True, autoincrement=False, comment="since 1970-01-01 00:00 UTC"),
+    Column("provider", String(128), primary_key=True),
+    Column("model", Text, primary_key=True),
+    Column("outcome", String(16), primary_key=True, comment="of attempts that ended; empty: of those under way"),
+    Column("error_code", String(64), primary_key=True, comment="empty: none"),
+    Column("attempts", BigInteger, nullable=False, comment="that ended so"),
+    Column("deltas", BigInteger, nullable=False, comment="that came"),
+    Column("prompt_tokens", BigInteger, nullable=False),
+    Column("completion_tokens", BigInteger, nullable=False),
+    *(
+        Column(f"first_output_{number}", BigInteger, nullable=False, comment=f"attempts: first output within {most} s")
+        for number, most in enumerate((*FIRST_OUTPUT_CLASSES, "any"))
+    ),
 )
 
 api_keys: Final = Table(

@@ -40,7 +40,7 @@ def test_a_client_reads_and_locks_a_few_pages(engine: Engine) -> None:
     """Enqueue, again, look, cancel in each state, retry."""
     explained = Explained(engine)
 
-    def do(call: Callable[..., Any], *arguments: Any, buffers: int = 60, **keywords: Any) -> Any:
+    def do(call: Callable[..., Any], *arguments: Any, buffers: int = 90, **keywords: Any) -> Any:
         with engine.begin() as connection:
             explained.clear()
             answer = call(connection, *arguments, **keywords)

@@ -1,17 +1,17 @@
-"""The listing: a tenant's jobs, newest first, at a cost that does not grow with their number.
+"""The listing: jobs of a tenant, or of all, newest first, at a cost that does not grow with their number.
 
-In: a connection inside a transaction, and what the jobs are to be like, from ``keepstream.client.base``.
-Out: pages of jobs.
+In: a connection inside a transaction, and what the jobs are to be like, from ``keepstream.client.base``; from the
+console also for all tenants at once.  Out: pages of jobs.
 
-A listing walks back through the tenant's jobs by the index on their age, a stretch at a time.  Whatever the filters
-are, it looks at a limited number of rows, and says where it stopped.
+A listing walks back through the jobs by an index on their age, a stretch at a time.  Whatever the filters are, it looks
+at a limited number of rows, and says where it stopped.
 """
 
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, Select, select, tuple_
 
@@ -36,11 +36,13 @@ class Wanted:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     since: datetime | None = None  #: Created then or later.
     until: datetime | None = None  #: Created before.
+    containing: str | None = None  #: In the beginning of the prompt; capital letters count as small ones.
 
     @property
     def is_selective(self) -> bool:
         """Whether there are filters by something other than the time."""
-        return bool(self.statuses or self.model is not None or self.provider is not None or self.metadata)
+        named = (self.model, self.provider, self.containing)
+        return bool(self.statuses or self.metadata or any(text is not None for text in named))
 
     def conditions(self, job: Any) -> list[ColumnElement[bool]]:
         """Return the filters that the database applies to the columns of ``job``."""
@@ -51,6 +53,8 @@ class Wanted:
             conditions.append(job["model"] == self.model)
         if self.provider is not None:
             conditions.append(job["provider"] == self.provider)
+        if self.containing is not None:
+            conditions.append(job["prompt_start"].icontains(self.containing, autoescape=True))
         return conditions
 
     def fits(self, metadata: Mapping[str, Any]) -> bool:
@@ -85,6 +89,13 @@ def make_wanted(
     return Wanted(read_statuses(status), model, provider, metadata or {}, since, until)
 
 
+class Place(NamedTuple):
+    """A job of a listing, from which it goes on."""
+
+    tenant: str
+    job_id: str
+
+
 def list_jobs(
     connection: Connection, tenant: str, wanted: Wanted | None = None, *, before: str | None = None, limit: int = 50
 ) -> JobPage:
@@ -93,82 +104,99 @@ def list_jobs(
     Raises:
         JobNotFoundError: there is no job ``before``.
     """
-    wanted = wanted or Wanted()
+    page, last = _list(connection, tenant, wanted or Wanted(), None if before is None else Place(tenant, before), limit)
+    page.next_before = None if last is None else last.job_id
+    return page
+
+
+def list_all_jobs(
+    connection: Connection, wanted: Wanted | None = None, *, before: Place | None = None, limit: int = 50
+) -> tuple[JobPage, Place | None]:
+    """Return the jobs of all tenants, newest first, and from where the next page goes on; None: there are no more.
+
+    Raises:
+        JobNotFoundError: there is no job ``before``.
+    """
+    return _list(connection, None, wanted or Wanted(), before, limit)
+
+
+def _list(
+    connection: Connection, tenant: str | None, wanted: Wanted, before: Place | None, limit: int
+) -> tuple[JobPage, Place | None]:
     # A page begins and ends at a job, not at a number of rows: new jobs do not shift it.
-    if before is not None and connection.execute(_place(tenant, before)).one_or_none() is None:
-        raise JobNotFoundError(f"there is no job {before} to continue after")
+    if before is not None and connection.execute(_find(before)).one_or_none() is None:
+        raise JobNotFoundError(f"there is no job {before.job_id} to continue after")
     if not wanted.is_selective:
         rows = connection.execute(_walk(tenant, wanted, before, limit)).all()
-        return _page(connection, tenant, rows, next_before=rows[-1].id if len(rows) == limit else None)
+        return _page(connection, rows), _place(rows[-1]) if len(rows) == limit else None
     found: list[StoredRow] = []
     end = None
     for _ in range(LOOKED_AT // STRETCH):
         # Where the stretch ends is read first: by the next statement PostgreSQL shows jobs that have come meanwhile.
-        last = _walk(tenant, wanted, before, 1, columns=(jobs.c.id, jobs.c.created_at)).offset(STRETCH - 1)
-        end = connection.execute(last).one_or_none()
+        last = _walk(tenant, wanted, before, 1, columns=(jobs.c.tenant, jobs.c.id, jobs.c.created_at))
+        end = connection.execute(last.offset(STRETCH - 1)).one_or_none()
         # Filtered around the walk, not in it: a planner that looks for rare jobs might read the whole table.
-        stretch = _walk(tenant, wanted, before, 2 * STRETCH, down_to=None if end is None else end.id).subquery()
-        fitting = (
-            select(stretch)
-            .where(*wanted.conditions(stretch.c))
-            .order_by(stretch.c.created_at.desc(), stretch.c.id.desc())
-        )
+        down_to = None if end is None else _place(end)
+        stretch = _walk(tenant, wanted, before, 2 * STRETCH, down_to=down_to).subquery()
+        order = [column.desc() for column in _age(stretch.c, tenant)]
+        fitting = select(stretch).where(*wanted.conditions(stretch.c)).order_by(*order)
         if not wanted.metadata:
             fitting = fitting.limit(limit - len(found))
         found += [row for row in connection.execute(fitting) if wanted.fits(row.metadata)]
         if len(found) >= limit:
-            return _page(connection, tenant, found[:limit], next_before=found[limit - 1].id)
+            return _page(connection, found[:limit]), _place(found[limit - 1])
         if end is None:
-            return _page(connection, tenant, found)
-        before = end.id
-    return _page(connection, tenant, found, next_before=before, looked_back_to=None if end is None else end.created_at)
+            return _page(connection, found), None
+        before = down_to
+    return _page(connection, found, looked_back_to=None if end is None else end.created_at), before
+
+
+def _age(job: Any, tenant: str | None) -> list[ColumnElement[Any]]:
+    """Return the columns by which jobs are in order: as the index has them for one tenant, and for all."""
+    return [job.created_at, job.id] if tenant is not None else [job.created_at, job.tenant, job.id]
 
 
 def _walk(
-    tenant: str,
+    tenant: str | None,
     wanted: Wanted,
-    before: str | None,
+    before: Place | None,
     limit: int,
     *,
-    down_to: str | None = None,
+    down_to: Place | None = None,
     columns: Sequence[ColumnElement[Any]] = (*SUMMARY_COLUMNS, *waiting.COLUMNS),
 ) -> Select[Any]:
     """Return the statement that reads so many jobs of the tenant and the time, from the job ``before`` backwards.
 
     It ends at the job ``down_to``, if there is one.
     """
-    walk = select(*columns).where(jobs.c.tenant == tenant)
+    walk = select(*columns)
+    if tenant is not None:
+        walk = walk.where(jobs.c.tenant == tenant)
     if wanted.since is not None:
         walk = walk.where(jobs.c.created_at >= wanted.since)
     if wanted.until is not None:
         walk = walk.where(jobs.c.created_at < wanted.until)
-    here = tuple_(jobs.c.created_at, jobs.c.id)
+    age = _age(jobs.c, tenant)
+    here = tuple_(*age)
     # Places are read by the database: SQLite keeps times as texts, which differ from bound ones in their zeros.
     if before is not None:
-        walk = walk.where(here < _place(tenant, before).scalar_subquery())
+        walk = walk.where(here < _find(before, age).scalar_subquery())
     if down_to is not None:
-        walk = walk.where(here >= _place(tenant, down_to).scalar_subquery())
-    return walk.order_by(jobs.c.created_at.desc(), jobs.c.id.desc()).limit(limit)
+        walk = walk.where(here >= _find(down_to, age).scalar_subquery())
+    return walk.order_by(*(column.desc() for column in age)).limit(limit)
 
 
-def _place(tenant: str, job_id: str) -> Select[Any]:
-    return select(jobs.c.created_at, jobs.c.id).where(jobs.c.tenant == tenant, jobs.c.id == job_id)
+def _find(place: Place, columns: Sequence[ColumnElement[Any]] = (jobs.c.id,)) -> Select[Any]:
+    return select(*columns).where(jobs.c.tenant == place.tenant, jobs.c.id == place.job_id)
 
 
-def _page(
-    connection: Connection,
-    tenant: str,
-    rows: Sequence[StoredRow],
-    *,
-    next_before: str | None = None,
-    looked_back_to: datetime | None = None,
-) -> JobPage:
-    reasons = waiting.reasons(connection, tenant, rows)
-    return JobPage(
-        (job_summary(row, reasons.get(row.id)) for row in rows),
-        next_before=next_before,
-        looked_back_to=looked_back_to,
-    )
+def _place(row: StoredRow) -> Place:
+    return Place(row.tenant, row.id)
+
+
+def _page(connection: Connection, rows: Sequence[StoredRow], *, looked_back_to: datetime | None = None) -> JobPage:
+    reasons = waiting.reasons_of_all(connection, rows)
+    return JobPage((job_summary(row, reasons.get((row.tenant, row.id))) for row in rows), looked_back_to=looked_back_to)
 
 
 def _as_text(value: object) -> str:

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from sqlalchemy import ColumnElement, Connection, Table, func, select
 
@@ -41,13 +41,16 @@ class Worker(NamedTuple):
         return self.providers is None or provider in self.providers
 
 
+JobName: TypeAlias = tuple[str, str]  #: A job's tenant and id.
+
+
 class _Surroundings(NamedTuple):
     """What decides how long the jobs of a page wait."""
 
     now: datetime
     workers: Mapping[str, Worker]  #: Those alive, by id.
-    waiting: Mapping[str, StoredRow]  #: The jobs' rows, by job.
-    running: Mapping[str, StoredRow]  #: The same.
+    waiting: Mapping[JobName, StoredRow]  #: The jobs' rows.
+    running: Mapping[JobName, StoredRow]  #: The same.
     chains: Mapping[int, Sequence[Sequence[str]]]  #: Of the pools in which they wait.
     closed: Mapping[str, Any]  #: As the newest turn left it.
     backlog: int  #: Jobs of all tenants that wait; more than ``_COUNTED`` are not counted.
@@ -55,12 +58,22 @@ class _Surroundings(NamedTuple):
 
 def reasons(connection: Connection, tenant: str, rows: Sequence[StoredRow]) -> dict[str, WaitingFor]:
     """Return, by id, what those of a tenant's jobs wait for that wait; ``rows`` have ``COLUMNS``, id and status."""
-    unended = [row for row in rows if not JobStatus(row.status).terminal]
+    found = _reasons(connection, [((tenant, row.id), row) for row in rows])
+    return {job_id: reason for (_, job_id), reason in found.items()}
+
+
+def reasons_of_all(connection: Connection, rows: Sequence[StoredRow]) -> dict[JobName, WaitingFor]:
+    """Return the same of jobs of several tenants; ``rows`` have the tenant as well."""
+    return _reasons(connection, [((row.tenant, row.id), row) for row in rows])
+
+
+def _reasons(connection: Connection, rows: Sequence[tuple[JobName, StoredRow]]) -> dict[JobName, WaitingFor]:
+    unended = {name: row for name, row in rows if not JobStatus(row.status).terminal}
     if not unended:
         return {}
-    around = _look_around(connection, tenant, [row.id for row in unended])
-    found = {row.id: _reason(row, tenant, around) for row in unended}
-    return {job_id: reason for job_id, reason in found.items() if reason is not None}
+    around = _look_around(connection, list(unended))
+    found = {name: _reason(row, name, around) for name, row in unended.items()}
+    return {name: reason for name, reason in found.items() if reason is not None}
 
 
 def living_workers(connection: Connection) -> dict[str, Worker]:
@@ -83,11 +96,11 @@ def closed_now(connection: Connection) -> dict[str, Any]:
     return closed
 
 
-def _look_around(connection: Connection, tenant: str, job_ids: Sequence[str]) -> _Surroundings:
+def _look_around(connection: Connection, names: Sequence[JobName]) -> _Surroundings:
     until = seconds_until(waiting.c.restarted_due).label("seconds_until_due")
     # Those that wait first: a turn takes a job from there to those that run, never the other way.
-    places = dict(_rows(connection, tenant, job_ids, waiting, waiting.c.pool, waiting.c.restarted_due, until))
-    runs = dict(_rows(connection, tenant, job_ids, running, running.c.worker_id))
+    places = dict(_rows(connection, names, waiting, waiting.c.pool, waiting.c.restarted_due, until))
+    runs = dict(_rows(connection, names, running, running.c.worker_id))
     pool_ids = {row.pool for row in places.values()}
     chains = select(pools.c.id, pools.c.chain).where(pools.c.id.in_(pool_ids))
     # The newest, because before the oldest there may be many that are gone.
@@ -104,23 +117,27 @@ def _look_around(connection: Connection, tenant: str, job_ids: Sequence[str]) ->
 
 
 def _rows(
-    connection: Connection, tenant: str, job_ids: Sequence[str], table: Table, *columns: ColumnElement[Any]
-) -> Iterator[tuple[str, StoredRow]]:
-    for start in range(0, len(job_ids), _AT_ONCE):
-        mine = table.c.tenant == tenant, table.c.job_id.in_(job_ids[start : start + _AT_ONCE])
-        for row in connection.execute(select(table.c.job_id, *columns).where(*mine)):
-            yield row.job_id, row
+    connection: Connection, names: Sequence[JobName], table: Table, *columns: ColumnElement[Any]
+) -> Iterator[tuple[JobName, StoredRow]]:
+    by_tenant: dict[str, list[str]] = {}
+    for tenant, job_id in names:
+        by_tenant.setdefault(tenant, []).append(job_id)
+    for tenant, job_ids in by_tenant.items():
+        for start in range(0, len(job_ids), _AT_ONCE):
+            mine = table.c.tenant == tenant, table.c.job_id.in_(job_ids[start : start + _AT_ONCE])
+            for row in connection.execute(select(table.c.job_id, *columns).where(*mine)):
+                yield (tenant, row.job_id), row
 
 
-def _reason(job: StoredRow, tenant: str, around: _Surroundings) -> WaitingFor | None:
+def _reason(job: StoredRow, name: JobName, around: _Surroundings) -> WaitingFor | None:
     """Return what a job that has not ended waits for; None: nothing is in its way."""
-    if job.id in around.running:
-        if around.running[job.id].worker_id in around.workers:
+    if name in around.running:
+        if around.running[name].worker_id in around.workers:
             return None
         return WaitingFor(cause="worker", text="another worker to take it over: its own gives no sign of life")
-    if job.id not in around.waiting:
+    if name not in around.waiting:
         return None  # it moved while we looked
-    place = around.waiting[job.id]
+    place = around.waiting[name]
     here = [worker for worker in around.workers.values() if worker.queue == job.queue]
     if not here:
         return WaitingFor(cause="worker", text=f"a worker: none is alive for the queue '{job.queue}'")
@@ -133,7 +150,7 @@ def _reason(job: StoredRow, tenant: str, around: _Surroundings) -> WaitingFor | 
         if not here:
             text = f"a worker that has the provider '{provider}': none that is alive does"
             return WaitingFor(cause="worker", text=text)
-    closed = closed_reason(around.closed, tenant, chain, around.now)
+    closed = closed_reason(around.closed, name[0], chain, around.now)
     if closed is not None:
         return closed
     if all(worker.running >= worker.places for worker in here):
