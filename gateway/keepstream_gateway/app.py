@@ -49,6 +49,8 @@ def make_app(settings: Settings) -> tuple[Starlette, Context]:
             yield
         finally:
             await context.streams.stop()
+            for close in context.at_the_end:
+                close()
             async with asyncio.timeout(_CLOSING):
                 await context.clients.close()
                 await context.keyring.close()

@@ -4,7 +4,8 @@ In: the settings.  Out: one value with the clients, the gatekeeper, the streams 
 share nothing else.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from keepstream_gateway.access.gatekeeper import Gatekeeper
 from keepstream_gateway.access.keyring import Keyring
@@ -24,6 +25,7 @@ class Context:
     gatekeeper: Gatekeeper
     streams: Streams
     metrics: Metrics
+    at_the_end: list[Callable[[], None]] = field(default_factory=list)  #: What closes what a room holds open.
 
 
 def make_context(settings: Settings) -> Context:
