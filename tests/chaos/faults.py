@@ -17,6 +17,7 @@ from typing import Final, NamedTuple
 from sqlalchemy import update
 
 from keepstream.tables import workers
+from keepstream_worker.dev_stack.embedded import EmbeddedServiceError
 from tests.cluster import Cluster, WorkerProcess, wait_until
 from tests.redis_servers import SentinelSet
 
@@ -170,7 +171,11 @@ class Saboteur:
         dead.kill()
         redis.wait_for_new_master(dead)
         time.sleep(fault.lasts)
-        dead.start()
+        try:
+            dead.start()
+        except EmbeddedServiceError:  # a full disk had broken its file; a replica gets all it needs from the master
+            dead.wipe()
+            dead.start()
 
     def _replace_master(self, fault: Fault) -> None:
         self._settled_redis().order_fail_over()

@@ -113,14 +113,20 @@ def test_a_first_stream_that_ends_without_being_accepted_makes_room_for_another(
 ) -> None:
     state = learning.let_in(refused(TargetState(), NOW, running=200), NOW + 1)
     assert places(state, NOW + 2, 1) == 0
-    assert places(end(state, NOW + 2, started=NOW + 1), NOW + 2, 0) == 1
-    assert places(end(state, NOW + 2, started=NOW - 1), NOW + 2, 0) == 0  # that was one from before
+    assert places(end(state, NOW + 2, started=NOW + 1), NOW + 2, 1) == 1
+    assert places(end(state, NOW + 2, started=NOW - 1), NOW + 2, 1) == 0  # that was one from before
 
 
 def test_a_first_stream_of_which_nothing_is_heard_does_not_close_the_target_for_ever() -> None:
     state = learning.let_in(refused(TargetState(), NOW, running=200), NOW + 1)
     assert places(state, NOW + 60, 1) == 0
     assert places(state, NOW + 62, 1) == 1
+
+
+def test_streams_that_died_with_their_workers_do_not_close_a_target() -> None:
+    state = learning.let_in(refused(TargetState(), NOW, running=200), NOW + 1)
+    assert places(state, NOW + 2, 1) == 0
+    assert places(state, NOW + 2, 0) == 1  # nobody is left who could tell
 
 
 def test_the_ceiling_returns_quickly_to_just_below_the_wall_and_passes_it_slowly() -> None:

@@ -161,7 +161,9 @@ def places(state: TargetState, now: float, running: int, limit: int | None = Non
     left = max(0, most - running)
     if state.room is None:
         return left
-    return min(left, state.room if now < state.tried_at + _ROOM_PATIENCE else max(1, state.room))
+    # Of those that were let in nothing will be heard any more if none runs: their workers are dead.
+    unheard = running == 0 or now >= state.tried_at + _ROOM_PATIENCE
+    return min(left, max(1, state.room) if unheard else state.room)
 
 
 def ceiling(state: TargetState, limit: int | None = None) -> float:
