@@ -35,6 +35,13 @@ class Database:
         self.cancelled.append(key)
 
 
+class Ends:
+    """Of no job."""
+
+    async def publish_again(self) -> None:
+        """There is nothing to publish."""
+
+
 class Worker:
     """What a cancel listener sees of its worker."""
 
@@ -42,7 +49,7 @@ class Worker:
         self.active: dict[JobKey, object] = {}
         self.asked: list[tuple[JobKey, Stop]] = []
         self.nudges = 0
-        parts: tuple[Any, ...] = (client, PREFIX, queue, database, self, None, self._note_nudge)
+        parts: tuple[Any, ...] = (client, PREFIX, queue, database, self, None, Ends(), self._note_nudge)
         self.listener = CancelListener(*parts)
 
     def request_stop(self, key: JobKey, stop: Stop) -> bool:

@@ -4,6 +4,7 @@ import time
 
 from sqlalchemy import text, update
 
+from keepstream import Client
 from keepstream.results import JobStatus
 from keepstream.tables import jobs
 from tests.cluster import Cluster, Following, wait_until
@@ -84,6 +85,20 @@ def test_redis_away_at_the_end_delays_the_news_and_not_the_result(cluster_losing
         lambda: [event for event in cluster.log(job_id) if event.type == "job.completed"], "the end to be in the log"
     )
     check_completed(cluster, cluster.follow(job_id), "word " * 40)
+
+
+def test_an_end_that_redis_loses_is_published_again(cluster: Cluster) -> None:
+    """As after a fail-over to a replica that had not got it: a follower without a database needs it."""
+    cluster.start_worker()
+    job_id = cluster.enqueue(deltas=10)
+    assert cluster.wait_for(job_id).status is JobStatus.COMPLETED
+    wait_until(lambda: [event for event in cluster.log(job_id) if event.type == "job.completed"], "the end")
+    cluster.valkey.restart()  # it comes back empty
+    wait_until(lambda: cluster.log(job_id), "the end to be there again")
+    snapshot, end = cluster.log(job_id)
+    assert (snapshot.type, end.type) == ("snapshot", "job.completed")
+    with Client(cluster.valkey.url) as client:
+        assert [event.type for event in client.follow(job_id, timeout=30)] == ["snapshot", "job.completed"]
 
 
 def test_redis_emptied_twice_in_one_stream(cluster: Cluster) -> None:

@@ -551,11 +551,21 @@ async def cancels_are_heard() -> None:
             raise Defect
 
     client = Redis()
-    parts: tuple[Any, ...] = (client, "keepstream", "completions", NOBODY, NOBODY, NOBODY, NOBODY)
+    parts: tuple[Any, ...] = (client, "keepstream", "completions", NOBODY, NOBODY, NOBODY, NOBODY, NOBODY)
     listener = CancelListener(*parts)
     listener.start()
     await until(lambda: client.tries > 2)
     await listener.stop()
+
+
+async def lost_ends_are_looked_for() -> None:
+    engine = SimpleNamespace(active={})
+    ends = SimpleNamespace(publish_again=fail)
+    parts: tuple[Any, ...] = (NOBODY, "keepstream", "completions", NOBODY, engine, NOBODY, ends, NOBODY)
+    listener = CancelListener(*parts)
+    await listener._catch_up()
+    assert listener._looking_for_ends is not None
+    await asyncio.wait([listener._looking_for_ends])
 
 
 async def cancel_is_carried_out() -> None:
@@ -565,7 +575,7 @@ async def cancel_is_carried_out() -> None:
     stopped: list[tuple[JobKey, Stop]] = []
     engine = SimpleNamespace(request_stop=lambda *what: stopped.append(what))
     client = SimpleNamespace(set=requested, expire=requested)
-    parts: tuple[Any, ...] = (client, "keepstream", "completions", Database(), engine, Announcer(), fail)
+    parts: tuple[Any, ...] = (client, "keepstream", "completions", Database(), engine, Announcer(), NOBODY, fail)
     await CancelListener(*parts)._cancel(BAD)
     assert stopped == [(BAD, Stop.CANCELLED)]
 
@@ -798,6 +808,7 @@ PLACES: Final = [
     Place("upkeep_defect", step_of_a_sweep_is_made),
     Place("upkeep_defect", heartbeat_is_given),
     Place("cancel_listener_defect", cancels_are_heard),
+    Place("lost_ends_defect", lost_ends_are_looked_for),
     Place("cancel_listener_defect", cancel_is_carried_out),
     Place("message_defect", unreadable_message_is_recorded),
     Place("database_defect", group_is_executed),

@@ -48,6 +48,7 @@ from keepstream_worker.telemetry.logs import get_logger
 from keepstream_worker.upkeep.announcer import Announcer
 from keepstream_worker.upkeep.cancel_listener import CancelListener
 from keepstream_worker.upkeep.heartbeat import WorkerHeartbeat
+from keepstream_worker.upkeep.lost_ends import LostEnds
 from keepstream_worker.upkeep.sweeper import Sweeper
 from keepstream_worker.upkeep.unreadable_messages import UnreadableMessages
 from keepstream_worker.values import Ending, JobKey, worker_id
@@ -93,6 +94,7 @@ class Service:
         )
         self._providers = Providers(self._provider_configs)
         self._announcer = Announcer(self._database, self._publisher)
+        self._lost_ends = LostEnds(self._client, settings.prefix, self._announcer)
         self.engine = Engine(
             settings,
             self.worker_id,
@@ -125,6 +127,7 @@ class Service:
             self._database,
             self.engine,
             self._announcer,
+            self._lost_ends,
             self._chooser.nudged,
         )
         self._heartbeat = WorkerHeartbeat(
@@ -233,6 +236,8 @@ class Service:
         self._chooser.observe(observation, urgent=is_refusal(ending))
         if ending.status is JobStatus.RETRYING:
             self._chooser.expect(ending.retry_in)
+        if ending.terminal_event_id is not None:
+            self._lost_ends.note(ending.key, ending.terminal_event_id)
 
     def _nudge(self, queues: list[str]) -> None:
         """Tell other workers that jobs wait which this one cannot take."""

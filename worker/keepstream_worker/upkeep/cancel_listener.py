@@ -5,7 +5,8 @@ stopped, its terminal event announced.  A cancel takes milliseconds this way; if
 heartbeat finds the request in the database a little later.  All workers hear each notice; the one that runs the job
 acts on it, or else one that is the first to say so.
 
-The same channel carries nudges of workers that have more jobs waiting than they can take.
+The same channel carries nudges of workers that have more jobs waiting than they can take.  And whoever listens all the
+time is the first to know that Redis may be another one, which may have lost ends of jobs.
 """
 
 import asyncio
@@ -28,6 +29,7 @@ from keepstream_worker.store.database import WorkerDatabase
 from keepstream_worker.telemetry.logs import get_logger
 from keepstream_worker.telemetry.outages import Outage, Server
 from keepstream_worker.upkeep.announcer import Announcer
+from keepstream_worker.upkeep.lost_ends import LostEnds
 from keepstream_worker.values import JobKey
 
 log = get_logger()
@@ -40,6 +42,8 @@ _TAKEN: Final = b"taken"
 _PAUSE: Final = 1.0
 #: Seconds for Redis to confirm the subscription.
 _ANSWER_TIMEOUT: Final = 5.0
+#: Seconds after a new connection when it is looked for lost ends: the old master may have been written to meanwhile.
+_LOOKS_FOR_LOST_ENDS: Final = (0.0, 15.0)
 
 
 class CancelListener:
@@ -53,6 +57,7 @@ class CancelListener:
         database: WorkerDatabase,
         engine: Engine,
         announcer: Announcer,
+        lost_ends: LostEnds,
         on_nudge: Callable[[], None],
     ) -> None:
         self._client = client
@@ -63,10 +68,12 @@ class CancelListener:
         self._database = database
         self._engine = engine
         self._announcer = announcer
+        self._lost_ends = lost_ends
         self._hearing = Outage(Server.REDIS, "hear of cancels")
         self._looking = Outage(Server.REDIS, "look at a cancel request")
         self._listening: asyncio.Task[None] | None = None
         self._cancels: set[asyncio.Task[None]] = set()
+        self._looking_for_ends: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Listen in the background, whatever happens to Redis meanwhile."""
@@ -74,7 +81,8 @@ class CancelListener:
 
     async def stop(self) -> None:
         """Stop listening."""
-        tasks = [*self._cancels, *([self._listening] if self._listening else [])]
+        others = (self._listening, self._looking_for_ends)
+        tasks = [*self._cancels, *(task for task in others if task is not None)]
         for task in tasks:
             task.cancel()
         if tasks:
@@ -86,7 +94,7 @@ class CancelListener:
             try:
                 async with self._client.pubsub() as pubsub:
                     await self._subscribe(pubsub)
-                    await self._cancel_requested_meanwhile()
+                    await self._catch_up()
                     self._hearing.worked()
                     while True:
                         await self._hear(pubsub)
@@ -113,7 +121,7 @@ class CancelListener:
         if message["type"] == "message":
             self._handle_notice(message["data"])
         elif message["type"] == "subscribe":  # redis-py has lost the connection and made another one by itself
-            await self._cancel_requested_meanwhile()
+            await self._catch_up()
 
     async def _answer(self, pubsub: redis.asyncio.client.PubSub) -> dict[str, Any]:
         """Return what comes after a PING.
@@ -127,6 +135,23 @@ class CancelListener:
             if message is not None:  # None may also be the answer to a PING of redis-py's own
                 return message
         raise TimeoutError
+
+    async def _catch_up(self) -> None:
+        """Do what came while nobody listened: cancels, and the loss of what the server before had."""
+        if self._looking_for_ends is not None:
+            self._looking_for_ends.cancel()
+        self._looking_for_ends = asyncio.create_task(self._look_for_lost_ends(), name="lost ends")
+        await self._cancel_requested_meanwhile()
+
+    async def _look_for_lost_ends(self) -> None:
+        for seconds in _LOOKS_FOR_LOST_ENDS:
+            await asyncio.sleep(seconds)
+            try:
+                await self._lost_ends.publish_again()
+            except (RedisError, OSError, StoreUnavailableError):
+                pass  # after the next connection, or by the row
+            except Exception:
+                log.exception("lost_ends_defect")
 
     async def _cancel_requested_meanwhile(self) -> None:
         """Cancel the jobs that run here and whose request came while nobody listened."""
