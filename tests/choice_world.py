@@ -137,9 +137,10 @@ class World:
         *,
         queue: str = "main",
         providers: Container[str] | None = None,
+        parked: Sequence[str] = (),
     ) -> Decision:
         """Take a turn."""
-        choice = self.choice = Choice(policy, queue, places, observations, providers)
+        choice = self.choice = Choice(policy, queue, places, observations, providers, parked)
         self.question = choice.ask(self.now, self.state)
         self.reading = self.read(self.question)
         decision = choice.decide(self.reading)

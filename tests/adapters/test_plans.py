@@ -247,6 +247,7 @@ def _look_after(do: Doing) -> None:
     do(store.delete_idle_standings, tidying, buffers=SWEPT)
     # What runs is never more than the workers have places for.
     do(store.delete_idle_pools, tidying._replace(limit=10), buffers=SWEPT, scanned="keepstream_running")
+    do(store.find_parked, store.Parked("", 10))
     assert do(store.put_right, low) != [None]
     do(store.find_unknown, store.Wanted(QUEUE, frozenset({"default"})), scanned="keepstream_workers")
 

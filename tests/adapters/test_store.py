@@ -48,7 +48,7 @@ from keepstream.tables import (
     workers,
 )
 from keepstream_worker import store
-from keepstream_worker.limits import Policy
+from keepstream_worker.limits import Policy, TenantPolicy
 from keepstream_worker.scheduling import choice as rules
 from keepstream_worker.store import (
     Claim,
@@ -615,6 +615,22 @@ def test_a_pool_that_cannot_be_read_concerns_its_own_jobs_and_is_made_anew(
     assert claim is not None
     assert claim.chain == (Target("default", model), Target("other", model))
     assert db.rows_of_arrivals() == []
+
+
+def test_a_full_tenant_whose_lane_was_forgotten_is_found_to_be_full(db: Store) -> None:
+    """Its job may run for so long that its standing means nothing any more."""
+
+    def turn() -> store.Turned:
+        policy = Policy(tenants={"default": TenantPolicy(concurrency=1)})
+        (turned,) = db(store.take_turn, store.Turn("w1", rules.Choice(policy, QUEUE, 5)))
+        return turned
+
+    db.enqueue("first")
+    assert names(turn()) == ["first"]
+    with db.engine.begin() as connection:
+        connection.execute(delete(standings))
+    db.enqueue("second")
+    assert names(turn()) == []
 
 
 def test_a_job_that_waits_where_it_cannot_ends_as_failed(db: Store) -> None:

@@ -11,6 +11,7 @@ import orjson
 import pytest
 
 from keepstream_worker.limits import Limits, Policy, ProviderPolicy, TenantPolicy
+from keepstream_worker.scheduling import choice as choice_module
 from keepstream_worker.scheduling import learning
 from keepstream_worker.scheduling.choice import Choice, may_start_directly
 from keepstream_worker.scheduling.learning import FAILING_FOR
@@ -564,3 +565,50 @@ def test_only_providers_are_counted_for_which_jobs_wait() -> None:
     assert set(world.question.counted_providers) == {"p"}
     world.turn(rules, 0)
     assert set(world.question.counted_providers) == {"p", "q", "s"}
+
+
+# -- more full tenants than are remembered --
+
+
+def full_tenants(monkeypatch: pytest.MonkeyPatch) -> tuple[World, Policy, list[str]]:
+    """Return a world in which twelve tenants run all they may, and wait with more; two of them are remembered."""
+    monkeypatch.setattr(choice_module, "_MOST_PARKED", 2)
+    rules = Policy(tenants={"*": TenantPolicy(concurrency=1), "free": TenantPolicy()})
+    world = World()
+    names = [f"tenant-{number}" for number in range(12)]
+    for name in names:
+        for _ in range(3):
+            world.store(name, CHAIN)
+    assert len(world.turn(rules, 12).picks) == 12
+    for _ in range(8):
+        world.now += 2.0
+        assert world.turn(rules, 3).picks == ()
+    return world, rules, names
+
+
+def test_full_tenants_beyond_those_that_are_remembered_starve_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    world, rules, _ = full_tenants(monkeypatch)
+    assert len(State.from_json(world.state).tenants) == 2
+    job = world.store("free", CHAIN)
+    assert [pick.job for pick in world.turn(rules, 2).picks] == [job]
+    assert not any(each.active for each in world.standings if each.tenant != "free"), "nobody has to pass them by"
+    world.check()
+
+
+def test_tenants_that_are_not_remembered_go_on_when_their_jobs_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    world, rules, names = full_tenants(monkeypatch)
+    for name in (*names, *names):
+        (running,) = [each for key, each in world.running.items() if key.tenant == name]
+        told = [Settled(world.end(running.pick.job.key).place, running.pick.tokens, None, None, End.COMPLETED)]
+        assert [pick.job.key.tenant for pick in world.turn(rules, 3, told).picks] == [name]
+        world.check()
+
+
+def test_tenants_that_are_not_remembered_go_on_though_nobody_tells_of_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    world, rules, names = full_tenants(monkeypatch)
+    for key in list(world.running):
+        world.end(key)
+    world.now += 300.0
+    picks = world.turn(rules, 12, parked=names).picks
+    assert {pick.job.key.tenant for pick in picks} == set(names)
+    world.check()

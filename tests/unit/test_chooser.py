@@ -507,6 +507,23 @@ async def test_jobs_that_wait_where_no_turn_can_look_are_seen_to_one_by_one(worl
     assert len(world.turns) == 1, "what could not be mended is no reason for turns without end"
 
 
+async def test_tenants_whose_lanes_are_parked_are_looked_at_by_the_next_turn_alone(world: World) -> None:
+    world.running.update({KEY, OTHER})
+    parked = []
+    run = world.run
+
+    async def note(operation: Any, argument: Any) -> Any:
+        parked.append(tuple(argument.decider._parked))
+        return await run(operation, argument)
+
+    world.chooser._turns = SimpleNamespace(run=note)  # type: ignore[assignment]
+    world.chooser.look_at(["a", "b"])
+    await world.turns_taken(1)
+    world.chooser.observe(told(1), urgent=True)
+    await world.turns_taken(2)
+    assert parked == [("a", "b"), ()]
+
+
 async def test_what_cannot_be_told_for_long_is_bounded_and_nothing_of_it_is_lost(world: World) -> None:
     world.hold.clear()
     for _ in range(10 * chooser_module._MOST_KEPT):

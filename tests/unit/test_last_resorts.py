@@ -518,7 +518,7 @@ async def step_of_a_sweep_is_made() -> None:
 
     other = SimpleNamespace(record=record)
     heartbeat = SimpleNamespace(unbroken_for_a_lease=True, sweeper_free=True)
-    chooser = SimpleNamespace(idle_times=dict)
+    chooser = SimpleNamespace(idle_times=dict, parks_beyond=False)
     parts: tuple[Any, ...] = ("worker", Found(), heartbeat, chooser, announcer, other)
     sweeper = Sweeper(load_settings({}), *parts)
     await sweeper._sweep()

@@ -34,8 +34,11 @@ from keepstream_worker.values import Target
 _MOST_POOLS: Final = 16
 #: Full tenants that are looked at again in one turn.
 _MOST_TENANTS: Final = 20
-#: Full tenants that are remembered; beyond, lanes are passed over without being parked.
+#: Full tenants that are remembered. Lanes of others are parked all the same; they are looked for when a job of theirs
+#: ends, and by a walk of the sweeper.
 _MOST_PARKED: Final = 1000
+#: Seconds after which nothing is parked but what is remembered: the walk would have found it.
+_PARKED_MEMORY: Final = 600.0
 #: Seconds after which what waits for the end of a job is looked at again, in case nobody tells of it.
 _LAST_RESORT: Final = 1.0
 #: How far a slow transaction's arrival may be behind the newest one and still be found by a turn; a sweep finds others.
@@ -57,6 +60,7 @@ class Choice:
         places: int,
         observations: Sequence[Observation] = (),
         providers: Container[str] | None = None,
+        parked: Iterable[str] = (),
     ) -> None:
         """Prepare a turn.
 
@@ -65,10 +69,12 @@ class Choice:
             queue: Whose jobs the worker runs.
             places: Jobs that it takes at most; with 0 the turn only tells.
             observations: What it tells, in order.
+            parked: Tenants to be looked at again, because lanes of theirs are parked.
             providers: Whose jobs it takes; None: all. Others are left to workers that can ask them.
         """
         self.lacking: set[str] = set()  #: Providers for which jobs of the queue wait that could go, but not here.
         self._providers = providers
+        self._parked = parked
         self._policy = policy
         self._queue = queue
         self._places = places
@@ -84,7 +90,9 @@ class Choice:
         self._gates = Gates(self._policy, self._state, now)
         self._lanes: dict[int, Lane] = {}
         self._told: list[Charged | Settled] = []  # what moves lanes
-        self._freed: set[str] = set()
+        self._freed: set[str] = set(self._parked)
+        if self._state.parked_beyond <= now - _PARKED_MEMORY:
+            self._state.parked_beyond = 0.0
         for observation in self._observations:
             self._hear(observation)
         self._note_freed({each.place.target.provider for each in self._observations if isinstance(each, Settled)})
@@ -205,13 +213,15 @@ class Choice:
         """Return full tenants of whom a job may have ended."""
         full = self._state.tenants
         found = [name for name in full if name in self._freed]
+        if self._state.parked_beyond:
+            found += sorted(self._freed.difference(full))
         due = sorted(
             (tenant.checked, name)
             for name, tenant in full.items()
             if name not in self._freed
             and (tenant.checked <= self._now - _LAST_RESORT or self._has_place(name, tenant.running))
         )
-        return tuple((found + [name for _, name in due])[:_MOST_TENANTS])
+        return tuple(found + [name for _, name in due][: max(_MOST_TENANTS - len(found), 0)])
 
     def _restarted_to_read(self) -> tuple[int, ...]:
         """Return the open pools in which restarted jobs are due."""
@@ -231,6 +241,8 @@ class Choice:
 
     def _least_times(self) -> dict[tuple[str, str], float]:
         """Return, by queue and class, the least time that a standing can have which means anything."""
+        if self._state.parked_beyond:
+            return {}  # how far those are that are not remembered is not known
         times = self._state.idle_times(self._policy.credit)
         for pool in self._state.pools.values():
             key = (pool.queue, pool.job_class)
@@ -379,15 +391,18 @@ class Choice:
             return
         for lane in self._lanes.values():
             is_meant = lane.tenant in names and any(row.active for row in lane.rows.values())
-            if is_meant and self._note_full(lane.tenant, lane.queue) is not None:
+            if is_meant:
+                self._note_full(lane.tenant, lane.queue)
                 lane.park()
 
     def _note_full(self, name: str, queue: str) -> FullTenant | None:
-        """Remember a full tenant of whom something waits; None: there are too many."""
+        """Remember a full tenant of whom something waits; None: there are too many, which is remembered instead."""
         running = self._running_tenants.get(name, 0)
         tenant = self._state.tenants.get(name)
         if tenant is None:
             if len(self._state.tenants) >= _MOST_PARKED:
+                if self._state.parked_beyond < self._now - _LAST_RESORT:
+                    self._state.parked_beyond = self._now
                 return None
             tenant = self._state.tenants[name] = FullTenant(self._now, running, None, [queue])
         tenant.running = running
@@ -399,15 +414,18 @@ class Choice:
         """Let those wait as others do whose tenants have a place again."""
         for name in self._asked_tenants:
             self._note_tenant(name)
-            if name in self._full:
+            if name not in self._full:
+                self._state.tenants.pop(name, None)
+                self._look_for_hidden()
+            elif name in self._state.tenants:
                 tenant = self._state.tenants[name]
                 tenant.checked, tenant.running = self._now, self._running_tenants.get(name, 0)
-            else:
-                del self._state.tenants[name]
-                self._look_for_hidden()
+        for lane in self._lanes.values():  # perhaps there is room for them now; else it is known that there is none
+            if lane.tenant in self._full and any(row.parked for row in lane.rows.values()):
+                self._note_full(lane.tenant, lane.queue)
         self._park(self._full.intersection(self._asked_tenants))
         for lane in sorted(self._lanes.values(), key=lambda lane: (lane.time, lane.id)):
-            if lane.tenant in self._asked_tenants and lane.tenant not in self._full:
+            if lane.tenant not in self._full and lane.tenant not in self._state.tenants:
                 comes = not any(row.active for row in lane.rows.values())
                 if lane.unpark():
                     self._come(lane, lifts=comes)
@@ -485,7 +503,8 @@ class Choice:
                 continue  # it was taken or cancelled before its arrival was read
             waited = lane.waits
             row.head = arrival.seq
-            if lane.tenant in self._full and self._note_full(lane.tenant, lane.queue) is not None:
+            if lane.tenant in self._full:
+                self._note_full(lane.tenant, lane.queue)
                 row.parked = True
                 if lane.is_unknown:  # it comes when it leaves the park
                     lane.time = self._least(lane.queue, lane.job_class)

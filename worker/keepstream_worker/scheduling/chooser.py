@@ -112,6 +112,7 @@ class Chooser:
         self._nudged_at = 0.0
         self._observations: deque[Observation] = deque()
         self._state = State()
+        self._parked: tuple[str, ...] = ()  #: Tenants to be looked at by the next turn.
         self._turn = -1  #: Of the state; -1: nothing was heard yet.
         #: From when on jobs that wait in our queue can go, by our clock; 0: now; None: none wait, as far as is known.
         self._ready_at: float | None = 0.0
@@ -167,6 +168,17 @@ class Chooser:
     def known_turn(self) -> int:
         """Number of the newest turn whose state is known here."""
         return self._turn
+
+    @property
+    def parks_beyond(self) -> bool:
+        """Whether lanes are parked that no turn remembers: ``look_at`` is to name their tenants now and then."""
+        return self._state.parked_beyond > 0
+
+    def look_at(self, parked: Iterable[str]) -> None:
+        """Look again, in the next turn, at tenants whose lanes are parked: perhaps they have a place."""
+        self._parked = tuple(parked)
+        if self._parked:
+            self._wanted.set()
 
     def idle_times(self) -> dict[tuple[str, str], float]:
         """Return below which times standings that are not active mean nothing, by queue and class."""
@@ -338,7 +350,7 @@ class Chooser:
         unknown: frozenset[str] = frozenset()
         while True:
             places = 0 if self._paused else max(min(self.free, _MOST_PICKS), 0)
-            if not places and not self._observations:
+            if not places and not self._observations and not self._parked:
                 return
             turned = await self._take_turn(places, unknown)
             unknown = await self._find_unknown()
@@ -385,7 +397,8 @@ class Chooser:
         """Take a turn for so many places; of ``unknown`` providers, too, which no worker can ask."""
         providers = None if self._providers is None else self._providers | unknown
         told = [self._observations.popleft() for _ in range(min(len(self._observations), _MOST_TOLD))]
-        choice = Choice(self._policy, self._queue, places, told, providers)
+        parked, self._parked = self._parked, ()
+        choice = Choice(self._policy, self._queue, places, told, providers, parked)
         async with self._turning:
             try:
                 turned = await self._turns.run(store.take_turn, store.Turn(self._worker_id, choice))

@@ -132,14 +132,16 @@ _TENANT_FIELDS: Final = len(fields(FullTenant))
 class State:
     """What one turn leaves for the next."""
 
-    __slots__ = ("arrivals_low", "pools", "queues", "tenants", "uses")
+    __slots__ = ("arrivals_low", "parked_beyond", "pools", "queues", "tenants", "uses")
 
     def __init__(self) -> None:
         self.arrivals_low = 0  #: From where the next turn looks for arrivals.
         self.pools: dict[int, PoolState] = {}  #: Those in which jobs wait, new or restarted, by id.
         self.queues: dict[str, QueueState] = {}
         self.uses: dict[str, UseState] = {}  #: By the key of a limit: ``PROVIDER/MODEL`` or ``PROVIDER``.
-        self.tenants: dict[str, FullTenant] = {}  #: The full ones.
+        self.tenants: dict[str, FullTenant] = {}  #: The full ones, as far as there is room.
+        #: When a lane was last parked, or found parked, whose tenant is not among those; 0: never, or long ago.
+        self.parked_beyond = 0.0
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -147,6 +149,7 @@ class State:
         state = cls()
         document: dict[str, Any] = orjson.loads(text)
         state.arrivals_low = document.get("a", 0)
+        state.parked_beyond = document.get("o", 0.0)
         for pool, row in document.get("p", {}).items():
             state.pools[int(pool)] = PoolState(*row[:_POOL_FIELDS])
         for queue, row in document.get("q", {}).items():
@@ -182,7 +185,14 @@ class State:
         tenants = {
             name: [tenant.checked, tenant.running, tenant.low, tenant.queues] for name, tenant in self.tenants.items()
         }
-        parts: dict[str, Any] = {"a": self.arrivals_low, "p": pools, "q": queues, "u": uses, "t": tenants}
+        parts: dict[str, Any] = {
+            "a": self.arrivals_low,
+            "o": self.parked_beyond,
+            "p": pools,
+            "q": queues,
+            "u": uses,
+            "t": tenants,
+        }
         return orjson.dumps({name: part for name, part in parts.items() if part}).decode()
 
     def forget_targets(self, now: float) -> None:

@@ -35,6 +35,7 @@ from keepstream_worker.store.misplaced import PutRight, put_right
 from keepstream_worker.store.rejections import Refused, Rejection, refuse, reject
 from keepstream_worker.store.sweeps import (
     Candidacy,
+    Parked,
     Sweep,
     Tidying,
     delete_idle_pools,
@@ -42,6 +43,7 @@ from keepstream_worker.store.sweeps import (
     delete_old_turns,
     end_expired,
     find_late_arrivals,
+    find_parked,
     find_unannounced,
     lead,
     mark_announced,
@@ -64,6 +66,7 @@ __all__ = [
     "Named",
     "NotEnded",
     "OwnedJob",
+    "Parked",
     "Picked",
     "PutRight",
     "Refused",
@@ -84,6 +87,7 @@ __all__ = [
     "end",
     "end_expired",
     "find_late_arrivals",
+    "find_parked",
     "find_unannounced",
     "find_unknown",
     "incoming",

@@ -296,6 +296,28 @@ def _delete_idle_pools(connection: Connection, request: Tidying) -> int:
     return ids[-1] + 1 if len(ids) == request.limit else 0
 
 
+class Parked(NamedTuple):
+    """A step of the walk through the tenants whose lanes are parked."""
+
+    after: str  #: The tenant at which the last step ended.
+    limit: int
+
+
+_PARKED: Final = (
+    select(standings.c.tenant)
+    .where(standings.c.parked.is_not(None), standings.c.tenant > bindparam("after"))
+    .distinct()
+    .order_by(standings.c.tenant)
+    .limit(bindparam("limit", type_=Integer))
+)
+
+
+def find_parked(connection: Connection, steps: list[Parked]) -> list[list[str]]:
+    """Return tenants whose lanes are parked, in their order."""
+    _hurry(connection)
+    return [list(connection.scalars(_PARKED, step._asdict())) for step in steps]
+
+
 _NEWEST_TURN: Final = select(turns.c.n).order_by(turns.c.n.desc()).limit(1)
 _DELETE_TURNS: Final = delete(turns).where(turns.c.n >= bindparam("oldest"), turns.c.n < bindparam("kept"))
 

@@ -139,7 +139,7 @@ def _read(connection: Connection, statements: _Statements, newest: Newest, quest
     tenants = set(question.counted_tenants)
     if question.counts_all_tenants:
         tenants |= {standing.tenant for standing in standings.values()}
-        tenants |= {job.key.tenant for job in restarted.values()}
+        tenants |= {item.tenant for item in arrivals} | {job.key.tenant for job in restarted.values()}
     running: dict[Target, int] = {}
     running_tenants: dict[str, int] = {}
     providers = {*question.counted_providers, *(target.provider for pool in pools.values() for target in pool.chain)}

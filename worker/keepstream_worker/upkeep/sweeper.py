@@ -33,6 +33,8 @@ _ANNOUNCEMENTS_AT_ONCE: Final = 4
 _LEASE_SWEEPS: Final = 4.0
 #: Sweeps of which one looks at everything, however old; the others know what was there.
 _WHOLE_EVERY: Final = 60
+#: Tenants with parked lanes that one sweep has looked at.
+_PARKED_AT_ONCE: Final = 100
 #: Seconds to give the lease up at the end.
 _RELEASE_TIMEOUT: Final = 2.0
 
@@ -60,6 +62,7 @@ class Sweeper:
         self._leads = False
         self._turns_from = 0  #: Turns below are deleted.
         self._pools_from = 0  #: Where the walk through the pools goes on.
+        self._parked_after = ""  #: Where the walk through tenants with parked lanes goes on.
         self._until_whole = 0  #: Sweeps until the next one that looks at everything.
         self._paused = False
         self._task: PeriodicTask | None = None
@@ -105,6 +108,8 @@ class Sweeper:
         await self._apart("find late arrivals", self._database.run(store.find_late_arrivals, tidying))
         await self._apart("delete old turns", self._delete_old_turns(tidying))
         await self._apart("delete idle standings", self._database.run(store.delete_idle_standings, tidying))
+        if self._chooser.parks_beyond:
+            await self._apart("find parked", self._find_parked())
         if whole:
             await self._apart("delete idle pools", self._delete_idle_pools(tidying))
         await self._apart("record unreadable messages", self._unreadable_messages.record(limit=_LIMIT))
@@ -142,6 +147,12 @@ class Sweeper:
         """Let the next sweep look at everything, too: more may be there, and what Redis did not take stays."""
         if found:
             self._until_whole = 0
+
+    async def _find_parked(self) -> None:
+        step = store.Parked(self._parked_after, _PARKED_AT_ONCE)
+        tenants = await self._database.run(store.find_parked, step)
+        self._parked_after = tenants[-1] if len(tenants) == _PARKED_AT_ONCE else ""
+        self._chooser.look_at(tenants)
 
     async def _delete_idle_pools(self, tidying: store.Tidying) -> None:
         self._pools_from = await self._database.run(store.delete_idle_pools, tidying)
