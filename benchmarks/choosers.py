@@ -14,7 +14,6 @@ import math
 import os
 import socket
 import sys
-import threading
 import time
 import uuid
 from collections import Counter
@@ -36,6 +35,7 @@ from keepstream_worker.scheduling.observations import accepted_of, observation_o
 from keepstream_worker.settings import Settings, load_settings
 from keepstream_worker.store import Claim
 from keepstream_worker.store.database import Health, WorkerDatabase
+from keepstream_worker.store.one_writer import OneWriter
 from keepstream_worker.telemetry.logs import configure_logging
 from keepstream_worker.upkeep.announcer import Announcer
 from keepstream_worker.upkeep.heartbeat import WorkerHeartbeat
@@ -133,7 +133,7 @@ class _Worker:
         self.id = worker_id(socket.gethostname(), os.getpid(), uuid.uuid4().hex[:8])
         health = Health()
         engines = [make_engine(settings.database_url, "keepstream-worker", pool_size=1, writer=True) for _ in range(4)]
-        one_writer = threading.Lock() if engines[0].dialect.name == "sqlite" else None
+        one_writer = OneWriter.of(engines[0])
         beats, work, sweeps = (WorkerDatabase(engine, health, one_writer) for engine in engines[:3])
         self.turns = _Turns(engines[3], health, one_writer, max_group=1)
         self.turns.seconds = []

@@ -16,8 +16,10 @@ from keepstream.errors import StoreUnavailableError
 from keepstream.tables import now, workers
 from keepstream_worker.dev_stack.embedded import sqlite_url
 from keepstream_worker.store import database as database_module
+from keepstream_worker.store import one_writer
 from keepstream_worker.store.database import WorkerDatabase
 from keepstream_worker.store.error_answers import StoreRefusedError
+from keepstream_worker.store.one_writer import OneWriter
 from tests.cluster import wait_until
 
 PATIENCE: Final = 30.0
@@ -164,8 +166,8 @@ async def test_connection_of_a_way_that_is_idle_is_closed_and_opened_again(
 async def test_ways_of_one_process_take_turns_where_there_is_one_writer(tmp_path: Path) -> None:
     """SQLite itself makes who finds it locked look again after a growing pause, and give up in the end."""
     (tmp_path / "a.db").touch()
-    url, one_writer = sqlite_url(tmp_path / "a.db"), threading.Lock()
-    ways = [WorkerDatabase(make_engine(url, writer=True), turn=one_writer) for _ in range(3)]
+    url, turn = sqlite_url(tmp_path / "a.db"), threading.Lock()
+    ways = [WorkerDatabase(make_engine(url, writer=True), turn=turn) for _ in range(3)]
     begun, go_on = threading.Event(), threading.Event()
     others: list[bool] = []
 
@@ -176,7 +178,7 @@ async def test_ways_of_one_process_take_turns_where_there_is_one_writer(tmp_path
         return arguments
 
     def write(connection: Connection, arguments: list[int]) -> list[int]:
-        others.append(one_writer.locked())
+        others.append(turn.locked())
         connection.execute(text("INSERT INTO t VALUES (1)"))
         return arguments
 
@@ -192,6 +194,32 @@ async def test_ways_of_one_process_take_turns_where_there_is_one_writer(tmp_path
         for way in ways:
             await asyncio.to_thread(way.close)
     assert others == [True, True], "each has its turn while it writes"
+
+
+def test_processes_take_turns_and_a_frozen_one_keeps_nobody_out_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each ``OneWriter`` has the file open for itself, as another process would."""
+    mine, others = OneWriter(tmp_path / "a.db-turn"), OneWriter(tmp_path / "a.db-turn")
+    entered = threading.Event()
+
+    def enter() -> None:
+        with others:
+            entered.set()
+
+    with mine:
+        waiting = threading.Thread(target=enter)
+        waiting.start()
+        assert not entered.wait(0.1)
+    waiting.join(PATIENCE)
+    assert entered.is_set()
+    monkeypatch.setattr(one_writer, "_PATIENCE", 0.01)
+    with mine, others:  # SQLite says then who may write
+        pass
+    with others:
+        pass
+    for each in (mine, others):
+        each.close()
 
 
 # -- options of the URL --

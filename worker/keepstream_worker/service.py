@@ -10,7 +10,6 @@ import base64
 import json
 import os
 import socket
-import threading
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -44,6 +43,7 @@ from keepstream_worker.settings import Settings
 from keepstream_worker.store import Claim, Refused, Rejection
 from keepstream_worker.store.database import Health, WorkerDatabase
 from keepstream_worker.store.error_answers import StoreRefusedError
+from keepstream_worker.store.one_writer import OneWriter
 from keepstream_worker.telemetry.logs import get_logger
 from keepstream_worker.upkeep.announcer import Announcer
 from keepstream_worker.upkeep.cancel_listener import CancelListener
@@ -158,7 +158,7 @@ class Service:
         """Open the ways to the database, each with a connection of its own, so that none holds up another."""
         url, health = self._settings.database_url, Health()
         engines = [make_engine(url, "keepstream-worker", pool_size=1, writer=True) for _ in range(4)]
-        one_writer = threading.Lock() if engines[0].dialect.name == "sqlite" else None
+        one_writer = OneWriter.of(engines[0])
         self._heartbeats = WorkerDatabase(engines[0], health, one_writer)
         self._database = WorkerDatabase(engines[1], health, one_writer)
         self._turns = WorkerDatabase(engines[2], health, one_writer, max_group=1)
