@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
@@ -29,7 +30,8 @@ sys.exit(Supervisor([sys.executable, "-c", {CHILD!r}], 2, os.environ).run())
 def stopped_by(signums: list[signal.Signals], *prefix: str) -> list[str]:
     """Return what two processes say when their supervisor is sent signals."""
     command = [*prefix, sys.executable, "-c", SUPERVISOR]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as supervisor:
+    heard = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # these tests themselves may run under nohup
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=heard) as supervisor:  # noqa: PLW1509
         try:
             assert supervisor.stdout is not None
             assert [supervisor.stdout.readline() for _ in range(2)] == ["up\n"] * 2
