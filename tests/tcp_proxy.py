@@ -41,6 +41,12 @@ class TcpProxy:
             with contextlib.suppress(OSError):
                 self._sockets.pop().shutdown(socket.SHUT_RDWR)
 
+    def lead_to(self, target: int) -> None:
+        """Break all connections; new ones lead to another port."""
+        self.cut()
+        self._target = target
+        self.mend()
+
     def mend(self) -> None:
         """Let new connections through again."""
         self._open.set()

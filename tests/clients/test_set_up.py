@@ -2,16 +2,14 @@
 
 import json
 from collections.abc import Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import pytest
 
 from keepstream_worker.dev_stack.embedded import free_port
 from tests import node
 from tests.chromium import BrowserError, Page
+from tests.site import Site
 
 PAGE = """<!doctype html><title>A page</title>
 <button>Press me</button><p></p>
@@ -25,17 +23,8 @@ PAGE = """<!doctype html><title>A page</title>
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[str]:
     (tmp_path / "index.html").write_text(PAGE)
-
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # its name there
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path)) as server:
-        thread = Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
-        thread.join()
+    with Site(tmp_path) as site:
+        yield site.url
 
 
 def test_the_packages_are_those_that_are_locked() -> None:
