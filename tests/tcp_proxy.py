@@ -1,7 +1,7 @@
 """A TCP proxy that can be cut, so that one client loses a server that all others still reach.
 
 In: a server's port.
-Out: a port that leads to it until the proxy is cut.
+Out: a port that leads to it until the proxy is cut, or leads elsewhere; how many connections were asked for.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ class TcpProxy:
         self._open = threading.Event()
         self._open.set()
         self._sockets: list[socket.socket] = []
+        self.asked = 0  #: Connections that clients have asked for.
         self.port: int = self._listener.getsockname()[1]
 
     def __enter__(self) -> Self:
@@ -51,10 +52,15 @@ class TcpProxy:
         """Let new connections through again."""
         self._open.set()
 
+    def lead_to(self, target: int) -> None:
+        """Let new connections lead to another port; those that there are stay."""
+        self._target = target
+
     def _accept(self) -> None:
         with contextlib.suppress(OSError):  # closed
             while True:
                 client, _ = self._listener.accept()
+                self.asked += 1
                 if not self._open.is_set():
                     client.close()
                     continue

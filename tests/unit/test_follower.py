@@ -7,7 +7,7 @@ database that comes and goes, and a clock that costs nothing.
 import json
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any
@@ -80,6 +80,7 @@ class World:
         self.operations: list[Operation] = []
         self.waiting_for: WaitingFor | None = None
         self.reports: list[WaitingFor] = []
+        self.at_once: Callable[[], int] | None = None  # how many messages a follower gets at once
 
     def publish(self, count: int = 1) -> None:
         """Publish as the worker does: log and channel in one step, and a snapshot where the log has a hole."""
@@ -139,8 +140,11 @@ class World:
             case Listen(seconds):
                 assert seconds > 0
                 if self.channel:
-                    return Payload(self.channel.pop(0).encode())
+                    count = 1 if self.at_once is None else self.at_once()
+                    arrived, self.channel = self.channel[:count], self.channel[count:]
+                    return [Payload(text.encode()) for text in arrived]
                 self.now += seconds
+                return []
             case ReadLog(after):
                 since = parse_event_id(after) if after else EventId(0, 0)
                 entries = [

@@ -18,6 +18,7 @@ from redis.exceptions import (
     ResponseError,
 )
 
+from keepstream.client.cancellation import cancellable
 from keepstream.client.follower import (
     DisconnectedError,
     FollowerRun,
@@ -30,7 +31,8 @@ from keepstream.client.follower import (
     Sleep,
     Subscribe,
 )
-from keepstream.client.redis import AsyncRedisConnections, RedisConnections
+from keepstream.client.redis import RedisConnections
+from keepstream.client.redis_aio import AsyncRedisConnections
 from keepstream.errors import InvalidSettingError, StoreUnavailableError, UnexpectedError
 from keepstream.events import Event, parse_event
 from keepstream.names import job_keys
@@ -148,7 +150,7 @@ async def test_a_message_about_unreadable_data_does_not_repeat_the_data(follow: 
     assert "check the Redis URL" in str(raised.value)
 
 
-# -- subscriptions --
+# -- subscriptions of the sync form; those of the other are tried in tests/adapters/test_subscriptions.py --
 
 Closing = Callable[[], object]  #: Called at each close, which it may prevent by an exception.
 
@@ -174,43 +176,20 @@ class Subscription:
         self._unclosed.discard(self)
 
 
-class AsyncSubscription:
-    """The same for the async form; when ``silence`` is given, listening waits in it."""
-
-    def __init__(
-        self, unclosed: set[Any], closing: Closing, silence: Callable[[], Awaitable[None]] | None = None
-    ) -> None:
-        self._sync = Subscription(unclosed, closing)
-        self._silence = silence
-
-    async def subscribe(self, channel: str) -> None:
-        self._sync.subscribe(channel)
-
-    async def get_message(self, timeout: float) -> dict[str, Any] | None:
-        message = self._sync.get_message(timeout)
-        if message is None and self._silence is not None:
-            await self._silence()
-        return message
-
-    async def aclose(self) -> None:
-        self._sync.close()
-
-
 class Subscriptions:
     """The place of the connection pool for subscriptions, which keeps each one until it is closed."""
 
-    def __init__(self, make: Callable[[set[Any], Closing], Any], closing: Closing = lambda: None) -> None:
-        self._make = make
+    def __init__(self, closing: Closing = lambda: None) -> None:
         self._closing = closing
         self.made = 0
-        self.unclosed: set[Any] = set()
+        self.unclosed: set[Subscription] = set()
 
-    def pubsub(self) -> Any:
+    def pubsub(self) -> Subscription:
         self.made += 1
-        return self._make(self.unclosed, self._closing)
+        return Subscription(self.unclosed, self._closing)
 
 
-async def first_event_sync(run: FollowerRun[Any], subscriptions: Any) -> Any:
+def first_event(run: FollowerRun[Any], subscriptions: Any) -> Any:
     """Return the first event, and end the iteration early."""
     connections = RedisConnections(NOWHERE)
     connections._links.get().subscriptions = subscriptions
@@ -221,50 +200,26 @@ async def first_event_sync(run: FollowerRun[Any], subscriptions: Any) -> Any:
         events.close()
 
 
-async def first_event_async(run: FollowerRun[Any], subscriptions: Any) -> Any:
-    connections = AsyncRedisConnections(NOWHERE)
-    (await connections._links()).subscriptions = subscriptions
-
-    async def read(_: Operation) -> None:
-        return None
-
-    events = connections.follow(run, KEYS, read)
-    try:
-        return await anext(events)
-    finally:
-        await events.aclose()
-
-
-FirstEvent = Callable[[FollowerRun[Any], Subscriptions], Awaitable[Event]]
-FORMS = pytest.mark.parametrize(
-    ("first_event", "subscription"),
-    [(first_event_sync, Subscription), (first_event_async, AsyncSubscription)],
-    ids=["sync", "async"],
-)
-
-
-@FORMS
-async def test_ending_early_closes_the_subscription(first_event: FirstEvent, subscription: Any) -> None:
+def test_ending_early_closes_the_subscription() -> None:
     def run() -> FollowerRun[Any]:
         yield Subscribe()
         yield parse_event(started("1-1"))
         yield parse_event(ended("1-2", "completed", ""))
 
-    subscriptions = Subscriptions(subscription)
-    assert (await first_event(run(), subscriptions)).id == "1-1"
+    subscriptions = Subscriptions()
+    assert first_event(run(), subscriptions).id == "1-1"
     assert (subscriptions.made, subscriptions.unclosed) == (2, set())
 
 
-@FORMS
-async def test_an_error_closes_the_subscription(first_event: FirstEvent, subscription: Any) -> None:
+def test_an_error_closes_the_subscription() -> None:
     def run() -> FollowerRun[Any]:
         yield Subscribe()
         yield Listen(1.0)
         raise ZeroDivisionError
 
-    subscriptions = Subscriptions(subscription)
+    subscriptions = Subscriptions()
     with pytest.raises(ZeroDivisionError):
-        await first_event(run(), subscriptions)
+        first_event(run(), subscriptions)
     assert (subscriptions.made, subscriptions.unclosed) == (2, set())
 
 
@@ -279,8 +234,7 @@ def interrupted_at(close: int, error: BaseException) -> Closing:
     return closing
 
 
-@FORMS
-async def test_a_subscription_whose_close_failed_is_closed_later(first_event: FirstEvent, subscription: Any) -> None:
+def test_a_subscription_whose_close_failed_is_closed_later() -> None:
     disconnected = 0
 
     def run() -> FollowerRun[Any]:
@@ -292,49 +246,40 @@ async def test_a_subscription_whose_close_failed_is_closed_later(first_event: Fi
                 disconnected += 1
         yield parse_event(started("1-1"))
 
-    subscriptions = Subscriptions(subscription, interrupted_at(1, ConnectionResetError()))
-    assert (await first_event(run(), subscriptions)).id == "1-1"
+    subscriptions = Subscriptions(interrupted_at(1, ConnectionResetError()))
+    assert first_event(run(), subscriptions).id == "1-1"
     assert disconnected == 1
     assert subscriptions.unclosed == set()
 
 
-@FORMS
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, asyncio.CancelledError])
-async def test_a_subscription_whose_close_was_interrupted_is_closed_at_the_end(
-    first_event: FirstEvent, subscription: Any, interruption: type[BaseException]
-) -> None:
+def test_a_subscription_whose_close_was_interrupted_is_closed_at_the_end(interruption: type[BaseException]) -> None:
     def run() -> FollowerRun[Any]:
         yield Subscribe()
         yield Subscribe()
         yield parse_event(started("1-1"))
 
-    subscriptions = Subscriptions(subscription, interrupted_at(1, interruption()))
+    subscriptions = Subscriptions(interrupted_at(1, interruption()))
     with pytest.raises(interruption):
-        await first_event(run(), subscriptions)
+        first_event(run(), subscriptions)
     assert subscriptions.unclosed == set()
 
 
 @pytest.mark.parametrize("swallowed", [False, True])
-async def test_a_cancellation_ends_the_iteration_even_if_redis_py_swallows_it(*, swallowed: bool) -> None:
-    listening = asyncio.Event()
+async def test_a_cancellation_ends_a_call_even_if_redis_py_swallows_it(*, swallowed: bool) -> None:
+    waiting = asyncio.Event()
 
-    async def silence() -> None:
-        listening.set()
+    async def call() -> str:
+        waiting.set()
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
             if not swallowed:
                 raise
+        return "as if nothing had been"
 
-    def run() -> FollowerRun[Any]:
-        yield Subscribe()
-        yield Listen(1.0)
-        yield parse_event(started("1-1"))
-
-    subscriptions = Subscriptions(lambda unclosed, closing: AsyncSubscription(unclosed, closing, silence))
-    task = asyncio.create_task(first_event_async(run(), subscriptions))
-    await listening.wait()
+    task = asyncio.create_task(cancellable(call()))
+    await waiting.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert subscriptions.unclosed == set()

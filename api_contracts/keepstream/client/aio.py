@@ -19,7 +19,8 @@ from keepstream.client.follower import FollowerRun, ReadSummary
 from keepstream.client.forks import PerProcess
 from keepstream.client.listing import make_wanted
 from keepstream.client.payloads import RAW, TYPED
-from keepstream.client.redis import AsyncRedisConnections, DatabaseRead
+from keepstream.client.redis import DatabaseRead
+from keepstream.client.redis_aio import AsyncRedisConnections
 from keepstream.errors import InvalidSettingError, UnexpectedError
 from keepstream.events import Event, RawEvent
 from keepstream.jobs import Job

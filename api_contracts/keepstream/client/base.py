@@ -254,6 +254,7 @@ class BaseClient(ForkMember):
             not_found_after=not_found_after,
             report=on_waiting or partial(_log_reason, job_id),
             total_timeout=total_timeout,
+            pause=self._summaries.pause,
         ).run()
 
     def _run_waiting(self, job_id: str, timeout: float, not_found_after: float) -> FollowerRun[Event]:

@@ -55,7 +55,11 @@ class Subscribe(Operation):
 
 @dataclass(frozen=True, slots=True)
 class Listen(Operation):
-    """Wait for a message on the channel. Result: its ``Payload``, or None if none came."""
+    """Wait for messages on the channel.
+
+    Result: the ``Payload`` of each that has come, in order; none after ``seconds``.  None: some have been given up,
+    because the reader was slow, and are to be read from the log.
+    """
 
     seconds: float  #: The longest wait.
 
@@ -76,8 +80,11 @@ class ReadNewest(Operation):
 class ReadSummary(Operation):
     """Read the job's row without its output, and what it waits for.
 
-    Result: a ``JobSummary``, or None if there is no row.
+    Result: a ``JobSummary``, or None if there is no row.  With ``unless_message`` also an ``Interruption``, if a
+    message came first: the database must not keep it from its reader.
     """
+
+    unless_message: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +97,10 @@ class Sleep(Operation):
     """Do nothing for ``seconds``. Result: None."""
 
     seconds: float
+
+
+class Interruption:
+    """A message came before the answer of the database."""
 
 
 class LogEntry(NamedTuple):
@@ -175,6 +186,7 @@ class Follower(Generic[E]):
         not_found_after: Seconds to wait for a job that is neither on Redis nor in the database.
         report: Told once what the job waits for, until the next event; what passes by itself only after some seconds.
         total_timeout: Seconds after which to give up in any case.
+        pause: Returns the least seconds between two checks of a silent job; the more followers, the longer.
         clock: Returns monotonic seconds.
     """
 
@@ -189,6 +201,7 @@ class Follower(Generic[E]):
         not_found_after: float,
         report: Callable[[WaitingFor], None],
         total_timeout: float = math.inf,
+        pause: Callable[[], float] = lambda: 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._job_id = job_id
@@ -198,6 +211,7 @@ class Follower(Generic[E]):
         self._total_timeout = total_timeout
         self._not_found_after = not_found_after
         self._report = report
+        self._pause = pause
         self._clock = clock
         self._last = after
         self._cursor_is_valid = after is None  # True once the job is known to have come as far as ``after``
@@ -242,7 +256,7 @@ class Follower(Generic[E]):
                 # A connection that is cut and made anew is nobody's concern.
                 self._note("redis", f"Redis: {error}", after=math.inf if self._is_connected else 0.0)
                 self._is_connected = False
-                yield from self._ask_database()
+                yield from self._ask_database(ReadSummary())
                 if not self._ended:
                     self._check_timeout()
                     # Jitter, because a restarted Redis meets all its followers at once.
@@ -273,7 +287,7 @@ class Follower(Generic[E]):
         if self._end_is_ahead and not self._has_database:
             raise EventsLostError(f"job {self._job_id} has ended, but events before its end are lost")
         if not self._ended and (self._last == last or self._end_is_ahead):
-            yield from self._ask_database()
+            yield from self._ask_database(ReadSummary(unless_message=True))
             if self._log_is_missing and not self._has_database:
                 self._note("job", "its first event; without a database nobody knows whether there is such a job")
         if not self._ended:
@@ -281,22 +295,31 @@ class Follower(Generic[E]):
 
     def _listen(self) -> Generator[Operation | E, Any, bool]:
         """Deliver what arrives on the channel; return False when an event is missing, True after a silence."""
-        next_check = self._clock() + (_CHECK_UNKNOWN_EVERY if "job" in self._waits_for else CHECK_EVERY)
+        silence = max(_CHECK_UNKNOWN_EVERY if "job" in self._waits_for else CHECK_EVERY, self._pause())
+        next_check = self._clock() + silence
         while not self._ended:
             seconds = min(next_check - self._clock(), self._seconds_left())
             if seconds <= 0:
                 return True
-            payload: Payload | None = yield Listen(seconds)
-            if payload is None:
-                continue
+            payloads: list[Payload] | None = yield Listen(seconds)
+            last = self._last
+            if payloads is None or (yield from self._is_event_missing(payloads)):
+                return False
+            if self._last != last:
+                next_check = self._clock() + CHECK_EVERY
+        return False
+
+    def _is_event_missing(self, payloads: list[Payload]) -> Generator[Operation | E, Any, bool]:
+        """Deliver what comes next; return True for a gap that the log may close."""
+        for payload in payloads:
             was_behind = self._is_behind
             place = yield from self._handle(payload)
-            if place is Place.NEXT:
-                next_check = self._clock() + CHECK_EVERY
-            elif place is Place.AHEAD and (not was_behind or self._end_is_ahead):
-                # Read the log.  If it has been read for this gap before, the missing event is not in it:
-                # wait for a snapshot, a new attempt, or the next check.
+            if self._ended:
                 return False
+            if place is Place.AHEAD and (not was_behind or self._end_is_ahead):
+                # If the log has been read for this gap before, the missing event is not in it: then
+                # wait for a snapshot, a new attempt, or the next check.
+                return True
         return False
 
     def _handle(self, payload: Payload) -> Generator[Operation | E, Any, Place]:
@@ -324,12 +347,14 @@ class Follower(Generic[E]):
         yield event
         self._delivered_at = self._clock()  # after the reader came back: its own pauses do not count as silence
 
-    def _ask_database(self) -> FollowerRun[E]:
+    def _ask_database(self, question: ReadSummary) -> FollowerRun[E]:
         """If the job's row says that it has ended, deliver the rest from the stored result."""
         if not self._has_database:
             return
         try:
-            summary: JobSummary | None = yield ReadSummary()
+            summary: JobSummary | Interruption | None = yield question
+            if isinstance(summary, Interruption):
+                return
             if summary is None:
                 self._note("job", "a job of this id: the database has none", after=_CHECK_UNKNOWN_EVERY)
                 self._check_not_found()

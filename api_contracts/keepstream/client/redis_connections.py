@@ -38,6 +38,7 @@ class PoolOptions(TypedDict, total=False):
     retries: int  #: How often a command is repeated after a lost connection, but not after a time-out; 0 by default.
     health_check_interval: float  #: Seconds of silence after which a connection is tried before it is used.
     max_connections: int
+    protocol: int  #: Version of the protocol, 2 or 3.
     wait_for_connection: float  #: Seconds; how long to wait when all connections are busy, which else is an error.
 
 
@@ -257,6 +258,7 @@ def _arguments(server: RedisServer, options: PoolOptions) -> dict[str, Any]:
         "answer_timeout": "socket_timeout",
         "health_check_interval": "health_check_interval",
         "max_connections": "max_connections",
+        "protocol": "protocol",
         "wait_for_connection": "timeout",
     }
     return arguments | {names[name]: value for name, value in options.items() if name in names}

@@ -1,11 +1,11 @@
 """Errors of Redis: which of them pass, and what is to be done about the others.
 
-In: what redis-py raised, from ``keepstream.client.redis``.  Out: what the follower is thrown, which waits an outage out
-and hands the rest to its reader.
+In: what redis-py raised, from ``keepstream.client.redis`` and ``keepstream.client.redis_aio``.  Out: what the follower
+is thrown, which waits an outage out and hands the rest to its reader.
 """
 
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from redis.exceptions import (
@@ -22,10 +22,24 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from keepstream.client.follower import DisconnectedError
-from keepstream.errors import InvalidSettingError, KeepstreamError
+from keepstream.errors import InvalidSettingError, KeepstreamError, UnexpectedError
 
 #: How the replies begin that stay the same however long one waits.
 _LASTING_REPLIES: Final = ("WRONGTYPE", "unknown command", "ERR unknown command", "unknown subcommand")
+
+
+def explain(error: Exception, check_open: Callable[[], None]) -> Exception:
+    """Return what a follower is thrown for the error of an operation; ``check_open`` raises if its client is closed."""
+    try:
+        check_open()  # the error may be a result of that
+    except KeepstreamError as closed:
+        return closed
+    known = translate(error)
+    if isinstance(known, KeepstreamError | DisconnectedError):
+        return known
+    unexpected = UnexpectedError(f"the job cannot be followed ({type(error).__name__})")
+    unexpected.__cause__ = error
+    return unexpected
 
 
 def translate(error: Exception) -> Exception:

@@ -6,6 +6,7 @@ A follower whose job is silent looks at the job's row every few seconds.  Hundre
 transactions; so the more of them there are, the longer the pause between two queries, up to a second.
 """
 
+import random
 import threading
 import time
 import weakref
@@ -52,6 +53,13 @@ class SummaryReader(ForkMember, Generic[K]):
                 self._is_running = True
             self._asked.append((job, answer))
         return answer
+
+    def pause(self) -> float:
+        """Return for how many seconds a follower should not ask again, so that all can be answered; each time others.
+
+        Their number divided by ``_MOST`` is how long it takes to answer all.
+        """
+        return len(self._followers) / _MOST * _LONGEST_PAUSE * random.uniform(0.5, 1.5)  # noqa: S311  # no secret
 
     def add_follower(self, follower: "SummaryQuestion[K]") -> None:
         """Count a follower, until it is gone."""
