@@ -364,6 +364,17 @@ def _other_figures(query: _Samples) -> Iterable[Figure]:
     for kind in ("sync", "async"):
         values = query.values("follower", f"client-{kind}", "cpu_us_per_delta")
         yield Figure(f"follower_{kind}_us", f"CPU per delta of the client's follow(), {kind}, µs", values)
+    for per_job in (1, 10, 100):
+        for kind, what in (("raw", "follow_raw()"), ("typed", "follow()"), ("hand", "redis-py's get_message()")):
+            values = query.values("many_followers", kind, "cpu_us_per_delta", per_job=per_job)
+            title = f"CPU per delta and follower, {per_job} a job, by {what}, µs"
+            yield Figure(f"many_followers_{kind}_{per_job}_us", title, values)
+        values = query.values("many_followers", "raw", "subscription_connections", per_job=per_job)
+        yield Figure(f"many_followers_{per_job}_connections", "the same: subscription connections", values, at_most=1.0)
+    values = [size / 1024 for size in query.values("idle_followers", "raw", "bytes_each")]
+    yield Figure("idle_followers_kb", "memory of each idle follower, KiB", values)
+    values = query.values("idle_followers", "raw", "cpu_share")
+    yield Figure("idle_followers_cpu", "CPU of a process with all idle followers, cores", values)
     yield Figure(
         "startup_s", "start of the worker → end of a waiting job, s", query.values("startup", KEEPSTREAM, "seconds")
     )

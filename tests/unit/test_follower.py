@@ -20,6 +20,7 @@ from keepstream.client.follower import (
     LOG_PAGE,
     DisconnectedError,
     Follower,
+    Interruption,
     Listen,
     LogEntry,
     Operation,
@@ -80,7 +81,9 @@ class World:
         self.operations: list[Operation] = []
         self.waiting_for: WaitingFor | None = None
         self.reports: list[WaitingFor] = []
-        self.at_once: Callable[[], int] | None = None  # how many messages a follower gets at once
+        self.at_once: Callable[[], int] = lambda: 1  # how many messages a follower gets at once
+        self.pause = 0.0
+        self.overrun = False  # whether messages have been given up
 
     def publish(self, count: int = 1) -> None:
         """Publish as the worker does: log and channel in one step, and a snapshot where the log has a hole."""
@@ -113,7 +116,12 @@ class World:
         return "".join(event["delta"]["content"] for event in events if event["type"] == "delta")
 
     def disconnect(self) -> None:
-        self.subscribed = False
+        self.subscribed = self.overrun = False
+        self.channel.clear()
+
+    def overflow(self) -> None:
+        """Give up what has arrived, as for a reader that is too slow."""
+        self.overrun = self.subscribed
         self.channel.clear()
 
     def restart_redis_empty(self) -> None:
@@ -126,6 +134,8 @@ class World:
             case Sleep(seconds):
                 self.now += seconds
                 return None
+            case ReadSummary(unless_message=True) if self.channel or self.overrun:
+                return Interruption()
             case ReadSummary() | ReadResult():
                 if not self.database_is_up:
                     raise StoreUnavailableError("the database does not answer")
@@ -139,8 +149,11 @@ class World:
                 self.subscribed = True
             case Listen(seconds):
                 assert seconds > 0
+                if self.overrun:
+                    self.overrun = False
+                    return None
                 if self.channel:
-                    count = 1 if self.at_once is None else self.at_once()
+                    count = self.at_once()
                     arrived, self.channel = self.channel[:count], self.channel[count:]
                     return [Payload(text.encode()) for text in arrived]
                 self.now += seconds
@@ -199,6 +212,7 @@ class World:
             not_found_after=not_found_after,
             report=self.reports.append,
             total_timeout=given.get("total_timeout", math.inf),
+            pause=lambda: self.pause,
             clock=lambda: self.now,
         )
         run = follower.run()
@@ -273,6 +287,68 @@ def test_a_skipped_event_is_fetched_from_the_log() -> None:
     world.publish(99)
     assert ids(events) == ALL[2:]
     assert world.now == 0  # without waiting
+
+
+def test_what_was_given_up_for_a_slow_reader_is_read_from_the_log_at_once() -> None:
+    world = World()
+    events = world.follow()
+    world.publish(2)
+    assert [next(events).id, next(events).id] == ALL[:2]
+    world.publish(5)
+    world.overflow()
+    world.publish(99)
+    assert ids(events) == ALL[2:]
+    assert world.now == 0  # without waiting
+
+
+def test_several_messages_at_once_are_delivered_in_order() -> None:
+    world = World()
+    world.at_once = lambda: 99
+    events = world.follow()
+    world.publish(1)
+    assert next(events).id == "1-1"
+    world.publish(3)
+    del world.channel[-1]  # lost on the way, between others
+    world.publish(99)
+    assert ids(events) == ALL[1:]
+    assert world.now == 0  # without waiting
+
+
+def test_nothing_is_delivered_after_the_end() -> None:
+    world = World()
+    world.at_once = lambda: 99
+    events = world.follow()
+    world.publish(1)
+    assert next(events).id == "1-1"
+    world.publish(99)
+    world.channel.append(started("3-1"))
+    assert ids(events) == ALL[1:]
+
+
+def test_a_message_goes_before_the_answer_of_the_database() -> None:
+    world = World()
+    world.waiting_for = NO_WORKER
+    events = world.follow()
+    perform = world.perform
+
+    def meanwhile(operation: Operation) -> Any:
+        if isinstance(operation, ReadSummary):
+            world.publish(1)
+        return perform(operation)
+
+    world.perform = meanwhile  # type: ignore[method-assign]
+    assert next(events).id == "1-1"
+    assert [operation for operation in world.operations if isinstance(operation, ReadSummary)]
+    assert world.reports == []
+
+
+def test_the_pauses_of_many_are_longer() -> None:
+    world = World()
+    world.pause = 30.0
+    world.publish(1)
+    with pytest.raises(FollowTimeoutError):
+        ids(world.follow(timeout=100))
+    assert sum(isinstance(operation, ReadNewest) for operation in world.operations) <= 5
 
 
 def test_a_subscription_that_fell_silent_is_found_out_by_the_log() -> None:
@@ -671,6 +747,7 @@ def test_whatever_happens_the_reader_ends_up_with_the_stored_text(
     world = World()
     world.publish(9 if after else 0)  # a reader has a cursor only of what was published
     perform = world.perform
+    world.at_once = lambda: dice.randrange(1, 5)
     trouble_ends = 200.0
 
     def troubled(operation: Operation) -> Any:
@@ -689,6 +766,8 @@ def test_whatever_happens_the_reader_ends_up_with_the_stored_text(
                     world.database_is_up = not world.database_is_up
                 case 4 if world.channel:
                     world.channel.pop(0)
+                case 5:
+                    world.overflow()
         else:
             world.redis_is_up = world.database_is_up = True
         return perform(operation)

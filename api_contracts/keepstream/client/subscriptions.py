@@ -94,6 +94,8 @@ class Subscriptions:
 
     async def _connect(self) -> "_Link":
         """Return the connection that is being made, for all who wait for one."""
+        if self._is_closed:
+            raise RedisConnectionError("closed")
         if self._connecting is None:
             self._connecting = asyncio.create_task(self._make_link(), name="keepstream-connect")
             self._connecting.add_done_callback(self._connected)
