@@ -1,0 +1,1 @@
+"""OpenAI's shapes: its Responses API, chat completions and models, in front of Keepstream's jobs."""
