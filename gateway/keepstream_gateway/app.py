@@ -24,9 +24,15 @@ from keepstream_gateway.console import routes as console
 from keepstream_gateway.context import Context, make_context
 from keepstream_gateway.envelope import Envelope
 from keepstream_gateway.native import routes as native
+from keepstream_gateway.openai import routes as openai
 from keepstream_gateway.settings import Settings
 
-_ROOMS: Final[tuple[Callable[[Context], list[BaseRoute]], ...]] = (native.routes, ai_sdk.routes, console.routes)
+_ROOMS: Final[tuple[Callable[[Context], list[BaseRoute]], ...]] = (
+    openai.routes,
+    native.routes,
+    ai_sdk.routes,
+    console.routes,
+)
 _CLOSING: Final = 5.0  #: Seconds that closing the connections may take.
 
 

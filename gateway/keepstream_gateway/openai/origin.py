@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from keepstream_gateway.openai.refusals import RefusedError
+from keepstream_gateway.openai.refusals import refused
 
 ENTRY: Final = "keepstream.gateway"
 #: The SHA-256 of the body, by which a client's second try without a key is known; an entry of its own, to be listed by.
@@ -52,12 +52,12 @@ def checked_metadata(value: Any) -> dict[str, Any]:
     """Return the metadata of a request.
 
     Raises:
-        RefusedError: they are no texts by name, or use a name of ours.
+        ApiError: they are no texts by name, or use a name of ours.
     """
     if value is None:
         return {}
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-        raise RefusedError("'metadata' must be an object of strings", "metadata", "invalid_type")
+        raise refused("'metadata' must be an object of strings", "metadata", "invalid_type")
     for name in value.keys() & _OURS:
-        raise RefusedError(f"the name '{name}' in 'metadata' is reserved", "metadata")
+        raise refused(f"the name '{name}' in 'metadata' is reserved", "metadata")
     return dict(value)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from keepstream_gateway.openai import carried
-from keepstream_gateway.openai.refusals import RefusedError, unsupported, wrong_type
+from keepstream_gateway.openai.refusals import refused, unsupported, wrong_type
 
 _ROLES: Final = frozenset({"user", "system", "developer", "assistant"})
 _CALLS: Final[Mapping[str, str]] = {"function_call": "arguments", "custom_tool_call": "input"}
@@ -26,7 +26,7 @@ def messages_of(items: object) -> list[Message]:
     """Return the messages of ``input``: a text, or a list of items.
 
     Raises:
-        RefusedError: naming the item that no message can express.
+        ApiError: naming the item that no message can express.
     """
     if isinstance(items, str):
         return [{"role": "user", "content": items}]
@@ -120,7 +120,7 @@ class _Reader:
     def _read_message(self, item: Mapping[str, Any], where: str) -> None:
         role = item.get("role")
         if role not in _ROLES:
-            raise RefusedError(f"'{where}.role' must be user, assistant, system or developer", f"{where}.role")
+            raise refused(f"'{where}.role' must be user, assistant, system or developer", f"{where}.role")
         if role == "assistant":
             turn = self._open_turn()
             if turn.has_message and turn.original is None:  # two answers in a row
@@ -178,7 +178,7 @@ def _content(value: object, where: str, *, user: bool) -> Any:
     if not isinstance(value, list):
         raise wrong_type(where, "a string or a list of parts")
     parts = [_part(part, f"{where}[{number}]") for number, part in enumerate(value)]
-    if not user and all(part["type"] == "text" and part.keys() == {"type", "text"} for part in parts):
+    if all(part.keys() == {"type", "text"} for part in parts) and (len(parts) == 1 or not user):
         return "".join(part["text"] for part in parts)  # the form that every server takes
     return parts
 

@@ -26,12 +26,16 @@ _INCOMPLETE: Final = {
     "max_tokens": "max_output_tokens",
     "content_filter": "content_filter",
 }
-#: Our error codes for which OpenAI has another word; all others are told as they are.
+#: Our error codes in the words of the API, which has a closed list of them; all others are server_error.
 _ERROR_CODES: Final[Mapping[str, str]] = {
     ErrorCode.BAD_REQUEST: "invalid_prompt",
+    ErrorCode.CONTENT_FILTER: "invalid_prompt",
+    ErrorCode.CONTEXT_LENGTH_EXCEEDED: "invalid_prompt",
+    ErrorCode.INSUFFICIENT_QUOTA: "rate_limit_exceeded",
+    ErrorCode.INVALID_JOB: "invalid_prompt",
+    ErrorCode.PAYLOAD_TOO_LARGE: "invalid_prompt",
     ErrorCode.RATE_LIMITED: "rate_limit_exceeded",
-    ErrorCode.PROVIDER_ERROR: "server_error",
-    ErrorCode.INTERNAL: "server_error",
+    ErrorCode.UNPROCESSABLE: "invalid_prompt",
 }
 #: Items that are made from our own fields; others are passed on as the provider gave them.
 _OWN_ITEMS: Final = frozenset({"message", "reasoning", "function_call", "custom_tool_call"})
@@ -126,11 +130,11 @@ def incomplete_details(result: CompletionResult) -> dict[str, str] | None:
 
 
 def response_error(result: CompletionResult) -> dict[str, str] | None:
-    """Return the error of a response that failed, or None."""
+    """Return the error of a response that failed, or None; its ``type`` is our own code."""
     if response_status(result) != "failed":
         return None
     error = result.error or ErrorInfo(code=ErrorCode.INTERNAL, message="the job failed")
-    return {"code": _ERROR_CODES.get(error.code, error.code), "message": error.message}
+    return {"code": _ERROR_CODES.get(error.code, "server_error"), "message": error.message, "type": error.code}
 
 
 def response_usage(usage: Usage | None) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
 """Turns a request to the Responses API into a job.
 
 In: the body of ``POST /v1/responses``; for ``previous_response_id``, the earlier job.
-Out: the fields of a job; or ``RefusedError``, naming the parameter that a job cannot express.
+Out: the fields of a job; or an ``ApiError``, naming the parameter that a job cannot express.
 
 Nothing that changes the answer is dropped in silence: a parameter is translated, passed on under the same name, or
 refused. Only values that change nothing are left out (``truncation: disabled``, ``reasoning.summary: auto``).  Pure.
@@ -13,7 +13,7 @@ from typing import Any, Final
 from keepstream.results import CompletionResult
 from keepstream_gateway.openai.ids import response_id
 from keepstream_gateway.openai.origin import ENTRY, Origin, checked_metadata, read_origin
-from keepstream_gateway.openai.refusals import RefusedError, unknown, unsupported, wrong_type
+from keepstream_gateway.openai.refusals import refused, unknown, unsupported, wrong_type
 from keepstream_gateway.openai.responses_input import messages_of
 
 #: The one parameter that is ours: fields of the job's envelope, as provider, fallbacks, class, max_attempts.
@@ -66,7 +66,7 @@ def job_fields(body: Mapping[str, Any], previous: CompletionResult | None = None
         previous: The job that ``previous_response_id`` names.
 
     Raises:
-        RefusedError: something in it cannot be expressed.
+        ApiError: something in it cannot be expressed.
     """
     for name in body:
         if name not in _KNOWN:
@@ -81,7 +81,7 @@ def job_fields(body: Mapping[str, Any], previous: CompletionResult | None = None
         messages += _conversation(previous)
     messages += messages_of(body["input"]) if body.get("input") is not None else []
     if not messages[instructions is not None :]:
-        raise RefusedError("'input' is missing", "input", "missing_required_parameter")
+        raise refused("'input' is missing", "input", "missing_required_parameter")
     request["messages"] = messages
     request |= {name: body[name] for name in _SAME if body.get(name) is not None}
     for name, translate in _TRANSLATED.items():
@@ -89,7 +89,7 @@ def job_fields(body: Mapping[str, Any], previous: CompletionResult | None = None
             translate(request, body[name])
     background = flag(body, "background")
     if background and body.get("store") is False:
-        raise RefusedError("a background response is stored; leave 'store' out, or set it to true", "store")
+        raise refused("a background response is stored; leave 'store' out, or set it to true", "store")
     metadata = checked_metadata(body.get("metadata"))
     reasoning = body.get("reasoning")
     origin = Origin(
@@ -108,7 +108,7 @@ def envelope(body: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of the envelope that a request gives under our own name.
 
     Raises:
-        RefusedError: they are not an object, or name what is not a client's to choose.
+        ApiError: they are not an object, or name what is not a client's to choose.
     """
     given = body.get(ENVELOPE)
     if given is None:
@@ -117,7 +117,7 @@ def envelope(body: Mapping[str, Any]) -> dict[str, Any]:
         raise wrong_type(ENVELOPE, "an object")
     for name in ("v", "id", "tenant", "request", "metadata", "idempotency_key"):
         if name in given:
-            raise RefusedError(f"'{ENVELOPE}.{name}' cannot be set here", f"{ENVELOPE}.{name}", "unsupported_parameter")
+            raise refused(f"'{ENVELOPE}.{name}' cannot be set here", f"{ENVELOPE}.{name}", "unsupported_parameter")
     return dict(given)
 
 
@@ -125,7 +125,7 @@ def flag(body: Mapping[str, Any], name: str) -> bool:
     """Return a parameter that is true or false; absent or null is false.
 
     Raises:
-        RefusedError: it is something else.
+        ApiError: it is something else.
     """
     value = body.get(name)
     if value is None:
@@ -137,7 +137,7 @@ def flag(body: Mapping[str, Any], name: str) -> bool:
 
 def _model(value: object) -> Any:
     if value is None:
-        raise RefusedError("'model' is missing", "model", "missing_required_parameter")
+        raise refused("'model' is missing", "model", "missing_required_parameter")
     return value
 
 
@@ -153,9 +153,9 @@ def _conversation(previous: CompletionResult) -> list[dict[str, Any]]:
     """Return the messages of an earlier job, with its answer, without its instructions."""
     name = "previous_response_id"
     if not previous.status.terminal:
-        raise RefusedError("the previous response has not ended yet; wait for it", name, "response_not_ended")
+        raise refused("the previous response has not ended yet; wait for it", name, "response_not_ended")
     if not previous.choices or previous.request is None:
-        raise RefusedError("the previous response has no output to go on from", name, "response_without_output")
+        raise refused("the previous response has no output to go on from", name, "response_without_output")
     messages = previous.request["messages"][read_origin(previous.metadata).instructions :]
     return [*messages, previous.assistant_message()]
 

@@ -1,0 +1,194 @@
+"""The addresses of OpenAI's Responses API.
+
+In: requests, and the context.  Out: response objects, streams, lists of input items.
+"""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, Final
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from keepstream import AsyncClient
+from keepstream.errors import ErrorCode, FollowTimeoutError
+from keepstream.names import parse_event_id
+from keepstream.results import CompletionResult, JobStatus
+from keepstream_gateway.access.rights import Access, May
+from keepstream_gateway.bodies import read_object
+from keepstream_gateway.context import Context
+from keepstream_gateway.errors import ApiError, invalid, not_found
+from keepstream_gateway.openai.following import ended, response_frames
+from keepstream_gateway.openai.ids import job_of_response, parse_cursor, position, response_id
+from keepstream_gateway.openai.origin import read_origin
+from keepstream_gateway.openai.pages import page
+from keepstream_gateway.openai.refusals import refused
+from keepstream_gateway.openai.responses_input import items_of
+from keepstream_gateway.openai.responses_object import response_object
+from keepstream_gateway.openai.responses_request import flag, job_fields
+from keepstream_gateway.openai.submission import submit
+
+#: Ends for which the request is to blame; a client that waits for the answer gets a 400, as OpenAI has it.
+BLAMED_ON_REQUEST: Final = frozenset(
+    {
+        ErrorCode.BAD_REQUEST,
+        ErrorCode.CONTENT_FILTER,
+        ErrorCode.CONTEXT_LENGTH_EXCEEDED,
+        ErrorCode.INVALID_JOB,
+        ErrorCode.NOT_FOUND,
+        ErrorCode.PAYLOAD_TOO_LARGE,
+        ErrorCode.UNKNOWN_PROVIDER,
+        ErrorCode.UNPROCESSABLE,
+    }
+)
+_CANCEL_WAIT: Final = 5.0  #: Seconds for which a cancellation waits until the worker has ended the job.
+
+
+class Responses:
+    """Their handlers.
+
+    Args:
+        context: The gateway's.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    def routes(self) -> list[BaseRoute]:
+        """Return the addresses."""
+        return [
+            Route("/v1/responses", self.create, methods=["POST"]),
+            Route("/v1/responses/{id}", self.retrieve, methods=["GET"]),
+            Route("/v1/responses/{id}", self.delete, methods=["DELETE"]),
+            Route("/v1/responses/{id}/cancel", self.cancel, methods=["POST"]),
+            Route("/v1/responses/{id}/input_items", self.input_items, methods=["GET"]),
+        ]
+
+    async def create(self, request: Request) -> Response:
+        """Store a job; answer at once (background), when it has ended, or with its stream."""
+        access = await self._context.gatekeeper.require(request)
+        client = self._context.clients.of(access.tenant)
+        body = await read_object(request, self._context.settings.max_body_bytes)
+        background, stream = flag(body, "background"), flag(body, "stream")
+        fields = job_fields(body, await _previous(client, body.get("previous_response_id")))
+
+        async def begin() -> CompletionResult:
+            return await submit(client, access, request, body, fields)
+
+        if stream:
+            # The job is stored within the stream, so that nothing that can refuse the stream comes after the commit.
+            frames = response_frames(client, begin)
+            return await self._context.streams.answer(access, frames, farewell=broken_off)
+        job = await begin()
+        if not background:
+            job = await ended(client, request, job.id)
+            blame_request(job)
+        return JSONResponse(response_object(job))
+
+    async def retrieve(self, request: Request) -> Response:
+        """Return a response, or its stream from a cursor on."""
+        access, client, job = await self._job(request)
+        if request.query_params.get("stream") not in {"true", "True", "1"}:
+            return JSONResponse(response_object(job))
+        after = _cursor(request.query_params.get("starting_after"), job)
+
+        async def begin() -> CompletionResult:
+            return job
+
+        frames = response_frames(client, begin, after)
+        return await self._context.streams.answer(access, frames, farewell=broken_off)
+
+    async def cancel(self, request: Request) -> Response:
+        """Cancel a response; one that has ended stays as it is."""
+        _, client, job = await self._job(request, May.CANCEL)
+        if not job.status.terminal:
+            await client.cancel(job.id)
+            with suppress(FollowTimeoutError):  # its worker is not heard of; the job ends when that is found out
+                job = await client.wait(job.id, timeout=_CANCEL_WAIT)
+        return JSONResponse(response_object(job))
+
+    async def delete(self, request: Request) -> Response:
+        """Delete a response that has ended, with all that is stored of its job."""
+        access = await self._context.gatekeeper.require(request)
+        job_id = _named_job(request)
+        if not await self._context.clients.of(access.tenant).delete(job_id):
+            raise not_found("response")
+        return JSONResponse({"id": response_id(job_id), "object": "response", "deleted": True})
+
+    async def input_items(self, request: Request) -> Response:
+        """Return the items that a response answers."""
+        _, _, job = await self._job(request)
+        messages: Sequence[Any] = (job.request or {}).get("messages") or []
+        items = items_of(messages[read_origin(job.metadata).instructions :], job.id)
+        return JSONResponse(page(items, request.query_params))
+
+    async def _job(self, request: Request, may: May = May.READ) -> tuple[Access, AsyncClient, CompletionResult]:
+        job_id = _named_job(request)
+        access = await self._context.gatekeeper.require_job(request, job_id, may)
+        client = self._context.clients.of(access.tenant)
+        job = await client.get(job_id)
+        if job is None:
+            raise not_found("response")
+        return access, client, job
+
+
+def blame_request(job: CompletionResult) -> None:
+    """Raise the error of a job that failed because of what was asked.
+
+    Raises:
+        ApiError: 400; the provider's word for the parameter is told.
+    """
+    if job.status is not JobStatus.FAILED or job.error is None or job.error.code not in BLAMED_ON_REQUEST:
+        return
+    said = job.attempts[-1].provider_error if job.attempts else None
+    param = (said.param if said else None) or ("model" if job.error.code == ErrorCode.NOT_FOUND else None)
+    raise invalid(job.error.message, param, job.error.code)
+
+
+def broken_off(error: Exception | None) -> bytes | None:
+    """Let a stream that cannot go on break off: a clean end would be taken for the answer's, and a client resumes."""
+    return None
+
+
+async def _previous(client: AsyncClient, given: object) -> CompletionResult | None:
+    if given is None:
+        return None
+    job_id = job_of_response(given) if isinstance(given, str) else None
+    job = await client.get(job_id) if job_id is not None else None
+    if job is None:
+        raise refused("there is no such previous response", "previous_response_id", "previous_response_not_found")
+    return job
+
+
+def _named_job(request: Request) -> str:
+    job_id = job_of_response(request.path_params["id"])
+    if job_id is None:
+        raise not_found("response")
+    return job_id
+
+
+def _cursor(text: str | None, job: CompletionResult) -> int:
+    """Return the sequence number after which to go on.
+
+    Raises:
+        ApiError: it is none, or none that this response can have given.
+    """
+    if text is None:
+        return -1
+    try:
+        after = parse_cursor(text)
+    except ValueError as error:
+        raise _bad_cursor(f"'starting_after' is {error}") from None
+    here = position(after)
+    if job.terminal_event_id is not None:
+        end = parse_event_id(job.terminal_event_id)
+        if (here.attempt, here.n) > end:
+            raise _bad_cursor("'starting_after' is beyond the end of this response")
+    elif here.attempt > job.attempt + 1:
+        raise _bad_cursor("'starting_after' is beyond what this response has come to")
+    return after
+
+
+def _bad_cursor(message: str) -> ApiError:
+    return invalid(message, "starting_after", "invalid_cursor")
