@@ -130,8 +130,7 @@ class _Writer:
         output = self.held.choices
         self.attempt, self.n = self.attempt + 1, 0
         self.calls = {} if not continues else self.calls
-        started = {"model": "m", "provider": "default", "reason": "retry", "continues": continues}
-        self.send(AttemptStarted(**self.head(), **started))
+        self.send(AttemptStarted(**self.head(), model="m", provider="default", reason="retry", continues=continues))
         if continues:
             self.send(Snapshot(**self.head(), choices=output, finished=True))
 
@@ -140,7 +139,7 @@ class _Writer:
         if (call := fields.pop("call", None)) is not None:
             known = self.calls.setdefault((choice, -1), 0)
             index = min(call["index"], known)  # calls are numbered in the order in which they begin
-            begun = {}
+            begun: dict[str, Any] = {}
             if index == known:
                 self.calls[choice, -1] = known + 1
                 attempt = 0 if self.counts_from_0 else self.attempt

@@ -114,6 +114,7 @@ def test_parameters(body: dict[str, Any], expected: dict[str, Any]) -> None:
         ({"instructions": ["x"]}, "instructions"),
         ({"keepstream": {"tenant": "other"}}, "keepstream.tenant"),
         ({"keepstream": 1}, "keepstream"),
+        ({"keepstream": {"request": []}}, "keepstream.request"),
     ],
 )
 def test_what_a_job_cannot_express_is_refused_by_its_name(body: dict[str, Any], param: str) -> None:
@@ -137,6 +138,11 @@ def test_a_model_must_be_named() -> None:
 def test_the_envelope_goes_under_our_own_name() -> None:
     job = make_job(job_fields({"model": "m", "input": "Hi", "keepstream": {"provider": "p", "class": "bulk"}}))
     assert (job.provider, job.job_class) == ("p", "bulk")
+
+
+def test_what_only_chat_completions_have_goes_below_the_envelope() -> None:
+    request = request_of(keepstream={"request": {"seed": 7, "model": "another"}}, temperature=1)
+    assert (request["seed"], request["model"], request["temperature"]) == (7, "m", 1)
 
 
 ITEMS = [

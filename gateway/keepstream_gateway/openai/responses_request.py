@@ -98,14 +98,20 @@ def job_fields(body: Mapping[str, Any], previous: CompletionResult | None = None
         instructions=1 if instructions is not None else 0,
         summary=reasoning.get("summary") if isinstance(reasoning, dict) else None,
     )
-    return envelope(body) | {
-        "request": request,
+    fields = envelope(body, with_request=True)
+    return fields | {
+        "request": fields.get("request", {}) | request,
         "metadata": metadata | {ENTRY: origin.model_dump(exclude_defaults=True)},
     }
 
 
-def envelope(body: Mapping[str, Any]) -> dict[str, Any]:
+def envelope(body: Mapping[str, Any], *, with_request: bool = False) -> dict[str, Any]:
     """Return the fields of the envelope that a request gives under our own name.
+
+    Args:
+        body: The request's.
+        with_request: Whether ``request`` may be one of them: parameters of chat completions that the Responses API
+            has no name for.
 
     Raises:
         ApiError: they are not an object, or name what is not a client's to choose.
@@ -115,9 +121,11 @@ def envelope(body: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     if not isinstance(given, dict):
         raise wrong_type(ENVELOPE, "an object")
-    for name in ("v", "id", "tenant", "request", "metadata", "idempotency_key"):
+    for name in ("v", "id", "tenant", "metadata", "idempotency_key", *(() if with_request else ("request",))):
         if name in given:
             raise refused(f"'{ENVELOPE}.{name}' cannot be set here", f"{ENVELOPE}.{name}", "unsupported_parameter")
+    if not isinstance(given.get("request", {}), dict):
+        raise wrong_type(f"{ENVELOPE}.request", "an object")
     return dict(given)
 
 
