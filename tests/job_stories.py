@@ -218,6 +218,18 @@ def stories(draw: st.DrawFn) -> Story:
     return story
 
 
+def cancelled_while_it_waits() -> Story:
+    """Return the life of a job that is cancelled between a first attempt, which sent a call, and a second one."""
+    story = Story()
+    writer = _Writer(story, counts_from_0=False)
+    writer.start()
+    writer.say(0, {"call": {"index": 0, "arguments": "{"}})
+    writer.fail(retry_in=9.0)
+    writer.attempt, writer.n = 2, 0
+    writer.end(JobStatus.CANCELLED, [], ErrorInfo(code="cancelled", message="cancelled"))
+    return story
+
+
 def _attempt(draw: st.DrawFn, writer: _Writer) -> None:
     writer.start()
     choices = draw(st.sampled_from([1, 1, 1, 2]))

@@ -16,7 +16,7 @@ from keepstream.results import CompletionResult, JobStatus
 from keepstream_gateway.openai.ids import LAST, parse_cursor, position, sequence_number
 from keepstream_gateway.openai.responses_object import response_object
 from keepstream_gateway.openai.responses_stream import ResponseEvents
-from tests.job_stories import Story, new_job, stories
+from tests.job_stories import Story, cancelled_while_it_waits, new_job, stories
 
 
 def told(story: Story, events: Sequence[Event] | None = None, after: int = -1, *, with_row: bool = True) -> list[bytes]:
@@ -193,3 +193,15 @@ def test_numbers_can_be_read_back_and_are_exact_in_javascript(attempt: int, n: i
 def test_what_is_no_cursor_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="sequence number"):
         parse_cursor(text)
+
+
+def test_a_reader_that_is_cut_within_the_last_event_and_finds_the_log_gone_is_told_anew() -> None:
+    story = cancelled_while_it_waits()
+    frames = told(story)
+    cut = next(
+        place for place, frame in enumerate(frames) if data(frame)["sequence_number"] >= sequence_number(2, 1, 0)
+    )
+    reader = Reader()
+    for frame in [*frames[: cut + 1], *told(story, story.of_the_row(), data(frames[cut])["sequence_number"])]:
+        reader.read(frame)
+    reader.check(story.stored)

@@ -109,7 +109,7 @@ class ResponseEvents:
         self._closed = False  # whether the live items have been closed
         self._must_tell_drop = False  # whether items were dropped that no response.in_progress has shown yet
         self._is_lost = False  # whether the client holds something that is not known here
-        self._told_anew_at: EventId | None = None
+        self._found_at: EventId | None = None  # the event with which it was told anew
         self._void: dict[str, CallItem] = {}  # by call id: dropped calls of which it was not told that they are over
         self._finished: set[str] = set()  # ids of calls that are over for the client
 
@@ -139,9 +139,13 @@ class ResponseEvents:
 
     def _frames(self, event_id: EventId, told: Iterable[Fields]) -> list[bytes]:
         frames = []
-        for sequence, fields in enumerate(told, sequence_number(*event_id, 0)):
-            # A client that is lost goes on with the next event: nobody knows what it made of the first half of this.
-            if sequence > self._after and not (self._is_lost and event_id <= self._client_at):
+        sequence = sequence_number(*event_id, 0) - 1
+        end = sequence_number(*event_id, LAST)
+        for fields in told:
+            sequence += 1
+            if self._found_at == event_id:
+                sequence = max(sequence, self._after + 1)  # the client has had a part of what this event became
+            if self._after < sequence < end:
                 if fields["type"] == "response.in_progress":
                     output = [item.value() for item in self._items]
                     fields["response"] = self._head | {"status": "in_progress", "output": output}
@@ -159,8 +163,8 @@ class ResponseEvents:
         yield from self._turn_to(event, last)
         match event:
             case DeltaEvent():
-                # If the output was told anew just now, this is part of it.
-                if self._told_anew_at != event.event_id:
+                # If the client was lost, this is part of what it has just been told.
+                if self._found_at != event.event_id:
                     yield from self._add(event.choice, event.delta)
             case Snapshot():
                 yield from self._replace(event.event_id)
@@ -179,11 +183,12 @@ class ResponseEvents:
     def _turn_to(self, event: Event, last: EventId | None) -> Iterator[Fields]:
         """Tell what changes because ``event`` is of a new attempt, or because events before it are not known."""
         here = event.event_id
-        if self._client_at > (last or _START) and (here > self._client_at or not _follows(here, last)):
+        if self._client_at > (last or _START) and (here > self._client_at or not _follows(event, last)):
             self._is_lost = True  # there are events that the client has had, and that were not told here
-        found = self._is_lost and here > self._client_at
+        found = self._is_lost and here >= self._client_at
         if found:
             self._is_lost = False
+            self._found_at = here
             self._must_tell_drop = True
         if last is None or here.attempt > last.attempt:
             if found or not _continues(event):
@@ -222,7 +227,6 @@ class ResponseEvents:
         self._closed = False
         self._annotated = {}
         self._ids = ItemIds(self._job.id, *event_id)
-        self._told_anew_at = event_id
         yield self._in_progress()
         yield from self._add_missing()
 
@@ -416,11 +420,13 @@ class ResponseEvents:
         )
 
 
-def _follows(event_id: EventId, last: EventId | None) -> bool:
-    """Whether no event is missing between two; the end of an earlier attempt may be."""
-    if last is not None and event_id.attempt == last.attempt:
-        return event_id.n == last.n + 1
-    return event_id.n == 1
+def _follows(event: Event, last: EventId | None) -> bool:
+    """Whether no event is missing before this one; of an attempt that is over, the end may be missing unnoticed."""
+    here = event.event_id
+    if last is not None and here.attempt == last.attempt:
+        return here.n == last.n + 1
+    # A snapshot is no attempt's first event: it stands for what was lost.
+    return here.n == 1 and not isinstance(event, Snapshot) and (last is not None or here.attempt == 1)
 
 
 def _continues(event: Event) -> bool:
