@@ -19,8 +19,11 @@ class Reader {
     if (this.last !== null && event.sequence_number <= this.last) throw new Error("a sequence number went back");
     this.last = event.sequence_number;
     if (event.type === "response.in_progress") {
-      const shown = new Set(event.response.output.filter((item) => item.status !== "incomplete").map((item) => item.id));
-      for (const id of this.texts.keys()) if (!shown.has(id)) this.texts.delete(id);
+      this.texts.clear();
+      for (const item of event.response.output) {
+        const counts = item.type === "message" && item.status !== "incomplete";
+        if (counts) this.texts.set(item.id, item.content.map((part) => part.text ?? "").join(""));
+      }
     } else if (event.type === "response.output_text.delta") {
       this.texts.set(event.item_id, (this.texts.get(event.item_id) ?? "") + event.delta);
     } else if (["response.completed", "response.incomplete", "response.failed"].includes(event.type)) {
@@ -71,12 +74,11 @@ const programs = {
 
   async cancel() {
     const stream = client.responses.stream({ ...ask, background: true });
-    let deltas = 0;
-    stream.on("response.output_text.delta", async () => {
-      deltas += 1;
-      if (deltas === 3) print((await other.responses.cancel((await created).response.id)).status);
-    });
     const created = stream.emitted("response.created");
+    let deltas = 0;
+    const third = new Promise((done) => stream.on("response.output_text.delta", () => (deltas += 1) === 3 && done()));
+    await third;
+    print({ status: (await other.responses.cancel((await created).response.id)).status });
     const final = await stream.finalResponse();
     print({ id: final.id, status: final.status, text: final.output_text });
   },

@@ -76,8 +76,8 @@ def test_calls_whose_ids_come_again_in_the_next_attempt(house: House) -> None:
 
 
 def test_cancelling(house: House) -> None:
-    status, final = house.run("cancel", text=None, deltas=1000, rate=20)
-    assert status == final["status"] == "cancelled"
+    cancelled, final = house.run("cancel", text=None, deltas=1000, rate=20)
+    assert cancelled["status"] == final["status"] == "cancelled"
     assert final["text"] == house.text(final["id"])
     assert final["text"]
 

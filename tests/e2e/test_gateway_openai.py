@@ -77,8 +77,9 @@ class Reader:
         assert self.last is None or event.sequence_number > self.last
         self.last = event.sequence_number
         if event.type == "response.in_progress":
-            shown = {item.id for item in event.response.output if item.status != "incomplete"}
-            self.texts = {item_id: text for item_id, text in self.texts.items() if item_id in shown}
+            messages = [item for item in event.response.output if item.type == "message"]
+            counting = [item for item in messages if item.status != "incomplete"]
+            self.texts = {item.id: "".join(part.text for part in item.content) for item in counting}
         elif event.type == "response.output_text.delta":
             self.texts[event.item_id] = self.texts.get(event.item_id, "") + event.delta
         elif event.type in {"response.completed", "response.incomplete", "response.failed"}:

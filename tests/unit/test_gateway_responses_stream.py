@@ -39,8 +39,17 @@ def data(frame: bytes) -> dict[str, Any]:
     return fields
 
 
+def _held(item: dict[str, Any]) -> dict[str, Any]:
+    """Return what a reader holds of an item that it is shown: its texts, under the names of their deltas."""
+    parts = item.get("content") or ()
+    texts = {f"response.{part['type']}.delta": part.get("text") or part.get("refusal") or "" for part in parts}
+    if item["type"] == "function_call":
+        texts["response.function_call_arguments.delta"] = item["arguments"]
+    return {"type": item["type"], "texts": texts, "head": item}
+
+
 class Reader:
-    """A client without a library: it keeps items by their ids, and drops what a retry has made void."""
+    """A client without a library: it keeps items by their ids; what ``response.in_progress`` shows replaces them."""
 
     def __init__(self) -> None:
         self.items: dict[str, dict[str, Any]] = {}
@@ -53,11 +62,11 @@ class Reader:
         self.last = event["sequence_number"]
         kind = event["type"]
         if kind == "response.in_progress":
-            shown = {item["id"] for item in event["response"]["output"] if item["status"] != "incomplete"}
-            self.items = {item_id: item for item_id, item in self.items.items() if item_id in shown}
+            items = event["response"]["output"]
+            self.items = {item["id"]: _held(item) for item in items if item["status"] != "incomplete"}
         elif kind == "response.output_item.added":
             assert event["item"]["id"] not in self.items
-            self.items[event["item"]["id"]] = {"type": event["item"]["type"], "texts": {}, "head": event["item"]}
+            self.items[event["item"]["id"]] = _held(event["item"])
         elif kind == "response.output_item.done":
             assert event["item"]["id"] in self.items or event["item"]["status"] == "incomplete"
         elif kind.endswith(".delta"):

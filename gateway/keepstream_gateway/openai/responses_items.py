@@ -181,7 +181,6 @@ class CallItem(StreamedItem):
         self._call = call.model_copy(update={"arguments": ""})
         self._arguments = _Part()
         self._custom = call.type == "custom"
-        self._is_void = False
 
     @property
     def arguments(self) -> str:
@@ -192,20 +191,20 @@ class CallItem(StreamedItem):
         """Return the arguments that were sent."""
         return (self.arguments,)
 
-    @property
-    def call_id(self) -> str:
-        """The call's own id."""
-        return self._call.id
-
     def void(self) -> None:
-        """Note that the call does not count any more, although no event has said that it is over."""
+        """Note that the call does not count any more; no event says so yet, for its id may come again."""
         self.status = "incomplete"
-        self._is_void = True
 
     def end_void(self) -> Iterator[Fields]:
-        """Yield the event that says it, which is final for every call of this id."""
-        self._is_void = False
+        """Yield the event that says it."""
         yield {"type": "response.output_item.done", "output_index": self.index, "item": self.value()}
+
+    def revive(self, call: ToolCall) -> None:
+        """Make it the item of another call with the same id, all of which is known."""
+        self._call = call
+        self._arguments = _Part()
+        self._arguments.pieces.append(call.arguments)
+        self.status = OPEN
 
     def is_of(self, call: ToolCall) -> bool:
         """Whether this is the item of ``call``: what its first event said still holds."""
@@ -213,10 +212,7 @@ class CallItem(StreamedItem):
 
     def value(self) -> dict[str, Any]:
         """Return the item so far."""
-        changed = {"arguments": self.arguments}
-        if self._is_void:  # another item may have the call's id by now, and no two of a response may
-            changed["id"] = f"{self._call.id}.dropped"
-        return call_item(self.id, self._call.model_copy(update=changed), self.status)
+        return call_item(self.id, self._call.model_copy(update={"arguments": self.arguments}), self.status)
 
     def append(self, piece: str) -> Iterator[Fields]:
         """Yield the event that adds ``piece`` to the arguments."""

@@ -16,9 +16,9 @@ is the one that neither library's helper breaks at, and a reader sees that somet
 **A client that knows more.** If Redis lost a part of the log, or all of it, a client may hold what nobody can tell any
 more. Then the output is told anew, under new ids, after another ``response.in_progress``.
 
-**Tool calls in a retry.** OpenAI's Python library lets a call's id be finished once, under one item id; and ids come
-again in another attempt where a provider counts from 0. So a dropped call is not finished before it is sure that
-nobody uses its id again, and a call with the id of a dropped one is told when its attempt is complete.
+**Tool calls in a retry.** OpenAI's libraries want one item for each call id, and ids come again in another attempt
+where a provider counts from 0. So a dropped call is not closed before it is sure that its id does not come again; a
+call that has the id of a dropped one takes over its item when it is complete, and ``response.in_progress`` shows it.
 
 A job that was cancelled ends with ``response.incomplete``, since the libraries know no other event for it; its
 response has the status ``cancelled``.
@@ -110,8 +110,7 @@ class ResponseEvents:
         self._must_tell_drop = False  # whether items were dropped that no response.in_progress has shown yet
         self._is_lost = False  # whether the client holds something that is not known here
         self._found_at: EventId | None = None  # the event with which it was told anew
-        self._void: dict[str, CallItem] = {}  # by call id: dropped calls of which it was not told that they are over
-        self._finished: set[str] = set()  # ids of calls that are over for the client
+        self._void: dict[str, CallItem] = {}  # by item id: calls that were dropped
 
     def begin(self) -> list[bytes]:
         """Return what comes before the job's first event."""
@@ -215,9 +214,9 @@ class ResponseEvents:
         self._must_tell_drop = True
         if not isinstance(item, CallItem):
             yield from item.close("incomplete")
-        elif item.is_open:
+        else:
             item.void()
-            self._void[item.call_id] = item
+            self._void[item.id] = item
 
     def _tell_anew(self, event_id: EventId) -> Iterator[Fields]:
         """Tell the output so far to a client of which nobody knows what it holds."""
@@ -262,8 +261,8 @@ class ResponseEvents:
                     if len(whole) > len(known) or (kind == "call" and item is None):
                         yield (choice.index, kind, number), place, whole[len(known) :]
 
-    def _add_missing(self, *, with_held: bool = False) -> Iterator[Fields]:
-        """Tell what the output has beyond what was sent; ``with_held``: also calls with the ids of dropped ones."""
+    def _add_missing(self, *, whole: bool = False) -> Iterator[Fields]:
+        """Tell what the output has beyond what was sent; ``whole``: nothing more will come."""
         choices = {choice.index: choice for choice in self._transcript.choices}
         for (choice, kind, number), place, text in list(self._missing()):
             if kind == "reasoning":
@@ -273,8 +272,11 @@ class ResponseEvents:
             else:
                 call = choices[choice].tool_calls[number]
                 self._calls[choice, number] = begun = _Call(call.id, call.name, call.type)
-                if not with_held and (choice, kind, number) not in self._live and call.id in self._void:
-                    begun.held.append(text)
+                if (choice, kind, number) not in self._live and self._is_used(call):
+                    if whole:
+                        self._take_over(choice, number, call)
+                    else:
+                        begun.held.append(text)
                     continue
                 yield from self._call(choice, number, call, text)
         for index, snapshot in choices.items():
@@ -346,10 +348,20 @@ class ResponseEvents:
             yield from self._drop_item(item)
             del self._live[key]
             item = None
-        if item is not None or (call.id and call.name and call.id not in self._void):
+        if item is not None or (call.id and call.name and not self._is_used(call.value())):
             piece = "".join(call.held)
             call.held = []
             yield from self._call(choice, fragment.index, call.value(), piece)
+
+    def _is_used(self, call: ToolCall) -> bool:
+        """Whether a dropped call has the id of this one."""
+        return self._ids.call(call.id, call.type) in self._void
+
+    def _take_over(self, choice: int, number: int, call: ToolCall) -> None:
+        item = self._void.pop(self._ids.call(call.id, call.type))
+        item.revive(call)
+        self._live[choice, "call", number] = item
+        self._must_tell_drop = True  # the client is to see that it counts again
 
     def _call(self, choice: int, number: int, call: ToolCall, piece: str) -> Iterator[Fields]:
         key = (choice, "call", number)
@@ -368,16 +380,14 @@ class ResponseEvents:
             yield from self._drop()
         if not self._closed:
             yield from self._close(complete=complete)
-        counted = {item.call_id for item in self._live.values() if isinstance(item, CallItem)}
-        for call_id, dropped in self._void.items():
-            if call_id not in counted:
-                yield from dropped.end_void()
+        for dropped in self._void.values():
+            yield from dropped.end_void()
         if self._must_tell_drop:
             yield self._in_progress()
 
     def _close(self, *, complete: bool) -> Iterator[Fields]:
         """Close the output's items, now that nothing more will come."""
-        yield from self._add_missing(with_held=True)  # also calls that never got a name or an id
+        yield from self._add_missing(whole=True)  # also calls that never got a name or an id
         choices = {choice.index: choice for choice in self._transcript.choices}
         for index, choice in choices.items():
             carries = carried_by(choice, self._provider)
@@ -386,15 +396,12 @@ class ResponseEvents:
                 item = self._live[index, "reasoning", 0]
                 assert isinstance(item, ReasoningItem)
                 item.carries = carries
+        if self._must_tell_drop:
+            yield self._in_progress()
         for (index, _, _), item in self._live.items():
             if isinstance(item, MessageItem):
                 item.extra = choices[index].extra
-            for fields in item.close(item_status(choices[index].finish_reason, complete=complete)):
-                if isinstance(item, CallItem) and fields["type"] == "response.output_item.done":
-                    if item.call_id in self._finished:
-                        continue
-                    self._finished.add(item.call_id)
-                yield fields
+            yield from item.close(item_status(choices[index].finish_reason, complete=complete))
         self._closed = True
 
     def needs_row(self) -> bool:
