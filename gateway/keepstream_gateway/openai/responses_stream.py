@@ -100,6 +100,7 @@ class ResponseEvents:
         self._after = after
         self._client_at = EventId(*position(max(after, 0))[:2])
         self._transcript = Transcript()
+        self._before: Event | None = None  # the last event applied
         self._provider = job.provider
         self._ids = ItemIds(job.id, 1)
         self._items: list[StreamedItem] = []  # all that were ever opened; their place is their index
@@ -156,10 +157,11 @@ class ResponseEvents:
     # -- events -----------------------------------------------------------------------------------
 
     def _told(self, event: Event) -> Iterator[Fields]:
-        last = self._transcript.last
+        before = self._before
         if not self._transcript.apply(event):
             return
-        yield from self._turn_to(event, last)
+        self._before = event
+        yield from self._turn_to(event, before)
         match event:
             case DeltaEvent():
                 # If the client was lost, this is part of what it has just been told.
@@ -179,17 +181,18 @@ class ResponseEvents:
             case _:  # a failed attempt that is the last one: what comes next says what counts; or an unknown type
                 pass
 
-    def _turn_to(self, event: Event, last: EventId | None) -> Iterator[Fields]:
+    def _turn_to(self, event: Event, before: Event | None) -> Iterator[Fields]:
         """Tell what changes because ``event`` is of a new attempt, or because events before it are not known."""
         here = event.event_id
-        if self._client_at > (last or _START) and (here > self._client_at or not _follows(event, last)):
+        last = _START if before is None else before.event_id
+        if self._client_at > last and (here > self._client_at or not _follows(event, before)):
             self._is_lost = True  # there are events that the client has had, and that were not told here
         found = self._is_lost and here >= self._client_at
         if found:
             self._is_lost = False
             self._found_at = here
             self._must_tell_drop = True
-        if last is None or here.attempt > last.attempt:
+        if here.attempt > last.attempt:
             if found or not _continues(event):
                 yield from self._drop()
             if not self._live:
@@ -427,13 +430,14 @@ class ResponseEvents:
         )
 
 
-def _follows(event: Event, last: EventId | None) -> bool:
-    """Whether no event is missing before this one; of an attempt that is over, the end may be missing unnoticed."""
+def _follows(event: Event, before: Event | None) -> bool:
+    """Whether no event is missing between these two; of an attempt that is over, the end may be missing unnoticed."""
     here = event.event_id
-    if last is not None and here.attempt == last.attempt:
-        return here.n == last.n + 1
-    # A snapshot is no attempt's first event: it stands for what was lost.
-    return here.n == 1 and not isinstance(event, Snapshot) and (last is not None or here.attempt == 1)
+    if before is not None and here.attempt == before.attempt:
+        # Any other snapshot stands for what was lost.
+        is_due = not isinstance(event, Snapshot) or isinstance(before, AttemptStarted | AttemptFailed)
+        return is_due and here.n == before.event_id.n + 1
+    return here.n == 1 and not isinstance(event, Snapshot) and (before is not None or here.attempt == 1)
 
 
 def _continues(event: Event) -> bool:
