@@ -52,7 +52,7 @@ class TcpProxy:
         """Let new connections through again."""
         self._open.set()
 
-    def lead_to(self, target: int) -> None:
+    def divert(self, target: int) -> None:
         """Let new connections lead to another port; those that there are stay."""
         self._target = target
 

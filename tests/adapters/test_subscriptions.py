@@ -332,7 +332,7 @@ async def test_a_connection_that_leads_to_the_wrong_server_is_left(caplog: pytes
             seen = asyncio.Semaphore(0)
             followers = [asyncio.create_task(ids(client, "job-1", seen)) for _ in range(3)]
             await all_of(3, seen)
-            proxy.lead_to(new.port)
+            proxy.divert(new.port)
             await old_log.execute_command("CLIENT", "KILL", "TYPE", "normal")  # those for logs come anew
             await append(new_log, keys_of("job-1"), delta("1-2", "found in the log"))
 
