@@ -68,7 +68,7 @@ class Reader:
     """Follows a job as an EventSource does: with the id of the last event it got, at one gateway or another."""
 
     def __init__(self, job_id: str, key: str) -> None:
-        self._job_id = job_id
+        self.job_id = job_id
         self._key = key
         self.last_id: str | None = None
         self.events: list[Event] = []
@@ -79,7 +79,7 @@ class Reader:
         headers = {"Authorization": f"Bearer {self._key}"}
         if self.last_id is not None:
             headers["Last-Event-ID"] = self.last_id
-        return HttpStream(gateway.port, f"/api/jobs/{self._job_id}/events", headers)
+        return HttpStream(gateway.port, f"/api/jobs/{self.job_id}/events", headers)
 
     def take(self, stream: HttpStream, most: int = 1_000_000) -> bool:
         """Take so many events from a stream, or all to its end; return whether that was clean."""
