@@ -4,6 +4,7 @@ In: a request.  Out: the object in its body, or an ``ApiError``.  The limit hold
 head says of its length.
 """
 
+import asyncio
 import json
 from typing import Any, Final
 
@@ -11,6 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from keepstream_gateway.errors import ApiError, invalid
 
+_PATIENCE: Final = 60.0  #: Seconds in which a whole body has to come.
 #: What is left unread is not waited for: the connection ends with the answer.
 _AND_CLOSE: Final = {"Connection": "close"}
 
@@ -47,12 +49,16 @@ async def _read(request: Request, limit: int) -> bytes:
         raise _too_large(limit)
     body = bytearray()
     try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > limit:
-                raise _too_large(limit)
+        async with asyncio.timeout(_PATIENCE):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit:
+                    raise _too_large(limit)
     except ClientDisconnect:
         raise ApiError(400, "the connection was closed before the body was complete", "incomplete_body") from None
+    except TimeoutError:
+        message = f"the body did not come within {_PATIENCE:g} seconds"
+        raise ApiError(408, message, "body_too_slow", headers=_AND_CLOSE) from None
     return bytes(body)
 
 

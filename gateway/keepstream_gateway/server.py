@@ -26,6 +26,8 @@ from keepstream_gateway.streaming import ABORT
 
 log = get_logger()
 
+_HEAD_BYTES: Final = 65_536  #: Of a request; its line and headers.
+_HEAD_SECONDS: Final = 30.0  #: From a connection, or the first byte of a further request, to the end of the head.
 _BACKLOG: Final = 4096  #: Connections that may wait to be accepted; after a failure elsewhere all readers come at once.
 
 
@@ -73,7 +75,49 @@ def serve(settings: Settings) -> int:
 
 
 class _Protocol(HttpToolsProtocol):
-    """Lets a response end its connection at once, although not all that was written has been read."""
+    """Bounds what uvicorn leaves open: the size of a request's head, and the time in which it comes.
+
+    It also lets a response end its connection at once, although not all that was written has been read.
+    """
+
+    _head_bytes = 0  #: Received of a head that is not complete.
+    _has_head = False  #: Whether the present request's head is complete.
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if not self._has_head:
+            self._head_bytes += len(data)
+            if self._head_bytes > _HEAD_BYTES + len(data):  # a piece may go on with a body
+                self.transport.abort()
+                return
+            if self._head_timer is None:  # the first of a further request on this connection
+                self._expect_head()
+        super().data_received(data)
+
+    def on_headers_complete(self) -> None:
+        self._has_head = True
+        self._stop_timer()
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._has_head, self._head_bytes = False, 0
+
+    def _expect_head(self) -> None:
+        self._head_timer = self.loop.call_later(_HEAD_SECONDS, self.transport.abort)
+
+    def _stop_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
     def on_message_begin(self) -> None:
         super().on_message_begin()

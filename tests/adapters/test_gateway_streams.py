@@ -1,8 +1,11 @@
 """Streams over real sockets: slow, silent, absent and too many readers, and a server that stops."""
 
 import asyncio
+import socket
 import threading
+import time
 from collections.abc import AsyncGenerator, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -211,6 +214,39 @@ def test_a_stream_that_does_not_come_to_its_end_says_farewell_or_breaks_off(
         assert reader.read_to_the_end() is (farewell is not None)
         assert reader.received == FRAME + (farewell or b"")
     server.wait_for_end("failed" if cause == "error" else "stopped")
+
+
+@pytest.mark.parametrize("endless", [b"GET /", b"GET / HTTP/1.1\r\nX: ", b"GET / HTTP/1.1\r\n"])
+def test_a_head_without_an_end_is_cut_off(server: Server, endless: bytes) -> None:
+    more = b"X: y\r\n" * 1000 if endless.endswith(b"\n") else b"x" * 6000
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as sock, pytest.raises(ConnectionError):
+        sock.sendall(endless + more * 10_000)
+    with open_stream(server) as reader:
+        assert reader.response.status == 200
+
+
+def test_a_head_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
+    monkeypatch.setattr("keepstream_gateway.server._HEAD_SECONDS", 0.3)
+    for beginning in (b"", b"GET /stream HTTP/1.1\r\nHo"):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as sock:
+            sock.sendall(beginning)
+            with suppress(ConnectionError):
+                assert sock.recv(1) == b""
+    # Nor is a further one on a connection; what streams is left alone.
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as sock:
+        sock.sendall(b"GET /none HTTP/1.1\r\nHost: x\r\n\r\nGET /none HTTP/1.1\r\nHo")
+        received = b""
+        with suppress(ConnectionError):
+            while piece := sock.recv(1000):
+                received += piece
+        assert received.count(b"HTTP/1.1 404") == 1
+    with open_stream(server) as reader:
+        wait_until(lambda: server.count("followers") == 1, "the stream")
+        for _ in range(5):
+            server.send(FRAME)
+            time.sleep(0.1)
+        server.send(None)
+        assert reader.read_to_the_end()
 
 
 def test_who_stops_refuses_new_streams_and_ends_those_that_read_nothing(server: Server) -> None:

@@ -6,6 +6,7 @@ Whatever happens on the way, each reader ends with the row's text, having seen e
 import random
 import threading
 from http.client import HTTPException
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 JOBS = 8
 READERS = 64
-SLOW = {"deltas": 80, "rate": 10}  #: A job of eight seconds, which is as long as the faults take.
+SLOW: dict[str, Any] = {"deltas": 80, "rate": 10}  #: A job of eight seconds, which is as long as the faults take.
 
 
 class Crowd:
