@@ -11,6 +11,7 @@ One task looks after the time of all streams; a stream costs no timer of its own
 """
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import suppress
@@ -163,10 +164,9 @@ class Streams:
         return give_back
 
     async def _look_after(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(_TICK)
-            now = loop.time()
+            now = time.monotonic()
             for stream in list(self._open):
                 stream.look(now, self._settings.ping, self._settings.drain_timeout)
 
@@ -212,7 +212,7 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": b""})
                 return
             self._pump = asyncio.ensure_future(self._send_frames())
-            self._sent_at = asyncio.get_running_loop().time()
+            self._sent_at = time.monotonic()
             self._streams.opened(self)
             await asyncio.wait([self._pump, gone], return_when=asyncio.FIRST_COMPLETED)
             how, error = self._outcome()
@@ -262,8 +262,7 @@ class EventStream(Response):
         await self._send({"type": "http.response.body", "body": b""})
 
     async def _write(self, frame: bytes) -> None:
-        loop = asyncio.get_running_loop()
-        self._sending_since = self._sent_at = loop.time()
+        self._sending_since = self._sent_at = time.monotonic()
         try:
             await self._send({"type": "http.response.body", "body": frame, "more_body": True})
         finally:
