@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from openai import OpenAI
 from openai.types.responses import Response
 
-from keepstream.events import Event, TerminalEvent, is_terminal
+from keepstream.events import DeltaEvent, Event, TerminalEvent, is_terminal
 from keepstream.results import CompletionResult, JobStatus
 from keepstream_gateway.openai.ids import LAST, parse_cursor, position, sequence_number
 from keepstream_gateway.openai.responses_object import response_object
@@ -137,6 +137,21 @@ def test_every_gateway_gives_an_event_the_same_number(story: Story, draw: st.Dat
     cut = draw.draw(st.integers(0, len(numbers) - 1))
     assert told(story, after=numbers[cut]) == frames[cut + 1 :]
     assert data(told(story, story.of_the_row())[-1]) == data(frames[-1])
+
+
+class Slow(ResponseEvents):
+    """Takes no short cut."""
+
+    def _go_on(self, event: DeltaEvent) -> list[bytes] | None:
+        return None
+
+
+@given(stories(), st.integers(-1, 30))
+def test_the_short_cut_for_texts_tells_the_same(story: Story, cut: int) -> None:
+    after = -1 if cut < 0 else data(told(story)[min(cut, len(told(story)) - 1)])["sequence_number"]
+    quick, slow = ResponseEvents(new_job(story.job_id), after), Slow(new_job(story.job_id), after)
+    for event in story.events:
+        assert quick.feed(event) == slow.feed(event)
 
 
 @given(stories())

@@ -6,6 +6,7 @@ An item is opened by its first piece and closed by what ends it. What was sent o
 appended. Pure.
 """
 
+import json
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -21,6 +22,7 @@ from keepstream_gateway.openai.responses_object import (
 Fields = dict[str, Any]  #: Of an event: its type and its own fields.
 
 OPEN: Final = "in_progress"
+TEXT_DELTA: Final = "response.output_text.delta"
 
 
 class _Part:
@@ -126,6 +128,7 @@ class MessageItem(StreamedItem):
     def __init__(self, item_id: str, index: int) -> None:
         super().__init__(item_id, index)
         self._parts: dict[str, _Part] = {}  # by type, in the order of their first pieces
+        self._head: str | None = None
         self.extra: dict[str, Any] | None = None  #: The choice's, with annotations and logprobs; known at the end only.
 
     def texts(self) -> tuple[str, ...]:
@@ -150,9 +153,23 @@ class MessageItem(StreamedItem):
         part.pieces.append(piece)
         place = self._place(list(self._parts).index(kind))
         if kind == "output_text":
-            yield {"type": "response.output_text.delta", **place, "delta": piece, "logprobs": []}
+            yield {"type": TEXT_DELTA, **place, "delta": piece, "logprobs": []}
         else:
             yield {"type": "response.refusal.delta", **place, "delta": piece}
+
+    @property
+    def delta_head(self) -> str | None:
+        """How the fields of the next text delta begin as JSON; None: it is not the text's next delta that is due."""
+        if "output_text" not in self._parts or not self.is_open:
+            return None
+        if self._head is None:
+            place = self._place(list(self._parts).index("output_text"))
+            self._head = json.dumps(place, separators=(",", ":"))[1:-1] + ',"delta":'
+        return self._head
+
+    def go_on(self, piece: str) -> None:
+        """Add ``piece`` to a text that has begun; its event is the caller's to write."""
+        self._parts["output_text"].pieces.append(piece)
 
     def annotate(self, value: dict[str, Any], number: int) -> Iterator[Fields]:
         """Yield the event that adds an annotation to the text, if there is a text."""

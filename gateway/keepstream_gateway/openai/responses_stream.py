@@ -51,7 +51,14 @@ from keepstream.names import EventId
 from keepstream.results import CompletionResult, ToolCall
 from keepstream.transcript import Transcript
 from keepstream_gateway.openai.ids import LAST, ItemIds, position, sequence_number
-from keepstream_gateway.openai.responses_items import CallItem, Fields, MessageItem, ReasoningItem, StreamedItem
+from keepstream_gateway.openai.responses_items import (
+    TEXT_DELTA,
+    CallItem,
+    Fields,
+    MessageItem,
+    ReasoningItem,
+    StreamedItem,
+)
 from keepstream_gateway.openai.responses_object import (
     annotation,
     carried_by,
@@ -119,6 +126,8 @@ class ResponseEvents:
 
     def feed(self, event: Event) -> list[bytes]:
         """Return what ``event`` becomes; of the terminal one, all but the very end."""
+        if isinstance(event, DeltaEvent) and (frames := self._go_on(event)) is not None:
+            return frames
         return self._frames(event.event_id, self._told(event))
 
     def end(self, event: TerminalEvent, stored: CompletionResult | None = None) -> list[bytes]:
@@ -134,6 +143,31 @@ class ResponseEvents:
             response = response_object(stored or self._result(event))
             frames.append(_frame(sequence, {"type": _ENDS[response["status"]], "response": response}))
         return frames
+
+    def _go_on(self, event: DeltaEvent) -> list[bytes] | None:
+        """Return what a delta becomes that only goes on with an open text, as nearly all do; None: it is another.
+
+        It says what ``_told`` would say, at a third of the cost.
+        """
+        delta = event.delta
+        if not delta.content or delta.reasoning or delta.refusal or delta.tool_calls or delta.extra:
+            return None
+        item = self._live.get((event.choice, "message", 0))
+        last = self._transcript.last
+        if not isinstance(item, MessageItem) or last is None or event.attempt != last.attempt or self._must_tell_drop:
+            return None
+        head = item.delta_head
+        if head is None or self._is_lost or event.event_id.n != last.n + 1:
+            return None
+        self._transcript.apply(event)
+        self._before = event
+        item.go_on(delta.content)
+        sequence = sequence_number(event.attempt, last.n + 1, 0)
+        if sequence <= self._after:
+            return []
+        kind, text = TEXT_DELTA, json.dumps(delta.content)
+        data = f'{{"type":"{kind}","sequence_number":{sequence},{head}{text},"logprobs":[]}}'
+        return [f"event: {kind}\ndata: {data}\n\n".encode()]
 
     # -- numbers ----------------------------------------------------------------------------------
 
