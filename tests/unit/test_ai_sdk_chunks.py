@@ -186,6 +186,45 @@ def test_nothing_is_reset_if_nothing_was_shown() -> None:
     assert [chunk for text in story.events for chunk in step.apply(parse_event(text))] == []
 
 
+def sent_by(story: Story, **step: Any) -> list[dict[str, Any]]:
+    made = Step(JOB, **step)
+    return [chunk for text in story.events for chunk in made.apply(parse_event(text))]
+
+
+def test_an_attempt_that_goes_on_with_the_one_before_takes_nothing_back() -> None:
+    story = Story()
+    story.more({"content": "one "})
+    story.go_on_elsewhere()
+    story.more({"content": "two"})
+    story.end()
+    assert "reset-step" not in [chunk["type"] for chunk in sent_by(story)]
+    assert play(story.events, resets=False).finish_reason == "stop"
+
+
+def test_what_had_failed_before_is_not_even_shown() -> None:
+    story = Story()
+    story.more({"content": "dead"})
+    story.fail()
+    story.more({"content": "alive"})
+    story.end()
+    deltas = [chunk["delta"] for chunk in sent_by(story, first_attempt=2) if chunk["type"] == "text-delta"]
+    assert deltas == ["alive"]
+    assert play(story.events, resets=False, first_attempt=2).texts("text") == "alive"
+
+
+@pytest.mark.parametrize("changed", [{"id": "d"}, {"name": "other"}, {"arguments": '{"b"'}])
+def test_a_call_that_turns_out_another_takes_its_place(changed: dict[str, str]) -> None:
+    story = Story()
+    call = {"id": "c", "name": "look", "arguments": '{"a"'}
+    story.more({"tool_calls": [fragment(**call)]})
+    now = {**call, **changed}
+    story.snapshot({"tool_calls": [{**now, "arguments_valid": False}]})
+    story.more({"tool_calls": [fragment(arguments=": 1}")]})
+    story.end()
+    message = play(story.events)
+    assert message.calls == [(now["id"], now["name"], json.loads(now["arguments"] + ": 1}"))]
+
+
 def test_a_snapshot_that_goes_on_is_only_what_is_new() -> None:
     story = Story()
     story.more({"content": "one "})
