@@ -190,6 +190,20 @@ def test_an_older_sdk_is_told_of_an_error_and_resumes(shared_cluster: Cluster) -
         assert resume(http).texts("text") == "a b c d e f"
 
 
+def test_what_finds_no_place_is_not_stored(shared_cluster: Cluster) -> None:
+    """Or the page would be told of an error, and pay for an answer that nobody sees."""
+    with caller(start_gateway(shared_cluster, max_followers=1), make_key(shared_cluster, "narrow")) as http:
+        with http.stream("POST", "/api/chat", json=scripted("first", deltas=1000, rate=50)) as response:
+            found = frames(response)  # kept, for the connection ends with it
+            next(found)
+            refused = http.post("/api/chat", json=scripted("second", text="Never."))
+            assert (refused.status_code, error_of(refused)["code"]) == (429, "too_many_followers")
+        assert http.post("/api/chat/first/stop").status_code == 200
+    client = shared_cluster.client.for_tenant("narrow")
+    assert client.last_numbered(chats.prefix("second")) is None
+    assert client.last_numbered(chats.prefix("first")) is not None
+
+
 # -- who may --
 
 

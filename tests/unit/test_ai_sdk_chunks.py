@@ -215,7 +215,7 @@ def test_what_had_failed_before_is_not_even_shown() -> None:
 @pytest.mark.parametrize("changed", [{"id": "d"}, {"name": "other"}, {"arguments": '{"b"'}])
 def test_a_call_that_turns_out_another_takes_its_place(changed: dict[str, str]) -> None:
     story = Story()
-    call = {"id": "c", "name": "look", "arguments": '{"a"'}
+    call: dict[str, Any] = {"id": "c", "name": "look", "arguments": '{"a"'}
     story.more({"tool_calls": [fragment(**call)]})
     now = {**call, **changed}
     story.snapshot({"tool_calls": [{**now, "arguments_valid": False}]})

@@ -74,7 +74,7 @@ class Step:
 
     def __init__(self, job_id: str, *, resets: bool = True, first_attempt: int = 1) -> None:
         self.ended = False  #: Whether no chunk can follow.
-        self._job_id = job_id
+        self.job_id = job_id
         self._resets = resets
         self._attempt = first_attempt
         self._output = _Output(job_id)
@@ -123,7 +123,7 @@ class Step:
         """Take back what the attempt has sent."""
         if self._output.is_empty:
             return []
-        self._output = _Output(self._job_id)
+        self._output = _Output(self.job_id)
         return [{"type": "reset-step"} if self._resets else error(_STARTS_OVER)]
 
     def _show(self, choices: list[ChoiceSnapshot]) -> list[Chunk]:

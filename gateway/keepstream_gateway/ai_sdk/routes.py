@@ -7,7 +7,7 @@ The id of a chat may have any character, a slash for instance, so it may span pa
 
 import json
 import math
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Final
@@ -25,7 +25,7 @@ from keepstream_gateway.ai_sdk import chats, chunks, messages, requests
 from keepstream_gateway.ai_sdk.chunks import Chunk, Step
 from keepstream_gateway.bodies import read_object
 from keepstream_gateway.context import Context
-from keepstream_gateway.errors import ApiError, invalid
+from keepstream_gateway.errors import ApiError, api_error, invalid, unforeseen
 from keepstream_gateway.parameters import check_names
 
 _API: Final = "/api/chat"
@@ -71,9 +71,12 @@ class _Chats:
         )
         metadata = {"chat": chat, **({} if message_id is None else {"message": message_id})}
         fields = {"tenant": access.tenant, "request": asked, "metadata": metadata}
-        job_id = await _enqueue(client, chats.prefix(chat), last, fields, again=again)
-        step = Step(job_id, resets=self._resets)
-        return await self._answer(access, job_id, step, [chunks.start(message_id or job_id, job_id)])
+
+        async def begin() -> tuple[Step, list[Chunk]]:
+            job_id = await _enqueue(client, chats.prefix(chat), last, fields, again=again)
+            return Step(job_id, resets=self._resets), [chunks.start(message_id or job_id, job_id)]
+
+        return await self._answer(access, _Answer(client, begin))
 
     async def resume(self, request: Request) -> Response:
         """Stream the chat's present answer, from its beginning."""
@@ -89,7 +92,11 @@ class _Chats:
         # What has failed already is not shown; while it waits for the next attempt, that is all there is.
         first_attempt = last.attempt + (last.status is JobStatus.RETRYING)
         step = Step(last.id, resets=self._resets, first_attempt=first_attempt)
-        return await self._answer(access, last.id, step, opening)
+
+        async def begin() -> tuple[Step, list[Chunk]]:
+            return step, opening
+
+        return await self._answer(access, _Answer(client, begin))
 
     async def stop(self, request: Request) -> Response:
         """Cancel the chat's present answer; what has come of it is kept."""
@@ -136,32 +143,49 @@ class _Chats:
         ended = job.finished_at or job.created_at
         return datetime.now(UTC) - ended > timedelta(seconds=self._context.settings.chat_replay)
 
-    async def _answer(self, access: Access, job_id: str, step: Step, opening: list[Chunk]) -> Response:
-        client = self._context.clients.of(access.tenant)
+    async def _answer(self, access: Access, answer: "_Answer") -> Response:
         return await self._context.streams.answer(
-            access, _frames(client, job_id, step, opening), farewell=_farewell, headers=chunks.HEADERS
+            access, answer.frames(), farewell=answer.farewell, headers=chunks.HEADERS
         )
 
 
-async def _frames(client: AsyncClient, job_id: str, step: Step, opening: list[Chunk]) -> AsyncGenerator[bytes]:
-    yield chunks.encode([*opening, *step.begin()])
-    events = client.follow(job_id, timeout=math.inf, not_found_after=0)
-    try:
-        async for event in events:
-            found = step.apply(event)
-            if found:
-                yield chunks.encode(found) + (chunks.DONE if step.ended else b"")
-            if step.ended:
-                return
-    finally:
-        await events.aclose()
+class _Answer:
+    """The stream of a job that ``begin`` enqueues, or finds.
 
+    That is done when the stream has its place: what is refused for want of one is not stored, and after the commit
+    nothing is answered with an error.
+    """
 
-def _farewell(error: Exception | None) -> bytes | None:
-    """Break the connection off, so that the page resumes; a clean end would be taken for the answer's."""
-    if isinstance(error, JobNotFoundError):
-        return chunks.encode([chunks.error("the job has been deleted")]) + chunks.DONE
-    return None
+    def __init__(self, client: AsyncClient, begin: Callable[[], Awaitable[tuple[Step, list[Chunk]]]]) -> None:
+        self._client = client
+        self._begin = begin
+        self._has_begun = False
+
+    async def frames(self) -> AsyncGenerator[bytes]:
+        """Yield the chunks of the whole answer."""
+        step, opening = await self._begin()
+        self._has_begun = True
+        yield chunks.encode([*opening, *step.begin()])
+        events = self._client.follow(step.job_id, timeout=math.inf, not_found_after=0)
+        try:
+            async for event in events:
+                found = step.apply(event)
+                if found:
+                    yield chunks.encode(found) + (chunks.DONE if step.ended else b"")
+                if step.ended:
+                    return
+        finally:
+            await events.aclose()
+
+    def farewell(self, error: Exception | None) -> bytes | None:
+        """Break the connection off, so that the page resumes; a clean end would be taken for the answer's.
+
+        Where there is nothing to resume, the page is told what is wrong.
+        """
+        if error is None or (self._has_begun and not isinstance(error, JobNotFoundError)):
+            return None
+        told = api_error(error) or unforeseen()
+        return chunks.encode([chunks.error(told.message)]) + chunks.DONE
 
 
 async def _enqueue(
