@@ -11,7 +11,7 @@ import redis.asyncio
 
 from keepstream import AsyncClient
 from keepstream.client import subscriptions
-from keepstream.client.follower import Operation
+from keepstream.client.follower import FollowerRun, Listen, Operation, Subscribe
 from keepstream.client.mailbox import MOST_EVENTS
 from keepstream.client.payloads import TYPED
 from keepstream.client.redis_aio import AsyncRedisConnections
@@ -344,6 +344,29 @@ async def test_a_connection_that_leads_to_the_wrong_server_is_left(caplog: pytes
             await append(new_log, keys_of("job-1"), ended("1-3", "completed", ""))
             assert await asyncio.gather(*followers) == [["1-1", "1-2", "1-3"]] * 3
             assert await subscription_connections(old_log) == []
+
+
+async def test_only_a_subscription_that_seems_deaf_is_doubted(redis_url: str, log: redis.asyncio.Redis) -> None:
+    """A follower also subscribes anew when its log could not be read, by another connection."""
+    used = []
+
+    def run() -> FollowerRun[Any]:
+        for operation in (Subscribe(), Subscribe(), Subscribe(seems_deaf=True)):
+            yield operation
+            with redis.Redis.from_url(redis_url) as connection:
+                used.append({entry["id"] for entry in connection.client_list(_type="pubsub")})
+            yield Listen(0.01)
+
+    async def nothing(_: Operation) -> None:
+        return None
+
+    connections = AsyncRedisConnections(redis_url)
+    async for _ in connections.follow(run(), keys_of("job-1"), nothing):
+        pass
+    await connections.close()
+    first, second, third = used
+    assert first == second
+    assert third - first, "a new one"
 
 
 async def test_a_message_that_is_only_late_is_no_reason_to_leave(shared: Subscriptions, log: Any) -> None:

@@ -373,7 +373,14 @@ def test_a_subscription_that_fell_silent_is_made_anew() -> None:
     assert next(events).id == "1-2"  # found in the log
     world.publish(1)
     assert next(events).id == "1-3"
-    assert sum(isinstance(operation, Subscribe) for operation in world.operations) == 2
+    assert [operation for operation in world.operations if isinstance(operation, Subscribe)] == [
+        Subscribe(),
+        Subscribe(seems_deaf=True),
+    ]
+    world.disconnect()
+    world.publish(1)
+    assert next(events).id == "1-4"
+    assert [operation for operation in world.operations if isinstance(operation, Subscribe)][2:] == [Subscribe()]
 
 
 @pytest.mark.parametrize("after", [None, "1-3", "2-4"])

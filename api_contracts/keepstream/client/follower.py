@@ -50,7 +50,9 @@ class Operation:
 
 @dataclass(frozen=True, slots=True)
 class Subscribe(Operation):
-    """Open a new subscription to the job's channel and wait until Redis has confirmed it. Result: None."""
+    """See to it that there is a subscription to the job's channel, confirmed by Redis. Result: None."""
+
+    seems_deaf: bool = False  #: Whether the present one has not brought what is in the log.
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,9 +239,11 @@ class Follower(Generic[E]):
             JobNotFoundError: neither log nor row exist.
         """
         self._began_at = self._delivered_at = self._clock()
+        seems_deaf = False
         while not self._ended:
             try:
-                yield Subscribe()
+                yield Subscribe(seems_deaf)
+                seems_deaf = False
                 yield from self._catch_up()
                 self._reconnect_delay = _FIRST_RECONNECT_DELAY
                 self._is_connected = True
@@ -249,6 +253,7 @@ class Follower(Generic[E]):
                     last = self._last
                     yield from self._catch_up()
                     if was_silent and self._last != last:
+                        seems_deaf = True
                         break  # the log grew while the channel was silent: the connection may be dead
             except DisconnectedError as error:
                 self._log_is_missing = None

@@ -162,8 +162,8 @@ class _Session:
             case Listen(seconds):
                 assert self._subscription is not None  # the follower subscribes first
                 return await self._subscription.take(seconds)
-            case Subscribe():
-                return await self._subscribe()
+            case Subscribe(seems_deaf):
+                return await self._subscribe(seems_deaf=seems_deaf)
             case ReadLog(after):
                 return await self._links.logs.read(self._keys.log, after)
             case ReadNewest():
@@ -182,10 +182,10 @@ class _Session:
             self._subscription.leave()
             self._subscription = None
 
-    async def _subscribe(self) -> None:
+    async def _subscribe(self, *, seems_deaf: bool) -> None:
         if self._subscription is not None and not self._subscription.is_lost:
-            # The follower has found in the log what it should have heard.
-            if await self._subscription.is_late():
+            # If not, reading the log has failed, by another connection.
+            if not seems_deaf or await self._subscription.is_late():
                 return
             self._subscription.retire()
         self.leave()
