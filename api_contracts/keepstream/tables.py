@@ -306,6 +306,7 @@ minutes: Final = Table(
         Column(f"first_output_{number}", BigInteger, nullable=False, comment=f"attempts: first output within {most} s")
         for number, most in enumerate((*FIRST_OUTPUT_CLASSES, "any"))
     ),
+    postgresql_with={"fillfactor": 50},  # so that what all workers add finds room on the row's own page
 )
 
 api_keys: Final = Table(

@@ -45,6 +45,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint(
             "minute", "provider", "model", "outcome", "error_code", name=op.f("pk_keepstream_minutes")
         ),
+        postgresql_with={"fillfactor": 50},
     )
 
 

@@ -6,12 +6,13 @@ from typing import Any, Final
 import pytest
 from sqlalchemy import Engine, create_engine, select, text
 
+from keepstream.client import overview as overview_of_all
 from keepstream.client import queries
 from keepstream.client.database import make_engine
 from keepstream.client.listing import list_jobs
 from keepstream.results import JobStatus
 from keepstream.tables import metadata, waiting
-from keepstream_worker.store import activity, inspection
+from keepstream_worker.store import inspection
 from tests.explained import BY_THEIR_END, RUNNING, Explained, fill
 from tests.jobs import make_job
 from tests.stored_jobs import change, pause, start
@@ -90,8 +91,8 @@ def test_an_overview_counts_no_further_than_it_says(engine: Engine) -> None:
         if overview.workers:
             assert (overview.backlog.queued, overview.rejected) == (inspection.COUNTED + 1,) * 2
             assert (overview.backlog.running, overview.backlog.retrying) == (RUNNING + 1, RUNNING + 1)
-        inspection.rejected(connection, 50)
-        seen = activity.look(connection)
+        overview_of_all.rejected(connection, 50)
+        seen = overview_of_all.look(connection)
         assert seen.more_waiting == bool(overview.workers)
         assert connection.scalar(select(waiting.c.seq).limit(1)) is None or overview.backlog.oldest_wait is not None
     # It stops where it has counted enough, so a walk through what waits or runs is as good as one by an index.

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, insert
 
-from keepstream.client import queries
+from keepstream.client import overview, queries
 from keepstream.client.database import make_engine
+from keepstream.client.overview import Waiting
 from keepstream.tables import now, turns, workers
 from keepstream_worker.dev_stack.embedded import sqlite_url
-from keepstream_worker.store import activity, schema
-from keepstream_worker.store.activity import Waiting
+from keepstream_worker.store import schema
 from keepstream_worker.supervisor import python_module
 from keepstream_worker.values import Target
 from tests.jobs import make_job
@@ -56,7 +56,7 @@ def test_what_runs_and_waits_is_counted(engine: Engine) -> None:
         newest = {"arrivals_low": 0, "ready": "{}", "closed": '{"p": {"why": "cooling", "until": 1}}', "state": "{}"}
         connection.execute(insert(turns).values([{"n": 1, **newest, "closed": "{}"}, {"n": 2, **newest}]))
     with engine.begin() as connection:
-        seen = activity.look(connection)
+        seen = overview.look(connection)
     assert seen.running == {(Target("default", "m"), "b"): 1}
     assert sorted(seen.waiting) == [
         Waiting("a", "completions", "interactive", (Target("p", "m"), Target("q", "n")), 2, 0),

@@ -5,9 +5,10 @@ import json
 import redis
 import redis.asyncio
 
+from keepstream.client import overview
 from keepstream.client.database import make_engine
 from keepstream.names import rejected_list
-from keepstream_worker.store import inspection, schema
+from keepstream_worker.store import schema
 from keepstream_worker.store.database import WorkerDatabase
 from keepstream_worker.upkeep.unreadable_messages import UnreadableMessages
 
@@ -30,7 +31,7 @@ async def test_an_entry_that_is_no_record_is_recorded_too_and_holds_up_nothing(
         database.close()
         assert client.llen(rejected_list()) == 0
     with engine.begin() as rows:
-        reasons = [message.reason for message in inspection.rejected(rows, 100)]
+        reasons = [message.reason for message in overview.rejected(rows, 100)]
     not_ours = "an entry of the list of unreadable messages is not a record of one"
     assert sorted(reasons) == [not_ours] * 3 + ["no JSON"] * 2
     engine.dispose()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import httpx2
 import pytest
 
-from keepstream.client import api_keys
+from keepstream.client import api_keys, overview
 from keepstream.names import Right
 from keepstream_gateway.console.session import COOKIE
 from keepstream_worker.dev_stack.embedded import sqlite_url
@@ -267,6 +267,23 @@ def test_a_job_is_followed_live_and_again_from_its_log(shared_cluster: Cluster) 
         shared_cluster.push(b"this is no message")
         wait_until(lambda: "<td>" in client.get("/rejected").text, "the rejected message to be shown")
         assert "not named" in client.get("/rejected").text
+
+
+def test_what_workers_did_is_told_also_by_one_that_stops(cluster: Cluster, inside: httpx2.Client) -> None:
+    worker = cluster.start_worker()
+    for job_id in (cluster.enqueue(deltas=7), cluster.enqueue(faults=[{"kind": "status", "status": 400}])):
+        cluster.wait_for(job_id)
+    worker.terminate()
+    worker.wait()
+    with cluster.database() as connection:
+        past = overview.history(connection, 60, 1)
+    assert sum(sums.deltas for sums in past.sums) >= 7
+    assert sum(sum(sums.first_outputs) for sums in past.sums) >= 1
+    assert sum(sums.completion_tokens for sums in past.sums) > 0
+    assert [error.code for error in past.errors] == ["bad_request"]
+    wait_until(lambda: "bad_request" in inside.get("/").text, "the errors to be shown")
+    series = inside.get("/series?span=1h").json()
+    assert len(series["charts"]["deltas"][0]) == len(series["at"])
 
 
 def test_a_database_that_is_away_is_a_page_that_says_so(postgres_cluster: Cluster) -> None:

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from keepstream.client.overview import COUNTED, Activity, Waiting
 from keepstream.client.waiting import Worker
 from keepstream_worker.commands.activity import Picture, as_json, draw, limits_json
 from keepstream_worker.commands.activity_view import screen, show_limits
 from keepstream_worker.limits import Limits, Policy, ProviderPolicy, TenantPolicy
 from keepstream_worker.scheduling.learning import TargetState
 from keepstream_worker.scheduling.state import State
-from keepstream_worker.store.activity import COUNTED, Activity, Waiting
 from keepstream_worker.values import Target
 
 AT = datetime(2026, 1, 1, 12, 0, tzinfo=UTC)

@@ -44,8 +44,10 @@ from keepstream_worker.store import Claim, Refused, Rejection
 from keepstream_worker.store.database import Health, WorkerDatabase
 from keepstream_worker.store.error_answers import StoreRefusedError
 from keepstream_worker.store.one_writer import OneWriter
+from keepstream_worker.telemetry.figures import Figures
 from keepstream_worker.telemetry.logs import get_logger
 from keepstream_worker.upkeep.announcer import Announcer
+from keepstream_worker.upkeep.bookkeeper import Bookkeeper
 from keepstream_worker.upkeep.cancel_listener import CancelListener
 from keepstream_worker.upkeep.heartbeat import WorkerHeartbeat
 from keepstream_worker.upkeep.lost_ends import LostEnds
@@ -95,12 +97,14 @@ class Service:
         self._providers = Providers(self._provider_configs)
         self._announcer = Announcer(self._database, self._publisher)
         self._lost_ends = LostEnds(self._client, settings.prefix, self._announcer)
+        self._figures = Figures()
+        self._bookkeeper = Bookkeeper(self._figures, self._sweeps)
         self.engine = Engine(
             settings,
             self.worker_id,
             self._database,
             self._publisher,
-            AttemptStreams(settings, self._providers),
+            AttemptStreams(settings, self._providers, self._figures),
             Recovery(self._client, settings.prefix, self._database),
             self._policy.max_cooldown,
             lambda claim: self._chooser.observe(accepted_of(claim)),
@@ -151,6 +155,7 @@ class Service:
         await self._heartbeat.start()
         self._chooser.start()
         self._sweeper.start()
+        self._bookkeeper.start()
         self._cancel_listener.start()
         log.info("worker_started", worker=self.worker_id, concurrency=settings.concurrency)
 
@@ -231,7 +236,10 @@ class Service:
         return None
 
     def _note_end(self, claim: Claim, ending: Ending) -> None:
-        """Tell the chooser what an attempt has taken, and how it ended."""
+        """Tell the chooser what an attempt has taken, and how it ended; count it."""
+        code = ending.failure.code if ending.failure is not None else ""
+        usage = ending.usage
+        self._figures.note_end(*claim.target, ending.outcome, code, usage.prompt_tokens, usage.completion_tokens)
         observation = observation_of(claim, ending)
         self._chooser.observe(observation, urgent=is_refusal(ending))
         if ending.status is JobStatus.RETRYING:
@@ -331,6 +339,7 @@ class Service:
             self._cancel_listener.stop,
             lambda: self._publisher.close(timeout=3.0),
             lambda: self.engine.wait_for_announcements(timeout=3.0),
+            self._bookkeeper.stop,
             self._sweeper.stop,
             self._chooser.stop,
             self._heartbeat.stop,

@@ -227,8 +227,7 @@ def _sums(row: Any) -> Sums:
 # -- messages and tenants -------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class RejectedMessage:
+class RejectedMessage(NamedTuple):
     """A message from the queue that is no valid job."""
 
     id: str

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from keepstream.client.overview import COUNTED, Activity, History, Sums, reason
+from keepstream.client.waiting import closed_words
 from keepstream.results import WaitingFor
 from keepstream.tables import FIRST_OUTPUT_CLASSES
 from keepstream_gateway.console.words import NOTHING, about, count, duration, plural
@@ -394,11 +395,6 @@ def _limits(activity: Activity) -> list[LimitRow]:
         else:
             rows.append(LimitRow(name, closed_words(entry), _share(entry)))
     return rows[:_ROWS]
-
-
-def closed_words(entry: Mapping[str, Any]) -> str:
-    """Return in words why a target takes no job."""
-    return str(entry["why"])
 
 
 def _share(entry: Mapping[str, Any]) -> float | None:

@@ -10,13 +10,13 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from keepstream.client.waiting import closed_reason, closed_words
+from keepstream.client.overview import Activity, Waiting, reason
+from keepstream.client.waiting import closed_words
 from keepstream.results import WaitingFor
 from keepstream_worker.commands.formats import iso_time
 from keepstream_worker.limits import OTHER_TENANTS, Limits, Policy, is_pattern, target_key
 from keepstream_worker.scheduling.report import Use, Used, report
 from keepstream_worker.scheduling.state import State
-from keepstream_worker.store.activity import Activity, Waiting
 from keepstream_worker.values import Target
 
 
@@ -116,14 +116,14 @@ def draw(activity: Activity, policy: Policy) -> Picture:
     by_target: Counter[Target] = Counter()
     by_tenant: Counter[str] = Counter()
     for (target, tenant), jobs in activity.running.items():
-        by_target[target] += jobs
+        by_target[Target(*target)] += jobs
         by_tenant[tenant] += jobs
     uses = {use.key: use for use in report(policy, State.from_json(activity.state), by_target, activity.at.timestamp())}
-    waits_for = [(each, _reason(each, activity)) for each in activity.waiting]
+    waits_for = [(each, reason(each, activity)) for each in activity.waiting]
     first = Counter(dict.fromkeys(by_target, 0))
     tenants = Counter(dict.fromkeys(by_tenant, 0))
     for each in activity.waiting:
-        first[each.chain[0]] += each.jobs
+        first[Target(*each.chain[0])] += each.jobs
         tenants[each.tenant] += each.jobs
     return Picture(
         activity,
@@ -193,20 +193,6 @@ def _most(use: Use | None) -> int | None:
 
 def _waiting_at(key: str, first: Mapping[Target, int]) -> int:
     return sum(jobs for target, jobs in first.items() if key in (target.provider, f"{target.provider}/{target.model}"))
-
-
-def _reason(each: Waiting, activity: Activity) -> WaitingFor:
-    here = [worker for worker in activity.workers.values() if worker.queue == each.queue]
-    if not here:
-        return WaitingFor(cause="worker", text=f"a worker: none is alive for the queue '{each.queue}'")
-    if each.not_due == each.jobs:
-        return WaitingFor(cause="retry", text="the next attempt, which is not due yet")
-    closed = closed_reason(activity.closed, each.tenant, each.chain, activity.at)
-    if closed is not None:
-        return closed
-    if all(worker.running >= worker.places for worker in here):
-        return WaitingFor(cause="place", text="a free place: all workers are busy")
-    return WaitingFor(cause="pickup", text="a worker to take it")
 
 
 def _most_frequent(reasons: Iterable[tuple[Waiting, WaitingFor]]) -> WaitingFor | None:

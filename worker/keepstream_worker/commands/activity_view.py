@@ -11,11 +11,11 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from keepstream.client.overview import COUNTED
 from keepstream_worker.commands.activity import LimitRow, Picture, Row
 from keepstream_worker.commands.formats import clock_time, count, printable
 from keepstream_worker.limits import Limits
 from keepstream_worker.scheduling.report import Used
-from keepstream_worker.store.activity import COUNTED
 
 _BAR: Final = 8  #: Columns.
 _NAME: Final = 48  #: Columns at most, of a name.

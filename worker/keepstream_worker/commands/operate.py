@@ -190,12 +190,12 @@ def rejected(
 
     The newest come first. The table keepstream_rejected_messages keeps them with their payload.
     """
-    from keepstream_worker.store import inspection
+    from keepstream.client import overview
 
     database = database_from_environment()
     try:
         with database.transaction() as connection:
-            messages = inspection.rejected(connection, limit)
+            messages = overview.rejected(connection, limit)
     finally:
         database.close()
     if as_json:

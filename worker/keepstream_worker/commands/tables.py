@@ -14,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from keepstream.client.api_keys import StoredKey
+from keepstream.client.overview import RejectedMessage
 from keepstream.results import AttemptResult, CompletionResult, JobSummary, Target, UsageSource, output_sha256
 from keepstream_worker.commands.formats import INDENT, error_line, printable, seconds_between, status_text, usage_line
-from keepstream_worker.store.inspection import RejectedMessage
 
 _WIDE_LIST: Final = 110  #: Columns from which a job of a list fits on one line.
 _LONG_ID: Final = 40  #: Characters; ids are never cut, so longer ones get a line of their own.

@@ -15,13 +15,13 @@ from types import FrameType
 import typer
 from rich.live import Live
 
+from keepstream.client import overview
 from keepstream.client.database import ClientDatabase
 from keepstream.errors import StoreUnavailableError
 from keepstream_worker.commands.activity import Picture, as_json, draw, limits_json
 from keepstream_worker.commands.activity_view import screen, show_limits
 from keepstream_worker.commands.output import make_console
 from keepstream_worker.limits import Policy
-from keepstream_worker.store import activity
 
 
 def show_top(database: ClientDatabase, policy: Policy, *, every: float, once: bool, as_json: bool) -> None:
@@ -88,7 +88,7 @@ def show_limits_now(database: ClientDatabase, policy: Policy, *, as_json: bool) 
 
 def _look(database: ClientDatabase, policy: Policy) -> Picture:
     with database.transaction() as connection:
-        seen = activity.look(connection)
+        seen = overview.look(connection)
     return draw(seen, policy)
 
 

@@ -23,6 +23,7 @@ from keepstream_worker.providers.provider import ProviderFailure, Providers, Pro
 from keepstream_worker.providers.stream import Limits, Output, StreamReader
 from keepstream_worker.settings import Settings
 from keepstream_worker.store import Claim
+from keepstream_worker.telemetry.figures import Figures, Flow
 from keepstream_worker.telemetry.logs import get_logger
 from keepstream_worker.values import Delta, Failure, JobKey
 
@@ -38,6 +39,7 @@ class Attempt:
 
     __slots__ = (
         "_first_output_at",
+        "_flow",
         "_prompts",
         "_requested_at",
         "carried",
@@ -53,7 +55,13 @@ class Attempt:
     )
 
     def __init__(
-        self, job: Job, claim: Claim, publisher: Publisher, active: ActiveJob, prompts: usage.PromptSizes
+        self,
+        job: Job,
+        claim: Claim,
+        publisher: Publisher,
+        active: ActiveJob,
+        prompts: usage.PromptSizes,
+        flow: Flow,
     ) -> None:
         self.job = job
         self.claim = claim
@@ -70,6 +78,7 @@ class Attempt:
         self.reader = StreamReader()
         self.finished = False  #: Whether the answer is whole.
         self._prompts = prompts
+        self._flow = flow
         self.carried: list[Choice] | None = None  #: Output of an earlier attempt, whose worker died.
         self.provider_request_id: str | None = None
         self.rate_limits: RateLimits | None = None  #: As the answer's head says.
@@ -92,6 +101,8 @@ class Attempt:
         if deltas:
             if self._first_output_at is None:
                 self._first_output_at = time.monotonic()
+                self._flow.note_first_output(self._first_output_at - self._requested_at)
+            self._flow.deltas += len(deltas)
             self.publication.send_deltas(deltas)
 
     def publish_started(self, **fields: bool) -> None:
@@ -174,8 +185,9 @@ def first_token_timeout(first: float, *, tries: int, remaining_seconds: float) -
 class AttemptStreams:
     """Makes the provider streams of attempts. Used on the event loop."""
 
-    def __init__(self, settings: Settings, providers: Providers) -> None:
+    def __init__(self, settings: Settings, providers: Providers, figures: Figures) -> None:
         self.prompts = usage.PromptSizes()
+        self.figures = figures
         self._settings = settings
         self._providers = providers
 

@@ -105,7 +105,8 @@ class Engine:
                 ending = verdict.unreadable(claim, self._worker_id)
                 await self._database.persist(store.end, ending)
             else:
-                attempt = Attempt(job, claim, self._publisher, active, self._streams.prompts)
+                flow = self._streams.figures.flow(*claim.target)
+                attempt = Attempt(job, claim, self._publisher, active, self._streams.prompts, flow)
                 ending = await self._attempt(active, attempt)
             self._on_end(claim, ending)
         except StoreRefusedError:

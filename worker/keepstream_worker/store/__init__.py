@@ -31,6 +31,7 @@ from keepstream_worker.store.heartbeats import (
     retire,
 )
 from keepstream_worker.store.intake import Admits, Incoming, Named, Stored, incoming, take_in, take_named
+from keepstream_worker.store.minutes import Expiry, add_up, delete_old_minutes
 from keepstream_worker.store.misplaced import PutRight, put_right
 from keepstream_worker.store.rejections import Refused, Rejection, refuse, reject
 from keepstream_worker.store.sweeps import (
@@ -57,6 +58,7 @@ __all__ = [
     "Candidacy",
     "Claim",
     "Direct",
+    "Expiry",
     "Heartbeat",
     "HeartbeatResult",
     "Incoming",
@@ -79,10 +81,12 @@ __all__ = [
     "TurnLostError",
     "Turned",
     "Wanted",
+    "add_up",
     "begin",
     "cancel",
     "delete_idle_pools",
     "delete_idle_standings",
+    "delete_old_minutes",
     "delete_old_turns",
     "end",
     "end_expired",

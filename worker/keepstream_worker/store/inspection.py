@@ -1,11 +1,9 @@
 """Inspection: the operator's questions to the database.
 
-In: a connection inside a transaction.  Out: who works, how much waits, what was rejected, what holds
-up the database; to the doctor and the
-command line.  Nothing is written, and nothing is counted without end.
+In: a connection inside a transaction.  Out: who works, how much waits, what was rejected, what holds up the database;
+to the doctor.  Nothing is written, and nothing is counted without end.
 """
 
-from datetime import datetime
 from typing import Final, NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, Table, func, select, text
@@ -41,17 +39,6 @@ class Overview(NamedTuple):
     backlog: Backlog
     rejected: int  #: Messages of the last 24 hours that were no valid jobs; ``COUNTED`` + 1 at most.
     long_transactions: list[LongTransaction] | None  #: The oldest first; None: it is SQLite, which lists none.
-
-
-class RejectedMessage(NamedTuple):
-    """A message from the queue that is no valid job."""
-
-    id: str
-    rejected_at: datetime
-    reason: str
-    tenant: str | None  #: If the message named one.
-    job_id: str | None  #: If the message named one.
-    size: int  #: Bytes; 0 if it was not measured.
 
 
 def overview(connection: Connection, lease: float) -> Overview:
@@ -117,12 +104,3 @@ _OPEN_FOR_LONG: Final = text(
     ORDER BY xact_start LIMIT :most
     """
 )
-
-
-def rejected(connection: Connection, limit: int) -> list[RejectedMessage]:
-    """Return the messages that were rejected, newest first."""
-    newest = select(rejected_messages).order_by(rejected_messages.c.rejected_at.desc()).limit(limit)
-    return [
-        RejectedMessage(row.id, row.rejected_at, row.reason, row.tenant, row.job_id, row.size)
-        for row in connection.execute(newest)
-    ]

@@ -27,6 +27,8 @@ log = get_logger()
 
 #: Rows of each kind that one sweep takes; the next one follows soon.
 _LIMIT: Final = 200
+#: Rows of the table of minutes that one sweep in many deletes; they are small, and each minute brings as many anew.
+_MINUTES_LIMIT: Final = 5000
 #: Each of them may read an output of megabytes.
 _ANNOUNCEMENTS_AT_ONCE: Final = 4
 #: Sweeps for which a lease lasts: a worker that dies is followed soon, one that is slow is not replaced.
@@ -112,6 +114,8 @@ class Sweeper:
             await self._apart("find parked", self._find_parked())
         if whole:
             await self._apart("delete idle pools", self._delete_idle_pools(tidying))
+            expiry = store.Expiry(_MINUTES_LIMIT)
+            await self._apart("delete old minutes", self._database.run(store.delete_old_minutes, expiry))
         await self._apart("record unreadable messages", self._unreadable_messages.record(limit=_LIMIT))
 
     def _request(self, *, whole: bool) -> store.Sweep:

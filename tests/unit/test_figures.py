@@ -1,0 +1,46 @@
+"""What a worker has done is added up, and told once."""
+
+from keepstream_worker.telemetry.figures import Figures, Sums
+
+NONE = [0] * 9
+
+
+def test_what_comes_is_told_once() -> None:
+    figures = Figures()
+    flow = figures.flow("openai", "gpt")
+    assert figures.take() == []
+    flow.deltas += 3
+    flow.note_first_output(0.15)
+    assert figures.take() == [Sums("openai", "gpt", deltas=3, first_outputs=[0, 1, 0, 0, 0, 0, 0, 0, 0])]
+    assert figures.take() == []
+    flow.deltas += 1  # the attempt goes on
+    figures.flow("openai", "gpt").deltas += 1
+    assert figures.take() == [Sums("openai", "gpt", deltas=2)]
+
+
+def test_first_outputs_are_sorted_by_their_time() -> None:
+    flow = Figures().flow("openai", "gpt")
+    for seconds in (0.0, 0.1, 0.11, 29.9, 30.0, 31.0, 1e9):
+        flow.note_first_output(seconds)
+    assert flow.first_outputs == [2, 1, 0, 0, 0, 0, 0, 2, 2]
+
+
+def test_ends_are_summed_by_target_and_how() -> None:
+    figures = Figures()
+    figures.note_end("openai", "gpt", "finished", "", 10, 5)
+    figures.note_end("openai", "gpt", "finished", "", 1, None)
+    figures.note_end("openai", "gpt", "failed", "timeout", None, None)
+    assert figures.take() == [
+        Sums("openai", "gpt", "finished", attempts=2, prompt_tokens=11, completion_tokens=5),
+        Sums("openai", "gpt", "failed", "timeout", attempts=1),
+    ]
+    assert figures.take() == []
+
+
+def test_what_was_told_does_not_change_any_more() -> None:
+    figures = Figures()
+    figures.flow("openai", "gpt").note_first_output(0.0)
+    told = figures.take()
+    figures.flow("openai", "gpt").note_first_output(0.0)
+    figures.note_end("openai", "gpt", "finished", "", 1, 1)
+    assert told == [Sums("openai", "gpt", first_outputs=[1, *NONE[1:]])]

@@ -1,0 +1,79 @@
+"""The figures: what this worker has done since it last told, for people who look on.
+
+In: deltas, first outputs and ends of attempts, as they come.  Out: sums by target and outcome, to the table of
+minutes.  Pure, and cheap enough for each delta: a flow is fetched once for an attempt.  What is not told yet dies with
+the worker.
+"""
+
+from bisect import bisect_left
+from dataclasses import dataclass, field
+
+from keepstream.tables import FIRST_OUTPUT_CLASSES
+
+
+class Flow:
+    """What comes from one target."""
+
+    __slots__ = ("deltas", "first_outputs")
+
+    def __init__(self) -> None:
+        self.deltas = 0
+        self.first_outputs = [0] * (len(FIRST_OUTPUT_CLASSES) + 1)
+
+    def note_first_output(self, seconds: float) -> None:
+        """An attempt had its first output, so long after its request."""
+        self.first_outputs[bisect_left(FIRST_OUTPUT_CLASSES, seconds)] += 1
+
+
+@dataclass(slots=True)
+class Sums:
+    """What was done with one target, and ended in one way."""
+
+    provider: str
+    model: str
+    outcome: str = ""  #: Of attempts that ended; empty: of those under way.
+    error_code: str = ""
+    attempts: int = 0
+    deltas: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    first_outputs: list[int] = field(default_factory=lambda: [0] * (len(FIRST_OUTPUT_CLASSES) + 1))
+
+
+class Figures:
+    """The figures of one worker. Used on the event loop."""
+
+    def __init__(self) -> None:
+        self._flows: dict[tuple[str, str], Flow] = {}
+        self._ends: dict[tuple[str, str, str, str], Sums] = {}
+
+    def flow(self, provider: str, model: str) -> Flow:
+        """Return where an attempt counts what comes; it counts after ``take``, too."""
+        return self._flows.setdefault((provider, model), Flow())
+
+    def note_end(
+        self,
+        provider: str,
+        model: str,
+        outcome: str,
+        error_code: str,
+        prompt_tokens: int | None,
+        completion_tokens: int | None,
+    ) -> None:
+        """An attempt has ended; unknown tokens are none here."""
+        key = (provider, model, outcome, error_code)
+        sums = self._ends.setdefault(key, Sums(*key))
+        sums.attempts += 1
+        sums.prompt_tokens += prompt_tokens or 0
+        sums.completion_tokens += completion_tokens or 0
+
+    def take(self) -> list[Sums]:
+        """Return what has been done since this was last called."""
+        taken = list(self._ends.values())
+        self._ends = {}
+        for (provider, model), flow in self._flows.items():
+            if flow.deltas or any(flow.first_outputs):
+                taken.append(Sums(provider, model, deltas=flow.deltas, first_outputs=flow.first_outputs))
+                flow.deltas = 0
+                flow.first_outputs = [0] * len(flow.first_outputs)
+        return taken
