@@ -46,6 +46,7 @@ from keepstream_worker.settings import load_settings
 from keepstream_worker.store import Claim
 from keepstream_worker.store.database import WorkerDatabase
 from keepstream_worker.supervisor import Supervisor
+from keepstream_worker.telemetry.figures import Figures
 from keepstream_worker.telemetry.logs import configure_logging
 from keepstream_worker.telemetry.outages import Outage, Server
 from keepstream_worker.turn import Pick, WaitingJob
@@ -338,7 +339,7 @@ def make_engine(endings: list[Ending], streams: Any, outbox: Any, on_end: Any) -
 async def attempt_is_made() -> None:
     endings: list[Ending] = []
     outbox = Publisher(NOBODY, prefix="p", log_ttl=1, buffer_bytes=1, merge_above=1)
-    streams = SimpleNamespace(run=fail_later, prompts=PromptSizes())
+    streams = SimpleNamespace(run=fail_later, prompts=PromptSizes(), figures=Figures())
     told: list[Ending] = []
     engine = make_engine(endings, streams, outbox, lambda _, ending: told.append(ending))
     engine.start(claim_of(BAD))
@@ -354,7 +355,7 @@ async def attempt_is_made() -> None:
 async def job_is_run() -> None:
     outbox: Any = SimpleNamespace(open=fail)
     endings: list[Ending] = []
-    engine = make_engine(endings, SimpleNamespace(prompts=PromptSizes()), outbox, lambda *_: None)
+    engine = make_engine(endings, SimpleNamespace(prompts=PromptSizes(), figures=Figures()), outbox, lambda *_: None)
     engine.start(claim_of(BAD))
     assert engine.streams == {TARGET: 1}
     await until(lambda: not engine.active)
@@ -723,7 +724,16 @@ async def service_is_stopped() -> None:
 
     service.worker_id = "worker"
     service.engine = cast("Any", SimpleNamespace(active={}, wait_for_announcements=closing("announcements")))
-    for part in ("cancel_listener", "publisher", "sweeper", "chooser", "heartbeat", "providers", "client"):
+    for part in (
+        "bookkeeper",
+        "cancel_listener",
+        "publisher",
+        "sweeper",
+        "chooser",
+        "heartbeat",
+        "providers",
+        "client",
+    ):
         ends = {name: closing(part) for name in ("stop", "close", "aclose")}
         others = {"pause": lambda: None, "settle": settle, "expected": ()}
         setattr(service, f"_{part}", SimpleNamespace(**ends, **others))
@@ -735,7 +745,7 @@ async def service_is_stopped() -> None:
     database = cast("Any", SimpleNamespace(close=close_on_a_thread))
     service._databases = (database, database, database, database)
     await service.stop()
-    assert len(closed) == 12
+    assert len(closed) == 13
 
 
 # -- the supervisor --

@@ -94,7 +94,7 @@
         width: 1.75,
         fill: own.length === 1 ? colour("busy-soft") : undefined,
         spanGaps: false,
-        points: { show: false },
+        points: { size: 5, fill: colour(`chart-${index + 1}`) }, // of those that stand alone
       }))],
       hooks: {
         setCursor: [(plot) => {
