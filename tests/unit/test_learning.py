@@ -123,6 +123,18 @@ def test_a_first_stream_of_which_nothing_is_heard_does_not_close_the_target_for_
     assert places(state, NOW + 62, 1) == 1
 
 
+def test_a_target_that_refuses_even_single_streams_is_given_one_again() -> None:
+    state, now = TargetState(), NOW
+    for _ in range(3):
+        state = refused(state, now, running=1)
+        now = state.cooling_until
+        state = learning.let_in(state, now)
+        state = accepted(state, now, running=1)
+        assert learning.ceiling(state) >= 1
+        now += 1
+        assert places(state, now, 0) == 1
+
+
 def test_streams_that_died_with_their_workers_do_not_close_a_target() -> None:
     state = learning.let_in(refused(TargetState(), NOW, running=200), NOW + 1)
     assert places(state, NOW + 2, 1) == 0
@@ -272,7 +284,7 @@ EVENTS = st.lists(
         st.sampled_from(["let_in", "accepted", "completed", "answered", "refused", "failed", "withdrawn"]),
         st.floats(0, 100),  # seconds since the event before
         st.floats(0, 50),  # seconds since it was let in
-        st.integers(1, 300),
+        st.integers(1, 3) | st.integers(1, 300),
         st.none() | st.floats(0, 100),
     ),
     max_size=60,

@@ -272,7 +272,7 @@ def _lowered(state: TargetState, level: int) -> TargetState:
         return replace(state, wall=float(level), ceiling=max(1.0, level / 2), room=1)
     wall = state.wall
     if state.ceiling >= wall:  # the place beyond the wall was tried
-        return replace(state, ceiling=wall - 1)
+        return replace(state, ceiling=max(1.0, wall - 1))  # never none: then nothing could be learned any more
     wall = max(2.0, min(wall - 1, level))  # refused where it had accepted
     return replace(state, wall=wall, ceiling=wall - 1, room=1)
 
