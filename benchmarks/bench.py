@@ -67,7 +67,7 @@ class Reading:
     """Counters at one moment, or their increase between two."""
 
     wall: float  #: Seconds.
-    cpu: float  #: Seconds of the worker's process tree.
+    cpu: float  #: Seconds of the measured process tree.
     redis_cpu: float
     provider_cpu: float
     redis_commands: dict[str, int]
@@ -253,10 +253,10 @@ class Bench:
         with self._follower(order, load, "--base-url", self.services.base_url) as (reader, file):
             return _arrivals(reader.expect("ended", _ROUND_SECONDS), file)
 
-    def read(self, contender: Contender) -> Reading:
+    def read(self, process: Process) -> Reading:
         """Return the counters now."""
         services = self.services.read()
-        return Reading(time.monotonic(), contender.process.cpu_seconds(), *services, stolen_seconds())
+        return Reading(time.monotonic(), process.cpu_seconds(), *services, stolen_seconds())
 
     def start(self, name: str, command: list[str], cores: frozenset[int] | None = None) -> Process:
         """Start a process of the harness; the caller stops it."""
@@ -298,11 +298,11 @@ class Round:
         self._follower = follower
         self._outcome: Outcome | None = None
         self.started_ns = 0  #: When every stream had delivered a delta.
-        self.before = bench.read(contender)
+        self.before = bench.read(contender.process)
 
     def read(self) -> Reading:
         """Return the counters now."""
-        return self._bench.read(self._contender)
+        return self._bench.read(self._contender.process)
 
     def finish(self, result: dict[str, Any], file: Path) -> None:
         """Take in the follower's last line."""

@@ -36,6 +36,19 @@ def tutorial_name(pool: str) -> str:
     return f"tutorial-{pool}"
 
 
+def migrate(database_url: str) -> None:
+    """Make Keepstream's tables.
+
+    Raises:
+        BenchmarkError: that failed.
+    """
+    command = python("keepstream_worker.commands", "migrate")
+    environment = os.environ | {names.ENV_DATABASE_URL: database_url}
+    made = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if made.returncode:
+        raise BenchmarkError(f"keepstream migrate failed: {made.stderr}")
+
+
 class Contender(ABC):
     """A running worker; stop it through its ``process``."""
 
@@ -176,13 +189,9 @@ class Keepstream(_CeleryContender):
     ) -> None:
         """Start it; ``events_url`` is the Redis for events, if it is not the broker's."""
         super().__init__(name, services, name, database_url)
+        self.database_url = database_url
         environment = {names.ENV_DATABASE_URL: database_url}
-        migrate = python("keepstream_worker.commands", "migrate")
-        made = subprocess.run(
-            migrate, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False
-        )
-        if made.returncode:
-            raise BenchmarkError(f"keepstream migrate failed: {made.stderr}")
+        migrate(database_url)
         if name == RESPONSES:
             file = log.with_suffix(".toml")
             file.write_text(_BY_RESPONSES)

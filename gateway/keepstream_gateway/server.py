@@ -15,6 +15,7 @@ from socket import socket
 from typing import Final, NoReturn
 
 import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from keepstream.errors import InvalidSettingError
@@ -22,7 +23,7 @@ from keepstream_gateway.app import make_app
 from keepstream_gateway.context import Context
 from keepstream_gateway.logs import configure_logging, get_logger
 from keepstream_gateway.settings import Settings, SettingsError, load_settings
-from keepstream_gateway.streaming import ABORT
+from keepstream_gateway.streaming import ABORT, SEND
 
 log = get_logger()
 
@@ -48,7 +49,7 @@ def serve(settings: Settings) -> int:
     except InvalidSettingError as error:
         raise StartError(str(error)) from None
     config = uvicorn.Config(
-        app,
+        _Direct(app),
         host=settings.host,
         port=settings.port,
         loop="uvloop",
@@ -122,6 +123,18 @@ class _Protocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self.scope["extensions"] = {ABORT: self.transport.abort}  # type: ignore[dict-item]  # a call is what is needed
+
+
+class _Direct:
+    """Lets a response send its frames past all that is wrapped around it, and that looks at its head only."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope["extensions"][SEND] = send
+        await self._app(scope, receive, send)
 
 
 class _Server(uvicorn.Server):

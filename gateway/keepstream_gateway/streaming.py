@@ -34,6 +34,9 @@ Farewell = Callable[[Exception | None], bytes | None]
 
 #: What the server puts into a request's ``extensions``: a call that ends its connection and drops what is not sent.
 ABORT: Final = "keepstream.abort"
+#: And its ``send``, without what the application has put around it: for thousands of streams that costs as much as the
+#: rest of sending.
+SEND: Final = "keepstream.send"
 PING: Final = b": ping\n\n"
 HEADERS: Final = {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -194,6 +197,7 @@ class EventStream(Response):
         self._comment = comment
         self._give_place_back = give_place_back
         self._send: Send
+        self._send_body: Send
         self._pump: asyncio.Task[None]
         self._how: str | None = None  #: It ends, if it is not by itself.
         self._sent_at = 0.0
@@ -203,7 +207,9 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the frames until they, the reader or the gateway end."""
         self._send = send
-        abort: Callable[[], None] = scope.get("extensions", {}).get(ABORT, lambda: None)
+        extensions = scope.get("extensions", {})
+        abort: Callable[[], None] = extensions.get(ABORT, lambda: None)
+        self._send_body = extensions.get(SEND, send)
         gone = asyncio.ensure_future(_disconnected(receive))
         how, error = "left", None
         try:
@@ -264,7 +270,7 @@ class EventStream(Response):
     async def _write(self, frame: bytes) -> None:
         self._sending_since = self._sent_at = time.monotonic()
         try:
-            await self._send({"type": "http.response.body", "body": frame, "more_body": True})
+            await self._send_body({"type": "http.response.body", "body": frame, "more_body": True})
         finally:
             self._sending_since = None
 

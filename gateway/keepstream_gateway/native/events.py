@@ -7,6 +7,7 @@ types that a later version adds would vanish; without a name all come to ``onmes
 """
 
 from collections.abc import AsyncGenerator
+from functools import lru_cache
 from typing import Final
 
 from keepstream.events import RawEvent
@@ -14,6 +15,7 @@ from keepstream.results import WaitingFor
 
 #: Milliseconds after which an EventSource comes back, at first contact and at the end of a gateway.
 _RETRY: Final = b"retry: 1000\n"
+_SHARED: Final = 4096  #: Bytes of an event up to which its frame is kept for a moment.
 FAREWELL: Final = b"retry: 500\n: this gateway ends the stream; resume with the last id\n\n"
 
 
@@ -29,11 +31,18 @@ async def frames(events: AsyncGenerator[RawEvent]) -> AsyncGenerator[bytes]:
 
 
 def frame(event: RawEvent) -> bytes:
-    """Return an event as a server-sent one."""
+    """Return an event as a server-sent one; it is made once for all who follow the job at the time."""
+    return _shared_frame(event) if len(event.payload) <= _SHARED else _frame(event)
+
+
+def _frame(event: RawEvent) -> bytes:
     payload = event.payload
     if b"\n" in payload or b"\r" in payload:  # JSON may have them between its parts
         payload = b"\ndata: ".join(payload.splitlines())
     return b"id: %b\ndata: %b\n\n" % (event.id.encode(), payload)
+
+
+_shared_frame = lru_cache(maxsize=1024)(_frame)
 
 
 class Silence:
