@@ -62,9 +62,17 @@ def events_path(job: str) -> str:
 
 @contextmanager
 def gateway(
-    bench: Bench, database_url: str | None = None, queue: str = GATEWAY, *, apart: bool = True
+    bench: Bench,
+    database_url: str | None = None,
+    queue: str = GATEWAY,
+    *,
+    apart: bool = True,
+    drain_seconds: float = 30.0,
 ) -> Iterator[Fan]:
-    """Run a gateway, on the measured core if it is to be ``apart``; by default on a new SQLite database."""
+    """Run a gateway, on the measured core if it is to be ``apart``; by default on a new SQLite database.
+
+    A reader that reads nothing for ``drain_seconds`` is given up.
+    """
     log = bench.new_file("gateway.log")
     if database_url is None:
         database_url = bench.services.new_database("sqlite", log.stem)
@@ -77,6 +85,7 @@ def gateway(
         "KEEPSTREAM_LOG_LEVEL": "warning",
         "KEEPSTREAM_GATEWAY_PORT": str(port),
         "KEEPSTREAM_GATEWAY_MAX_FOLLOWERS_PER_KEY": "20000",
+        "KEEPSTREAM_GATEWAY_DRAIN_TIMEOUT": str(drain_seconds),
     }
     headers = {"Authorization": f"Bearer {_make_key(database_url)}"}
     cores = bench.cores.worker if apart else bench.cores.rest

@@ -24,6 +24,7 @@ import psutil
 from benchmarks.bench import Bench, Sample
 from benchmarks.contenders import DIRECT, FLOOR, KEEPSTREAM, RESPONSES, UNMERGED
 from benchmarks.crowds import CHOOSERS
+from benchmarks.gateways import BARE, GATEWAY
 from benchmarks.harness import ROOT
 
 _PACKAGES: Final = (
@@ -147,6 +148,7 @@ def figures(samples: Iterable[Sample]) -> list[Figure]:
         *_fairness_figures(query),
         *_limits_figures(query),
         *_recovery_figures(query),
+        *_gateway_figures(query),
         *_other_figures(query),
     ]
     return [figure for figure in made if figure.values]
@@ -351,6 +353,34 @@ def _recovery_figures(query: _Samples) -> Iterable[Figure]:
         yield Figure(f"fallback_{mood}_ms", "the same: a job's whole time at p50, ms", times)
         returned = query.values("fallback", KEEPSTREAM, "returned_s", first=mood)
         yield Figure(f"fallback_{mood}_returned_s", "the same: until a job goes to it again, s", returned)
+
+
+def _gateway_figures(query: _Samples) -> Iterable[Figure]:
+    ours, bare = (query.values("gateway_load", name, "cpu_us_per_delta") for name in (GATEWAY, BARE))
+    yield Figure("gateway_us", "gateway: CPU per delta and reader, µs", ours)
+    yield Figure("gateway_bare_us", "the same of a bare fan-out, µs", bare)
+    yield Figure("gateway_bares", "gateway's CPU per delta and reader ÷ the bare fan-out's", _ratios(ours, bare))
+    for metric, title, most in (
+        ("p50_ms", "gateway: Redis → reader at p50, ms", None),
+        ("p99_ms", "gateway: Redis → reader at p99, ms", 50.0),
+        ("core_share", "gateway: share of its core", None),
+        ("subscription_connections", "gateway: subscription connections", 1.0),
+        ("kb_per_reader", "gateway: memory per reader, KiB", None),
+    ):
+        yield Figure(f"gateway_{metric}", title, query.values("gateway_load", GATEWAY, metric), at_most=most)
+    yield Figure("gateway_bare_p99_ms", "the bare fan-out at p99, ms", query.values("gateway_load", BARE, "p99_ms"))
+    for metric, title in (
+        ("kb_per_reader", "gateway: memory of each idle reader, KiB"),
+        ("core_share", "gateway: share of its core with idle readers only"),
+        ("arrivals_per_second", "gateway: readers that arrive a second"),
+    ):
+        yield Figure(f"gateway_idle_{metric}", title, query.values("gateway_idle", GATEWAY, metric))
+    for stalled, whose in ((0.0, "all read"), (10.0, "some read nothing")):
+        values = query.values("gateway_stalled", GATEWAY, "p99_ms", stalled=stalled)
+        yield Figure(f"gateway_stalled_{stalled:.0f}_ms", f"gateway: the others' p99 while {whose}, ms", values)
+    firsts = (query.values("gateway_first_delta", name, "p50_ms") for name in (GATEWAY, DIRECT))
+    title = "POST → first delta at p50, beyond the provider's own time, ms"
+    yield Figure("gateway_first_delta_ms", title, _differences(*firsts))
 
 
 def _other_figures(query: _Samples) -> Iterable[Figure]:

@@ -10,6 +10,7 @@ import json
 import re
 import socket
 import time
+import urllib.request
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing
 from typing import Final
@@ -23,8 +24,8 @@ from benchmarks.wire import address, completion_body, completion_request
 
 _RATE: Final = 10.0  #: Deltas per second and job.
 _FANS: Final[dict[str, Callable[[Bench], AbstractContextManager[Fan]]]] = {GATEWAY: gateway, BARE: bare}
-_LARGE: Final = 65_536  #: Bytes of a delta that fills the buffers of a reader that reads nothing.
-_STALLED: Final = 20
+_LARGE: Final = 65_536  #: Bytes of a delta, so that the buffers of a reader that reads nothing are full within seconds.
+_STALLED: Final = 10
 _FIRST: Final = Load(streams=1, deltas=3, stamped=True)
 _STAMP: Final = re.compile(rb"\d{20} ")
 _ACCEPTED: Final = re.compile(rb'\{.*"id":"([^"]+)".*\}')
@@ -86,12 +87,15 @@ def gateway_idle(bench: Bench) -> None:
 
 
 def gateway_stalled(bench: Bench) -> None:
-    """Readers of large deltas that read, and that stop reading: what the others notice, and what is kept for them."""
-    jobs, per_job, seconds = (20, 5, 5.0) if bench.quick else (50, 10, 20.0)
+    """Readers of large deltas that read, and that stop reading: what the others notice, and what is kept for them.
+
+    Those that stop are given up within the run, which shows that what the gateway kept for them was bounded.
+    """
+    jobs, per_job, seconds = (20, 5, 10.0) if bench.quick else (50, 10, 20.0)
     for repetition in range(bench.repeat):
         for stalled in (0, _STALLED):
             order = Order([f"stalled-{n}" for n in range(jobs)], _RATE, seconds, ["large"], _LARGE)
-            with gateway(bench) as fan:
+            with gateway(bench, drain_seconds=seconds / 5) as fan:
                 enqueue(bench, fan, [*order.jobs, "large"])
                 wanted = order.jobs * per_job + ["large"] * _STALLED
                 with source(bench, order) as events, closing(Readers(bench, fan, wanted, stalled)) as readers:
@@ -99,8 +103,9 @@ def gateway_stalled(bench: Bench) -> None:
                     before = fan.process.memory().uss
                     seen = readers.run(events)
                     grown = fan.process.memory().uss - before
+                given_up = _count(fan, "streams_ended_total", how="given_up")
             _check(GATEWAY, seen.arrived, seen.published * per_job)
-            metrics = {**_latencies(seen), "grown_mb": grown / 2**20}
+            metrics = {**_latencies(seen), "grown_mb": grown / 2**20, "given_up": given_up}
             bench.record(Sample("gateway_stalled", GATEWAY, metrics, {"stalled": float(stalled)}, repetition))
 
 
@@ -118,6 +123,15 @@ def gateway_first_delta(bench: Bench) -> None:
 def _latencies(seen: Seen) -> dict[str, float]:
     shares = {"p50_ms": 0.5, "p99_ms": 0.99, "most_ms": 1.0}
     return {name: percentile(seen.latencies_ms, share) for name, share in shares.items()}
+
+
+def _count(fan: Fan, name: str, **labels: str) -> float:
+    """Return what the gateway's metrics say."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{fan.port}/metrics", timeout=_WAIT_SECONDS) as answer:
+        text = answer.read().decode()
+    inside = ",".join(f'{label}="{value}"' for label, value in labels.items())
+    found = re.search(rf"^keepstream_gateway_{name}\{{{inside}\}} (\S+)$", text, re.MULTILINE)
+    return float(found[1]) if found else 0.0
 
 
 def _check(name: str, arrived: int, published: int) -> None:

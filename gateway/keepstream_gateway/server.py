@@ -15,7 +15,6 @@ from socket import socket
 from typing import Final, NoReturn
 
 import uvicorn
-from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from keepstream.errors import InvalidSettingError
@@ -49,7 +48,7 @@ def serve(settings: Settings) -> int:
     except InvalidSettingError as error:
         raise StartError(str(error)) from None
     config = uvicorn.Config(
-        _Direct(app),
+        app,
         host=settings.host,
         port=settings.port,
         loop="uvloop",
@@ -78,7 +77,8 @@ def serve(settings: Settings) -> int:
 class _Protocol(HttpToolsProtocol):
     """Bounds what uvicorn leaves open: the size of a request's head, and the time in which it comes.
 
-    It also lets a response end its connection at once, although not all that was written has been read.
+    It also lets a response end its connection at once, although not all that was written has been read, and send past the
+    application.
     """
 
     _head_bytes = 0  #: Received of a head that is not complete.
@@ -107,6 +107,8 @@ class _Protocol(HttpToolsProtocol):
         self._has_head = True
         self._stop_timer()
         super().on_headers_complete()
+        if self.cycle is not None:
+            self.scope["extensions"][SEND] = self.cycle.send  # type: ignore[assignment]
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
@@ -123,18 +125,6 @@ class _Protocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self.scope["extensions"] = {ABORT: self.transport.abort}  # type: ignore[dict-item]  # a call is what is needed
-
-
-class _Direct:
-    """Lets a response send its frames past all that is wrapped around it, and that looks at its head only."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            scope["extensions"][SEND] = send
-        await self._app(scope, receive, send)
 
 
 class _Server(uvicorn.Server):
