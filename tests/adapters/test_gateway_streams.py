@@ -15,6 +15,7 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from keepstream.errors import JobNotFoundError
 from keepstream_gateway.access.rights import Access
@@ -29,6 +30,22 @@ from tests.http_streams import HttpStream
 FRAME = b"data: x\n\n"
 
 
+class Bodies:
+    """Wraps an application, and counts what it sends after its heads."""
+
+    count = 0
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_counted(message: Message) -> None:
+            Bodies.count += message["type"] == "http.response.body"
+            await send(message)
+
+        await self._app(scope, receive, send_counted)
+
+
 class Server:
     """A server whose streams the test writes."""
 
@@ -39,7 +56,7 @@ class Server:
         self.farewell: bytes | None = None
         self._queues: list[asyncio.Queue[bytes | Exception | None]] = []
         envelope = Middleware(Envelope, self.metrics, {})
-        app = Starlette(routes=[Route("/stream", self._answer)], middleware=[envelope])
+        app = Starlette(routes=[Route("/stream", self._answer)], middleware=[Middleware(Bodies), envelope])
         config = uvicorn.Config(app, port=0, http=_Protocol, ws="none", log_config=None, lifespan="off")
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -103,6 +120,17 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
 
 def open_stream(server: Server, path: str = "/stream", **options: Any) -> HttpStream:
     return HttpStream(server.port, path, **options)
+
+
+def test_frames_go_past_what_is_wrapped_around_the_application(server: Server) -> None:
+    Bodies.count = 0
+    with open_stream(server) as reader:
+        for _ in range(5):
+            server.send(FRAME)
+        server.send(None)
+        assert reader.read_to_the_end()
+        assert reader.received == 5 * FRAME
+    assert Bodies.count == 1  # the end
 
 
 def test_frames_arrive_as_they_are_and_the_head_keeps_proxies_from_holding_them_back(server: Server) -> None:
