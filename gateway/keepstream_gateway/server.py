@@ -77,8 +77,7 @@ def serve(settings: Settings) -> int:
 class _Protocol(HttpToolsProtocol):
     """Bounds what uvicorn leaves open: the size of a request's head, and the time in which it comes.
 
-    It also lets a response end its connection at once, although not all that was written has been read, and send past the
-    application.
+    It also lets a response send past the application, and end its connection although not all has been read.
     """
 
     _head_bytes = 0  #: Received of a head that is not complete.
