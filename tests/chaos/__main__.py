@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from tests.chaos import chaos, deploy, failover, garbage, live_join, times, zombie
+from tests.chaos import chaos, deploy, failover, garbage, gateway, live_join, times, zombie
 from tests.chaos.report import Report
 from tests.chaos.sandbox import Sandbox
 
@@ -26,6 +26,7 @@ ITEMS: Final[dict[str, Callable[[Sandbox, int, int], Report]]] = {
     "deploy": deploy.run,
     "zombie": zombie.run,
     "garbage": garbage.run,
+    "gateway": gateway.run,
 }
 
 

@@ -1,10 +1,10 @@
-"""A small run of the chaos suite: a few jobs, a few joins, one deploy. ``make chaos`` is the long form."""
+"""A small run of the chaos suite: a few jobs, joins and gateways, one deploy. ``make chaos`` is the long form."""
 
 from pathlib import Path
 
 import pytest
 
-from tests.chaos import chaos, deploy, live_join
+from tests.chaos import chaos, deploy, gateway, live_join
 from tests.chaos.sandbox import Sandbox
 
 
@@ -21,4 +21,10 @@ def test_rolling_deploy_is_not_noticed(tmp_path: Path) -> None:
 
 def test_followers_that_join_at_random_moments_lose_and_double_nothing(tmp_path: Path) -> None:
     report = live_join.run(Sandbox(tmp_path, "sqlite"), seed=1, joins=200, deltas=80)
+    assert report.failures == {}
+
+
+def test_clients_resume_at_other_gateways_while_these_and_redis_die(tmp_path: Path) -> None:
+    faults = ("gateway killed", "Redis' master killed", "gateway stopped")
+    report = gateway.run(Sandbox(tmp_path, "sqlite"), seed=1, clients=20, per_job=4, seconds=5.0, faults=faults)
     assert report.failures == {}
