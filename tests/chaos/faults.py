@@ -74,6 +74,7 @@ class Saboteur:
 
     def __init__(self, cluster: Cluster, workers: int) -> None:
         self.done: Counter[str] = Counter()
+        self.redis_harmed_at = 0.0  #: When Redis was last harmed, and could lose what it had taken; since the epoch.
         self.exits: Counter[str] = Counter()
         self._cluster = cluster
         self._target = workers
@@ -123,6 +124,8 @@ class Saboteur:
                 between()
             self._actions[fault.kind](fault)
             self.done[fault.kind] += 1
+            if fault.kind.startswith("Redis"):
+                self.redis_harmed_at = time.time()
 
     def _supervise(self) -> None:
         for ended in [worker for worker in self._working + self._ending if not worker.running]:
