@@ -154,6 +154,33 @@ def test_the_ceiling_returns_quickly_to_just_below_the_wall_and_passes_it_slowly
     assert learning.ceiling(state) == 50
 
 
+def test_a_target_of_few_places_is_tried_sooner_and_the_more_seldom_the_more_often_in_vain() -> None:
+    state, now, tries = refused(TargetState(), NOW, running=2), NOW, []
+    for _ in range(6):
+        now += 40
+        times = 0
+        while learning.ceiling(state) < 2:
+            state = accepted(state, now, running=1)
+            times += 1
+        tries.append(times)
+        state = refused(state, now + 1, running=2)
+        assert learning.ceiling(state) == 1
+    assert tries == [8, 16, 32, 64, 100, 100]
+
+
+def test_after_a_refusal_that_had_another_reason_a_target_has_its_streams_back_soon() -> None:
+    """As a limit of requests a minute, met while few streams run."""
+    state = refused(TargetState(), NOW, running=1)
+    now, streams = NOW, 0
+    while learning.ceiling(state) < 50 and streams < 1000:
+        running = int(learning.ceiling(state))
+        now += 10.0  # which each stream takes
+        state = accepted(state, now, running=running, times=running)
+        streams += running
+    assert now - NOW < 600
+    assert streams < 400
+
+
 def test_a_place_beyond_the_wall_is_tried_the_more_seldom_the_longer_the_provider_asks_to_wait() -> None:
     state = refused(TargetState(), NOW, running=51, retry_after=60.0)
     state = accepted(state, NOW + 61, running=51, times=1000)

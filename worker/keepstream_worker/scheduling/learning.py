@@ -42,7 +42,10 @@ _FULL: Final = 0.8  #: From this part of the ceiling on, what is accepted says s
 _GROWTH: Final = 1.5  #: By how much a target that never refused may be given more than it has accepted.
 _RETURN: Final = 0.5  #: Places that one accepted stream adds on the way back to the wall.
 _PATIENCE: Final = 100  #: Accepted streams before one more place is tried: so many refusals are one per cent.
-_PAUSE: Final = 20  #: Cool-downs to wait before one more place is tried, since each of them costs places.
+#: The same for each place below the wall, doubled with each try in vain, and a hundred at most: with a few streams at
+#: once a hundred take very long, and what was refused then may have been refused for another reason than their number.
+_PATIENCE_A_PLACE: Final = 4
+_PAUSE: Final = 20  #: Cool-downs before one more place is tried, since each costs places; fewer with few.
 _WALL_MEMORY: Final = 600.0  #: Seconds without a refusal after which the wall is forgotten.
 
 
@@ -71,6 +74,7 @@ class TargetState:
     wall: float | None = None  #: At so many streams it refused; None: not known, or too long ago.
     clean: int = 0  #: Streams accepted at the ceiling since it last changed.
     step: int = 1  #: Places to try beyond the wall next time.
+    vain: int = 0  #: Times in a row that a place beyond the wall was tried in vain.
     refused_at: float = 0.0  #: When a refusal was last heeded.
     refusals: int = 0  #: Refusals heeded in a row, without a stream accepted in between.
     room: int | None = (
@@ -112,6 +116,7 @@ _KEYS: Final = {
     "w": "wall",
     "n": "clean",
     "s": "step",
+    "v": "vain",
     "t": "refused_at",
     "r": "refusals",
     "i": "room",
@@ -212,10 +217,12 @@ def accepted(state: TargetState, now: float, *, started: float, running: int) ->
     if running < int(most):
         return state
     clean = state.clean + 1
-    if clean < _PATIENCE or since < _PAUSE * state.pause:
+    in_vain = wall * 2**state.vain
+    if clean < min(_PATIENCE, _PATIENCE_A_PLACE * in_vain) or since < min(_PAUSE, in_vain) * state.pause:
         return replace(state, clean=clean)
     # It has accepted so many for so long: the wall is not here.
-    return replace(state, ceiling=most + state.step, wall=most + 1, clean=0, step=2 * state.step)
+    vain = 0 if most >= wall else state.vain
+    return replace(state, ceiling=most + state.step, wall=most + 1, clean=0, step=2 * state.step, vain=vain)
 
 
 def completed(state: TargetState, now: float, *, started: float) -> TargetState:
@@ -269,10 +276,11 @@ def refused(
 
 def _lowered(state: TargetState, level: int) -> TargetState:
     if state.wall is None or state.ceiling is None or level < _NEAR * state.wall:
-        return replace(state, wall=float(level), ceiling=max(1.0, level / 2), room=1)
+        # A wall below two would leave no stream to learn by.
+        return replace(state, wall=max(2.0, level), ceiling=max(1.0, level / 2), room=1)
     wall = state.wall
     if state.ceiling >= wall:  # the place beyond the wall was tried
-        return replace(state, ceiling=max(1.0, wall - 1))  # never none: then nothing could be learned any more
+        return replace(state, ceiling=wall - 1, vain=min(state.vain + 1, _MOST_DOUBLINGS))
     wall = max(2.0, min(wall - 1, level))  # refused where it had accepted
     return replace(state, wall=wall, ceiling=wall - 1, room=1)
 
