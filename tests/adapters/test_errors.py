@@ -108,6 +108,10 @@ CALLS: Final[dict[str, Callable[[Any], Any]]] = {
     "wait": lambda client: client.wait("job-1", timeout=0.5, not_found_after=0),
     "retry": lambda client: client.retry("job-1"),
     "waiting_for": lambda client: client.waiting_for("job-1"),
+    "follow_raw": lambda client: client.follow_raw("job-1", timeout=0.5, not_found_after=0),
+    "check_follow": lambda client: client.check_follow("job-1"),
+    "delete": lambda client: client.delete("job-1"),
+    "last_numbered": lambda client: client.last_numbered("job"),
 }
 
 
@@ -152,7 +156,7 @@ def check_ours(outcomes: dict[str, Any]) -> None:
 def test_the_calls_are_all_that_there_are() -> None:
     methods = {name for name in dir(Client) if not name.startswith("_") and callable(getattr(Client, name))}
     hooks = {"before_fork", "after_fork_in_parent", "after_fork_in_child"}
-    assert methods - hooks - {"close", "from_env"} == CALLS.keys()
+    assert methods - hooks - {"close", "from_env", "for_tenant"} == CALLS.keys()
 
 
 FORMS = pytest.mark.parametrize("outcomes", [outcomes_of_sync, outcomes_of_async], ids=["sync", "async"])

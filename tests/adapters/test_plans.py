@@ -19,11 +19,12 @@ from keepstream.errors import ErrorCode
 from keepstream.jobs import Job
 from keepstream.results import Choice as Output
 from keepstream.results import JobStatus, ToolCall, Usage, UsageSource
-from keepstream.tables import announcements, arrivals, metadata, seconds_from_now, turns, waiting, workers
+from keepstream.tables import announcements, arrivals, metadata, minutes, seconds_from_now, turns, waiting, workers
 from keepstream_worker import store
 from keepstream_worker.limits import Limits, Policy, ProviderPolicy, TenantPolicy
 from keepstream_worker.scheduling.choice import Choice
 from keepstream_worker.store import pools
+from keepstream_worker.telemetry.figures import Sums
 from keepstream_worker.values import Ending, Failure, JobKey, Outcome, Target
 from tests.explained import BY_THEIR_END, RUNNING, Explained, fill, read
 from tests.jobs import make_job
@@ -240,6 +241,14 @@ def _look_after(do: Doing) -> None:
         low = connection.scalar(select(arrivals.c.seq).order_by(arrivals.c.seq.desc()).limit(1)) or 0
         row = {"ready": "{}", "closed": "{}", "state": "{}", "arrivals_low": low + 1}
         connection.execute(turns.insert(), [row | {"n": newest + number} for number in range(1, 200)])
+    do(store.add_up, [Sums("p", "m", "finished", attempts=1, deltas=20)])
+    do.change(
+        minutes.insert().from_select(
+            [column.name for column in minutes.c],
+            select(*(minutes.c.minute - 99_999 if column.name == "minute" else column for column in minutes.c)),
+        )
+    )
+    do(store.delete_old_minutes, store.Expiry(1))
     idle = {(QUEUE, "interactive"): 1e9}
     tidying = store.Tidying(200, idle_times=idle)
     do(store.find_late_arrivals, tidying, tidying._replace(whole=False), buffers=SWEPT)
