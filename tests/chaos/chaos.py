@@ -53,6 +53,7 @@ SECONDS_PER_JOB: Final = 0.35  #: How the arrival of jobs is spread.
 MEAN_PAUSE: Final = 2.0  #: Seconds between two faults of workers and servers.
 CANCELLED: Final = 0.08  #: Share of jobs that somebody cancels.
 PATIENCE: Final = 300.0  #: Seconds for everything to end once nothing fails any more.
+_ENDS_WITHIN: Final = 30.0  #: Seconds in which workers publish ends again that Redis has lost.
 _OVERLAP: Final = SETTINGS["lease"] + 2.0  #: Seconds that a superseded stream may go on beside its successor.
 
 
@@ -397,8 +398,21 @@ def _judge_logs(report: Report, cluster: Cluster, workload: list[ScriptedJob], r
     """A log has one end, its last event, and no gaps.
 
     A replica that takes over has not got the newest events.  The worker of a job publishes its end again if the log
-    lacks it, but may be killed as well; the end is in the row then, where followers with a database get it.
+    lacks it, some seconds later, but may be killed as well; the end is in the row then, where followers with a database
+    get it.
     """
+    deadline = time.monotonic() + _ENDS_WITHIN
+    while True:
+        lost, wrong = _look_at_logs(cluster, workload, redis_harmed_at)
+        if (not lost and not wrong) or time.monotonic() > deadline:
+            break
+        time.sleep(1.0)
+    report.count("logs whose end Redis lost, and no worker was left to publish again", lost)
+    report.check("a log has one end, and no gaps", wrong)
+
+
+def _look_at_logs(cluster: Cluster, workload: list[ScriptedJob], redis_harmed_at: float) -> tuple[int, list[str]]:
+    """Return how many logs have no end because Redis was harmed after it, and what else is wrong with logs."""
     wrong: list[str] = []
     lost = 0
     with cluster.redis() as client:
@@ -415,8 +429,7 @@ def _judge_logs(report: Report, cluster: Cluster, workload: list[ScriptedJob], r
             elif ends != [events[-1].id]:
                 wrong.append(f"{scripted.id}: ends {ends}, the last event is {events[-1].type} {events[-1].id}")
             wrong += _gaps_in(scripted.id, events)
-    report.count("logs whose end Redis lost, and no worker was left to publish again", lost)
-    report.check("a log has one end, and no gaps", wrong)
+    return lost, wrong
 
 
 def _judge_workers(report: Report, cluster: Cluster, saboteur: Saboteur) -> None:

@@ -38,6 +38,8 @@ _WEIGHTS: Final = {
     "database locked": 1,
 }
 SETTLED: Final = 300.0  #: Seconds for the last faults of Redis, and for the workers to be there again.
+#: Seconds after a fault of Redis for which two servers may both be written to, one of them in vain.
+_GETS_OVER_IT: Final = 10.0
 _SUPERVISED_EVERY: Final = 0.2  #: Seconds between two looks at whether all workers are there.
 #: SQLite has no server.
 _SERVER_FAULTS: Final = frozenset({"database killed", "database restarted", "database frozen"})
@@ -125,7 +127,7 @@ class Saboteur:
             self._actions[fault.kind](fault)
             self.done[fault.kind] += 1
             if fault.kind.startswith("Redis"):
-                self.redis_harmed_at = time.time()
+                self.redis_harmed_at = time.time() + _GETS_OVER_IT
 
     def _supervise(self) -> None:
         for ended in [worker for worker in self._working + self._ending if not worker.running]:
