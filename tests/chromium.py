@@ -176,8 +176,15 @@ class Page:
         return answer["result"].get("value")
 
     def wait_for(self, expression: str, what: str) -> Any:
-        """Return the first true value of an expression."""
-        return wait_until(lambda: self.evaluate(expression), what)
+        """Return the first true value of an expression; a page that is about to go may have none."""
+
+        def value() -> Any:
+            try:
+                return self.evaluate(expression)
+            except BrowserError:
+                return None
+
+        return wait_until(value, what)
 
     def text(self, selector: str = "body") -> str:
         """Return what a reader sees of an element."""

@@ -68,7 +68,8 @@ class Console:
         self.page.wait_for(f"document.querySelector({where})?.innerText.includes({words})", f"{text!r} in {selector}")
 
     def check(self) -> None:
-        """See that nothing is wrong with the page as it is: light and dark, large and small."""
+        """See that nothing is wrong with the page, once it is there: light and dark, large and small."""
+        self.page.wait_for("document.readyState === 'complete' && document.body !== null", "the page to be loaded")
         for width, scheme in LOOKS:
             self.page.resize(width, 900)
             self.page.prefer(prefers_color_scheme=scheme)
