@@ -3,6 +3,7 @@
 In: requests of tests. Out: URLs of clean databases on real servers, which are started once a process.
 """
 
+import logging
 import os
 import signal
 from collections.abc import AsyncIterator, Generator, Iterator
@@ -97,6 +98,16 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
             if isinstance(fixture, Cluster):
                 report.sections += fixture.worker_logs()
     return report
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    """Undo what a test's command did to the logging of this process, which the next test's logs pass through as well."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -101,15 +101,11 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
         (supervisor, "FIRST_PAUSE"),
     ):
         monkeypatch.setattr(module, name, 0.01)
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
     configure = structlog.configure
     # Not remembered by the loggers of all modules, which the other tests use as well.
     monkeypatch.setattr(structlog, "configure", lambda **how: configure(**how | {"cache_logger_on_first_use": False}))
     configure_logging("info", "json")
     yield stream
-    root.handlers[:] = handlers
-    root.setLevel(level)
     structlog.reset_defaults()
 
 
