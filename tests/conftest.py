@@ -102,7 +102,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 @pytest.fixture(autouse=True)
 def _logging_as_before() -> Iterator[None]:
-    """Undo what a test's command did to the logging of this process, which the next test's logs pass through as well."""
+    """Undo what a test's command did to the logging of this process, which the next test's logs pass through, too."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     yield

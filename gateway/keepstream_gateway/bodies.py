@@ -1,7 +1,7 @@
-"""Bodies of requests: JSON, and no more of it than is allowed.
+"""Bodies of requests: no more of them than is allowed, and within a time.
 
-In: a request.  Out: the object in its body, or an ``ApiError``.  The limit holds while the body is read, whatever its
-head says of its length.
+In: a request.  Out: its body, or the JSON object in it, or an ``ApiError``.  The limit holds while the body is read,
+whatever its head says of its length.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ async def read_object(request: Request, limit: int, *, optional: bool = False) -
     Raises:
         ApiError: there is none, it is too large, not declared as JSON, or no JSON object.
     """
-    body = await _read(request, limit)
+    body = await read_body(request, limit)
     if optional and not body:
         return {}
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -43,7 +43,12 @@ async def read_object(request: Request, limit: int, *, optional: bool = False) -
     return value
 
 
-async def _read(request: Request, limit: int) -> bytes:
+async def read_body(request: Request, limit: int) -> bytes:
+    """Return a request's body, of at most ``limit`` bytes.
+
+    Raises:
+        ApiError: it is larger, or does not come whole in time.
+    """
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > limit:
         raise _too_large(limit)

@@ -27,7 +27,9 @@ from keepstream_gateway.streaming import ABORT, SEND
 log = get_logger()
 
 _HEAD_BYTES: Final = 65_536  #: Of a request; its line and headers.
-_HEAD_SECONDS: Final = 30.0  #: From a connection, or the first byte of a further request, to the end of the head.
+#: Seconds from a connection, or the first byte of a further request, to the end of the head; and from an answer to the
+#: end of a body that it did not wait for.
+_REST_SECONDS: Final = 30.0
 _BACKLOG: Final = 4096  #: Connections that may wait to be accepted; after a failure elsewhere all readers come at once.
 
 
@@ -75,18 +77,18 @@ def serve(settings: Settings) -> int:
 
 
 class _Protocol(HttpToolsProtocol):
-    """Bounds what uvicorn leaves open: the size of a request's head, and the time in which it comes.
+    """Bounds what uvicorn leaves open: the size of a request's head, the time in which it comes, and its body's rest.
 
     It also lets a response send past the application, and end its connection although not all has been read.
     """
 
     _head_bytes = 0  #: Received of a head that is not complete.
     _has_head = False  #: Whether the present request's head is complete.
-    _head_timer: asyncio.TimerHandle | None = None
+    _timer: asyncio.TimerHandle | None = None  #: Ends the connection if what has begun does not come to its end.
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._expect_head()
+        self._expect_the_rest()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
@@ -98,8 +100,8 @@ class _Protocol(HttpToolsProtocol):
             if self._head_bytes > _HEAD_BYTES + len(data):  # a piece may go on with a body
                 self.transport.abort()
                 return
-            if self._head_timer is None:  # the first of a further request on this connection
-                self._expect_head()
+            if self._timer is None:  # the first of a further request on this connection
+                self._expect_the_rest()
         super().data_received(data)
 
     def on_headers_complete(self) -> None:
@@ -111,15 +113,21 @@ class _Protocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
+        self._stop_timer()
         self._has_head, self._head_bytes = False, 0
 
-    def _expect_head(self) -> None:
-        self._head_timer = self.loop.call_later(_HEAD_SECONDS, self.transport.abort)
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._has_head and self._timer is None:  # what is left of the body is nobody's
+            self._expect_the_rest()
+
+    def _expect_the_rest(self) -> None:
+        self._timer = self.loop.call_later(_REST_SECONDS, self.transport.abort)
 
     def _stop_timer(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def on_message_begin(self) -> None:
         super().on_message_begin()

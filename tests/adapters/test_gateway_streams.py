@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import suppress
+from http.client import HTTPConnection
 from typing import Any
 
 import pytest
@@ -105,6 +106,11 @@ class Server:
         wait_until(lambda: self.count("streams_ended_total", how=how) == 1, f"a stream to have {how}")
         assert self.count("followers") == 0
         assert self.closed == 1
+
+    @property
+    def connections(self) -> set[Any]:
+        """The connections that are open."""
+        return self._server.server_state.connections
 
     def close(self) -> None:
         self._server.should_exit = self._server.force_exit = True
@@ -254,7 +260,7 @@ def test_a_head_without_an_end_is_cut_off(server: Server, endless: bytes) -> Non
 
 
 def test_a_head_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
-    monkeypatch.setattr("keepstream_gateway.server._HEAD_SECONDS", 0.3)
+    monkeypatch.setattr("keepstream_gateway.server._REST_SECONDS", 0.3)
     for beginning in (b"", b"GET /stream HTTP/1.1\r\nHo"):
         with socket.create_connection(("127.0.0.1", server.port), timeout=60) as sock:
             sock.sendall(beginning)
@@ -275,6 +281,37 @@ def test_a_head_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyP
             time.sleep(0.1)
         server.send(None)
         assert reader.read_to_the_end()
+
+
+def test_the_rest_of_a_body_is_not_waited_for_once_the_answer_is_sent(
+    monkeypatch: pytest.MonkeyPatch, server: Server
+) -> None:
+    """Whoever sends one of many bytes now and then holds no connection: uvicorn's own time begins with the answer."""
+    monkeypatch.setattr("keepstream_gateway.server._REST_SECONDS", 0.3)
+    head = b"POST /none HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as sock:
+        sock.sendall(head + b"x")
+        with suppress(ConnectionError):
+            answer = sock.recv(4096)
+            assert answer.startswith(b"HTTP/1.1 404")
+            sock.sendall(b"x")  # from here on uvicorn waits for ever
+            while sock.recv(1000):
+                pass
+    wait_until(lambda: not server.connections, "the connection to be gone")
+    # One that comes whole, though late, ends nothing.
+    monkeypatch.setattr("keepstream_gateway.server._REST_SECONDS", 60.0)
+    connection = HTTPConnection("127.0.0.1", server.port, timeout=60)
+    for _ in range(2):
+        connection.putrequest("POST", "/none")
+        connection.putheader("Content-Length", "1000")
+        connection.endheaders(b"x")
+        answer = connection.getresponse()
+        assert answer.status == 404
+        answer.read()
+        wait_until(lambda: [each._timer is None for each in server.connections] == [False], "the rest to be expected")
+        connection.send(b"x" * 999)
+        wait_until(lambda: [each._timer is None for each in server.connections] == [True], "the rest to be read")
+    connection.close()
 
 
 def test_who_stops_refuses_new_streams_and_ends_those_that_read_nothing(server: Server) -> None:

@@ -1,5 +1,6 @@
 """The console over HTTP: who gets in, what a form must bring, what each page says, and what goes wrong politely."""
 
+import base64
 import json
 import re
 from collections.abc import Iterator
@@ -103,6 +104,7 @@ def test_other_keys_are_told_why_not(cluster: Cluster, gateway: GatewayProcess) 
         assert COOKIE not in client.cookies
         assert client.post("/login", content=b"{}").status_code == 415
         assert client.post("/login", data={"key": "x" * 20_000}).status_code == 413
+        assert client.post("/login", data={f"key{number}": "x" for number in range(100)}).status_code == 400
         other_site = {"Sec-Fetch-Site": "cross-site"}
         assert client.post("/login", data={"key": "x"}, headers=other_site).status_code == 403
 
@@ -135,7 +137,9 @@ def test_a_forged_cookie_is_none(cluster: Cluster, gateway: GatewayProcess) -> N
         sign_in(client, make_key(cluster, "default", Right.CONSOLE))
         cookie = client.cookies[COOKIE]
         client.cookies.clear()
-        for forged in ("", "x", cookie[:-8] + "AAAAAAAA", cookie[::-1]):
+        texts = ('["a\\u0000",1,"x"]', '["\\ud800",1,"x"]', '["0123456789ab",1e999,"x"]', '[["0123456789ab"],1,"x"]')
+        written = [base64.urlsafe_b64encode(bytes(32) + text.encode()).decode() for text in texts]
+        for forged in ("", "x", cookie[:-8] + "AAAAAAAA", cookie[::-1], *written):
             assert client.get("/", headers={"Cookie": f"{COOKIE}={forged}"}).url.path == "/login"
 
 

@@ -3,6 +3,7 @@
 Whatever is done to the connection, a reader that comes back with the id of its last event holds the row's text.
 """
 
+import base64
 import json
 import time
 from collections.abc import Iterator
@@ -183,6 +184,19 @@ def test_a_wrong_key_is_refused(gateway: GatewayProcess, header: str | None) -> 
             assert error_of(response)["code"] == "invalid_api_key"
 
 
+@pytest.mark.parametrize(
+    "text", [r'["a\u0000","x",1,["read"]]', r'["\ud800","x",1,["read"]]', '["a","x",1e999,["read"]]']
+)
+def test_a_token_that_anybody_wrote_is_refused_and_never_a_failure(gateway: GatewayProcess, text: str) -> None:
+    token = base64.urlsafe_b64encode(bytes(32) + text.encode()).decode().rstrip("=")
+    with httpx2.Client(base_url=f"http://127.0.0.1:{gateway.port}") as client:
+        for response in (
+            client.get("/api/jobs/x", params={"token": token}),
+            client.get("/api/jobs/x", headers={"Authorization": f"Bearer {token}"}),
+        ):
+            assert response.status_code == 401, response.text
+
+
 def test_a_key_with_a_changed_secret_is_refused(http: httpx2.Client, key: str) -> None:
     changed = key[:-1] + ("A" if key[-1] != "A" else "B")
     assert http.get("/api/jobs", headers={"Authorization": f"Bearer {changed}"}).status_code == 401
@@ -276,6 +290,8 @@ def test_a_browser_follows_one_job_by_a_token(
         ("GET", "/api/jobs?limit=0", None, 400, "limit"),
         ("GET", "/api/jobs?limit=many", None, 400, "limit"),
         ("GET", "/api/jobs?since=yesterday", None, 400, "since"),
+        ("GET", "/api/jobs?since=0001-01-01T00:00:00%2B14:00", None, 400, "since"),
+        ("GET", "/api/jobs?until=9999-12-31T23:59:59-14:00", None, 400, "until"),
         ("GET", "/api/jobs?before=none", None, 404, None),
         ("GET", "/api/jobs/none", None, 404, None),
         ("GET", "/api/jobs/a%20b", None, 404, None),

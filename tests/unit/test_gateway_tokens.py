@@ -44,7 +44,22 @@ def test_what_is_no_token_is_refused(text: str) -> None:
     assert not holds(text)
 
 
-@pytest.mark.parametrize("payload", [b"", b"[]", b"[1,2,3,4]", b'["a","b",1,["fly"]]', b'{"a":1}', b"[" * 400])
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"",
+        b"[]",
+        b"[1,2,3,4]",
+        b'["a","b",1,["fly"]]',
+        b'{"a":1}',
+        b"[" * 400,
+        b'["a","b",1e999,["read"]]',
+        b'["a","b",NaN,["read"]]',
+        b'["a","b","1",["read"]]',
+        b'[["a"],"b",1,["read"]]',
+        b'["a",null,1,["read"]]',
+    ],
+)
 def test_what_is_signed_but_says_nothing_is_refused(payload: bytes) -> None:
     signature = tokens._signature(payload, HASH, b"s")
     assert tokens.read(base64.urlsafe_b64encode(signature + payload).decode()) is None

@@ -7,7 +7,6 @@ import asyncio
 import gc
 import io
 import json
-import logging
 import signal
 import subprocess
 import sys

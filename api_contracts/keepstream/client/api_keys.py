@@ -22,7 +22,8 @@ from keepstream.errors import InvalidArgumentError
 from keepstream.names import Right
 from keepstream.tables import api_keys
 
-_KEY: Final = re.compile(r"ks_([0-9a-f]{12})_[A-Za-z0-9_\-]{43}")
+_ID: Final = re.compile(r"[0-9a-f]{12}")
+_KEY: Final = re.compile(rf"ks_({_ID.pattern})_[A-Za-z0-9_\-]{{43}}")
 _NAME_CHARACTERS: Final = 128
 
 
@@ -90,6 +91,11 @@ def id_of(key: str) -> str | None:
     """Return the id in a key; None: no key looks so."""
     match = _KEY.fullmatch(key)
     return None if match is None else match[1]
+
+
+def is_id(text: str) -> bool:
+    """Whether a key may have this id."""
+    return _ID.fullmatch(text) is not None
 
 
 def is_key_of(key: str, stored: StoredKey) -> bool:

@@ -7,7 +7,7 @@ A message never repeats a text that could be a prompt.
 
 import math
 from collections.abc import Collection, Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Final
 
 from keepstream import names
@@ -36,9 +36,15 @@ def check_limit(value: object) -> None:
 
 
 def check_time(name: str, value: object) -> None:
-    """Raise ``InvalidArgumentError`` if ``value`` is neither None nor a time with its offset."""
-    if value is not None and (not isinstance(value, datetime) or value.tzinfo is None):
+    """Raise ``InvalidArgumentError`` if ``value`` is neither None nor a time with its offset, which UTC has, too."""
+    if value is None:
+        return
+    if not isinstance(value, datetime) or value.tzinfo is None:
         raise InvalidArgumentError(f"{name} is a datetime with its time zone, datetime.now(UTC) for instance")
+    try:
+        value.astimezone(UTC)
+    except OverflowError:
+        raise InvalidArgumentError(f"{name}: must be a time that is in the years 1 to 9999 in UTC as well") from None
 
 
 def check_metadata(value: object) -> None:

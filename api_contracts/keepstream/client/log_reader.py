@@ -66,7 +66,8 @@ class LogReader:
         answer = self._asked.get(question)
         if answer is None:
             answer = self._asked[question] = asyncio.get_running_loop().create_future()
-            if len(self._readers) < CONNECTIONS:
+            # One that has just ended reads no more, though the loop has not told us yet.
+            if sum(not reader.done() for reader in self._readers) < CONNECTIONS:
                 reader = asyncio.create_task(self._read_all(), name="keepstream-logs")
                 self._readers.add(reader)
                 reader.add_done_callback(self._readers.discard)

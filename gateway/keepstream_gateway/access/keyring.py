@@ -39,6 +39,8 @@ class Keyring:
         Raises:
             StoreUnavailableError: the database did not answer.
         """
+        if not api_keys.is_id(key_id):
+            return None  # anybody may write anything into a token; it is not worth a query, nor may all of it be in one
         loop = asyncio.get_running_loop()
         known = self._known.get(key_id)
         if known is not None and loop.time() < known[0]:

@@ -47,10 +47,11 @@ def read(token: str) -> tuple[Claims, bytes, bytes] | None:
         whole = base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True)
         signature, payload = whole[:_SIGNATURE_BYTES], whole[_SIGNATURE_BYTES:]
         key_id, job_id, expires_at, may = json.loads(payload)
-        claims = Claims(str(key_id), str(job_id), int(expires_at), frozenset(map(May, may)))
+        claims = Claims(key_id, job_id, expires_at, frozenset(map(May, may)))
     except (ValueError, TypeError, RecursionError):
         return None
-    return claims, signature, payload
+    is_whole = isinstance(key_id, str) and isinstance(job_id, str) and type(expires_at) is int
+    return (claims, signature, payload) if is_whole else None
 
 
 def is_signed(payload: bytes, signature: bytes, key_hash: str, secret: bytes) -> bool:

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from typing import Final
 from urllib.parse import parse_qsl, quote
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from keepstream.client import api_keys
 from keepstream_gateway.access.rights import Right
+from keepstream_gateway.bodies import read_body
 from keepstream_gateway.console import session as sessions
 from keepstream_gateway.console.pages import HEADERS, Pages
 from keepstream_gateway.console.session import COOKIE, Session
@@ -117,20 +118,16 @@ async def read_form(request: Request) -> dict[str, str]:
     """Return the fields of a form, each with the value that came last.
 
     Raises:
-        ApiError: it is none, or too large.
+        ApiError: it is none, too large, or does not come in time.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/x-www-form-urlencoded":
         raise ApiError(415, "The body must be a form.", "unsupported_media_type")
-    body = bytearray()
+    body = await read_body(request, _FORM_BYTES)
     try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > _FORM_BYTES:
-                raise ApiError(413, "The form is too large.", "body_too_large", headers={"Connection": "close"})
-    except ClientDisconnect:
-        raise invalid("The form was not sent whole.") from None
-    return dict(parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=50))
+        return dict(parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=50))
+    except ValueError:
+        raise invalid("The form has more fields than any of ours.") from None
 
 
 def _path_of(request: Request) -> str:

@@ -40,9 +40,9 @@ def before(text: str) -> datetime | None:
     """Return the time at which a page begins; None: now."""
     try:
         at = datetime.fromisoformat(text)
-    except ValueError:
+        return (at if at.tzinfo is not None else at.replace(tzinfo=UTC)).astimezone(UTC)
+    except (ValueError, OverflowError):  # no time, or one that UTC has not
         return None
-    return at if at.tzinfo is not None else at.replace(tzinfo=UTC)
 
 
 def show(messages: Sequence[RejectedMessage], now: datetime, *, is_first: bool) -> RejectedView:

@@ -55,9 +55,10 @@ def read(cookie: str) -> Claims | None:
         whole = base64.b64decode(cookie, altchars=b"-_", validate=True)
         signature, payload = whole[:_SIGNATURE_BYTES], whole[_SIGNATURE_BYTES:]
         key_id, expires_at, _ = json.loads(payload)
-        return Claims(str(key_id), int(expires_at), signature, payload)
     except (ValueError, TypeError, RecursionError):
         return None
+    is_whole = isinstance(key_id, str) and type(expires_at) is int
+    return Claims(key_id, expires_at, signature, payload) if is_whole else None
 
 
 def is_signed(claims: Claims, key_hash: str, secret: bytes, now: float) -> bool:
