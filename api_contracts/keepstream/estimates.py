@@ -10,7 +10,7 @@ from typing import Any, Final
 #: UTF-8 bytes per token: the usual rule of thumb, for English; other languages have fewer.
 BYTES_PER_TOKEN: Final = 4
 _BOUNDS: Final = ("max_completion_tokens", "max_tokens", "max_output_tokens")
-_MOST: Final = 1_000_000_000  #: Tokens; a bound beyond it bounds nothing.
+_MOST: Final = 1_000_000  #: Tokens; no model answers with more, so a bound beyond it bounds nothing.
 
 
 def prompt_tokens(request: Mapping[str, Any]) -> int:

@@ -109,6 +109,21 @@ def test_shares_are_of_what_was_really_used(wrong: int):
         assert deployment.taken[tenant] == pytest.approx(mean, rel=0.1)
 
 
+def test_a_providers_limit_is_kept_however_many_models_are_known() -> None:
+    """What is used of it is among what is remembered first: no job goes past it, and it is used all the time."""
+    world = World()
+    known = State()
+    for number in range(1500):
+        use = known.use(f"p/m{number}")
+        use.output, use.used = 5.0, world.now
+    world.state = known.to_json()
+    for _ in range(20):
+        world.store("a", CHAIN)
+    rules = policy(Limits(requests_per_minute=60))
+    picks = [pick for _ in range(20) for pick in world.turn(rules, 1).picks]
+    assert len(picks) <= 3  # of three seconds
+
+
 def test_a_flood_does_not_keep_others_waiting():
     """Ten tenants with ten jobs each come after one with very many: theirs take twice the time they need alone."""
     others = [f"tenant-{number}" for number in range(10)]

@@ -30,6 +30,7 @@ def test_a_prompt_has_a_token_for_four_bytes_of_text(messages: list[Any], tokens
         ({"max_output_tokens": 6}, 6),
         ({"max_completion_tokens": 7, "max_tokens": 5}, 7),
         ({"max_completion_tokens": None, "max_tokens": 5}, 5),
+        ({"max_tokens": 10_000_000}, None),  # "as much as you like"
         *(({"max_tokens": wrong}, None) for wrong in (0, -1, True, "5", 5.0, [5], 10**30)),
     ],
 )

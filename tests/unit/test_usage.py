@@ -7,7 +7,7 @@ import pytest
 
 from keepstream.client.endings import sum_usage
 from keepstream.results import Choice, Usage, UsageSource
-from keepstream_worker.jobs.usage import PromptSizes, estimated
+from keepstream_worker.jobs.usage import PromptSizes, estimated, reported
 
 
 def asking(text: str, model: str = "m", **fields: Any) -> dict[str, Any]:
@@ -65,6 +65,13 @@ def test_an_absurd_count_does_not_spoil_the_estimate() -> None:
     assert sizes.tokens("p", asking("x" * 400)) == 400
     sizes.learn("q", asking("x" * 2_000_000), 1)
     assert sizes.tokens("q", asking("x" * 1600)) == 100
+
+
+@pytest.mark.parametrize("absurd", [-1, 2**31, 2**63 - 1])
+def test_a_count_that_cannot_be_is_unknown(absurd: int) -> None:
+    """One that is believed charges the target's bucket, the tenant's lane and the mean of its answers."""
+    figures = {"prompt_tokens": 7, "completion_tokens": absurd, "total_tokens": absurd}
+    assert reported(figures) == Usage(prompt_tokens=7, source=UsageSource.PROVIDER, details=figures)
 
 
 def test_what_was_learned_long_ago_fades() -> None:

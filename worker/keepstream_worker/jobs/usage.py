@@ -12,6 +12,9 @@ from typing import Any, Final
 from keepstream import estimates
 from keepstream.results import Choice, Usage, UsageSource
 
+#: Tokens. No attempt takes more, whatever a provider has counted: believed, one such count would close its target for
+#: years, and be the end of fairness, for everybody.
+_MOST: Final = 20_000_000
 _LEAST_BYTES: Final = 1000  #: Of prompts that must have been seen before their ratio counts.
 _ENOUGH_BYTES: Final = 10_000_000  #: Of prompts, above which older ones count half.
 _LEAST_RATIO: Final = 1 / 16  #: Tokens per byte; no tokenizer has longer tokens on average.
@@ -19,11 +22,11 @@ _MOST_TARGETS: Final = 1024
 
 
 def reported(figures: dict[str, Any]) -> Usage:
-    """Return what the provider reported; figures that it left out stay null."""
+    """Return what the provider reported; counts that it left out, or that cannot be, are null."""
 
     def count(name: str) -> int | None:
         value = figures.get(name)
-        return value if isinstance(value, int) and not isinstance(value, bool) else None
+        return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST else None
 
     return Usage(
         prompt_tokens=count("prompt_tokens"),

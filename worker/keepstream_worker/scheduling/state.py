@@ -26,7 +26,7 @@ NOTHING_LEARNED: Final = Learned()
 _USUAL_OUTPUT: Final = 500
 #: How much a new answer moves the mean.
 _MEAN_STEP: Final = 0.1
-#: Targets remembered; beyond, those that were used longest ago are forgotten.
+#: Targets and providers remembered; beyond, the targets that were of use longest ago are forgotten.
 _MOST_TARGETS: Final = 1000
 #: Seconds after which a target is forgotten that nobody uses.
 _TARGET_MEMORY: Final = 86_400.0
@@ -93,6 +93,11 @@ class UseState:
     def learned(self, learned: Learned) -> None:
         if learned is not self._learned:
             self._learned, self._learned_json = learned, learned.to_json() or None
+
+    @property
+    def needed(self) -> float:
+        """The last moment at which it was, or will be, of use."""
+        return max(self.used, self.requests, self.tokens)
 
     @property
     def says_nothing(self) -> bool:
@@ -197,16 +202,14 @@ class State:
 
     def forget_targets(self, now: float) -> None:
         """Forget targets and providers that nobody has used for a day; whatever they owed is paid by then."""
-        at_rest = [
-            key for key, use in self.uses.items() if max(use.used, use.requests, use.tokens) < now - _TARGET_MEMORY
-        ]
+        at_rest = [key for key, use in self.uses.items() if use.needed < now - _TARGET_MEMORY]
         for key in at_rest:
             del self.uses[key]
 
     def _kept_uses(self) -> list[tuple[str, UseState]]:
         says = [(key, use) for key, use in self.uses.items() if not use.says_nothing]
         if len(says) > _MOST_TARGETS:
-            says.sort(key=lambda item: item[1].used, reverse=True)
+            says.sort(key=lambda item: ("/" not in item[0], item[1].needed), reverse=True)
             del says[_MOST_TARGETS:]
         return says
 
