@@ -7,15 +7,29 @@ NONE = [0] * 9
 
 def test_what_comes_is_told_once() -> None:
     figures = Figures()
-    flow = figures.flow("openai", "gpt")
-    assert figures.take() == []
-    flow.deltas += 3
-    flow.note_first_output(0.15)
-    assert figures.take() == [Sums("openai", "gpt", deltas=3, first_outputs=[0, 1, 0, 0, 0, 0, 0, 0, 0])]
-    assert figures.take() == []
-    flow.deltas += 1  # the attempt goes on
-    figures.flow("openai", "gpt").deltas += 1
+    with figures.flow("openai", "gpt") as flow:
+        assert figures.take() == []
+        flow.deltas += 3
+        flow.note_first_output(0.15)
+        assert figures.take() == [Sums("openai", "gpt", deltas=3, first_outputs=[0, 1, 0, 0, 0, 0, 0, 0, 0])]
+        assert figures.take() == []
+        flow.deltas += 1  # the attempt goes on
+    with figures.flow("openai", "gpt") as another:
+        another.deltas += 1
     assert figures.take() == [Sums("openai", "gpt", deltas=2)]
+
+
+def test_a_target_is_forgotten_when_no_attempt_is_under_way() -> None:
+    """Tenants name the models; whoever names another one for each job must not fill the memory."""
+    figures = Figures()
+    with figures.flow("openai", "gpt") as flow:
+        for number in range(1000):
+            with figures.flow("openai", f"model-{number}") as brief:
+                brief.deltas += 1
+        assert sum(sums.deltas for sums in figures.take()) == 1000
+        assert len(figures._flows) == 1
+        flow.deltas += 1
+        assert figures.take() == [Sums("openai", "gpt", deltas=1)]
 
 
 def test_first_outputs_are_sorted_by_their_time() -> None:

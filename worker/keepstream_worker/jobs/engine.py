@@ -105,9 +105,9 @@ class Engine:
                 ending = verdict.unreadable(claim, self._worker_id)
                 await self._database.persist(store.end, ending)
             else:
-                flow = self._streams.figures.flow(*claim.target)
-                attempt = Attempt(job, claim, self._publisher, active, self._streams.prompts, flow)
-                ending = await self._attempt(active, attempt)
+                with self._streams.figures.flow(*claim.target) as flow:
+                    attempt = Attempt(job, claim, self._publisher, active, self._streams.prompts, flow)
+                    ending = await self._attempt(active, attempt)
             self._on_end(claim, ending)
         except StoreRefusedError:
             # No outage, for which it would wait, and not the fault of a value: the sweep finds the job.

@@ -2,23 +2,37 @@
 
 In: deltas, first outputs and ends of attempts, as they come.  Out: sums by target and outcome, to the table of
 minutes.  Pure, and cheap enough for each delta: a flow is fetched once for an attempt.  What is not told yet dies with
-the worker.
+the worker; what has been told, of targets of which no attempt is under way, is forgotten: they may be very many.
 """
 
 from bisect import bisect_left
 from dataclasses import dataclass, field
+from typing import Self
 
 from keepstream.tables import FIRST_OUTPUT_CLASSES
 
 
 class Flow:
-    """What comes from one target."""
+    """What comes from one target; a context manager for each attempt that counts in it."""
 
-    __slots__ = ("deltas", "first_outputs")
+    __slots__ = ("_attempts", "deltas", "first_outputs")
 
     def __init__(self) -> None:
+        self._attempts = 0
         self.deltas = 0
         self.first_outputs = [0] * (len(FIRST_OUTPUT_CLASSES) + 1)
+
+    def __enter__(self) -> Self:
+        self._attempts += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._attempts -= 1
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no attempt counts in it any more."""
+        return not self._attempts
 
     def note_first_output(self, seconds: float) -> None:
         """An attempt had its first output, so long after its request."""
@@ -48,7 +62,7 @@ class Figures:
         self._ends: dict[tuple[str, str, str, str], Sums] = {}
 
     def flow(self, provider: str, model: str) -> Flow:
-        """Return where an attempt counts what comes; it counts after ``take``, too."""
+        """Return where an attempt counts what comes; within its context it counts after ``take``, too."""
         return self._flows.setdefault((provider, model), Flow())
 
     def note_end(
@@ -76,4 +90,5 @@ class Figures:
                 taken.append(Sums(provider, model, deltas=flow.deltas, first_outputs=flow.first_outputs))
                 flow.deltas = 0
                 flow.first_outputs = [0] * len(flow.first_outputs)
+        self._flows = {target: flow for target, flow in self._flows.items() if not flow.is_over}
         return taken
