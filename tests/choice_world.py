@@ -13,7 +13,7 @@ from keepstream.client.lanes import lane_id, pool_id
 from keepstream_worker.limits import Policy
 from keepstream_worker.scheduling.choice import Choice
 from keepstream_worker.scheduling.observations import Observation, Place
-from keepstream_worker.turn import Arrival, Decision, Pick, Pool, Question, Reading, Standing, WaitingJob
+from keepstream_worker.turn import Arrival, Decision, FoundPool, Pick, Pool, Question, Reading, Standing, WaitingJob
 from keepstream_worker.values import JobKey, Target
 
 ARRIVALS_READ = 200
@@ -127,6 +127,16 @@ class World:
             self.places[job.lane, job.pool].remove(seq)
         return job
 
+    def waiting_pools(self) -> list[FoundPool]:
+        """Return where jobs wait, as a sweep finds it."""
+        found = []
+        for pool in self.pools.values():
+            times = [each.time for each in self.standings if each.pool == pool.id and each.active]
+            dues = [job.due for job in self.waiting.values() if job.pool == pool.id and job.due is not None]
+            if times or dues:
+                found.append(FoundPool(pool, min(times, default=None), min(dues, default=None)))
+        return found
+
     # -- the turn --
 
     def turn(
@@ -138,9 +148,10 @@ class World:
         queue: str = "main",
         providers: Container[str] | None = None,
         parked: Sequence[str] = (),
+        found: Sequence[FoundPool] = (),
     ) -> Decision:
         """Take a turn."""
-        choice = self.choice = Choice(policy, queue, places, observations, providers, parked)
+        choice = self.choice = Choice(policy, queue, places, observations, providers, parked, found)
         self.question = choice.ask(self.now, self.state)
         self.reading = self.read(self.question)
         decision = choice.decide(self.reading)

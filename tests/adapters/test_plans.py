@@ -19,7 +19,18 @@ from keepstream.errors import ErrorCode
 from keepstream.jobs import Job
 from keepstream.results import Choice as Output
 from keepstream.results import JobStatus, ToolCall, Usage, UsageSource
-from keepstream.tables import announcements, arrivals, metadata, minutes, seconds_from_now, turns, waiting, workers
+from keepstream.tables import (
+    announcements,
+    arrivals,
+    metadata,
+    minutes,
+    seconds_from_now,
+    standings,
+    turns,
+    waiting,
+    workers,
+)
+from keepstream.tables import pools as pools_table
 from keepstream_worker import store
 from keepstream_worker.limits import Limits, Policy, ProviderPolicy, TenantPolicy
 from keepstream_worker.scheduling.choice import Choice
@@ -256,9 +267,27 @@ def _look_after(do: Doing) -> None:
     do(store.delete_idle_standings, tidying, buffers=SWEPT)
     # What runs is never more than the workers have places for.
     do(store.delete_idle_pools, tidying._replace(limit=10), buffers=SWEPT, scanned="keepstream_running")
+    do(store.find_waiting_pools, tidying._replace(limit=10), buffers=SWEPT)
     do(store.find_parked, store.Parked("", 10))
     assert do(store.put_right, low) != [None]
     do(store.find_unknown, store.Wanted(QUEUE, frozenset({"default"})), scanned="keepstream_workers")
+
+
+@pytest.mark.parametrize("engine", ["empty"], indirect=True)
+def test_a_sweep_looks_at_as_many_pools_however_many_there_are(engine: Engine) -> None:
+    """Tenants name the models, and may name another one for each job."""
+    pool = {"queue": QUEUE, "class": "interactive", "chain": [["p", "m"]]}
+    lane = {"pool": 4000, "tenant": "x", "head": 0, "active": None, "parked": None}
+    with engine.begin() as connection:
+        connection.execute(pools_table.insert().values([{"id": number, **pool} for number in range(5000)]))
+        connection.execute(standings.insert().values([{"lane": n, "time": 1.0 + n, **lane} for n in range(4000)]))
+    with engine.begin() as connection:
+        connection.execute(text("ANALYZE"))
+    do = Doing(engine)
+    for place, idle in ((2000, 0.5), (4000, 0.5), (4000, 1e9)):
+        tidying = store.Tidying(20, True, 0, place, place, {(QUEUE, "interactive"): idle})
+        for operation in (store.delete_idle_standings, store.find_waiting_pools, store.delete_idle_pools):
+            do(operation, tidying, buffers=2 * FEW, scanned="keepstream_running")
 
 
 LANES: Final = 10

@@ -1179,6 +1179,43 @@ def test_a_lane_that_means_nothing_any_more_is_deleted(db: Store) -> None:
     assert sorted(left, key=str) == [(10.0, 1, None), (10.0, None, 1), (90.0, None, None)]
 
 
+def test_idle_lanes_are_deleted_pool_by_pool_and_all_of_them(db: Store) -> None:
+    """Each step looks at some pools only, and stays with them as long as there may be more."""
+    chain = [["default", "m"]]
+    idle = {"tenant": "x", "head": 0, "time": 10.0, "active": None, "parked": None}
+    with db.engine.begin() as connection:
+        for number in range(5):
+            connection.execute(pools.insert().values(id=number, queue=QUEUE, chain=chain, **{"class": "bulk"}))
+            lanes = [idle | {"pool": number, "lane": 10 * number + lane} for lane in range(3)]
+            connection.execute(standings.insert(), lanes)
+    place, places = 0, []
+    for _ in range(20):
+        tidying = store.Tidying(limit=2, standings_from=place, idle_times={(QUEUE, "bulk"): 50.0})
+        (place,) = db(store.delete_idle_standings, tidying)
+        places.append(place)
+    assert not db.rows_of_standings()
+    assert places[:2] == [0, 0]  # of the first two pools more than two rows
+    assert {2, 4} <= set(places)
+
+
+def test_a_state_that_cannot_be_read_is_begun_anew_and_a_sweep_tells_where_jobs_wait(db: Store) -> None:
+    """Else no worker would ever choose again."""
+    for job_id, model in (("a", "m"), ("b", "m"), ("restarted", "other")):
+        db.enqueue(job_id, request={"model": model, "messages": [{}]})
+    claims = {claim.key.id: claim for pick in chosen(db).picks if (claim := db.begin(pick))}
+    db.end(failed(claims["restarted"], "restarted", retry_in=0.0))
+    for job_id in ("c", "d"):
+        db.enqueue(job_id)
+    chosen(db, 0)
+    with db.engine.begin() as connection:
+        connection.execute(update(turns).values(state="?", ready="{}"))
+    assert not chosen(db).picks
+    (found,) = db(store.find_waiting_pools, store.Tidying(limit=10))
+    assert [(pool.time is None, pool.due is None) for pool in found].count((True, True)) == 0
+    (turned,) = db(store.take_turn, store.Turn("w1", rules.Choice(Policy(), QUEUE, 5, found=found)))
+    assert sorted(names(turned)) == ["c", "d", "restarted"]
+
+
 def test_a_pool_is_deleted_when_nothing_waits_there_or_runs_from_there(db: Store) -> None:
     states: dict[str, Callable[[], object]] = {
         "arrived": lambda: None,

@@ -124,6 +124,38 @@ def test_a_providers_limit_is_kept_however_many_models_are_known() -> None:
     assert len(picks) <= 3  # of three seconds
 
 
+@pytest.mark.parametrize("text", ["", "null", "[]", '{"p":{"x":[]}}', '{"p":{"1":7}}', '{"a"', '{"t":{"a":null}}'])
+def test_a_state_that_cannot_be_read_keeps_no_job_waiting(text: str) -> None:
+    """New ones, those that were started before, and those of a tenant that runs as many as it may."""
+    rules = policy(Limits(), full=TenantPolicy(concurrency=1))
+    world = World()
+    for tenant in ("full", "full", "a", "b"):
+        world.store(tenant, CHAIN)
+    world.store("a", [("p", "other")])
+    for pick in world.turn(rules, 2).picks:
+        if pick.job.key.tenant != "full":
+            world.restart(pick.job.key, 0.0)
+    world.turn(rules, 0)
+    assert not world.arrivals
+    assert len(world.running) == 1
+    assert any(standing.parked for standing in world.standings)
+    world.state = text
+    assert world.turn(rules, 10).picks == ()
+    assert world.choice.lost_state
+    state = State.from_json(world.state)
+    found = world.waiting_pools()
+    assert not any(map(state.knows, found))
+    assert state.parked_beyond  # so the sweeper walks through those as well
+    taken = world.turn(rules, 10, parked=["full"], found=found).picks
+    assert sorted(pick.job.key.tenant for pick in taken) == ["a", "a", "b"]
+    world.end(next(iter(world.running)))
+    for _ in range(3):
+        world.now += 1.0
+        world.turn(rules, 10)
+    assert not world.waiting
+    world.check()
+
+
 def test_a_flood_does_not_keep_others_waiting():
     """Ten tenants with ten jobs each come after one with very many: theirs take twice the time they need alone."""
     others = [f"tenant-{number}" for number in range(10)]

@@ -15,7 +15,7 @@ from keepstream_worker.limits import Limits, Policy, ProviderPolicy
 from keepstream_worker.scheduling import chooser as chooser_module
 from keepstream_worker.scheduling.chooser import Chooser
 from keepstream_worker.scheduling.observations import Charged, End, Observation, Place, Settled
-from keepstream_worker.turn import Pick, Pool, WaitingJob
+from keepstream_worker.turn import FoundPool, Pick, Pool, WaitingJob
 from keepstream_worker.values import JobKey, Target
 
 QUEUE: Final = "completions"
@@ -524,6 +524,33 @@ async def test_tenants_whose_lanes_are_parked_are_looked_at_by_the_next_turn_alo
     assert parked == [("a", "b"), ()]
 
 
+async def test_the_next_turn_is_told_of_pools_that_turns_do_not_know(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.running.update({KEY, OTHER})
+    said = []
+    monkeypatch.setattr(chooser_module.log, "error", lambda event, **_: said.append(event))
+    told_of: list[Any] = []
+    run = world.run
+
+    async def note(operation: Any, argument: Any) -> Any:
+        told_of.append(argument.decider._found)
+        argument.decider.lost_state = True
+        return await run(operation, argument)
+
+    world.chooser._turns = SimpleNamespace(run=note)  # type: ignore[assignment]
+    here, elsewhere = (Pool(number, QUEUE, "interactive", (TARGET,)) for number in (1, 2))
+    world.hear(turn=5, state=json.dumps({"p": {"1": [QUEUE, "interactive", ["default/m"], 3.0]}}))
+    world.chooser.find([FoundPool(here, 3.0, None)])
+    await world.rests()
+    assert not told_of, "it is known"
+    world.chooser.find([FoundPool(here, 3.0, 50.0), FoundPool(elsewhere, 3.0, None)])
+    await world.turns_taken(1)
+    await world.rests()
+    assert told_of == [(FoundPool(here, 3.0, 50.0), FoundPool(elsewhere, 3.0, None))]
+    assert said == ["turn_state_lost"]
+
+
 async def test_what_cannot_be_told_for_long_is_bounded_and_nothing_of_it_is_lost(world: World) -> None:
     world.hold.clear()
     for _ in range(10 * chooser_module._MOST_KEPT):
@@ -599,3 +626,6 @@ async def test_newest_state_is_kept(world: World) -> None:
     assert world.chooser.known_turn == 5
     world.hear(turn=6, state=None)
     assert world.chooser.known_turn == 5, "its state is not known"
+    world.hear(turn=6, state="no state", ready={QUEUE: 100.0})
+    assert world.chooser.known_turn == 5
+    await world.turns_taken(1)  # which begins a new one

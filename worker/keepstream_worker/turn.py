@@ -39,6 +39,14 @@ class WaitingJob(NamedTuple):
     expired: bool = False  #: It is new, and its ``expires_at`` has passed.
 
 
+class FoundPool(NamedTuple):
+    """A pool in which jobs wait, as a sweep has found it, whatever turns know of it."""
+
+    pool: Pool
+    time: float | None  #: The least of the lanes that are active there; None: none is.
+    due: float | None  #: When the first restarted job goes on; None: none waits.
+
+
 class Standing(NamedTuple):
     """A lane in a pool, as stored."""
 

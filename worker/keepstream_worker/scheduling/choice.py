@@ -23,11 +23,12 @@ from keepstream_worker.scheduling.state import (
     FullTenant,
     PoolState,
     State,
+    UnreadableStateError,
     class_of,
     key_of,
     pool_state,
 )
-from keepstream_worker.turn import Decision, Move, Pick, Question, Reading, Retimed, Standing, WaitingJob
+from keepstream_worker.turn import Decision, FoundPool, Move, Pick, Question, Reading, Retimed, Standing, WaitingJob
 from keepstream_worker.values import Target
 
 #: Pools of a class that are read in one turn.
@@ -61,6 +62,7 @@ class Choice:
         observations: Sequence[Observation] = (),
         providers: Container[str] | None = None,
         parked: Iterable[str] = (),
+        found: Iterable[FoundPool] = (),
     ) -> None:
         """Prepare a turn.
 
@@ -70,11 +72,14 @@ class Choice:
             places: Jobs that it takes at most; with 0 the turn only tells.
             observations: What it tells, in order.
             parked: Tenants to be looked at again, because lanes of theirs are parked.
+            found: Pools in which jobs wait, whether they are known or not.
             providers: Whose jobs it takes; None: all. Others are left to workers that can ask them.
         """
         self.lacking: set[str] = set()  #: Providers for which jobs of the queue wait that could go, but not here.
+        self.lost_state = False  #: Whether the newest state could not be read, so that this turn begins a new one.
         self._providers = providers
         self._parked = parked
+        self._found = found
         self._policy = policy
         self._queue = queue
         self._places = places
@@ -86,7 +91,13 @@ class Choice:
         """Return what is to be read; ``state`` is that of the newest turn, ``{}`` before the first."""
         self._now = now
         self._before = state
-        self._state = State.from_json(state)
+        try:
+            self._state = State.from_json(state)
+        except UnreadableStateError:  # it must not keep all jobs waiting for ever
+            self._state = State.lost(now)
+            self.lost_state = True
+        for pool in self._found:
+            self._state.find(pool)
         self._gates = Gates(self._policy, self._state, now)
         self._lanes: dict[int, Lane] = {}
         self._told: list[Charged | Settled] = []  # what moves lanes

@@ -21,11 +21,11 @@ from keepstream_worker import store
 from keepstream_worker.limits import Policy
 from keepstream_worker.scheduling.choice import Choice, may_start_directly
 from keepstream_worker.scheduling.observations import Observation, merged, withdrawn_of
-from keepstream_worker.scheduling.state import State, key_of
+from keepstream_worker.scheduling.state import State, UnreadableStateError, key_of
 from keepstream_worker.store import Claim
 from keepstream_worker.store.database import WorkerDatabase
 from keepstream_worker.telemetry.logs import get_logger
-from keepstream_worker.turn import Pick, Pool
+from keepstream_worker.turn import FoundPool, Pick, Pool
 from keepstream_worker.values import JobKey, Target
 
 log = get_logger()
@@ -113,6 +113,7 @@ class Chooser:
         self._observations: deque[Observation] = deque()
         self._state = State()
         self._parked: tuple[str, ...] = ()  #: Tenants to be looked at by the next turn.
+        self._found: tuple[FoundPool, ...] = ()  #: Pools of which the next turn is told.
         self._turn = -1  #: Of the state; -1: nothing was heard yet.
         #: From when on jobs that wait in our queue can go, by our clock; 0: now; None: none wait, as far as is known.
         self._ready_at: float | None = 0.0
@@ -178,6 +179,12 @@ class Chooser:
         """Look again, in the next turn, at tenants whose lanes are parked: perhaps they have a place."""
         self._parked = tuple(parked)
         if self._parked:
+            self._wanted.set()
+
+    def find(self, pools: Iterable[FoundPool]) -> None:
+        """Tell the next turn of pools in which jobs wait, if turns do not know of them."""
+        self._found = tuple(pool for pool in pools if not self._state.knows(pool))
+        if self._found:
             self._wanted.set()
 
     def idle_times(self) -> dict[tuple[str, str], float]:
@@ -350,7 +357,7 @@ class Chooser:
         unknown: frozenset[str] = frozenset()
         while True:
             places = 0 if self._paused else max(min(self.free, _MOST_PICKS), 0)
-            if not places and not self._observations and not self._parked:
+            if not (places or self._observations or self._parked or self._found):
                 return
             turned = await self._take_turn(places, unknown)
             unknown = await self._find_unknown()
@@ -398,7 +405,8 @@ class Chooser:
         providers = None if self._providers is None else self._providers | unknown
         told = [self._observations.popleft() for _ in range(min(len(self._observations), _MOST_TOLD))]
         parked, self._parked = self._parked, ()
-        choice = Choice(self._policy, self._queue, places, told, providers, parked)
+        found, self._found = self._found, ()
+        choice = Choice(self._policy, self._queue, places, told, providers, parked, found)
         async with self._turning:
             try:
                 turned = await self._turns.run(store.take_turn, store.Turn(self._worker_id, choice))
@@ -406,6 +414,8 @@ class Chooser:
                 self._observations.extendleft(reversed(told))
                 raise
             self.expected.update(pick.job.key for pick in turned.picks)
+        if choice.lost_state:
+            log.error("turn_state_lost", turn=turned.turn)
         self._lacking = choice.lacking
         for pick in turned.left_out:  # told by the next turn: one at once could find them as they are
             self._keep(withdrawn_of(pick))
@@ -435,7 +445,9 @@ class Chooser:
             log.exception("choice_defect")
 
     def _note_state(self, turn: int, state: str | None) -> None:
-        if state is not None and turn > self._turn:
+        if state is None or turn <= self._turn:
+            return
+        with suppress(UnreadableStateError):  # the next turn begins a new one
             self._state = State.from_json(state)
             self._awaited = self._find_awaited()
             self._turn = turn

@@ -15,7 +15,7 @@ from typing import Any, Final, Self
 import orjson
 
 from keepstream_worker.scheduling.learning import TargetState as Learned
-from keepstream_worker.turn import Pool
+from keepstream_worker.turn import FoundPool, Pool
 from keepstream_worker.values import Target
 
 INTERACTIVE: Final = "interactive"
@@ -134,6 +134,10 @@ _USE_FIELDS: Final = 5
 _TENANT_FIELDS: Final = len(fields(FullTenant))
 
 
+class UnreadableStateError(ValueError):
+    """A text is no state."""
+
+
 class State:
     """What one turn leaves for the next."""
 
@@ -150,7 +154,25 @@ class State:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Read a state; ``{}`` is that before the first turn."""
+        """Read a state; ``{}`` is that before the first turn.
+
+        Raises:
+            UnreadableStateError: it is none.
+        """
+        try:
+            return cls._from_json(text)
+        except Exception as error:  # noqa: BLE001  # whatever stands there
+            raise UnreadableStateError(f"the state cannot be read ({type(error).__name__})") from None
+
+    @classmethod
+    def lost(cls, now: float) -> Self:
+        """Return the state after one that cannot be read: a sweep tells which pools and tenants it knew."""
+        state = cls()
+        state.parked_beyond = now
+        return state
+
+    @classmethod
+    def _from_json(cls, text: str) -> Self:
         state = cls()
         document: dict[str, Any] = orjson.loads(text)
         state.arrivals_low = document.get("a", 0)
@@ -225,6 +247,23 @@ class State:
             for name, queue in self.queues.items()
             for job_class, reach in queue.reach.items()
         }
+
+    def find(self, found: FoundPool) -> None:
+        """Take note of a pool in which jobs wait; if it is known, it is as it was or is looked at once too often."""
+        pool = self.pools.setdefault(found.pool.id, pool_state(found.pool))
+        if found.time is not None:
+            pool.low = found.time if pool.low is None else min(pool.low, found.time)
+        if found.due is not None:
+            pool.restarted = found.due if pool.restarted is None else min(pool.restarted, found.due)
+
+    def knows(self, found: FoundPool) -> bool:
+        """Whether a pool is known in which jobs wait."""
+        pool = self.pools.get(found.pool.id)
+        return (
+            pool is not None
+            and (found.time is None or pool.low is not None)
+            and (found.due is None or pool.restarted is not None or pool.hidden)
+        )
 
     def use(self, key: str) -> UseState:
         """Return what is known under the key of a limit."""

@@ -25,6 +25,7 @@ from keepstream.results import JobStatus
 from keepstream.tables import (
     announcements,
     arrivals,
+    epoch_seconds,
     jobs,
     leases,
     now,
@@ -38,8 +39,10 @@ from keepstream.tables import (
 )
 from keepstream_worker.store.conditions import among, each, is_named, name
 from keepstream_worker.store.heartbeats import SWEEPER, forget_workers
+from keepstream_worker.store.pools import find_pools
 from keepstream_worker.store.turns import look_for_arrivals_below
 from keepstream_worker.store.waiting import OwnedJob, Released, take_away
+from keepstream_worker.turn import FoundPool
 from keepstream_worker.values import JobKey
 
 #: Turns that are kept, for people; only the newest counts.
@@ -129,6 +132,12 @@ def _hurry(connection: Connection) -> None:
     """Have what is slow given up: it must not hold up the work of others."""
     if connection.dialect.name == "postgresql":
         connection.exec_driver_sql("SET LOCAL statement_timeout = '1s'; SET LOCAL lock_timeout = '1s'")
+
+
+def _look_up(connection: Connection) -> None:
+    """Have each pool looked up in the indexes: if most lanes are in one, the planner would read all for each pool."""
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql("SET LOCAL enable_seqscan = off")
 
 
 _FIND_LOST: Final = (
@@ -228,6 +237,7 @@ class Tidying(NamedTuple):
     whole: bool = True  #: As of ``Sweep``.
     turns_from: int = 0  #: As the last answer said: what was deleted before is not looked at again.
     pools_from: int = 0  #: As the last answer said: where the walk through the pools goes on.
+    standings_from: int = 0  #: The same of the walk through their standings.
     #: By queue and class: the virtual time below which a lane in which nothing waits means nothing any more.
     idle_times: Mapping[tuple[str, str], float] = {}
 
@@ -249,12 +259,11 @@ def delete_old_turns(connection: Connection, tidyings: list[Tidying]) -> list[in
     return [_delete_old_turns(connection, request) for request in tidyings]
 
 
-def delete_idle_standings(connection: Connection, tidyings: list[Tidying]) -> list[object]:
-    """Delete standings that mean nothing any more."""
+def delete_idle_standings(connection: Connection, tidyings: list[Tidying]) -> list[int]:
+    """Delete standings that mean nothing any more, of some pools; return each ``standings_from``."""
     _hurry(connection)
-    for request in tidyings:
-        _delete_idle_standings(connection, request)
-    return [None] * len(tidyings)
+    _look_up(connection)
+    return [_delete_idle_standings(connection, request) for request in tidyings]
 
 
 _ARRIVED: Final = select(func.count()).select_from(
@@ -262,7 +271,7 @@ _ARRIVED: Final = select(func.count()).select_from(
 )
 _POOLS: Final = (
     select(pools.c.id)
-    .where(pools.c.id >= bindparam("pools_from", type_=BigInteger))
+    .where(pools.c.id >= bindparam("id_from", type_=BigInteger))
     .order_by(pools.c.id)
     .limit(bindparam("limit", type_=Integer))
 )
@@ -278,22 +287,66 @@ _DELETE_POOLS: Final = delete(pools).where(
 )
 
 
+def _some_pools(connection: Connection, id_from: int, limit: int) -> tuple[int, int, int] | None:
+    """Return the first and the last of a number of pools, and where to go on after them; None: there are none."""
+    ids = connection.scalars(_POOLS, {"id_from": id_from, "limit": limit}).all()
+    return (ids[0], ids[-1], ids[-1] + 1 if len(ids) == limit else 0) if ids else None
+
+
 def delete_idle_pools(connection: Connection, tidyings: list[Tidying]) -> list[int]:
     """Delete pools in which nothing waits and from which nothing runs; return each ``pools_from``.
 
     A job that is stored meanwhile may lose its pool; ``misplaced.put_right`` gives it back.
     """
     _hurry(connection)
+    _look_up(connection)
     return [_delete_idle_pools(connection, request) for request in tidyings]
 
 
 def _delete_idle_pools(connection: Connection, request: Tidying) -> int:
-    if (connection.scalar(_ARRIVED) or 0) > _MANY_ARRIVALS:
-        return request.pools_from
-    ids = connection.scalars(_POOLS, {"pools_from": request.pools_from, "limit": request.limit}).all()
-    if ids:
-        connection.execute(_DELETE_POOLS, {"first": ids[0], "last": ids[-1]})
-    return ids[-1] + 1 if len(ids) == request.limit else 0
+    some = _some_pools(connection, request.pools_from, request.limit)
+    if some is None:
+        return 0
+    first, last, next_from = some
+    if (connection.scalar(_ARRIVED) or 0) <= _MANY_ARRIVALS:
+        connection.execute(_DELETE_POOLS, {"first": first, "last": last})
+    return next_from
+
+
+_FIRST_TIME: Final = (
+    select(standings.c.time)
+    .where(standings.c.pool == pools.c.id, standings.c.active.is_not(None))
+    .order_by(standings.c.time)
+    .limit(1)
+    .scalar_subquery()
+)
+_FIRST_DUE: Final = (
+    select(epoch_seconds(waiting.c.restarted_due))
+    .where(waiting.c.pool == pools.c.id, waiting.c.restarted_due.is_not(None))
+    .order_by(waiting.c.restarted_due)
+    .limit(1)
+    .scalar_subquery()
+)
+_FIND_WAITING: Final = (
+    select(pools.c.id, _FIRST_TIME.label("time"), _FIRST_DUE.label("due"))
+    .where(pools.c.id >= bindparam("id_from", type_=BigInteger))
+    .order_by(pools.c.id)
+    .limit(bindparam("limit", type_=Integer))
+)
+
+
+def find_waiting_pools(connection: Connection, tidyings: list[Tidying]) -> list[list[FoundPool]]:
+    """Return those of the pools from ``pools_from`` on in which jobs wait, whatever turns know of them."""
+    _hurry(connection)
+    _look_up(connection)
+    return [_find_waiting_pools(connection, request) for request in tidyings]
+
+
+def _find_waiting_pools(connection: Connection, request: Tidying) -> list[FoundPool]:
+    rows = connection.execute(_FIND_WAITING, {"id_from": request.pools_from, "limit": request.limit}).all()
+    waits = {row.id: row for row in rows if row.time is not None or row.due is not None}
+    known = find_pools(connection, waits)
+    return [FoundPool(known[id_], row.time, row.due) for id_, row in waits.items() if id_ in known]
 
 
 class Parked(NamedTuple):
@@ -338,20 +391,28 @@ _DELETE_IDLE: Final = {
     "postgresql": """
 DELETE FROM keepstream_standings WHERE ctid = ANY(ARRAY(
   SELECT s.ctid FROM keepstream_pools p JOIN keepstream_standings s ON s.pool = p.id
-  WHERE p.queue = :queue AND p.class = :job_class AND s.active IS NULL AND s.parked IS NULL AND s.time < :time
+  WHERE p.id >= :first AND p.id <= :last AND p.queue = :queue AND p.class = :job_class
+    AND s.active IS NULL AND s.parked IS NULL AND s.time < :time
   LIMIT :limit FOR UPDATE OF s SKIP LOCKED))
 """,
     "sqlite": """
 DELETE FROM keepstream_standings WHERE rowid IN (
   SELECT s.rowid FROM keepstream_pools p JOIN keepstream_standings s ON s.pool = p.id
-  WHERE p.queue = :queue AND p.class = :job_class AND s.active IS NULL AND s.parked IS NULL AND s.time < :time
+  WHERE p.id >= :first AND p.id <= :last AND +p.queue = :queue AND +p.class = :job_class
+    AND s.active IS NULL AND s.parked IS NULL AND s.time < :time
   LIMIT :limit)
 """,
 }
 
 
-def _delete_idle_standings(connection: Connection, request: Tidying) -> None:
+def _delete_idle_standings(connection: Connection, request: Tidying) -> int:
+    some = _some_pools(connection, request.standings_from, request.limit)
+    if some is None:
+        return 0
+    first, last, next_from = some
     statement = text(_DELETE_IDLE[connection.dialect.name])
+    deleted = []
     for (queue, job_class), moment in request.idle_times.items():
         values = {"queue": queue, "job_class": job_class, "time": moment, "limit": request.limit}
-        connection.execute(statement, values)
+        deleted.append(connection.execute(statement, values | {"first": first, "last": last}).rowcount)
+    return request.standings_from if request.limit in deleted else next_from  # in these pools there may be more

@@ -64,6 +64,7 @@ class Sweeper:
         self._leads = False
         self._turns_from = 0  #: Turns below are deleted.
         self._pools_from = 0  #: Where the walk through the pools goes on.
+        self._standings_from = 0  #: Where the one through their standings does.
         self._parked_after = ""  #: Where the walk through tenants with parked lanes goes on.
         self._until_whole = 0  #: Sweeps until the next one that looks at everything.
         self._paused = False
@@ -105,15 +106,18 @@ class Sweeper:
         await self._apart("end expired", self._end_expired(self._request(whole=whole)))
         await self._apart("announce", self._announce_missed(self._request(whole=whole)))
         tidying = store.Tidying(
-            _LIMIT, whole, self._turns_from, self._pools_from, idle_times=self._chooser.idle_times()
+            _LIMIT, whole, self._turns_from, self._pools_from, self._standings_from, self._chooser.idle_times()
         )
         await self._apart("find late arrivals", self._database.run(store.find_late_arrivals, tidying))
         await self._apart("delete old turns", self._delete_old_turns(tidying))
-        await self._apart("delete idle standings", self._database.run(store.delete_idle_standings, tidying))
+        await self._apart("delete idle standings", self._delete_idle_standings(tidying))
         if self._chooser.parks_beyond:
             await self._apart("find parked", self._find_parked())
-        if whole:
+        # The walk goes to its end without a pause: tenants may make pools quicker than one step of it a minute takes.
+        if whole or self._pools_from or self._chooser.parks_beyond:
+            await self._apart("find waiting pools", self._find_waiting_pools(tidying))
             await self._apart("delete idle pools", self._delete_idle_pools(tidying))
+        if whole:
             expiry = store.Expiry(_MINUTES_LIMIT)
             await self._apart("delete old minutes", self._database.run(store.delete_old_minutes, expiry))
         await self._apart("record unreadable messages", self._unreadable_messages.record(limit=_LIMIT))
@@ -157,6 +161,13 @@ class Sweeper:
         tenants = await self._database.run(store.find_parked, step)
         self._parked_after = tenants[-1] if len(tenants) == _PARKED_AT_ONCE else ""
         self._chooser.look_at(tenants)
+
+    async def _delete_idle_standings(self, tidying: store.Tidying) -> None:
+        self._standings_from = await self._database.run(store.delete_idle_standings, tidying)
+
+    async def _find_waiting_pools(self, tidying: store.Tidying) -> None:
+        """See whether turns know where jobs wait: they do, unless what one of them left could not be read."""
+        self._chooser.find(await self._database.run(store.find_waiting_pools, tidying))
 
     async def _delete_idle_pools(self, tidying: store.Tidying) -> None:
         self._pools_from = await self._database.run(store.delete_idle_pools, tidying)
