@@ -156,6 +156,22 @@ def test_a_state_that_cannot_be_read_keeps_no_job_waiting(text: str) -> None:
     world.check()
 
 
+def test_lanes_are_found_again_that_are_less_far_than_one_by_which_turns_have_heard_of_their_pool() -> None:
+    world = World()
+    world.store("far", CHAIN, max_tokens=90_000)
+    world.turn(policy(), 1)
+    for tenant in ("far", "near"):
+        world.store(tenant, CHAIN)
+    world.turn(policy(), 0)
+    world.state = "lost"
+    world.store("far", CHAIN)  # its note leads to the pool, from its lane's time on
+    assert [pick.job.key.tenant for pick in world.turn(policy(), 1).picks] == ["far"]
+    (found,) = world.waiting_pools()
+    assert not State.from_json(world.state).knows(found)
+    picks = world.turn(policy(), 5, found=[found]).picks
+    assert [pick.job.key.tenant for pick in picks] == ["near", "far"]
+
+
 def test_a_flood_does_not_keep_others_waiting():
     """Ten tenants with ten jobs each come after one with very many: theirs take twice the time they need alone."""
     others = [f"tenant-{number}" for number in range(10)]

@@ -257,13 +257,13 @@ class State:
             pool.restarted = found.due if pool.restarted is None else min(pool.restarted, found.due)
 
     def knows(self, found: FoundPool) -> bool:
-        """Whether a pool is known in which jobs wait."""
+        """Whether all is known that waits in a pool."""
         pool = self.pools.get(found.pool.id)
-        return (
-            pool is not None
-            and (found.time is None or pool.low is not None)
-            and (found.due is None or pool.restarted is not None or pool.hidden)
-        )
+        if pool is None:
+            return False
+        knows_lanes = found.time is None or (pool.low is not None and pool.low <= found.time)
+        knows_restarted = pool.restarted is not None and found.due is not None and pool.restarted <= found.due
+        return knows_lanes and (found.due is None or knows_restarted or pool.hidden)
 
     def use(self, key: str) -> UseState:
         """Return what is known under the key of a limit."""
