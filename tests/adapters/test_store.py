@@ -1156,6 +1156,7 @@ def test_old_turns_are_deleted_but_not_the_newest_ones(db: Store) -> None:
     with db.engine.begin() as connection:
         assert list(connection.scalars(select(turns.c.n).order_by(turns.c.n))) == list(range(300, 401))
     assert bound == 300
+    assert db.tidy(limit=10, turns_from=5_000) == 0  # a database from before: its turns are deleted from the first on
 
 
 def test_a_lane_that_means_nothing_any_more_is_deleted(db: Store) -> None:

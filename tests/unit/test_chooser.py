@@ -629,3 +629,16 @@ async def test_newest_state_is_kept(world: World) -> None:
     world.hear(turn=6, state="no state", ready={QUEUE: 100.0})
     assert world.chooser.known_turn == 5
     await world.turns_taken(1)  # which begins a new one
+
+
+async def test_what_a_database_knows_that_lost_its_newest_turns_counts_soon(world: World) -> None:
+    world.hear(turn=500, state=json.dumps({}))
+    world.hear(turn=499, state=None)  # an answer that was late
+    world.hear(turn=500, state=None)
+    world.hear(turn=499, state=None)
+    assert world.chooser.known_turn == 500
+    for _ in range(3):
+        world.hear(turn=7, state=None)
+    assert world.chooser.known_turn == -1, "its state is asked for"
+    world.hear(turn=7, state=json.dumps({}))
+    assert world.chooser.known_turn == 7

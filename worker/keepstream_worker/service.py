@@ -163,11 +163,11 @@ class Service:
         """Open the ways to the database, each with a connection of its own, so that none holds up another."""
         url, health = self._settings.database_url, Health()
         engines = [make_engine(url, "keepstream-worker", pool_size=1, writer=True) for _ in range(4)]
-        one_writer = OneWriter.of(engines[0])
-        self._heartbeats = WorkerDatabase(engines[0], health, one_writer)
-        self._database = WorkerDatabase(engines[1], health, one_writer)
-        self._turns = WorkerDatabase(engines[2], health, one_writer, max_group=1)
-        self._sweeps = WorkerDatabase(engines[3], health, one_writer)
+        self._one_writer = OneWriter.of(engines[0])
+        self._heartbeats = WorkerDatabase(engines[0], health, self._one_writer)
+        self._database = WorkerDatabase(engines[1], health, self._one_writer)
+        self._turns = WorkerDatabase(engines[2], health, self._one_writer, max_group=1)
+        self._sweeps = WorkerDatabase(engines[3], health, self._one_writer)
         self._databases = (self._heartbeats, self._database, self._turns, self._sweeps)
 
     async def deliver(self, delivery: Delivery) -> None:
@@ -346,6 +346,7 @@ class Service:
             self._providers.aclose,
             self._client.aclose,
             *(partial(asyncio.to_thread, database.close) for database in self._databases),
+            partial(asyncio.to_thread, self._one_writer.close if self._one_writer else lambda: None),
         )
         for close in closings:
             try:

@@ -54,6 +54,8 @@ _FRUITLESS_PAUSE: Final = 0.01
 _ASK_PAUSE: Final = 1.0
 #: Turns lost in a row that are said: now and then one is, when somebody changes what it had read.
 _MANY_LOST: Final = 5
+#: Looks in a row that find an older turn than the newest known one, after which that one is lost.
+_BEHIND: Final = 3
 #: Seconds between two nudges of one worker.
 _NUDGE_PAUSE: Final = 0.05
 
@@ -115,6 +117,7 @@ class Chooser:
         self._parked: tuple[str, ...] = ()  #: Tenants to be looked at by the next turn.
         self._found: tuple[FoundPool, ...] = ()  #: Pools of which the next turn is told.
         self._turn = -1  #: Of the state; -1: nothing was heard yet.
+        self._behind = 0  #: Times in a row that the database's newest turn was an older one.
         #: From when on jobs that wait in our queue can go, by our clock; 0: now; None: none wait, as far as is known.
         self._ready_at: float | None = 0.0
         self._awaited: frozenset[str] = frozenset()  #: Providers for which jobs wait.
@@ -213,6 +216,7 @@ class Chooser:
     def hear(self, looked: store.Looked) -> None:
         """Take note of what a look at the database brought; the heartbeat brings one each second."""
         self._note_state(looked.turn, looked.state)
+        self._note_loss(looked.turn)
         ready = looked.ready.get(self._queue)
         self._note_ready(0.0 if looked.arrivals else ready, looked.now)
         if looked.arrivals or (ready is not None and ready <= looked.now):
@@ -451,6 +455,15 @@ class Chooser:
             self._state = State.from_json(state)
             self._awaited = self._find_awaited()
             self._turn = turn
+
+    def _note_loss(self, turn: int) -> None:
+        """Note that the database's newest turn is older than what is known here, and not because it answered late.
+
+        It has lost its newest turns, or was restored: then what it has counts, and is asked for again.
+        """
+        self._behind = self._behind + 1 if turn < self._turn else 0
+        if self._behind >= _BEHIND:
+            self._turn, self._behind = -1, 0
 
     def _find_awaited(self) -> frozenset[str]:
         """Return providers for which jobs wait: in our queue, or in any if they are limited."""

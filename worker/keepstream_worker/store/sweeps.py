@@ -378,8 +378,8 @@ _DELETE_TURNS: Final = delete(turns).where(turns.c.n >= bindparam("oldest"), tur
 def _delete_old_turns(connection: Connection, request: Tidying) -> int:
     newest: int = connection.scalar(_NEWEST_TURN) or 0
     oldest: int | None = connection.scalar(_OLDEST_TURN, {"turns_from": request.turns_from})
-    if oldest is None:
-        return request.turns_from
+    if oldest is None:  # a restored database, for instance, has turns that are older than what was deleted
+        return 0
     kept = min(max(newest - _KEPT_TURNS, oldest), oldest + 10 * request.limit)
     connection.execute(_DELETE_TURNS, {"oldest": oldest, "kept": kept})
     return kept
