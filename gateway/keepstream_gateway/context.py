@@ -42,6 +42,6 @@ def make_context(settings: Settings) -> Context:
         clients=Clients(settings),
         keyring=keyring,
         gatekeeper=Gatekeeper(keyring, secret),
-        streams=Streams(settings, metrics),
+        streams=Streams(settings, metrics, keyring.knows),
         metrics=metrics,
     )

@@ -5,7 +5,8 @@ In: frames, as bytes, from a room; when the gateway stops.  Out: responses, one 
 All protocols share what is written here.  What goes wrong before the first frame becomes a status of HTTP: the head is
 sent with that frame, or after a moment of silence.  Silence is broken by comments, for proxies' sake.  A reader that
 reads nothing for long is given up, and harms nobody but itself: no more waits for it than one connection buffers.  When
-the gateway stops, each stream ends as its protocol allows, and its reader goes on elsewhere.
+the gateway stops, each stream ends as its protocol allows, and its reader goes on elsewhere.  So do those of a key that
+is revoked; their readers do not get in again.
 
 One task looks after the time of all streams; a stream costs no timer of its own.
 """
@@ -13,7 +14,7 @@ One task looks after the time of all streams; a stream costs no timer of its own
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Final, Protocol
 
@@ -45,6 +46,7 @@ HEADERS: Final = {
 }
 HEAD_WAIT: Final = 0.5  #: Seconds for which the head waits for the first frame, or an error.
 _TICK: Final = 0.5  #: Seconds between two looks at all streams.
+_KEYS_TICK: Final = 1.0  #: Seconds between two looks at their keys, which are remembered for longer.
 _LAST_WORDS: Final = 1.0  #: Seconds for which the end of a stream may wait for its reader.
 
 
@@ -67,15 +69,17 @@ class Streams:
     Args:
         settings: The gateway's.
         watcher: Is told what happens.
+        is_known: Tells whether an API key, by its id, has not been revoked.
     """
 
-    def __init__(self, settings: Settings, watcher: Watcher) -> None:
+    def __init__(self, settings: Settings, watcher: Watcher, is_known: Callable[[str], Awaitable[bool]]) -> None:
         self._settings = settings
         self._watcher = watcher
+        self._is_known = is_known
         self._open: set[EventStream] = set()
         self._places: Counter[str] = Counter()  #: Taken, by API key.
         self._taken = 0
-        self._clock: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self.stopping = False
 
     async def answer(
@@ -112,11 +116,13 @@ class Streams:
             place()
             await _drop(first, frames)
             raise
-        return EventStream(self, first, frames, farewell, comment, {**HEADERS, **(headers or {})}, place)
+        all_headers = {**HEADERS, **(headers or {})}
+        return EventStream(self, access.key_id, first, frames, farewell, comment, all_headers, place)
 
     def start(self) -> None:
-        """Begin to look after the streams' time."""
-        self._clock = asyncio.create_task(self._look_after(), name="streams")
+        """Begin to look after the streams' time and keys."""
+        looks = {"streams": self._look_after(), "keys": self._look_after_keys()}
+        self._tasks = [asyncio.create_task(look, name=name) for name, look in looks.items()]
 
     async def stop(self) -> None:
         """Refuse new streams, end all others, and wait until they have ended, which takes a second or two."""
@@ -125,8 +131,8 @@ class Streams:
             stream.stop()
         while self._open:
             await asyncio.wait([asyncio.ensure_future(stream.ended.wait()) for stream in self._open])
-        if self._clock is not None:
-            self._clock.cancel()
+        for task in self._tasks:
+            task.cancel()
 
     def opened(self, stream: "EventStream") -> None:
         """Called by a stream whose head is sent."""
@@ -173,6 +179,19 @@ class Streams:
             for stream in list(self._open):
                 stream.look(now, self._settings.ping, self._settings.drain_timeout)
 
+    async def _look_after_keys(self) -> None:
+        while True:
+            await asyncio.sleep(_KEYS_TICK)
+            for key_id in {stream.key_id for stream in self._open}:
+                try:
+                    is_known = await self._is_known(key_id)
+                except Exception as error:  # what is open goes on while nobody can tell
+                    if api_error(error) is None:
+                        log.exception("key_check_failed")
+                    continue
+                for stream in () if is_known else [each for each in self._open if each.key_id == key_id]:
+                    stream.stop()
+
 
 class EventStream(Response):
     """One stream to one reader: a response that ``Streams.answer`` makes."""
@@ -180,6 +199,7 @@ class EventStream(Response):
     def __init__(
         self,
         streams: Streams,
+        key_id: str,
         first: asyncio.Future[bytes | None],
         frames: Frames,
         farewell: Farewell,
@@ -190,6 +210,7 @@ class EventStream(Response):
         super().__init__(headers=headers)
         del self.headers["content-length"]  # nobody knows it
         self.ended = asyncio.Event()
+        self.key_id = key_id
         self._streams = streams
         self._first = first
         self._frames = frames
@@ -239,7 +260,7 @@ class EventStream(Response):
             self._pinging = asyncio.ensure_future(self._write(self._comment()))
 
     def stop(self) -> None:
-        """End the stream, because the gateway stops."""
+        """End the stream, because the gateway stops, or its key does not count any more."""
         self._end("stopped")
 
     def _end(self, how: str) -> None:

@@ -52,7 +52,8 @@ class Server:
 
     def __init__(self, **settings: Any) -> None:
         self.metrics = Metrics()
-        self.streams = Streams(load_settings({}, **settings), self.metrics)
+        self.revoked: set[str] = set()
+        self.streams = Streams(load_settings({}, **settings), self.metrics, self._is_known)
         self.closed = 0  #: Frames that have been closed.
         self.farewell: bytes | None = None
         self._queues: list[asyncio.Queue[bytes | Exception | None]] = []
@@ -76,6 +77,9 @@ class Server:
     async def _answer(self, request: Request) -> Response:
         key = request.query_params.get("key", "key")
         return await self.streams.answer(Access("default", key), self._frames(), farewell=lambda _: self.farewell)
+
+    async def _is_known(self, key_id: str) -> bool:
+        return key_id not in self.revoked
 
     async def _frames(self) -> AsyncGenerator[bytes]:
         queue: asyncio.Queue[bytes | Exception | None] = asyncio.Queue()
@@ -312,6 +316,19 @@ def test_the_rest_of_a_body_is_not_waited_for_once_the_answer_is_sent(
         connection.send(b"x" * 999)
         wait_until(lambda: [each._timer is None for each in server.connections] == [True], "the rest to be read")
     connection.close()
+
+
+def test_streams_of_a_revoked_key_are_ended_and_no_others(server: Server) -> None:
+    server.farewell = b": bye\n\n"
+    with open_stream(server, "/stream?key=a") as ended, open_stream(server, "/stream?key=b") as left:
+        for stream in range(2):
+            server.send(FRAME, stream)
+        ended.read_until(FRAME)
+        server.revoked.add("a")
+        assert ended.read_to_the_end()
+        assert ended.received.endswith(b": bye\n\n")
+        server.send(FRAME, 1)
+        left.read_until(FRAME + FRAME)
 
 
 def test_who_stops_refuses_new_streams_and_ends_those_that_read_nothing(server: Server) -> None:

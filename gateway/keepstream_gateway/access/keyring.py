@@ -51,6 +51,10 @@ class Keyring:
             asking.add_done_callback(lambda _: self._asked.pop(key_id, None))
         return await asyncio.shield(asking)  # whoever leaves does not take the answer from the others
 
+    async def knows(self, key_id: str) -> bool:
+        """Whether there is a key of this id that has not been revoked; raises as ``find``."""
+        return await self.find(key_id) is not None
+
     async def database_answers(self) -> bool:
         """Whether the database answers now."""
 
