@@ -82,8 +82,8 @@ _WITHDRAWN: Final = frozenset(
 )
 
 
-class Claimed(Protocol):
-    """What is to be known of a claim: the store's, which this module need not know."""
+class Placed(Protocol):
+    """What is to be known of a job that was let in: the store's, which this module need not know."""
 
     @property
     def key(self) -> JobKey: ...  # noqa: D102
@@ -99,18 +99,30 @@ class Claimed(Protocol):
     def tokens(self) -> int: ...  # noqa: D102
     @property
     def chosen_at(self) -> float: ...  # noqa: D102
+
+
+class Claimed(Placed, Protocol):
+    """A job that is to run here."""
+
     @property
     def running(self) -> int: ...  # noqa: D102
 
 
+class Released(Placed, Protocol):
+    """A job that was taken from its worker."""
+
+    @property
+    def begun(self) -> bool: ...  # noqa: D102
+
+
 def charge_of(claim: Claimed) -> Observation:
     """Return what is told of a job that was started without a turn."""
-    return Charged(_place(claim), claim.tokens)
+    return Charged(_place(claim, claim.running), claim.tokens)
 
 
 def accepted_of(claim: Claimed) -> Observation:
     """Return what is told when a provider has begun to answer."""
-    return Accepted(_place(claim))
+    return Accepted(_place(claim, claim.running))
 
 
 def observation_of(claim: Claimed, ending: Ending) -> Observation:
@@ -125,7 +137,7 @@ def observation_of(claim: Claimed, ending: Ending) -> Observation:
         retry_after = failure.retry_after
         rates = rates or failure.rate_limits
     return Settled(
-        place=_place(claim),
+        place=_place(claim, claim.running),
         estimated=claim.tokens,
         actual=_taken(ending),
         output=ending.usage.completion_tokens if end is End.COMPLETED else None,
@@ -142,39 +154,10 @@ def withdrawn_of(pick: Pick) -> Observation:
     return Settled(place, estimated=pick.tokens, actual=0, output=None, end=End.WITHDRAWN)
 
 
-class Released(Protocol):
-    """What is to be known of a job that was taken from its worker: the store's, which this module need not know."""
-
-    @property
-    def key(self) -> JobKey: ...  # noqa: D102
-    @property
-    def lane(self) -> int: ...  # noqa: D102
-    @property
-    def pool(self) -> int: ...  # noqa: D102
-    @property
-    def job_class(self) -> str: ...  # noqa: D102
-    @property
-    def target(self) -> Target: ...  # noqa: D102
-    @property
-    def tokens(self) -> int: ...  # noqa: D102
-    @property
-    def chosen_at(self) -> float: ...  # noqa: D102
-    @property
-    def begun(self) -> bool: ...  # noqa: D102
-
-
 def lost_of(released: Released) -> Observation:
     """Return what is told of a job that was taken from a worker which did not run it: if it had begun, nobody knows."""
-    place = Place(
-        released.lane,
-        released.pool,
-        released.key.tenant,
-        released.job_class,
-        released.target,
-        released.chosen_at,
-    )
     actual = None if released.begun else 0
-    return Settled(place, estimated=released.tokens, actual=actual, output=None, end=End.WITHDRAWN)
+    return Settled(_place(released), estimated=released.tokens, actual=actual, output=None, end=End.WITHDRAWN)
 
 
 def merged(observations: Iterable[Observation], most: int) -> list[Observation]:
@@ -229,7 +212,5 @@ def _taken(ending: Ending) -> int | None:
     return 0 if refused and ending.first_token_ms is None else None
 
 
-def _place(claim: Claimed) -> Place:
-    return Place(
-        claim.lane, claim.pool, claim.key.tenant, claim.job_class, claim.target, claim.chosen_at, claim.running
-    )
+def _place(job: Placed, running: int = 0) -> Place:
+    return Place(job.lane, job.pool, job.key.tenant, job.job_class, job.target, job.chosen_at, running)
