@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 import pytest
-from sqlalchemy import Engine, Executable, create_engine, event, select, text, update
+from sqlalchemy import Engine, Executable, create_engine, delete, event, select, text, update
 
 from keepstream.client import queries
 from keepstream.client.database import make_engine
@@ -30,6 +30,7 @@ from keepstream.tables import (
     waiting,
     workers,
 )
+from keepstream.tables import jobs as jobs_table
 from keepstream.tables import pools as pools_table
 from keepstream_worker import store
 from keepstream_worker.limits import Limits, Policy, ProviderPolicy, TenantPolicy
@@ -228,12 +229,14 @@ def _choose_and_end(do: Doing) -> None:
 def _look_after(do: Doing) -> None:
     do(store.lead, store.Candidacy("me", 60.0), store.Candidacy("other", 60.0))
     do(store.lead, store.Candidacy("me", 0.0))
-    do(store.take_in, *(incoming(job_id) for job_id in ("lost", "orphan", "unbegun", "stopped")))
+    do(store.take_in, *(incoming(job_id) for job_id in ("lost", "orphan", "unbegun", "stopped", "gone-runs")))
     claims = {claim.key: claim for claim in do.begin(do.choose(8))}
     do(store.release, store.OwnedJob(key("orphan"), claims[key("orphan")].attempt, "me"))
     do(store.cancel, key("stopped"))
     with do.engine.begin() as connection:
         queries.enqueue(connection, job("expires-2", expires_at="2020-01-01T00:00:00Z"))
+    do(store.take_in, incoming("gone-waits", expires_at="2020-01-01T00:00:00Z"))
+    do.change(delete(jobs_table).where(jobs_table.c.id.like("gone-%")))
     do(store.retire, "me")
     do.change(
         update(announcements).values(ended_at=seconds_from_now(-60.0)),

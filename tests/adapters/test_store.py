@@ -588,9 +588,9 @@ def test_a_turn_whose_standings_somebody_has_changed_is_taken_back(db: Store) ->
     assert [pick.job.key.id for pick in db.turn().picks] == ["a"]
 
 
-def chosen(db: Store, places: int = 5) -> store.Turned:
+def chosen(db: Store, places: int = 5, worker: str = "w1") -> store.Turned:
     """Take a turn by the rules of choice."""
-    (turned,) = db(store.take_turn, store.Turn("w1", rules.Choice(Policy(), QUEUE, places)))
+    (turned,) = db(store.take_turn, store.Turn(worker, rules.Choice(Policy(), QUEUE, places)))
     return turned
 
 
@@ -1120,6 +1120,30 @@ def test_one_worker_sweeps_until_its_lease_ends_or_it_gives_it_up(db: Store) -> 
         connection.execute(update(leases).values(until=seconds_from_now(-1.0)))
     assert db.alive("w1").sweeper_free
     assert db(store.lead, first) == [True]
+
+
+def test_what_is_left_of_jobs_that_somebody_deleted_by_hand_is_in_nobodys_way(db: Store) -> None:
+    """By SQL, with all that a tenant had, for instance. Else they keep places, and are looked at first, for ever."""
+    for job_id in ("runs", "runs elsewhere", "waits", "odd"):
+        past = {"expires_at": "2020-01-01T00:00:00Z"} if job_id == "waits" else {}
+        db.enqueue(job_id.replace(" ", "-"), request={"model": job_id, "messages": [{}]}, **past)
+        if job_id.startswith("runs"):
+            (pick,) = chosen(db, 1, "w2" if "elsewhere" in job_id else "w1").picks
+            assert db.begin(pick, "w2" if "elsewhere" in job_id else "w1")
+    (odd,) = db.rows(waiting, "odd")
+    with db.engine.begin() as connection:
+        connection.execute(delete(pools).where(pools.c.id == odd.pool))
+        connection.execute(delete(jobs))
+    db.dead("w2")
+    assert db(store.release, OwnedJob(JobKey("default", "runs"), 1, "w1")) == [None]
+    found = db.sweep()
+    assert (found.lost, found.unannounced) == ([], [])
+    assert db(store.put_right, odd.seq) == [None]
+    with db.engine.begin() as connection:
+        left = [connection.scalar(select(func.count()).select_from(table)) for table in (running, waiting)]
+    assert left == [0, 0]
+    db.enqueue("runs")  # as a new job
+    assert names(chosen(db)) == ["runs"]
 
 
 def test_an_arrival_that_turns_have_passed_by_is_found_again(db: Store) -> None:

@@ -8,8 +8,9 @@ import pytest
 from keepstream_worker import store
 from keepstream_worker.settings import load_settings
 from keepstream_worker.turn import FoundPool, Pool
+from keepstream_worker.upkeep.announcer import Announcer
 from keepstream_worker.upkeep.sweeper import Sweeper
-from keepstream_worker.values import Target
+from keepstream_worker.values import JobKey, Target
 
 POOL = FoundPool(Pool(7, "completions", "interactive", (Target("p", "m"),)), 1.0, None)
 
@@ -79,3 +80,17 @@ async def test_turns_are_told_where_jobs_wait_at_once_if_they_have_lost_it(world
     world.parks_beyond = True
     await world.sweep()
     assert world.found == [POOL, POOL]
+
+
+async def test_a_note_of_a_job_that_is_not_there_keeps_no_other_end_from_being_announced() -> None:
+    marked = []
+
+    async def run(operation: Any, argument: Any) -> Any:
+        if operation is store.mark_announced:
+            marked.append(argument)
+
+    database: Any = SimpleNamespace(run=run)
+    publisher: Any = None
+    key = JobKey("default", "deleted")
+    assert await Announcer(database, publisher).announce(key), "there is nothing to wait for"
+    assert marked == [key]

@@ -20,6 +20,7 @@ from keepstream.jobs import parse_job
 from keepstream.results import JobStatus
 from keepstream.tables import arrivals, jobs, pools, requests, waiting
 from keepstream_worker.store.conditions import is_job, of_job
+from keepstream_worker.store.waiting import drop_waiting
 from keepstream_worker.values import JobKey
 
 _MESSAGE: Final = "the job waits in a place that is not its own: its rows were changed"
@@ -33,7 +34,7 @@ class PutRight(NamedTuple):
 
 
 def put_right(connection: Connection, seqs: list[int]) -> list[PutRight | None]:
-    """Give misplaced jobs their pool, or end them; None: it does not wait there any more."""
+    """Give misplaced jobs their pool, or end them; None: it does not wait there any more, or is no job."""
     found = {seq: _put_right(connection, seq) for seq in sorted(set(seqs))}
     return [found[seq] for seq in seqs]
 
@@ -48,7 +49,11 @@ def _put_right(connection: Connection, seq: int) -> PutRight | None:
         return None
     key = JobKey(*named)
     columns = jobs.c.attempt, jobs.c.queue, jobs.c["class"].label("job_class")
-    row = connection.execute(select(*columns).where(is_job(key)).with_for_update(key_share=True)).one()
+    row = connection.execute(select(*columns).where(is_job(key)).with_for_update(key_share=True)).one_or_none()
+    if row is None:
+        drop_waiting(connection, {key})
+        connection.execute(delete(arrivals).where(arrivals.c.seq == seq, ~_WAITS))
+        return None
     pool = connection.scalar(select(waiting.c.pool).where(of_job(waiting, key), waiting.c.seq == seq))
     if pool is None:
         return None  # it has gone on meanwhile

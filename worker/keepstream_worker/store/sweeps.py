@@ -41,7 +41,7 @@ from keepstream_worker.store.conditions import among, each, is_named, name
 from keepstream_worker.store.heartbeats import SWEEPER, forget_workers
 from keepstream_worker.store.pools import find_pools
 from keepstream_worker.store.turns import look_for_arrivals_below
-from keepstream_worker.store.waiting import OwnedJob, Released, take_away
+from keepstream_worker.store.waiting import OwnedJob, Released, drop_running, drop_waiting, take_away
 from keepstream_worker.turn import FoundPool
 from keepstream_worker.values import JobKey
 
@@ -162,12 +162,15 @@ def _release_lost(connection: Connection, request: Sweep) -> list[Released]:
     if time.monotonic() - request.asked_at > request.lease / 2:
         return []  # the database kept us waiting, so it kept the others waiting too: their silence proves nothing
     lost = []
+    missing = set(owned)
     for row in rows:
         key = JobKey(row.tenant, row.id)
+        missing.discard(key)
         attempt, worker_id = owned[key]
         released = take_away(connection, row, OwnedJob(key, attempt, worker_id), request.max_attempts)
         if released is not None:  # else its worker has ended it meanwhile
             lost.append(released)
+    drop_running(connection, missing)
     forget_workers(connection)
     return lost
 
@@ -187,6 +190,7 @@ def _end_expired(connection: Connection, request: Sweep) -> list[JobKey]:
     found = connection.execute(_FIND_EXPIRED, {"limit": request.limit, "since": _since(request)}).all()
     keys = [JobKey(tenant, job_id) for tenant, job_id in found]
     rows = {JobKey(row.tenant, row.id): row for row in each(connection, _TAKE_OVER, keys)}
+    drop_waiting(connection, set(keys) - rows.keys())
     # What a turn has taken meanwhile is its worker's to end.
     waits = each(connection, _STILL_WAITING, rows)
     ended = []

@@ -5,10 +5,10 @@ sweep.  Out: their rows among those that wait, due at their moment, and notes of
 or too many workers died of them, their end.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import Connection, Float, bindparam, delete, func, select, update
+from sqlalchemy import Connection, Float, bindparam, delete, exists, func, select, update
 
 from keepstream.client.endings import CANCELLED_MESSAGE, WORKERS_LOST_MESSAGE, end_unclaimed
 from keepstream.errors import ErrorCode
@@ -118,6 +118,7 @@ def release(connection: Connection, owned_jobs: list[OwnedJob]) -> list[Released
     ordered = sorted(set(owned_jobs))
     rows = {JobKey(row.tenant, row.id): row for row in each(connection, _LOCK, [owned.key for owned in ordered])}
     found = {owned: take_away(connection, rows[owned.key], owned) for owned in ordered if owned.key in rows}
+    drop_running(connection, {owned.key for owned in ordered} - rows.keys())
     return [found.get(owned) for owned in owned_jobs]
 
 
@@ -162,6 +163,25 @@ def give_up(connection: Connection, owned: OwnedJob) -> Any | None:
     """Take a job from those that run, if it is still run as said; return its row there."""
     values = name(owned.key) | {"of_attempt": owned.attempt, "of_worker": owned.worker_id}
     return connection.execute(_GIVE_UP, values).one_or_none()
+
+
+_NO_JOB: Final = {
+    table: ~exists().where(jobs.c.tenant == table.c.tenant, jobs.c.id == table.c.job_id) for table in (waiting, running)
+}
+_DROP_WAITING: Final = delete(waiting).where(is_named(waiting), _NO_JOB[waiting])
+_DROP_RUNNING: Final = delete(running).where(is_named(running), _NO_JOB[running])
+
+
+def drop_waiting(connection: Connection, keys: Collection[JobKey]) -> None:
+    """Take those of the jobs from the ones that wait which somebody has deleted by hand."""
+    if keys:
+        connection.execute(_DROP_WAITING, [name(key) for key in sorted(keys)])
+
+
+def drop_running(connection: Connection, keys: Collection[JobKey]) -> None:
+    """Take them from the ones that run: else they would keep their places for ever, and be looked at first."""
+    if keys:
+        connection.execute(_DROP_RUNNING, [name(key) for key in sorted(keys)])
 
 
 _MARK_LOST: Final = (

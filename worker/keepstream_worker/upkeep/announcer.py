@@ -23,7 +23,7 @@ class Announcer:
         self._publisher = publisher
 
     async def announce(self, key: JobKey, timeout: float = 5.0) -> bool:
-        """Make sure that the terminal event of a terminal job is in its log; return whether it is.
+        """Make sure that the terminal event of a terminal job is in its log; return whether nothing is left to be done.
 
         A copy of one that is there already is refused by its id. Where the log lacks what led to it,
         a snapshot of the stored output goes first.
@@ -36,7 +36,10 @@ class Announcer:
             StoreUnavailableError: the database is away.
         """
         result = await self._database.run(store.load_results, key)
-        if result is None or not result.status.terminal or result.terminal_event_id is None:
+        if result is None:  # somebody has deleted the job, and perhaps left the note that it is to be announced
+            await self._database.run(store.mark_announced, key)
+            return True
+        if not result.status.terminal or result.terminal_event_id is None:
             return False
         last = parse_event_id(result.terminal_event_id)
         exclude = {"v", "id", "job_id", "attempt", "type", "ts"}
