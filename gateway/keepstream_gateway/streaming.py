@@ -248,8 +248,11 @@ class EventStream(Response):
                 abort()
                 await asyncio.wait([gone], timeout=_LAST_WORDS)  # the server takes notice of it
         finally:
-            await self._release(gone)
-            self._streams.closed(self, how)
+            try:
+                await self._release(gone)
+            finally:  # also if the request is cancelled meanwhile: who stops the gateway waits for it
+                self._streams.closed(self, how)
+                self.ended.set()
 
     def look(self, now: float, ping: float, patience: float) -> None:
         """Give up a reader that reads nothing for ``patience`` seconds; break a silence of ``ping`` seconds."""
@@ -307,7 +310,7 @@ class EventStream(Response):
         return False
 
     async def _release(self, gone: asyncio.Future[None]) -> None:
-        """Let go of everything, also if the request is cancelled meanwhile."""
+        """Let go of everything."""
         self._give_place_back()
         gone.cancel()
         for task in (getattr(self, "_pump", None), self._pinging):
@@ -315,7 +318,6 @@ class EventStream(Response):
                 task.cancel()
                 await asyncio.wait([task])
         await _drop(self._first, self._frames)
-        self.ended.set()
 
 
 async def _disconnected(receive: Receive) -> None:

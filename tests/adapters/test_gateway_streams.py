@@ -318,6 +318,42 @@ def test_the_rest_of_a_body_is_not_waited_for_once_the_answer_is_sent(
     connection.close()
 
 
+async def test_a_request_that_is_cancelled_while_it_lets_go_keeps_no_gateway_from_stopping() -> None:
+    """As the server does when the time for its requests is over."""
+    closing = asyncio.Event()
+
+    async def frames() -> AsyncGenerator[bytes]:
+        try:
+            yield FRAME
+            await asyncio.Event().wait()
+        finally:
+            closing.set()
+            await asyncio.Event().wait()
+
+    async def known(_: str) -> bool:
+        return True
+
+    left: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+        if message.get("body") == FRAME:
+            left.set_result({"type": "http.disconnect"})
+
+    metrics = Metrics()
+    streams = Streams(load_settings({}), metrics, known)
+    response = await streams.answer(Access("default", "key"), frames(), farewell=lambda _: None)
+    request = asyncio.create_task(response({"type": "http", "method": "GET"}, lambda: left, send))
+    async with asyncio.timeout(60):
+        await closing.wait()
+        request.cancel()
+        await asyncio.wait([request])
+        await streams.stop()
+    assert request.cancelled()
+    assert sent
+
+
 def test_streams_of_a_revoked_key_are_ended_and_no_others(server: Server) -> None:
     server.farewell = b": bye\n\n"
     with open_stream(server, "/stream?key=a") as ended, open_stream(server, "/stream?key=b") as left:
