@@ -167,7 +167,8 @@ class Sweeper:
 
     async def _find_waiting_pools(self, tidying: store.Tidying) -> None:
         """See whether turns know where jobs wait: they do, unless what one of them left could not be read."""
-        self._chooser.find(await self._database.run(store.find_waiting_pools, tidying))
+        found = await self._database.run(store.find_waiting_pools, tidying)
+        self._chooser.find(found)
 
     async def _delete_idle_pools(self, tidying: store.Tidying) -> None:
         self._pools_from = await self._database.run(store.delete_idle_pools, tidying)
