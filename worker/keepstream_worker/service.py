@@ -73,6 +73,7 @@ class Service:
         self._draining = asyncio.Event()
         self._stop_forced = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._one_writer: OneWriter | None = None
 
     async def start(self) -> None:
         """Open connections and begin to give signs of life.
@@ -346,7 +347,7 @@ class Service:
             self._providers.aclose,
             self._client.aclose,
             *(partial(asyncio.to_thread, database.close) for database in self._databases),
-            partial(asyncio.to_thread, self._one_writer.close if self._one_writer else lambda: None),
+            *([partial(asyncio.to_thread, self._one_writer.close)] if self._one_writer else []),
         )
         for close in closings:
             try:
