@@ -39,6 +39,7 @@ from keepstream_worker.store.one_writer import OneWriter
 from keepstream_worker.telemetry.logs import configure_logging
 from keepstream_worker.upkeep.announcer import Announcer
 from keepstream_worker.upkeep.heartbeat import WorkerHeartbeat
+from keepstream_worker.upkeep.limits_report import LimitsReport
 from keepstream_worker.upkeep.sweeper import Sweeper
 from keepstream_worker.upkeep.unreadable_messages import UnreadableMessages
 from keepstream_worker.values import Ending, JobKey, Outcome, worker_id
@@ -154,7 +155,14 @@ class _Worker:
         )
         self.heartbeat = WorkerHeartbeat(settings, self.id, beats, sweeps, self.engine, self.chooser)
         self.sweeper = Sweeper(
-            settings, self.id, sweeps, self.heartbeat, self.chooser, _Announcer(sweeps), _NoMessages()
+            settings,
+            self.id,
+            sweeps,
+            self.heartbeat,
+            self.chooser,
+            _Announcer(sweeps),
+            _NoMessages(),
+            LimitsReport(policy, sweeps),
         )
 
     async def start(self) -> None:

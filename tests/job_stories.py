@@ -103,7 +103,7 @@ _delta = st.one_of(
     st.fixed_dictionaries({"call": _fragment}),
     st.fixed_dictionaries({"extra": st.just({"annotations": [{"type": "url_citation", "url": "https://a.example"}]})}),
 )
-_ways = st.sampled_from(["retry", "lost", "carried"])
+_ways = st.sampled_from(["retry", "lost", "carried", "finished and lost"])
 _ends = st.sampled_from(["completed", "completed", "length", "failed", "cancelled", "expired", "given up", "recovered"])
 
 
@@ -188,6 +188,8 @@ def stories(draw: st.DrawFn) -> Story:
         way = draw(_ways)
         if way == "retry":
             writer.fail(retry_in=0.5)
+        elif way == "finished and lost":  # with its log, or it would be recovered
+            writer.finish(draw(st.sampled_from(["stop", "length"])))
         elif way == "carried":  # handed over with what came so far
             writer.start(continues=True)
     if end == "expired" and not story.events:

@@ -6,6 +6,7 @@ Out: frozen, typed results, to users of the client and to the command line.
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from datetime import datetime
 from enum import StrEnum
@@ -68,6 +69,14 @@ class Usage(_Value):
     total_tokens: int | None = None
     source: UsageSource = UsageSource.UNKNOWN
     details: dict[str, Any] | None = None
+
+    @property
+    def cost(self) -> float | None:
+        """What it cost, in the provider's own unit, if its report says that; None: it does not."""
+        cost = (self.details or {}).get("cost")
+        if not isinstance(cost, int | float) or isinstance(cost, bool) or not math.isfinite(cost):
+            return None
+        return float(cost)
 
 
 class ToolCall(_Value):

@@ -283,7 +283,7 @@ rejected_messages: Final = Table(
     Column("job_id", String(128), comment="if the message named one"),
     Column("size", Integer, nullable=False, comment="bytes of the message"),
     Column("payload", Text, comment="the message, base64, cut to a limit"),
-    Index("ix_keepstream_rejected_messages_rejected_at", "rejected_at"),
+    Index("ix_keepstream_rejected_messages_age", "rejected_at", "id"),  # the id tells those of one moment apart
 )
 
 #: Upper ends in seconds of the classes into which the times until the first output are sorted; the last has none.
@@ -306,7 +306,17 @@ minutes: Final = Table(
         Column(f"first_output_{number}", BigInteger, nullable=False, comment=f"attempts: first output within {most} s")
         for number, most in enumerate((*FIRST_OUTPUT_CLASSES, "any"))
     ),
+    Column("cost", Float, comment="as providers reported it; null: none did"),
     postgresql_with={"fillfactor": 50},  # so that what all workers add finds room on the row's own page
+)
+
+reports: Final = Table(
+    "keepstream_reports",
+    metadata,
+    # What one worker tells for all, for people: only workers have the configuration.
+    Column("name", String(64), primary_key=True, comment="limits: what is used of each"),
+    Column("told_at", UtcDateTime, nullable=False),
+    Column("report", _JSON, nullable=False),
 )
 
 api_keys: Final = Table(

@@ -16,7 +16,7 @@ from tests.explained import Explained
 
 WORKERS = 6
 TIMES = 10
-EMPTY = {name.name: 0 for name in minutes.c if name.name not in {"minute", "provider", "model"}}
+EMPTY = {name.name: 0 for name in minutes.c if name.name not in {"minute", "provider", "model", "cost"}}
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_workers_add_to_the_same_rows(engine: Engine) -> None:
         for _ in range(TIMES):
             # Each in an order of its own: who waits for whom must not become a ring.
             mine = names[number % 5 :] + names[: number % 5]
-            report = [Sums("p", name, "failed", "timeout", 1, 2, 3, 4, [1, *[0] * 7, 1]) for name in mine]
+            report = [Sums("p", name, "failed", "timeout", 1, 2, 3, 4, 0.5, [1, *[0] * 7, 1]) for name in mine]
             with engine.begin() as connection:
                 assert add_up(connection, [report, [Sums("p", names[number % 5], deltas=1)]]) == [None, None]
 
@@ -59,6 +59,15 @@ def test_workers_add_to_the_same_rows(engine: Engine) -> None:
         assert 10 <= connection.execute(select(func.count()).select_from(minutes)).scalar_one() <= 10 * lasted
         past = overview.history(connection, 60, 60)
         assert {(each.code, each.attempts) for each in past.errors} <= {("timeout", WORKERS * TIMES)}
+
+
+def test_an_unknown_cost_stays_unknown_and_known_ones_are_summed(engine: Engine) -> None:
+    for costs in ([None], [0.5, None], [None, 0.25]):
+        with engine.begin() as connection:
+            add_up(connection, [[Sums("p", "m", "finished", attempts=1, cost=cost)] for cost in costs])
+            found = [each.cost for each in overview.history(connection, 60, 60).sums if each.cost is not None]
+            assert sum(found) == {1: 0.0}.get(len(costs), 0.5 if costs[0] else 0.75)
+            assert bool(found) == (len(costs) > 1)
 
 
 def old(connection: Connection, at: int, ages: list[int], models: int = 1) -> None:

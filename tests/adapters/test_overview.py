@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from sqlalchemy import Connection, Engine, create_engine, insert, select, text
@@ -17,6 +18,20 @@ from tests.explained import BY_THEIR_END, Explained, fill
 from tests.jobs import make_job
 from tests.stored_jobs import change
 
+LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
+#: What the console can look for, each by itself and all at once; nothing, or nearly everything, is like that.
+EACH: list[dict[str, Any]] = [
+    {"statuses": [JobStatus.EXPIRED]},
+    {"statuses": [JobStatus.COMPLETED, JobStatus.QUEUED]},
+    {"model": "no such model"},
+    {"provider": "nobody"},
+    {"error_code": "rate_limited"},
+    {"containing": "nothing is like this"},
+    {"since": LONG_AGO, "provider": "nobody"},
+    {"until": LONG_AGO},
+    {"until": datetime(2100, 1, 1, tzinfo=UTC), "model": "no such model"},
+]
+FILTERS = [*EACH, {name: value for filters in EACH for name, value in filters.items()} | {"until": None}]
 FIRST_OUTPUTS = {f"first_output_{number}": 0 for number in range(9)}
 
 
@@ -117,12 +132,17 @@ def test_tenants_are_found_by_name(connection: Connection) -> None:
 
 
 def test_messages_are_read_page_by_page(connection: Connection) -> None:
-    for number in range(5):
-        at = datetime(2026, 5, 4, 12, number, tzinfo=UTC)
+    for number in range(7):  # those of one group are rejected at one moment
+        at = datetime(2026, 5, 4, 12, min(number, 3), tzinfo=UTC)
         connection.execute(rejected_messages.insert().values(id=str(number), rejected_at=at, reason="x", size=1))
-    first = overview.rejected(connection, 3)
-    assert [message.id for message in first] == ["4", "3", "2"]
-    assert [message.id for message in overview.rejected(connection, 3, before=first[-1].rejected_at)] == ["1", "0"]
+    pages: list[str] = []
+    before = None
+    for _ in range(4):
+        page = [message.id for message in overview.rejected(connection, 2, before=before)]
+        pages += page
+        before = page[-1]
+    assert pages == ["6", "5", "4", "3", "2", "1", "0"]
+    assert overview.rejected(connection, 2, before="gone") == []
 
 
 def test_the_past_is_summed_by_step(connection: Connection) -> None:
@@ -163,13 +183,16 @@ def test_what_operators_look_at_costs_the_same_in_full_tables(engine: Engine, is
     assert not is_full or len(page) == 50
     if explained:
         explained.check(600)
-    with engine.begin() as connection:
-        list_all_jobs(connection, Wanted([JobStatus.EXPIRED], containing="nothing is like this"))
-    if engine.dialect.name == "postgresql":
-        explained.check(3000)  # the rows of a stretch, each on a page of its own at worst
-    for statement, plan in explained:  # SQLite sorts the few that fit once more
-        assert not [step for step in plan if step.startswith("SCAN keepstream_jobs") and "INDEX" not in step], statement
-    explained.clear()
+    for filters in FILTERS:
+        with engine.begin() as connection:
+            list_all_jobs(connection, Wanted(**filters))
+            list_jobs(connection, "default", Wanted(**filters))
+        if engine.dialect.name == "postgresql":
+            explained.check(3000)  # the rows of a stretch, each on a page of its own at worst
+        for statement, plan in explained:  # SQLite sorts the few that fit once more
+            scanned = [step for step in plan if step.startswith("SCAN keepstream_jobs") and "INDEX" not in step]
+            assert not scanned, (filters, statement)
+        explained.clear()
     with engine.begin() as connection:
         names = overview.tenants(connection)
         assert (len(names) > 1) == is_full
@@ -177,6 +200,6 @@ def test_what_operators_look_at_costs_the_same_in_full_tables(engine: Engine, is
     explained.check(200, scanned=BY_THEIR_END | {"known"})
     with engine.begin() as connection:
         overview.rejected(connection, 50)
-        overview.rejected(connection, 50, before=datetime(2026, 5, 4, tzinfo=UTC))
+        overview.rejected(connection, 50, before="ended-777")
         overview.history(connection, 60, 1)
     explained.check(200)

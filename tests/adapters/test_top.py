@@ -59,8 +59,9 @@ def test_what_runs_and_waits_is_counted(engine: Engine) -> None:
         seen = overview.look(connection)
     assert seen.running == {(Target("default", "m"), "b"): 1}
     assert sorted(seen.waiting) == [
-        Waiting("a", "completions", "interactive", (Target("p", "m"), Target("q", "n")), 2, 0),
-        Waiting("b", "completions", "bulk", (Target("default", "m"),), 2, 1),
+        Waiting("a", "completions", "interactive", (Target("p", "m"), Target("q", "n")), 2),
+        Waiting("b", "completions", "bulk", (Target("default", "m"),), 1, is_due=False),
+        Waiting("b", "completions", "bulk", (Target("default", "m"),), 1),
     ]
     assert (list(seen.workers), seen.closed) == (["w"], {"p": {"why": "cooling", "until": 1}})
     assert (seen.more_running, seen.more_waiting, seen.at.utcoffset() is not None) == (False, False, True)

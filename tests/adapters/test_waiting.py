@@ -8,7 +8,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,7 +17,8 @@ import redis
 from sqlalchemy import Engine, create_engine, event, func, insert, select
 
 from keepstream import AsyncClient, Client, WaitingFor, names, tables
-from keepstream.client.listing import list_jobs
+from keepstream.client import overview
+from keepstream.client.listing import list_all_jobs, list_jobs
 from keepstream.errors import (
     FollowTimeoutError,
     InvalidSettingError,
@@ -282,6 +283,81 @@ def test_a_page_of_waiting_jobs_costs_as_many_statements_as_one_job(client: Clie
     event.listen(engine, "before_cursor_execute", note)
     assert cost(50) == cost(1) <= 10
     assert len(ids) == 50
+
+
+# -- who tells it --
+
+
+def no_worker(engine: Engine) -> None:
+    work(engine, queue="other")
+
+
+def no_worker_with_the_provider(engine: Engine) -> None:
+    work(engine, providers=["default"])
+
+
+def only_others_have_places(engine: Engine) -> None:
+    work(engine, "w1", providers=["a"], running=3)
+    work(engine, "w2", providers=["default"])
+
+
+def all_are_busy(engine: Engine) -> None:
+    work(engine, running=3)
+
+
+def a_provider_rests(engine: Engine) -> None:
+    work(engine)
+    close(engine, {"a": FULL})
+
+
+def nothing_is_in_the_way(engine: Engine) -> None:
+    work(engine)
+
+
+@pytest.mark.parametrize(
+    "surround",
+    [
+        no_worker,
+        no_worker_with_the_provider,
+        only_others_have_places,
+        all_are_busy,
+        a_provider_rests,
+        nothing_is_in_the_way,
+    ],
+)
+def test_who_counts_what_waits_says_the_same_as_who_looks_at_one_job(
+    client: Client, engine: Engine, surround: Callable[[Engine], None]
+) -> None:
+    surround(engine)
+    ids = [enqueue(client, provider="a") for _ in range(3)]
+    pause(engine, ids[0], seconds=0.3)  # it is due: as good as now
+    for job_id in ids:
+        stored = client.get(job_id)
+        assert stored is not None
+        assert stored.waiting_for is not None
+        with engine.begin() as connection:
+            counted = overview.what_waits(overview.look(connection))
+            listed, _ = list_all_jobs(connection)
+        assert [each.why for each in counted] == [stored.waiting_for]
+        assert [each.jobs for each in counted] == [3]
+        assert {job.waiting_for for job in [*listed, *client.list()]} == {stored.waiting_for}
+
+
+def test_jobs_that_are_not_due_and_jobs_whose_worker_is_gone_are_counted_apart(client: Client, engine: Engine) -> None:
+    work(engine)
+    work(engine, "dead", silent_for=60)
+    new, later, lost, runs = (enqueue(client) for _ in range(4))
+    pause(engine, later, seconds=3600)
+    run(engine, lost, "dead")
+    run(engine, runs)
+    with engine.begin() as connection:
+        seen = overview.look(connection)
+    found = {(each.why.cause, each.jobs) for each in overview.what_waits(seen)}
+    stored = [client.get(job_id) for job_id in (new, later, lost, runs)]
+    causes = [job and job.waiting_for and job.waiting_for.cause for job in stored]
+    assert causes == ["pickup", "retry", "worker", None]
+    assert found == {("pickup", 1), ("retry", 1), ("worker", 1)}
+    assert sum(seen.running.values()) == 2
 
 
 # -- what runs --

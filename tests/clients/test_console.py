@@ -197,6 +197,35 @@ def test_a_job_is_cancelled_and_run_again_by_keyboard(console: Console, cluster:
     assert page.errors == []
 
 
+def test_without_scripts_a_job_is_watched_cancelled_and_run_again(console: Console, cluster: Cluster) -> None:
+    page = console.page
+    page.call("Emulation.setScriptExecutionDisabled", value=True)
+    enqueue(cluster, "unscripted", deltas=100_000, rate=20)
+    console.open("/jobs/default/unscripted")
+    page.wait_for("location.search === '?still'", "the page that loads itself again")
+    console.wait_for_text("#answers", "word word word")
+    length = len(page.text("#answers"))
+    wait_until(lambda: len(page.text("#answers")) > length, "the text to grow")
+    page.click("form[action$='/cancel'] button")
+    cluster.wait_for("unscripted", "cancelled")
+    console.open("/jobs/default/unscripted")
+    console.wait_for_text("#job-head", "cancelled")
+    page.click("#retry")
+    page.click("form[action$='/retry'] button")
+    console.wait_for_text("#job-head", "repeats unscripted")
+    cluster.client.cancel(console.address.partition("?")[0].rpartition("/")[2])
+    console.open("/")
+    console.wait_for_text("main", "their figures are in the table below")
+    page.click("#figures summary")
+    console.wait_for_text("#figures-table", "Deltas a second")
+    console.open("/jobs")
+    page.click("[name=q]")
+    page.write("unscripted")
+    page.press("Enter")
+    page.wait_for("location.pathname === '/jobs/default/unscripted'", "the job that was searched")
+    assert page.errors == []
+
+
 def test_the_pages_that_are_looked_at(console: Console, cluster: Cluster) -> None:
     page = console.page
     enqueue(cluster, "shown", "shop", text="A short answer.")

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx2
 import pytest
@@ -174,6 +175,7 @@ def test_jobs_of_all_tenants_are_listed_searched_and_shown(cluster: Cluster, ins
     assert mine not in inside.get("/jobs?tenant=shop").text
     assert other in inside.get("/jobs?q=rhine").text
     assert mine not in inside.get("/jobs?q=rhine").text
+    assert mine not in inside.get("/jobs?error=rate_limited").text
     assert inside.get(f"/jobs?q={other}").url.path == f"/jobs/shop/{other}"
     assert inside.get(f"/jobs?q={mine}&tenant=default").url.path == f"/jobs/default/{mine}"
     assert "Any" in inside.get(f"/jobs?q={mine}&tenant=shop").text
@@ -273,6 +275,63 @@ def test_a_job_is_followed_live_and_again_from_its_log(shared_cluster: Cluster) 
         assert "not named" in client.get("/rejected").text
 
 
+def forms(html: str) -> dict[str, dict[str, str]]:
+    """Return the forms of a page that change something: their hidden fields, by their addresses."""
+    found = re.findall(r'<form method="post" action="([^"]+)">(.*?)</form>', html, re.DOTALL)
+    fields = r'<input type="hidden" name="(\w+)" value="([^"]*)">'
+    return {address: dict(re.findall(fields, inner)) for address, inner in found}
+
+
+def test_without_scripts_a_job_is_read_as_it_comes_and_cancelled_and_run_again(shared_cluster: Cluster) -> None:
+    gateway = start_gateway(shared_cluster)
+    job_id = shared_cluster.enqueue(deltas=100_000, rate=20)
+    address = f"/jobs/default/{job_id}"
+    with browser(gateway) as client:
+        sign_in(client, make_key(shared_cluster, "default", Right.CONSOLE))
+        still = f"{address}?still"
+        assert f"url={still}" in client.get(address).text
+        wait_until(lambda: re.search(r'<div class="text">(word ){5}', client.get(still).text), "the text so far")
+        page = client.get(still).text
+        client.post(f"{address}/cancel", data=forms(page)[f"{address}/cancel"])
+        shared_cluster.wait_for(job_id, "cancelled")
+        ended = client.get(still).text
+        assert "http-equiv" not in ended, "what has ended stays as it is"
+        assert "word word" in ended
+        again = client.post(f"{address}/retry", data=forms(ended)[f"{address}/retry"])
+        assert f'repeats <a id="retry-of" href="{address}">' in again.text
+        client.post(f"{again.url.path}/cancel", data=forms(client.get(f"{again.url.path}?still").text).popitem()[1])
+        for page in ("/", "/jobs?status=cancelled", "/rejected"):
+            assert job_id in client.get(page).text or page != "/jobs?status=cancelled"
+
+
+def test_a_job_whose_log_cannot_be_read_is_shown_without_its_text(tmp_path: Path, forks: ForkServer) -> None:
+    with Cluster(tmp_path, sqlite_url(tmp_path / "keepstream.db"), forks=forks) as cluster:
+        gateway = start_gateway(cluster)
+        job_id = cluster.enqueue()
+        with browser(gateway) as client:
+            sign_in(client, make_key(cluster, "default", Right.CONSOLE))
+            cluster.valkey.stop()
+            answer = client.get(f"/jobs/default/{job_id}?still")
+            assert (answer.status_code, "The job waits" in answer.text) == (200, True)
+
+
+def test_limits_are_told_as_the_command_tells_them(tmp_path: Path, forks: ForkServer) -> None:
+    file = tmp_path / "providers.toml"
+    with Cluster(tmp_path, sqlite_url(tmp_path / "keepstream.db"), forks=forks) as cluster:
+        file.write_text(
+            f'[providers.default]\nbase_url = "{cluster.provider.base_url}"\napi_key_env = "OPENAI_API_KEY"\n'
+            "concurrency = 7\nrequests_per_minute = 600\n"
+        )
+        gateway = start_gateway(cluster)
+        cluster.start_worker(providers_file=file)
+        job_id = cluster.enqueue(deltas=100_000, rate=20)
+        with browser(gateway) as client:
+            sign_in(client, make_key(cluster, "default", Right.CONSOLE))
+            wait_until(lambda: "1 of 7 streams" in client.get("/").text, "the limit of the provider")
+            assert " requests, 600 a minute" in client.get("/").text
+        cluster.client.cancel(job_id)
+
+
 def test_what_workers_did_is_told_also_by_one_that_stops(cluster: Cluster, inside: httpx2.Client) -> None:
     worker = cluster.start_worker()
     for job_id in (cluster.enqueue(deltas=7), cluster.enqueue(faults=[{"kind": "status", "status": 400}])):
@@ -286,6 +345,7 @@ def test_what_workers_did_is_told_also_by_one_that_stops(cluster: Cluster, insid
     assert sum(sums.completion_tokens for sums in past.sums) > 0
     assert [error.code for error in past.errors] == ["bad_request"]
     wait_until(lambda: "bad_request" in inside.get("/").text, "the errors to be shown")
+    assert inside.get("/jobs?error=bad_request").text.count('class="what"') == 1
     series = inside.get("/series?span=1h").json()
     assert len(series["charts"]["deltas"][0]) == len(series["at"])
 

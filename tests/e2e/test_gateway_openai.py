@@ -68,6 +68,7 @@ class Reader:
 
     def __init__(self) -> None:
         self.texts: dict[str, str] = {}
+        self.items: list[str] = []  # by their ids: those that count
         self.types: list[str] = []
         self.last: int | None = None
         self.response: Any = None
@@ -77,13 +78,17 @@ class Reader:
         assert self.last is None or event.sequence_number > self.last
         self.last = event.sequence_number
         if event.type == "response.in_progress":
-            messages = [item for item in event.response.output if item.type == "message"]
-            counting = [item for item in messages if item.status != "incomplete"]
-            self.texts = {item.id: "".join(part.text for part in item.content) for item in counting}
+            counting = [item for item in event.response.output if item.status != "incomplete"]
+            messages = [item for item in counting if item.type == "message"]
+            self.items = [item.id for item in counting]
+            self.texts = {item.id: "".join(part.text for part in item.content) for item in messages}
+        elif event.type == "response.output_item.added":
+            self.items.append(event.item.id)
         elif event.type == "response.output_text.delta":
             self.texts[event.item_id] = self.texts.get(event.item_id, "") + event.delta
         elif event.type in {"response.completed", "response.incomplete", "response.failed"}:
             self.response = event.response
+            assert sorted(self.items) == sorted(item.id for item in event.response.output)
 
     @property
     def text(self) -> str:
@@ -205,6 +210,33 @@ def test_a_reader_comes_back_after_the_log_has_expired(house: House, seen: int) 
     assert reader.response.output_text == TEXT
     with house.client.responses.stream(response_id=begun.id) as helper:
         assert helper.get_final_response().output_text == TEXT
+
+
+@pytest.mark.parametrize("seen", [0, 4, 12])
+@pytest.mark.parametrize("lost", [slice(0, 6), slice(4, 12), slice(8, None)])
+def test_a_reader_comes_back_after_a_part_of_the_log_was_lost(house: House, seen: int, lost: slice) -> None:
+    faults = [{"kind": "cut", "after": 6}]
+    begun = house.client.responses.create(
+        model="scripted-1",
+        input="Hi",
+        background=True,
+        extra_body=script(delta_chars=5, reasoning="Let me think.", faults=faults),
+    )
+    job_id = begun.id.removeprefix("resp_")
+    house.cluster.wait_for(job_id)
+    readers = [Reader() for _ in house.clients]
+    for reader, client in zip(readers, house.clients, strict=True):
+        follow(client, begun.id, reader, most=seen)
+    log = job_keys("default", job_id).log
+    with house.cluster.redis() as redis:
+        redis.xdel(log, *[entry for entry, _ in redis.xrange(log)][lost])
+    told = []
+    for reader, client in zip(readers, house.clients, strict=True):
+        follow(client, begun.id, reader)
+        assert reader.text == TEXT
+        told.append((reader.types, reader.last, reader.response.to_dict()))
+    assert told[0] == told[1], "every gateway tells the same"
+    assert told[0][2] == house.client.responses.retrieve(begun.id).to_dict()
 
 
 def test_a_gateway_that_stops_breaks_streams_off_and_they_go_on_elsewhere(tmp_path: Path, forks: ForkServer) -> None:

@@ -87,12 +87,23 @@ def test_the_example_of_http_creates_follows_lists_and_deletes(cluster: Cluster)
     assert cluster.client.get("hello-1") is None
 
 
-def run_example(cluster: Cluster, directory: Path, text: str) -> subprocess.CompletedProcess[str]:
+def test_the_example_of_openais_library_follows_to_the_end(cluster: Cluster, tmp_path: Path) -> None:
+    cluster.start_worker()
+    gateway = start_gateway(cluster)
+    (text,) = [block for block in blocks("python") if "from openai import" in block]
+    api = {"KEEPSTREAM_API_KEY": make_key(cluster), "KEEPSTREAM_API_URL": f"http://127.0.0.1:{gateway.port}"}
+    done = run_example(cluster, tmp_path, text, **api)
+    (job,) = cluster.client.list()
+    assert done.stdout == f"{cluster.result(job.id).text}\ncompleted\n"
+
+
+def run_example(cluster: Cluster, directory: Path, text: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a program of the README, which must not fail."""
     example = directory / "example.py"
     example.write_text(text)
     command = [sys.executable, str(example)]
-    done = subprocess.run(command, env=environment(cluster), capture_output=True, text=True, check=False)
+    env = environment(cluster) | variables
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done
 

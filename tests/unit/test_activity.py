@@ -26,8 +26,8 @@ POLICY = Policy(
 )
 
 
-def waits(tenant: str, *chain: Target, jobs: int = 1, not_due: int = 0, queue: str = "q") -> Waiting:
-    return Waiting(tenant, queue, "interactive", chain, jobs, not_due)
+def waits(tenant: str, *chain: Target, jobs: int = 1, is_due: bool = True, queue: str = "q") -> Waiting:
+    return Waiting(tenant, queue, "interactive", chain, jobs, is_due)
 
 
 def picture(*waiting: Waiting, policy: Policy = POLICY, **changes: Any) -> Picture:
@@ -35,6 +35,7 @@ def picture(*waiting: Waiting, policy: Policy = POLICY, **changes: Any) -> Pictu
         "at": AT,
         "workers": {"w": WORKER},
         "running": {},
+        "abandoned": {},
         "more_running": False,
         "more_waiting": False,
         "closed": {},
@@ -89,7 +90,7 @@ def test_what_waits_says_why(changes: dict[str, Any], cause: str) -> None:
 
 
 def test_most_of_those_that_wait_decide_what_is_shown() -> None:
-    drawn = picture(waits("a", A, jobs=2), waits("a", B, jobs=3), waits("b", A, jobs=1, not_due=1), closed=FULL)
+    drawn = picture(waits("a", A, jobs=2), waits("a", B, jobs=3), waits("b", A, jobs=1, is_due=False), closed=FULL)
     assert [row.waits_for and row.waits_for.cause for row in drawn.tenants] == ["pickup", "retry"]
     assert [row.waits_for and row.waits_for.cause for row in drawn.targets] == ["concurrency", "pickup"]
 

@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 
 from keepstream.client.listing import Place
-from keepstream.client.overview import Activity, Errors, History, RejectedMessage, Sums, Waiting
+from keepstream.client.overview import (
+    Activity,
+    Errors,
+    History,
+    Limit,
+    Limits,
+    RejectedMessage,
+    Sums,
+    Used,
+    Waiting,
+)
 from keepstream.client.waiting import Worker
 from keepstream.errors import ErrorInfo
 from keepstream.results import (
@@ -105,6 +115,7 @@ def activity(**changes: Any) -> Activity:
         "at": NOW,
         "workers": {"w1": Worker("completions", 10, 3)},
         "running": {},
+        "abandoned": {},
         "waiting": [],
         "more_running": False,
         "more_waiting": False,
@@ -114,11 +125,15 @@ def activity(**changes: Any) -> Activity:
     return Activity(**(base | changes))
 
 
+def told(*limits: Limit, age: float = 1.0, **tenants: int) -> Limits:
+    return Limits(NOW - timedelta(seconds=age), list(limits), tenants, None)
+
+
 def sums(minute: int, **changes: Any) -> Sums:
     base: dict[str, Any] = dict.fromkeys(
         ("completed", "failed", "other", "deltas", "prompt_tokens", "completion_tokens"), 0
     )
-    values: dict[str, Any] = {"minute": minute, "first_outputs": (0,) * 9} | base | changes
+    values: dict[str, Any] = {"minute": minute, "cost": None, "first_outputs": (0,) * 9} | base | changes
     return Sums(**values)
 
 
@@ -132,7 +147,7 @@ def test_the_summary_says_what_matters_most() -> None:
     assert shown(activity(workers={})).summary.tone == "warn"
     running = {(("openai", "gpt"), "shop"): 3}
     assert shown(activity(running=running)).summary.text == "3 jobs run on 1 worker, and nothing waits."
-    waiting = [Waiting("shop", "completions", "interactive", (("openai", "gpt"),), 7, 0)]
+    waiting = [Waiting("shop", "completions", "interactive", (("openai", "gpt"),), 7)]
     closed = {"openai": {"why": "concurrency", "running": 3, "most": 3}}
     busy = shown(activity(running=running, waiting=waiting, closed=closed))
     assert busy.summary.text == "3 jobs run on 1 worker; 7 jobs wait, most of them for provider openai: 3 of 3 streams."
@@ -146,8 +161,8 @@ def test_what_runs_and_waits_is_told_by_target_tenant_reason_and_worker() -> Non
     seen = activity(
         running={(("openai", "gpt"), "shop"): 2, (("openai", "gpt"), "lab"): 1},
         waiting=[
-            Waiting("shop", "completions", "interactive", (("openai", "gpt"),), 5, 5),
-            Waiting("lab", "completions", "bulk", (("other", "m"),), 1, 0),
+            Waiting("shop", "completions", "interactive", (("openai", "gpt"),), 5, is_due=False),
+            Waiting("lab", "completions", "bulk", (("other", "m"),), 1),
         ],
         closed={
             "openai/gpt": {"why": "cooling", "until": NOW.timestamp() + 30},
@@ -161,10 +176,68 @@ def test_what_runs_and_waits_is_told_by_target_tenant_reason_and_worker() -> Non
         ("other/m", "0", "1"),
     ]
     assert [(row.name, row.running, row.waiting) for row in view.tenants] == [("shop", "2", "5"), ("lab", "1", "1")]
-    assert [(row.name, row.share) for row in view.limits] == [("openai/gpt", None), ("tenant lab", 1.0)]
+    assert [(row.name, row.closed and row.closed.tone) for row in view.limits] == [
+        ("openai/gpt", "warn"),
+        ("tenant lab", None),
+    ]
+    assert [(used.text, used.share) for used in view.limits[1].used] == [("1 of 1 jobs", 1.0)]
     assert [row.jobs for row in view.reasons] == ["5", "1"]
     assert [(row.name, row.words) for row in view.workers] == [("w1", "3 of 10")]
     assert [tile.value for tile in view.tiles][:2] == ["3", "6"]
+
+
+def test_limits_say_what_is_used_of_what_is_allowed_and_until_when_one_is_closed() -> None:
+    seen = activity(
+        running={(("openai", "gpt"), "shop"): 2, (("openai", "mini"), "lab"): 1, (("other", "m"), "lab"): 3},
+        closed={
+            "openai": {"why": "tokens_per_minute", "until": NOW.timestamp() + 3},
+            "other/m": {"why": "concurrency", "running": 3, "most": 3},
+        },
+        limits=told(
+            Limit("openai", Used(9, 30), Used(12, 500, 500.0), Used(90_000, 80_000, 80_000.0)),
+            Limit("openai/gpt", Used(2, 16, learned=True), None, None),
+            Limit("other/m", Used(3, 3), None, None),
+            Limit("unlimited/m", Used(0, None), None, None),
+            shop=8,
+        ),
+    )
+    view = shown(seen)
+    assert [(row.name, [used.text for used in row.used], row.closed and row.closed.text) for row in view.limits] == [
+        (
+            "openai",
+            ["3 of 30 streams", "12 of 500 requests, 500 a minute", "90,000 of 80,000 tokens, 80,000 a minute"],
+            "tokens per minute; next at 12:00:03 UTC",
+        ),
+        ("other/m", ["3 of 3 streams"], None),
+        ("tenant shop", ["2 of 8 jobs"], None),
+        ("openai/gpt", ["2 of 16 streams (learned)"], None),
+    ]
+    assert view.limits_at == ""
+    old = shown(activity(limits=told(Limit("p", Used(1, 2), None, None), age=3600)))
+    assert old.limits_at == "2026-05-04 11:00:00 UTC"
+    assert old.limits[0].used[0].text == "0 of 2 streams", "what runs now is counted now"
+
+
+def test_a_cost_is_told_where_providers_report_one() -> None:
+    unpriced = shown(activity(), History(NOW.timestamp(), [sums(MINUTE - 1, completed=3)], []))
+    assert "cost" not in [chart.name for chart in unpriced.charts]
+    assert "Cost" not in [tile.name for tile in unpriced.tiles]
+    priced = History(NOW.timestamp(), [sums(MINUTE - 5, cost=0.5), sums(MINUTE - 4), sums(MINUTE - 3, cost=0.25)], [])
+    view = shown(activity(), priced)
+    assert [tile.value for tile in view.tiles if tile.name == "Cost"] == ["0.75"]
+    (line,) = overview_view.series(overview_view.span_named("1h"), priced)["charts"]["cost"]
+    assert [cost for cost in line if cost is not None] == [30.0, 15.0]
+    paid = Usage(prompt_tokens=1, completion_tokens=1, total_tokens=2, details={"cost": 0.0125})
+    assert job_view.Fact("Cost, says the provider", "0.0125") in job_view.show(result(usage=paid), NOW).facts
+    assert not [fact for fact in job_view.show(result(), NOW).facts if fact.name.startswith("Cost")]
+
+
+@pytest.mark.parametrize(
+    ("money", "text"),
+    [(0.0, "0"), (0.000_012_345, "0.0000123"), (0.125, "0.125"), (1.0, "1.00"), (1234.567, "1,234.57")],
+)
+def test_an_amount_of_money_is_short_and_not_nothing(money: float, text: str) -> None:
+    assert words.amount(money) == text
 
 
 def test_the_past_becomes_rates() -> None:
@@ -306,6 +379,14 @@ def test_an_attempt_lies_on_the_time_line_where_it_was() -> None:
     assert (attempt.bar.start, attempt.bar.end, attempt.outcome.word) == (50.0, 1000.0, "running")
 
 
+def test_a_page_without_scripts_has_what_has_come_so_far() -> None:
+    running = result(status=JobStatus.RUNNING, finished_at=None, choices=[])
+    assert job_view.show(running, NOW).answers == []
+    still = job_view.show(running, NOW, [Choice(index=0, content="It begins", reasoning="Hm.")])
+    assert (still.is_still, [answer.content for answer in still.answers]) == (True, ["It begins"])
+    assert not job_view.show(result(), NOW, []).is_still, "what is stored is better"
+
+
 def test_what_can_be_done_depends_on_the_status() -> None:
     running, done = job_view.show(result(status=JobStatus.RUNNING), NOW), job_view.show(result(), NOW)
     assert (running.is_live, running.may_cancel, running.may_retry) == (True, True, False)
@@ -392,7 +473,7 @@ def pages_with(text: str) -> dict[str, str]:
     seen = activity(
         workers={text: Worker(text, 1, 1)},
         running={((text, text), text): 1},
-        waiting=[Waiting(text, text, "bulk", ((text, text),), 1, 0)],
+        waiting=[Waiting(text, text, "bulk", ((text, text),), 1)],
         closed={text: {"why": text}},
     )
     past = History(NOW.timestamp(), [], [Errors(text, text, text, 1)])

@@ -1,5 +1,6 @@
 """What a worker has done is added up, and told once."""
 
+from keepstream.results import Usage
 from keepstream_worker.telemetry.figures import Figures, Sums
 
 NONE = [0] * 9
@@ -41,11 +42,12 @@ def test_first_outputs_are_sorted_by_their_time() -> None:
 
 def test_ends_are_summed_by_target_and_how() -> None:
     figures = Figures()
-    figures.note_end("openai", "gpt", "finished", "", 10, 5)
-    figures.note_end("openai", "gpt", "finished", "", 1, None)
-    figures.note_end("openai", "gpt", "failed", "timeout", None, None)
+    figures.note_end("openai", "gpt", "finished", "", Usage(prompt_tokens=10, completion_tokens=5))
+    figures.note_end("openai", "gpt", "finished", "", Usage(prompt_tokens=1, details={"cost": 0.25}))
+    figures.note_end("openai", "gpt", "finished", "", Usage(details={"cost": 0.5}))
+    figures.note_end("openai", "gpt", "failed", "timeout", Usage(details={"cost": "free"}))
     assert figures.take() == [
-        Sums("openai", "gpt", "finished", attempts=2, prompt_tokens=11, completion_tokens=5),
+        Sums("openai", "gpt", "finished", attempts=3, prompt_tokens=11, completion_tokens=5, cost=0.75),
         Sums("openai", "gpt", "failed", "timeout", attempts=1),
     ]
     assert figures.take() == []
@@ -56,5 +58,5 @@ def test_what_was_told_does_not_change_any_more() -> None:
     figures.flow("openai", "gpt").note_first_output(0.0)
     told = figures.take()
     figures.flow("openai", "gpt").note_first_output(0.0)
-    figures.note_end("openai", "gpt", "finished", "", 1, 1)
+    figures.note_end("openai", "gpt", "finished", "", Usage(prompt_tokens=1, completion_tokens=1))
     assert told == [Sums("openai", "gpt", first_outputs=[1, *NONE[1:]])]

@@ -94,6 +94,7 @@ class Reader:
         calls = [(call.id, call.name, call.arguments) for choice in row.choices for call in choice.tool_calls]
         assert sorted(self.calls()) == sorted(calls)
         assert self.response == response_object(row)
+        assert sorted(self.items) == sorted(item["id"] for item in self.response["output"])
 
 
 @given(stories(), st.data())

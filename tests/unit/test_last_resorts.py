@@ -494,7 +494,7 @@ async def answer_to_one_job_is_acted_on() -> None:
 
 async def terminal_event_is_announced() -> None:
     announcer = Announcer()
-    sweeper = Sweeper(load_settings({}), "worker", NOBODY, NOBODY, NOBODY, cast("Any", announcer), NOBODY)
+    sweeper = Sweeper(load_settings({}), "worker", NOBODY, NOBODY, NOBODY, cast("Any", announcer), NOBODY, NOBODY)
     await sweeper._announce([BAD, GOOD])
     assert announcer.announced == [GOOD]
 
@@ -512,10 +512,13 @@ async def step_of_a_sweep_is_made() -> None:
     async def record(limit: int) -> None:
         recorded.append(limit)
 
-    other = SimpleNamespace(record=record)
+    async def tell() -> None:
+        raise Defect
+
+    other, report = SimpleNamespace(record=record), SimpleNamespace(tell=tell)
     heartbeat = SimpleNamespace(unbroken_for_a_lease=True, sweeper_free=True)
     chooser = SimpleNamespace(idle_times=dict, parks_beyond=False)
-    parts: tuple[Any, ...] = ("worker", Found(), heartbeat, chooser, announcer, other)
+    parts: tuple[Any, ...] = ("worker", Found(), heartbeat, chooser, announcer, other, report)
     sweeper = Sweeper(load_settings({}), *parts)
     await sweeper._sweep()
     assert announcer.announced == [GOOD]

@@ -50,6 +50,7 @@ from keepstream_worker.upkeep.announcer import Announcer
 from keepstream_worker.upkeep.bookkeeper import Bookkeeper
 from keepstream_worker.upkeep.cancel_listener import CancelListener
 from keepstream_worker.upkeep.heartbeat import WorkerHeartbeat
+from keepstream_worker.upkeep.limits_report import LimitsReport
 from keepstream_worker.upkeep.lost_ends import LostEnds
 from keepstream_worker.upkeep.sweeper import Sweeper
 from keepstream_worker.upkeep.unreadable_messages import UnreadableMessages
@@ -152,6 +153,7 @@ class Service:
             self._chooser,
             self._announcer,
             UnreadableMessages(self._client, settings.prefix, self._sweeps),
+            LimitsReport(self._policy, self._sweeps),
         )
         await self._heartbeat.start()
         self._chooser.start()
@@ -239,8 +241,7 @@ class Service:
     def _note_end(self, claim: Claim, ending: Ending) -> None:
         """Tell the chooser what an attempt has taken, and how it ended; count it."""
         code = ending.failure.code if ending.failure is not None else ""
-        usage = ending.usage
-        self._figures.note_end(*claim.target, ending.outcome, code, usage.prompt_tokens, usage.completion_tokens)
+        self._figures.note_end(*claim.target, ending.outcome, code, ending.usage)
         observation = observation_of(claim, ending)
         self._chooser.observe(observation, urgent=is_refusal(ending))
         if ending.status is JobStatus.RETRYING:

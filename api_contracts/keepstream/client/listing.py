@@ -36,12 +36,13 @@ class Wanted:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     since: datetime | None = None  #: Created then or later.
     until: datetime | None = None  #: Created before.
+    error_code: str | None = None  #: Of those that have failed, or ended in another way that has one.
     containing: str | None = None  #: In the beginning of the prompt; capital letters count as small ones.
 
     @property
     def is_selective(self) -> bool:
         """Whether there are filters by something other than the time."""
-        named = (self.model, self.provider, self.containing)
+        named = (self.model, self.provider, self.error_code, self.containing)
         return bool(self.statuses or self.metadata or any(text is not None for text in named))
 
     def conditions(self, job: Any) -> list[ColumnElement[bool]]:
@@ -53,6 +54,8 @@ class Wanted:
             conditions.append(job["model"] == self.model)
         if self.provider is not None:
             conditions.append(job["provider"] == self.provider)
+        if self.error_code is not None:
+            conditions.append(job["error_code"] == self.error_code)
         if self.containing is not None:
             conditions.append(job["prompt_start"].icontains(self.containing, autoescape=True))
         return conditions

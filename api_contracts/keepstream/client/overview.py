@@ -8,14 +8,14 @@ the latter the oldest.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, Row, false, func, select, tuple_
 
-from keepstream.client.waiting import Worker, closed_reason, living_workers
+from keepstream.client.waiting import ABANDONED, SOON, Worker, living_workers, reason_in_pool
 from keepstream.jobs import Chain
 from keepstream.results import WaitingFor
 from keepstream.tables import (
@@ -26,6 +26,7 @@ from keepstream.tables import (
     now,
     pools,
     rejected_messages,
+    reports,
     running,
     seconds_until,
     turns,
@@ -47,7 +48,41 @@ class Waiting(NamedTuple):
     job_class: str
     chain: Chain
     jobs: int
-    not_due: int  #: Those of them whose next attempt is not due yet.
+    is_due: bool = True  #: False: their next attempts are not due yet.
+
+
+LIMITS: Final = "limits"  #: The name of the report of limits.
+
+
+class Used(NamedTuple):
+    """What is used of a limit."""
+
+    used: int
+    allowed: int | None  #: At once; None: nothing limits it.
+    per_minute: float | None = None  #: At this rate it comes back; None: when a job ends.
+    learned: bool = False  #: Whether the limit was learned, rather than configured.
+
+
+class Limit(NamedTuple):
+    """What is used of the limits of a target, or of a provider as a whole."""
+
+    name: str  #: ``PROVIDER/MODEL`` or ``PROVIDER``.
+    streams: Used
+    requests: Used | None  #: None: there is no limit.
+    tokens: Used | None  #: The same; more used than allowed: a debt.
+
+
+class Limits(NamedTuple):
+    """The limits, as a worker told them last: workers have the configuration, and one of them tells it for all."""
+
+    told_at: datetime
+    limits: list[Limit]
+    tenants: Mapping[str, int | None]  #: Jobs that one may run at once; who is not named, as many as the others.
+    other_tenants: int | None  #: None: no limit.
+
+    def of_tenant(self, tenant: str) -> int | None:
+        """Return how many jobs a tenant may run at once; None: no limit."""
+        return self.tenants.get(tenant, self.other_tenants)
 
 
 class Activity(NamedTuple):
@@ -56,69 +91,108 @@ class Activity(NamedTuple):
     at: datetime  #: By the database's clock.
     workers: Mapping[str, Worker]  #: Those that are alive, by id.
     running: Mapping[tuple[tuple[str, str], str], int]  #: Jobs, by target (provider and model) and tenant.
-    waiting: list[Waiting]  #: Of each tenant and pool one.
+    abandoned: Mapping[tuple[tuple[str, str], str], int]  #: Those of them whose workers give no sign of life.
+    waiting: list[Waiting]  #: Of each tenant and pool one, and one of those that are not due.
     more_running: bool  #: Whether more than ``COUNTED`` run.
     more_waiting: bool  #: The same.
     closed: Mapping[str, Any]  #: What the newest turn found closed.
     state: str  #: What it left for the next: JSON.
+    limits: Limits | None = None  #: None: no worker has told of them yet.
 
 
 def look(connection: Connection) -> Activity:
     """Return what goes on."""
     newest = connection.execute(select(turns.c.closed, turns.c.state).order_by(turns.c.n.desc()).limit(1)).one_or_none()
+    workers = living_workers(connection)
     runs = _running(connection)
     waits = _waiting(connection)
     return Activity(
         at=connection.execute(select(now())).scalar_one(),
-        workers=living_workers(connection),
-        running=runs,
+        workers=workers,
+        running=_by_target_and_tenant(runs),
+        abandoned=_by_target_and_tenant(row for row in runs if row.worker_id not in workers),
         waiting=waits,
-        more_running=sum(runs.values()) > COUNTED,
+        more_running=sum(row.jobs for row in runs) > COUNTED,
         more_waiting=sum(each.jobs for each in waits) > COUNTED,
         closed={} if newest is None else json.loads(newest.closed),
         state="{}" if newest is None else newest.state,
+        limits=_limits(connection),
     )
 
 
-def reason(each: Waiting, activity: Activity) -> WaitingFor:
-    """Return what jobs wait for that wait for the same."""
-    here = [worker for worker in activity.workers.values() if worker.queue == each.queue]
-    if not here:
-        return WaitingFor(cause="worker", text=f"a worker: none is alive for the queue '{each.queue}'")
-    if each.not_due == each.jobs:
-        return WaitingFor(cause="retry", text="the next attempt, which is not due yet")
-    closed = closed_reason(activity.closed, each.tenant, each.chain, activity.at)
-    if closed is not None:
-        return closed
-    if all(worker.running >= worker.places for worker in here):
-        return WaitingFor(cause="place", text="a free place: all workers are busy")
-    return WaitingFor(cause="pickup", text="a worker to take it")
+def _limits(connection: Connection) -> Limits | None:
+    told = connection.execute(select(reports.c.told_at, reports.c.report).where(reports.c.name == LIMITS)).one_or_none()
+    if told is None:
+        return None
+    report: dict[str, Any] = told.report
+    limits = [
+        Limit(each["name"], Used(**each["streams"]), *(each[name] and Used(**each[name]) for name in _RATES))
+        for each in report["limits"]
+    ]
+    return Limits(told.told_at, limits, report["tenants"], report["other_tenants"])
 
 
-def _running(connection: Connection) -> dict[tuple[tuple[str, str], str], int]:
-    some = select(running.c.provider, running.c.model, running.c.tenant).limit(COUNTED + 1).subquery()
-    counted = select(some, func.count().label("jobs")).group_by(*some.c)
-    return {((row.provider, row.model), row.tenant): row.jobs for row in connection.execute(counted)}
+_RATES: Final = ("requests", "tokens")
+
+
+class Waits(NamedTuple):
+    """Jobs, and what they wait for."""
+
+    target: tuple[str, str]  #: Provider and model.
+    tenant: str
+    jobs: int
+    why: WaitingFor
+
+
+def what_waits(activity: Activity) -> list[Waits]:
+    """Return what waits and for what, those that run on a worker that is gone last."""
+    backlog = sum(each.jobs for each in activity.waiting)
+    waiting_jobs = [
+        Waits(
+            each.chain[0],
+            each.tenant,
+            each.jobs,
+            reason_in_pool(
+                each.tenant,
+                each.queue,
+                each.chain,
+                workers=activity.workers,
+                closed=activity.closed,
+                at=activity.at,
+                backlog=backlog,
+                next_attempt=None if each.is_due else "the next attempt, which is not due yet",
+            ),
+        )
+        for each in activity.waiting
+    ]
+    return waiting_jobs + [
+        Waits(target, tenant, jobs, ABANDONED) for (target, tenant), jobs in activity.abandoned.items()
+    ]
+
+
+def _running(connection: Connection) -> Sequence[Row[Any]]:
+    columns = running.c.provider, running.c.model, running.c.tenant, running.c.worker_id
+    some = select(*columns).limit(COUNTED + 1).subquery()
+    return connection.execute(select(some, func.count().label("jobs")).group_by(*some.c)).all()
+
+
+def _by_target_and_tenant(rows: Iterable[Row[Any]]) -> dict[tuple[tuple[str, str], str], int]:
+    counted: dict[tuple[tuple[str, str], str], int] = {}
+    for row in rows:
+        key = (row.provider, row.model), row.tenant
+        counted[key] = counted.get(key, 0) + row.jobs
+    return counted
 
 
 def _waiting(connection: Connection) -> list[Waiting]:
-    due = seconds_until(waiting.c.restarted_due) > 0
+    later = func.coalesce(seconds_until(waiting.c.restarted_due) > SOON, false())
     some = (
-        select(waiting.c.tenant, waiting.c.pool, due.label("not_due"))
+        select(waiting.c.tenant, waiting.c.pool, later.label("later"))
         .order_by(waiting.c.seq)
         .limit(COUNTED + 1)
         .subquery()
     )
-    counted = (
-        select(
-            some.c.tenant,
-            some.c.pool,
-            func.count().label("jobs"),
-            func.count().filter(some.c.not_due).label("not_due"),
-        )
-        .group_by(some.c.tenant, some.c.pool)
-        .subquery()
-    )
+    counted = select(some, func.count().label("jobs")).group_by(*some.c).subquery()
     columns = (counted, pools.c.queue, pools.c["class"].label("job_class"), pools.c.chain)
     rows = connection.execute(select(*columns).join(pools, pools.c.id == counted.c.pool))
     return [
@@ -128,7 +202,7 @@ def _waiting(connection: Connection) -> list[Waiting]:
             row.job_class,
             tuple((provider, model) for provider, model in row.chain),
             row.jobs,
-            row.not_due,
+            not row.later,
         )
         for row in rows
     ]
@@ -148,6 +222,7 @@ class Sums:
     deltas: int
     prompt_tokens: int
     completion_tokens: int
+    cost: float | None  #: As providers reported it; None: none did.
     first_outputs: tuple[int, ...]  #: Attempts by the time until their first output: ``FIRST_OUTPUT_CLASSES``.
 
 
@@ -185,7 +260,7 @@ def history(connection: Connection, length: int, step: int) -> History:
         "completed": func.sum(minutes.c.attempts).filter(is_success),
         "failed": func.sum(minutes.c.attempts).filter(is_failure),
         "attempts": func.sum(minutes.c.attempts),
-        **{name: func.sum(minutes.c[name]) for name in ("deltas", "prompt_tokens", "completion_tokens")},
+        **{name: func.sum(minutes.c[name]) for name in ("deltas", "prompt_tokens", "completion_tokens", "cost")},
         **{name: func.sum(minutes.c[name]) for name in _FIRST_OUTPUTS},
     }
     by_time = (
@@ -220,6 +295,7 @@ def _sums(row: Any) -> Sums:
         deltas=int(row.deltas),
         prompt_tokens=int(row.prompt_tokens),
         completion_tokens=int(row.completion_tokens),
+        cost=None if row.cost is None else float(row.cost),
         first_outputs=tuple(int(getattr(row, name)) for name in _FIRST_OUTPUTS),
     )
 
@@ -238,11 +314,16 @@ class RejectedMessage(NamedTuple):
     size: int  #: Bytes; 0 if it was not measured.
 
 
-def rejected(connection: Connection, limit: int, *, before: datetime | None = None) -> list[RejectedMessage]:
-    """Return the messages that were rejected, newest first; with ``before``, those that were rejected earlier."""
-    newest = select(rejected_messages).order_by(rejected_messages.c.rejected_at.desc()).limit(limit)
+def rejected(connection: Connection, limit: int, *, before: str | None = None) -> list[RejectedMessage]:
+    """Return the messages that were rejected, newest first; with ``before``, a message's id, those that come after it.
+
+    If that message has been deleted meanwhile, there are none.
+    """
+    age = rejected_messages.c.rejected_at, rejected_messages.c.id
+    newest = select(rejected_messages).order_by(*(column.desc() for column in age)).limit(limit)
     if before is not None:
-        newest = newest.where(rejected_messages.c.rejected_at < before)
+        # Read by the database: SQLite keeps times as texts, which differ from bound ones in their zeros.
+        newest = newest.where(tuple_(*age) < select(*age).where(rejected_messages.c.id == before).scalar_subquery())
     return [
         RejectedMessage(row.id, row.rejected_at, row.reason, row.tenant, row.job_id, row.size)
         for row in connection.execute(newest)

@@ -23,7 +23,7 @@ COLUMNS: Final = (jobs.c.queue,)
 
 _COUNTED: Final = 100  #: Waiting jobs that are counted; beyond them there are "more than" so many.
 _LONGEST_LEASE: Final = 3600.0  #: Seconds; workers silent for longer are gone, whatever their lease was.
-_SOON: Final = 0.5  #: Seconds; a job that is due by then is due.
+SOON: Final = 0.5  #: Seconds; a job that is due by then is due.
 _AT_ONCE: Final = 500  #: Jobs that one statement names.
 _PASSED_OVER: Final = frozenset({"cooling", "broken"})  #: Causes for which a job goes on to its next target.
 
@@ -132,30 +132,69 @@ def _rows(
 def _reason(job: StoredRow, name: JobName, around: _Surroundings) -> WaitingFor | None:
     """Return what a job that has not ended waits for; None: nothing is in its way."""
     if name in around.running:
-        if around.running[name].worker_id in around.workers:
-            return None
-        return WaitingFor(cause="worker", text="another worker to take it over: its own gives no sign of life")
+        return None if around.running[name].worker_id in around.workers else ABANDONED
     if name not in around.waiting:
         return None  # it moved while we looked
     place = around.waiting[name]
-    here = [worker for worker in around.workers.values() if worker.queue == job.queue]
+    next_attempt = None
+    if place.restarted_due is not None and place.seconds_until_due > SOON:
+        next_attempt = f"its next attempt, due at {_clock_time(place.restarted_due)}"
+    return reason_in_pool(
+        name[0],
+        job.queue,
+        around.chains.get(place.pool, ()),
+        workers=around.workers,
+        closed=around.closed,
+        at=around.now,
+        backlog=around.backlog,
+        next_attempt=next_attempt,
+    )
+
+
+#: What a job waits for that runs on a worker which is gone.
+ABANDONED: Final = WaitingFor(cause="worker", text="another worker to take it over: its own gives no sign of life")
+
+
+def reason_in_pool(
+    tenant: str,
+    queue: str,
+    chain: Sequence[Sequence[str]],
+    *,
+    workers: Mapping[str, Worker],
+    closed: Mapping[str, Any],
+    at: datetime,
+    backlog: int,
+    next_attempt: str | None,
+) -> WaitingFor:
+    """Return what a tenant's jobs wait for in a pool; all who tell it have it from here.
+
+    Args:
+        tenant: Whose they are.
+        queue: The pool's.
+        chain: The pool's targets.
+        workers: Those that are alive, by id.
+        closed: What the newest turn found closed.
+        at: Now, by the database's clock.
+        backlog: Jobs of all tenants that wait.
+        next_attempt: What is waited for if the next attempt is not due yet; None: it is.
+    """
+    here = [worker for worker in workers.values() if worker.queue == queue]
     if not here:
-        return WaitingFor(cause="worker", text=f"a worker: none is alive for the queue '{job.queue}'")
-    if place.restarted_due is not None and place.seconds_until_due > _SOON:
-        return WaitingFor(cause="retry", text=f"its next attempt, due at {_clock_time(place.restarted_due)}")
-    chain = around.chains.get(place.pool, ())
+        return WaitingFor(cause="worker", text=f"a worker: none is alive for the queue '{queue}'")
+    if next_attempt is not None:
+        return WaitingFor(cause="retry", text=next_attempt)
     if chain:
         provider = chain[0][0]
         here = [worker for worker in here if worker.can_ask(provider)]
         if not here:
             text = f"a worker that has the provider '{provider}': none that is alive does"
             return WaitingFor(cause="worker", text=text)
-    closed = closed_reason(around.closed, name[0], chain, around.now)
-    if closed is not None:
-        return closed
+    why = closed_reason(closed, tenant, chain, at)
+    if why is not None:
+        return why
     if all(worker.running >= worker.places for worker in here):
         busy = "the only worker is busy" if len(here) == 1 else f"all {len(here)} workers are busy"
-        return WaitingFor(cause="place", text=f"a free place: {busy}, and {_count(around.backlog)}")
+        return WaitingFor(cause="place", text=f"a free place: {busy}, and {_count(backlog)}")
     return WaitingFor(cause="pickup", text="a worker to take it")
 
 

@@ -16,7 +16,18 @@ from keepstream.errors import ErrorCode, ErrorInfo
 from keepstream.extras import LEFT_OUT, REASONING_FIELDS
 from keepstream.results import AttemptResult, Choice, CompletionResult, JobStatus, Usage, UsageSource
 from keepstream_gateway.console.jobs_view import address_of
-from keepstream_gateway.console.words import Moment, Tone, count, duration, moment, outcome, pretty, size, status
+from keepstream_gateway.console.words import (
+    Moment,
+    Tone,
+    amount,
+    count,
+    duration,
+    moment,
+    outcome,
+    pretty,
+    size,
+    status,
+)
 
 _SHOWN: Final = 200_000  #: Characters of one text that the page has; the JSON has all.
 _EXTRA_SHOWN: Final = 20_000
@@ -106,6 +117,7 @@ class AttemptRow:
     target: str
     first_token: str
     tokens: str
+    cost: str
     code: str
     error: str
     http: int | None
@@ -150,6 +162,7 @@ class JobView:
     target: str
     status: Tone
     is_live: bool
+    is_still: bool  #: Live, with what has come so far: for a browser without scripts.
     created: Moment
     retry_of: Link | None
     waiting: Said | None
@@ -174,9 +187,10 @@ class JobView:
     events_words: str
 
 
-def show(job: CompletionResult, now: datetime) -> JobView:
-    """Return the page."""
+def show(job: CompletionResult, now: datetime, so_far: Sequence[Choice] | None = None) -> JobView:
+    """Return the page; with ``so_far``, that of a job that goes on, and what has come of its answer."""
     is_live = not job.status.terminal
+    choices = job.choices if so_far is None or not is_live else so_far
     request = job.request or {}
     parameters = {name: value for name, value in request.items() if name not in {"messages", "model"}}
     end = job.finished_at or now
@@ -188,6 +202,7 @@ def show(job: CompletionResult, now: datetime) -> JobView:
         target=f"{job.provider}/{job.model}",
         status=status(job.status),
         is_live=is_live,
+        is_still=is_live and so_far is not None,
         created=moment(job.created_at, now),
         retry_of=None if job.retry_of is None else Link(address_of(job.tenant, job.retry_of), id=job.retry_of),
         waiting=_waiting(job),
@@ -198,7 +213,7 @@ def show(job: CompletionResult, now: datetime) -> JobView:
         error=_error(job),
         state=_state(job),
         finish=_finish(job),
-        answers=[_answer(choice, len(job.choices)) for choice in job.choices],
+        answers=[_answer(choice, len(choices)) for choice in choices],
         no_answer="The job ended without an answer.",
         proof=job.output_sha256 or "" if job.choices else "",
         messages=[_message(message) for message in _list(request.get("messages"))],
@@ -360,6 +375,7 @@ def _attempt(attempt: AttemptResult, begin: datetime, end: datetime, now: dateti
         target=f"{attempt.provider}/{attempt.model}",
         first_token="" if attempt.first_token_ms is None else duration(attempt.first_token_ms / 1000),
         tokens=_used(attempt.usage),
+        cost="" if attempt.usage is None or attempt.usage.cost is None else f"cost {amount(attempt.usage.cost)}",
         code="" if error is None else error.code,
         error="" if error is None else error.message,
         http=attempt.http_status if attempt.http_status and attempt.http_status >= 400 else None,
@@ -413,10 +429,8 @@ def _facts(job: CompletionResult, now: datetime) -> list[Fact]:
         facts.append(Fact("Tokens read", _number(job.usage.prompt_tokens)))
         facts.append(Fact("Tokens written", _number(job.usage.completion_tokens)))
         facts.append(Fact("Counted by", _SOURCES[job.usage.source]))
-    details = (job.usage.details if job.usage is not None else None) or {}
-    cost = details.get("cost")
-    if isinstance(cost, int | float):
-        facts.append(Fact("Cost, says the provider", f"{cost:.6f}".rstrip("0").rstrip(".")))
+    if job.usage is not None and job.usage.cost is not None:
+        facts.append(Fact("Cost, says the provider", amount(job.usage.cost)))
     if job.started_at is not None:
         facts.append(Fact("Waited", duration((job.started_at - job.created_at).total_seconds())))
         facts.append(Fact("Ran", duration(((job.finished_at or now) - job.started_at).total_seconds())))

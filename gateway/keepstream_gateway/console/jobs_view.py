@@ -10,6 +10,7 @@ from typing import Final
 from urllib.parse import quote, urlencode
 
 from keepstream.client.listing import Place, Wanted
+from keepstream.errors import ErrorCode
 from keepstream.results import TERMINAL_STATUSES, JobPage, JobStatus, JobSummary
 from keepstream_gateway.console.words import Moment, Tone, duration, moment, status, tokens
 
@@ -31,6 +32,7 @@ class Asked:
     tenant: str = ""
     provider: str = ""
     model: str = ""
+    error: str = ""
     since: str = ""
     before: str = ""  #: TENANT/ID of the job after which the page begins.
 
@@ -60,6 +62,8 @@ _SINCES: Final[Mapping[str, tuple[str, timedelta | None]]] = {
 }
 SINCES: Final = tuple(Choice(name, words) for name, (words, _) in _SINCES.items())
 
+ERROR_CODES: Final = tuple(sorted(code.value for code in ErrorCode))
+
 
 def asked(query: Mapping[str, str]) -> Asked:
     """Return what the address asks for."""
@@ -76,6 +80,7 @@ def wanted(ask: Asked, now: datetime) -> Wanted:
         statuses=statuses,
         model=ask.model or None,
         provider=ask.provider or None,
+        error_code=ask.error or None,
         since=None if back is None else now - back,
         containing=ask.q or None,
     )
@@ -113,6 +118,7 @@ class JobsView:
     tenants: Sequence[str]
     problem: str
     status_groups: Sequence[Choice] = GROUPS
+    error_codes: Sequence[str] = ERROR_CODES
     sinces: Sequence[Choice] = SINCES
 
 

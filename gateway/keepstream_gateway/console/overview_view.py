@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from keepstream.client.overview import COUNTED, Activity, History, Sums, reason
+from keepstream.client.overview import COUNTED, Activity, History, Limit, Sums, Used, Waits, what_waits
 from keepstream.client.waiting import closed_words
-from keepstream.results import WaitingFor
 from keepstream.tables import FIRST_OUTPUT_CLASSES
-from keepstream_gateway.console.words import NOTHING, about, count, duration, plural
+from keepstream_gateway.console.words import NOTHING, about, amount, count, duration, moment, plural
 
 _ROWS: Final = 12  #: Of a table on the page.
 _MINUTE: Final = 60
+_HOUR: Final = 3600
+_FRESH: Final = 60.0  #: Seconds for which a report of limits is as good as one of now.
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,8 @@ CHARTS: Final = (
     Chart("first", "Time to the first token", " s", ("half within", "95 % within")),
     Chart("tokens", "Tokens a minute", "", ("read", "written")),
 )
+#: There only if a provider has reported a cost: nobody else knows one.
+COST: Final = Chart("cost", "Cost an hour, as providers report it", "", ("cost",))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +97,20 @@ class ReasonRow:
 
 
 @dataclass(frozen=True, slots=True)
+class UsedRow:
+    """What is used of a limit."""
+
+    text: str
+    share: float | None  #: Of what is allowed; None: nothing limits it.
+
+
+@dataclass(frozen=True, slots=True)
 class LimitRow:
-    """What takes no more jobs at present."""
+    """What is used of the limits of a target, a provider or a tenant."""
 
     name: str
-    text: str
-    share: float | None  #: Used of what is allowed.
+    used: list[UsedRow]
+    closed: Said | None  #: Why no further job can go there.
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +161,7 @@ class OverviewView:
     tenants: list[Row]
     reasons: list[ReasonRow]
     limits: list[LimitRow]
+    limits_at: str  #: When they were told, if that was not just now.
     errors: list[ErrorRow]
     workers: list[WorkerRow]
     more_workers: int
@@ -169,24 +181,27 @@ def show(span: Span, activity: Activity, past: History, recent: History) -> Over
         past: What that time brought.
         recent: What ``RECENT`` brought.
     """
-    waits = [(each.chain[0], each.tenant, each.jobs, reason(each, activity)) for each in activity.waiting]
+    waits = what_waits(activity)
     workers = sorted(activity.workers.items())
     return OverviewView(
         span=span,
-        summary=_summary(activity, [(jobs, why) for _, _, jobs, why in waits]),
+        summary=_summary(activity, waits),
         tiles=_tiles(activity, past, recent, span),
-        charts=CHARTS,
+        charts=_charts(past),
         figures=_figures(span, past),
         targets=_rows(
             ((f"{provider}/{model}", jobs) for ((provider, model), _), jobs in activity.running.items()),
-            [("/".join(target), jobs, why) for target, _, jobs, why in waits],
+            (("/".join(each.chain[0]), each.jobs) for each in activity.waiting),
+            [("/".join(each.target), each) for each in waits],
         ),
         tenants=_rows(
             ((tenant, jobs) for (_, tenant), jobs in activity.running.items()),
-            [(tenant, jobs, why) for _, tenant, jobs, why in waits],
+            ((each.tenant, each.jobs) for each in activity.waiting),
+            [(each.tenant, each) for each in waits],
         ),
-        reasons=_reasons([(jobs, why) for _, _, jobs, why in waits]),
+        reasons=_reasons(waits),
         limits=_limits(activity),
+        limits_at=_told_at(activity),
         errors=[
             ErrorRow(error.code or "unknown", f"{error.provider}/{error.model}", count(error.attempts))
             for error in past.errors
@@ -209,9 +224,13 @@ def series(span: Span, past: History) -> dict[str, Any]:
     points = _points(span, past)
     lines = {
         chart.name: [[point[chart.name][line] for point in points] for line in range(len(chart.lines))]
-        for chart in CHARTS
+        for chart in _charts(past)
     }
     return {"at": [point["at"] for point in points], "charts": lines}
+
+
+def _charts(past: History) -> Sequence[Chart]:
+    return CHARTS if all(sums.cost is None for sums in past.sums) else (*CHARTS, COST)
 
 
 def _points(span: Span, past: History) -> list[dict[str, Any]]:
@@ -235,13 +254,15 @@ def _point(minute: int, lasted: float, sums: Sums | None) -> dict[str, Any]:
         return round(number * _MINUTE / lasted, 2)
 
     if sums is None:
-        return {"at": minute * _MINUTE, "deltas": [0], "attempts": [0, 0, 0], "first": [None, None], "tokens": [0, 0]}
+        nothing = {"deltas": [0], "attempts": [0, 0, 0], "first": [None, None], "tokens": [0, 0], "cost": [None]}
+        return {"at": minute * _MINUTE, **nothing}
     return {
         "at": minute * _MINUTE,
         "deltas": [round(sums.deltas / lasted, 2)],
         "attempts": [a_minute(sums.completed), a_minute(sums.failed), a_minute(sums.other)],
         "first": [quantile(sums.first_outputs, 0.5), quantile(sums.first_outputs, 0.95)],
         "tokens": [a_minute(sums.prompt_tokens), a_minute(sums.completion_tokens)],
+        "cost": [None if sums.cost is None else float(f"{sums.cost * _HOUR / lasted:.4g}")],
     }
 
 
@@ -262,12 +283,12 @@ def quantile(classes: Sequence[int], share: float) -> float | None:
     return low
 
 
-def _summary(activity: Activity, waits: Sequence[tuple[int, WaitingFor]]) -> Said:
-    runs, waiting = sum(activity.running.values()), sum(jobs for jobs, _ in waits)
+def _summary(activity: Activity, waits: Sequence[Waits]) -> Said:
+    runs, waiting = sum(activity.running.values()), sum(each.jobs for each in activity.waiting)
     blocked = Counter[str]()
-    for jobs, why in waits:
-        if not why.passes:
-            blocked[why.text] += jobs
+    for each in waits:
+        if not each.why.passes:
+            blocked[each.why.text] += each.jobs
     if blocked:
         ((text, jobs),) = blocked.most_common(1)
         return Said(
@@ -287,8 +308,8 @@ def _summary(activity: Activity, waits: Sequence[tuple[int, WaitingFor]]) -> Sai
     if not waiting:
         return Said(f"{running}, and nothing waits.")
     most = Counter[str]()
-    for jobs, why in waits:
-        most[why.text] += jobs
+    for each in waits:
+        most[each.why.text] += each.jobs
     ((text, _),) = most.most_common(1)
     return Said(f"{running}; {_many(waiting, activity.more_waiting)} {_wait(waiting)}, most of them for {text}.")
 
@@ -315,6 +336,8 @@ def _tiles(activity: Activity, past: History, recent: History, span: Span) -> li
         sum(sums.completed + sums.failed + sums.other for sums in past.sums),
     )
     read, written = sum(sums.prompt_tokens for sums in past.sums), sum(sums.completion_tokens for sums in past.sums)
+    costs = [sums.cost for sums in past.sums if sums.cost is not None]
+    cost = [Tile("Cost", amount(sum(costs)), f"as providers report it, {span.words}")] if costs else []
     return [
         Tile("Running", _counted(runs, activity.more_running), f"of {plural(places, 'place')}"),
         Tile("Waiting", _counted(waiting, activity.more_waiting), _not_due(activity)),
@@ -330,6 +353,7 @@ def _tiles(activity: Activity, past: History, recent: History, span: Span) -> li
         ),
         Tile("Failed attempts", count(failed), f"of {count(all_of_them)}, {span.words}"),
         Tile("Tokens", about(read + written), f"{about(read)} read, {about(written)} written, {span.words}"),
+        *cost,
     ]
 
 
@@ -342,27 +366,29 @@ def _counted(jobs: int, more: bool) -> str:  # noqa: FBT001  # as above
 
 
 def _not_due(activity: Activity) -> str:
-    later = sum(each.not_due for each in activity.waiting)
+    later = sum(each.jobs for each in activity.waiting if not each.is_due)
     if later:
         return f"{count(later)} for a later attempt"
     tenants = len({each.tenant for each in activity.waiting})
     return f"of {plural(tenants, 'tenant')}" if tenants else "nothing is held up"
 
 
-def _rows(running: Iterable[tuple[str, int]], waiting: Sequence[tuple[str, int, WaitingFor]]) -> list[Row]:
-    runs, waits = Counter[str](), Counter[str]()
-    for name, jobs in running:
-        runs[name] += jobs
+def _rows(
+    running: Iterable[tuple[str, int]], waiting: Iterable[tuple[str, int]], waits: Sequence[tuple[str, Waits]]
+) -> list[Row]:
+    runs, waiting_jobs = Counter[str](), Counter[str]()
+    for counter, counted in ((runs, running), (waiting_jobs, waiting)):
+        for name, jobs in counted:
+            counter[name] += jobs
     reasons: dict[str, Counter[str]] = {}
-    for name, jobs, why in waiting:
-        waits[name] += jobs
-        reasons.setdefault(name, Counter())[why.text] += jobs
-    names = sorted(runs.keys() | waits.keys(), key=lambda name: (-runs[name] - waits[name], name))
+    for name, each in waits:
+        reasons.setdefault(name, Counter())[each.why.text] += each.jobs
+    names = sorted(runs.keys() | waiting_jobs.keys(), key=lambda name: (-runs[name] - waiting_jobs[name], name))
     return [
         Row(
             name,
             count(runs[name]),
-            count(waits[name]),
+            count(waiting_jobs[name]),
             f"waits for {reasons[name].most_common(1)[0][0]}" if name in reasons else "",
         )
         for name in names[:_ROWS]
@@ -370,47 +396,98 @@ def _rows(running: Iterable[tuple[str, int]], waiting: Sequence[tuple[str, int, 
 
 
 _ADVICE: Final = {
-    "worker": "Start a worker for this queue: keepstream worker",
+    "worker": "No worker that is alive can take them; start one that can: keepstream worker",
     "broken": "Look at the newest failed attempts; the provider answers none.",
 }
 
 
-def _reasons(waits: Sequence[tuple[int, WaitingFor]]) -> list[ReasonRow]:
+def _reasons(waits: Sequence[Waits]) -> list[ReasonRow]:
     jobs: Counter[tuple[str, str]] = Counter()
-    for number, why in waits:
-        jobs[why.cause, why.text] += number
+    for each in waits:
+        jobs[each.why.cause, each.why.text] += each.jobs
     return [ReasonRow(text, count(number), _ADVICE.get(cause, "")) for (cause, text), number in jobs.most_common(_ROWS)]
 
 
 def _limits(activity: Activity) -> list[LimitRow]:
-    rows = []
-    for name, entry in sorted(activity.closed.items()):
-        until = entry.get("until")
-        if until is not None and until < activity.at.timestamp():
-            continue
-        if name.startswith("tenant:"):
-            rows.append(
-                LimitRow(f"tenant {name.removeprefix('tenant:')}", f"{entry['running']} of {entry['most']} jobs", 1.0)
-            )
-        else:
-            rows.append(LimitRow(name, closed_words(entry), _share(entry)))
-    return rows[:_ROWS]
+    """Return the limits, those that are closed first, then those of which most is used."""
+    at = activity.at.timestamp()
+    closed = {
+        name: entry
+        for name, entry in activity.closed.items()
+        if entry.get("until") is None or entry["until"] >= at  # the newest turn may have been long ago
+    }
+    told = activity.limits
+    rows = [_limit(limit, closed.pop(limit.name, None), activity) for limit in (told.limits if told else ())]
+    by_tenant = Counter[str]()
+    for (_, tenant), jobs in activity.running.items():
+        by_tenant[tenant] += jobs
+    for tenant in {each.tenant for each in activity.waiting} | by_tenant.keys():
+        full = closed.pop(f"tenant:{tenant}", None)
+        most = full["most"] if full else told.of_tenant(tenant) if told else None
+        if most is not None:
+            rows.append(LimitRow(f"tenant {tenant}", [_used("jobs", Used(by_tenant[tenant], most))], None))
+    rows += [
+        LimitRow(name, [], _said(entry)) for name, entry in closed.items() if not name.startswith("tenant:")
+    ]  # of a worker of a version that does not tell limits
+    rows = [row for row in rows if row.closed is not None or any(used.share is not None for used in row.used)]
+    return sorted(rows, key=lambda row: (row.closed is None, -max((_share(used) for used in row.used), default=0.0)))[
+        :_ROWS
+    ]
 
 
-def _share(entry: Mapping[str, Any]) -> float | None:
-    running, most = entry.get("running"), entry.get("most")
-    return running / most if running is not None and most else None
+def _limit(limit: Limit, closed: Mapping[str, Any] | None, activity: Activity) -> LimitRow:
+    running = sum(
+        jobs
+        for ((provider, model), _), jobs in activity.running.items()
+        if limit.name in {provider, f"{provider}/{model}"}
+    )
+    used = [
+        _used(what, used)
+        for what, used in (
+            ("streams", limit.streams._replace(used=running)),
+            ("requests", limit.requests),
+            ("tokens", limit.tokens),
+        )
+        if used is not None and (used.allowed is not None or used.used)
+    ]
+    return LimitRow(limit.name, used, None if closed is None or closed["why"] == "concurrency" else _said(closed))
+
+
+def _used(what: str, used: Used) -> UsedRow:
+    if used.allowed is None:
+        return UsedRow(f"{count(used.used)} {what}, no limit", None)
+    text = f"{count(used.used)} of {count(used.allowed)} {what}"
+    if used.per_minute is not None:
+        text += f", {used.per_minute:,.10g} a minute"
+    if used.learned:
+        text += " (learned)"
+    return UsedRow(text, used.used / used.allowed if used.allowed else 1.0)
+
+
+def _share(used: UsedRow) -> float:
+    return used.share or 0.0
+
+
+def _said(entry: Mapping[str, Any]) -> Said:
+    return Said(closed_words(entry), "bad" if entry["why"] in {"broken", "probing"} else "warn")
+
+
+def _told_at(activity: Activity) -> str:
+    if activity.limits is None or (activity.at - activity.limits.told_at).total_seconds() < _FRESH:
+        return ""
+    return moment(activity.limits.told_at, activity.at).full
 
 
 def _figures(span: Span, past: History) -> Figures:
+    charts = _charts(past)
     names = [
-        f"{chart.title}: {line}" if len(chart.lines) > 1 else chart.title for chart in CHARTS for line in chart.lines
+        f"{chart.title}: {line}" if len(chart.lines) > 1 else chart.title for chart in charts for line in chart.lines
     ]
     by_minute = {sums.minute for sums in past.sums}
     rows = [
         FigureRow(
             f"{datetime.fromtimestamp(point['at'], UTC):%m-%d %H:%M}",
-            [NOTHING if value is None else f"{value:,g}" for chart in CHARTS for value in point[chart.name]],
+            [NOTHING if value is None else f"{value:,g}" for chart in charts for value in point[chart.name]],
         )
         for point in reversed(_points(span, past))
         if point["at"] // _MINUTE in by_minute

@@ -9,7 +9,6 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
 from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
 from keepstream.client import overview
@@ -93,7 +92,7 @@ class Reading:
         except JobNotFoundError:
             return Found(JobPage(), None, is_place_gone=True)
 
-    async def rejected(self, limit: int, before: datetime | None) -> list[RejectedMessage]:
+    async def rejected(self, limit: int, before: str | None) -> list[RejectedMessage]:
         """Return rejected messages, newest first."""
         return await self._read(lambda connection: overview.rejected(connection, limit, before=before))
 

@@ -5,7 +5,7 @@ In: rejected messages.  Out: a ``RejectedView`` to the page.  Pure.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Final
 from urllib.parse import urlencode
 
@@ -36,22 +36,13 @@ class RejectedView:
     older: str
 
 
-def before(text: str) -> datetime | None:
-    """Return the time at which a page begins; None: now."""
-    try:
-        at = datetime.fromisoformat(text)
-        return (at if at.tzinfo is not None else at.replace(tzinfo=UTC)).astimezone(UTC)
-    except (ValueError, OverflowError):  # no time, or one that UTC has not
-        return None
-
-
 def show(messages: Sequence[RejectedMessage], now: datetime, *, is_first: bool) -> RejectedView:
     """Return the page."""
     more = len(messages) == PAGE
     return RejectedView(
         messages=[_row(message, now) for message in messages],
         is_first=is_first,
-        older=f"/rejected?{urlencode({'before': messages[-1].rejected_at.isoformat()})}" if more else "",
+        older=f"/rejected?{urlencode({'before': messages[-1].id})}" if more else "",
     )
 
 

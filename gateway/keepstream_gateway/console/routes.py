@@ -7,8 +7,9 @@ Whoever has signed in with a key that has the right ``console`` sees the jobs of
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing, suppress
 from datetime import UTC, datetime
 from typing import Final
 
@@ -17,8 +18,9 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from keepstream import names
-from keepstream.errors import JobNotFoundError, JobStateError
-from keepstream.results import CompletionResult, JobPage, JobStatus
+from keepstream.errors import JobNotFoundError, JobStateError, KeepstreamError
+from keepstream.results import Choice, CompletionResult, JobPage, JobStatus
+from keepstream.transcript import Transcript
 from keepstream_gateway.access.rights import Access
 from keepstream_gateway.console import job_view, jobs_view, overview_view, rejected_view
 from keepstream_gateway.console.guard import Guard
@@ -29,6 +31,7 @@ from keepstream_gateway.context import Context
 from keepstream_gateway.errors import ApiError, api_error, not_found
 
 Page = Callable[[Request, Session], Awaitable[Response]]
+_SO_FAR: Final = 0.7  #: Seconds in which the log of a job is read for a page that does not follow it.
 _ID: Final = re.compile(names.ID_PATTERN)
 
 
@@ -123,7 +126,7 @@ class Console:
         page, older = JobPage(), None
         if ask.tenant and not _ID.fullmatch(ask.tenant):
             problem = "No tenant can have this name: it consists of letters, digits, '.', '_' and '-'."
-        elif not all(text.isprintable() for text in (ask.q, ask.model, ask.provider)):
+        elif not all(text.isprintable() for text in (ask.q, ask.model, ask.provider, ask.error)):
             problem = "These words cannot be looked for: they hold characters that no text has."
         else:
             page, older, is_gone = await self._reading.jobs(ask.tenant, jobs_view.wanted(ask, now), ask.place)
@@ -133,16 +136,28 @@ class Console:
         return self._pages.render("jobs.html", session=session, here="/jobs", view=view)
 
     async def _job(self, request: Request, session: Session) -> Response:
-        return self._job_page(await self._wanted(request), session)
+        job = await self._wanted(request)
+        so_far = None
+        if "still" in request.query_params and not job.status.terminal:
+            so_far = await self._so_far(job)
+        return self._job_page(job, session, so_far=so_far)
 
-    def _job_page(self, job: CompletionResult, session: Session, code: int = 200, problem: str = "") -> Response:
-        view = job_view.show(job, datetime.now(UTC))
+    def _job_page(
+        self,
+        job: CompletionResult,
+        session: Session,
+        code: int = 200,
+        problem: str = "",
+        so_far: Sequence[Choice] | None = None,
+    ) -> Response:
+        view = job_view.show(job, datetime.now(UTC), so_far)
         return self._pages.render("job.html", code, session=session, here="/jobs", view=view, problem=problem)
 
     async def _rejected(self, request: Request, session: Session) -> Response:
-        before = rejected_view.before(request.query_params.get("before", ""))
-        messages = await self._reading.rejected(rejected_view.PAGE, before)
-        view = rejected_view.show(messages, datetime.now(UTC), is_first=before is None)
+        before = request.query_params.get("before", "")
+        known = before if _ID.fullmatch(before) else None
+        messages = await self._reading.rejected(rejected_view.PAGE, known)
+        view = rejected_view.show(messages, datetime.now(UTC), is_first=known is None)
         return self._pages.render("rejected.html", session=session, here="/rejected", view=view)
 
     # -- one job --
@@ -170,6 +185,18 @@ class Console:
             async for event in events:
                 # JSON has line breaks only where they mean nothing; a frame of one line has none.
                 yield b"id: %b\ndata: %b\n\n" % (event.id.encode(), b"".join(event.payload.splitlines()))
+
+    async def _so_far(self, job: CompletionResult) -> list[Choice]:
+        """Return what has come of a job's answer, as far as its log says so within a moment."""
+        began, transcript = time.time() * 1000, Transcript()
+        events = self._context.clients.of(job.tenant).follow(job.id)
+        with suppress(KeepstreamError, TimeoutError):  # Redis is away, or there is no more for now
+            async with aclosing(events), asyncio.timeout(_SO_FAR):
+                async for event in events:
+                    transcript.apply(event)
+                    if event.ts >= began or transcript.terminal is not None:
+                        break
+        return [choice.to_choice() for choice in transcript.choices]
 
     async def _cancel(self, request: Request, session: Session) -> Response:
         await self._guard.form_of(request, session)

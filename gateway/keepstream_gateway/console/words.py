@@ -107,6 +107,11 @@ def about(number: float) -> str:
     return f"{number / 1_000_000:,.1f} M"
 
 
+def amount(money: float) -> str:
+    """Return an amount of money, whose unit is the provider's, with three digits that count below one."""
+    return f"{money:,.2f}" if money >= 1 else f"{float(f'{money:.3g}'):.10f}".rstrip("0").rstrip(".")
+
+
 def duration(seconds: float) -> str:
     """Return a duration, given in seconds."""
     if seconds < 1:

@@ -15,17 +15,16 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from keepstream.results import CompletionResult, JobStatus
-from keepstream_gateway.bodies import read_object
 from keepstream_gateway.context import Context
-from keepstream_gateway.errors import ApiError, not_found
+from keepstream_gateway.errors import ApiError
 from keepstream_gateway.openai.chat_object import chat_completion, stored_messages
 from keepstream_gateway.openai.chat_request import job_fields, wants_usage
 from keepstream_gateway.openai.following import chat_frames, ended
 from keepstream_gateway.openai.ids import chat_id, job_of_chat
+from keepstream_gateway.openai.jobs import Jobs, blame_request, broken_off
 from keepstream_gateway.openai.pages import limit_of, list_object, order_of, page
 from keepstream_gateway.openai.refusals import refused
 from keepstream_gateway.openai.responses_request import flag
-from keepstream_gateway.openai.responses_routes import blame_request, broken_off
 from keepstream_gateway.openai.submission import submit
 
 _METADATA: Final = re.compile(r"metadata\[(.+)\]")
@@ -40,6 +39,7 @@ class ChatCompletions:
 
     def __init__(self, context: Context) -> None:
         self._context = context
+        self._jobs = Jobs(context, "completion", job_of_chat)
 
     def routes(self) -> list[BaseRoute]:
         """Return the addresses."""
@@ -53,9 +53,7 @@ class ChatCompletions:
 
     async def create(self, request: Request) -> Response:
         """Store a job; answer when it has ended, or with its stream."""
-        access = await self._context.gatekeeper.require(request)
-        client = self._context.clients.of(access.tenant)
-        body = await read_object(request, self._context.settings.max_body_bytes)
+        access, client, body = await self._jobs.asked(request)
         stream, with_usage = flag(body, "stream"), wants_usage(body)
         fields = job_fields(body)
 
@@ -71,7 +69,8 @@ class ChatCompletions:
 
     async def retrieve(self, request: Request) -> Response:
         """Return a stored completion."""
-        return JSONResponse(chat_completion(_completed(await self._job(request))))
+        found = await self._jobs.find(request)
+        return JSONResponse(chat_completion(_completed(found.job)))
 
     async def stored(self, request: Request) -> Response:
         """Return a page of the stored completions, newest first."""
@@ -98,31 +97,13 @@ class ChatCompletions:
 
     async def messages(self, request: Request) -> Response:
         """Return the messages that a stored completion answers."""
-        job = await self._job(request)
+        _, _, job = await self._jobs.find(request)
         return JSONResponse(page(stored_messages(job.request, job.id), request.query_params, usual_order="asc"))
 
     async def delete(self, request: Request) -> Response:
         """Delete a completion, with all that is stored of its job."""
-        access = await self._context.gatekeeper.require(request)
-        job_id = _named_job(request)
-        if not await self._context.clients.of(access.tenant).delete(job_id):
-            raise not_found("completion")
+        job_id = await self._jobs.delete(request)
         return JSONResponse({"id": chat_id(job_id), "object": "chat.completion.deleted", "deleted": True})
-
-    async def _job(self, request: Request) -> CompletionResult:
-        job_id = _named_job(request)
-        access = await self._context.gatekeeper.require_job(request, job_id)
-        job = await self._context.clients.of(access.tenant).get(job_id)
-        if job is None:
-            raise not_found("completion")
-        return job
-
-
-def _named_job(request: Request) -> str:
-    job_id = job_of_chat(request.path_params["id"])
-    if job_id is None:
-        raise not_found("completion")
-    return job_id
 
 
 def _completed(job: CompletionResult) -> CompletionResult:

@@ -31,6 +31,7 @@ from keepstream.events import (
 )
 from keepstream.results import CompletionResult
 from keepstream.transcript import Transcript
+from keepstream_gateway.openai.attempts import leaves_open
 from keepstream_gateway.openai.chat_object import NOT_TOLD, REASONING, chat_usage, finish_reason
 from keepstream_gateway.openai.ids import chat_id
 
@@ -69,8 +70,7 @@ class ChatChunks:
         if not self._transcript.apply(event):
             return
         new_attempt = last is not None and event.attempt > last.attempt
-        is_open = isinstance(event, Snapshot) or (isinstance(event, AttemptStarted) and event.continues)
-        if new_attempt and not is_open and self._has_sent:
+        if new_attempt and not leaves_open(event) and self._has_sent:
             yield from self._break_off()
             return
         match event:

@@ -10,12 +10,13 @@ from typing import Final, TypeVar
 from starlette.requests import ClientDisconnect, Request
 
 from keepstream import AsyncClient
-from keepstream.errors import KeepstreamError
+from keepstream.errors import BrokerUnavailableError, KeepstreamError, StoreUnavailableError
 from keepstream.events import Event, JobCancelled, JobCompleted, JobExpired, JobFailed
 from keepstream.results import CompletionResult
 from keepstream_gateway.openai.chat_stream import ChatChunks
 from keepstream_gateway.openai.responses_stream import ResponseEvents
 
+_AGAIN: Final = 1.0  #: Seconds after which a server is asked again that was away.
 PATIENCE: Final = 30 * 86_400.0  #: Seconds without an event: a job may wait for days. A client may leave at any time.
 
 T = TypeVar("T")
@@ -54,10 +55,20 @@ async def chat_frames(client: AsyncClient, begin: Begin, *, with_usage: bool) ->
 async def ended(client: AsyncClient, request: Request, job_id: str) -> CompletionResult:
     """Return a job once it has ended.
 
+    The job is stored: a server that is away is waited for, since an error would have a library send the request again.
+
     Raises:
         ClientDisconnect: whoever asked has left.
     """
-    return await _unless_gone(request, client.wait(job_id, timeout=PATIENCE))
+
+    async def wait() -> CompletionResult:
+        while True:
+            try:
+                return await client.wait(job_id, timeout=PATIENCE)
+            except (BrokerUnavailableError, StoreUnavailableError):
+                await asyncio.sleep(_AGAIN)
+
+    return await _unless_gone(request, wait())
 
 
 async def _events(client: AsyncClient, job_id: str) -> AsyncGenerator[Event]:

@@ -77,6 +77,10 @@ class StreamedItem:
             self.status = status
             yield {"type": "response.output_item.done", "output_index": self.index, "item": self.value()}
 
+    def void(self) -> None:
+        """Note that it does not count any more, also if it had been complete."""
+        self.status = "incomplete"
+
     def _end_parts(self) -> Iterator[Fields]:
         raise NotImplementedError
 
@@ -207,10 +211,6 @@ class CallItem(StreamedItem):
     def texts(self) -> tuple[str, ...]:
         """Return the arguments that were sent."""
         return (self.arguments,)
-
-    def void(self) -> None:
-        """Note that the call does not count any more; no event says so yet, for its id may come again."""
-        self.status = "incomplete"
 
     def end_void(self) -> Iterator[Fields]:
         """Yield the event that says it."""

@@ -12,15 +12,15 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from keepstream import AsyncClient
-from keepstream.errors import ErrorCode, FollowTimeoutError
+from keepstream.errors import BrokerUnavailableError, FollowTimeoutError, StoreUnavailableError
 from keepstream.names import parse_event_id
-from keepstream.results import CompletionResult, JobStatus
-from keepstream_gateway.access.rights import Access, May
-from keepstream_gateway.bodies import read_object
+from keepstream.results import CompletionResult
+from keepstream_gateway.access.rights import May
 from keepstream_gateway.context import Context
-from keepstream_gateway.errors import ApiError, invalid, not_found
+from keepstream_gateway.errors import ApiError, invalid
 from keepstream_gateway.openai.following import ended, response_frames
 from keepstream_gateway.openai.ids import job_of_response, parse_cursor, position, response_id
+from keepstream_gateway.openai.jobs import Jobs, blame_request, broken_off
 from keepstream_gateway.openai.origin import read_origin
 from keepstream_gateway.openai.pages import page
 from keepstream_gateway.openai.refusals import refused
@@ -29,19 +29,6 @@ from keepstream_gateway.openai.responses_object import response_object
 from keepstream_gateway.openai.responses_request import flag, job_fields
 from keepstream_gateway.openai.submission import submit
 
-#: Ends for which the request is to blame; a client that waits for the answer gets a 400, as OpenAI has it.
-BLAMED_ON_REQUEST: Final = frozenset(
-    {
-        ErrorCode.BAD_REQUEST,
-        ErrorCode.CONTENT_FILTER,
-        ErrorCode.CONTEXT_LENGTH_EXCEEDED,
-        ErrorCode.INVALID_JOB,
-        ErrorCode.NOT_FOUND,
-        ErrorCode.PAYLOAD_TOO_LARGE,
-        ErrorCode.UNKNOWN_PROVIDER,
-        ErrorCode.UNPROCESSABLE,
-    }
-)
 _CANCEL_WAIT: Final = 5.0  #: Seconds for which a cancellation waits until the worker has ended the job.
 
 
@@ -54,6 +41,7 @@ class Responses:
 
     def __init__(self, context: Context) -> None:
         self._context = context
+        self._jobs = Jobs(context, "response", job_of_response)
 
     def routes(self) -> list[BaseRoute]:
         """Return the addresses."""
@@ -67,9 +55,7 @@ class Responses:
 
     async def create(self, request: Request) -> Response:
         """Store a job; answer at once (background), when it has ended, or with its stream."""
-        access = await self._context.gatekeeper.require(request)
-        client = self._context.clients.of(access.tenant)
-        body = await read_object(request, self._context.settings.max_body_bytes)
+        access, client, body = await self._jobs.asked(request)
         background, stream = flag(body, "background"), flag(body, "stream")
         fields = job_fields(body, await _previous(client, body.get("previous_response_id")))
 
@@ -88,7 +74,7 @@ class Responses:
 
     async def retrieve(self, request: Request) -> Response:
         """Return a response, or its stream from a cursor on."""
-        access, client, job = await self._job(request)
+        access, client, job = await self._jobs.find(request)
         if request.query_params.get("stream") not in {"true", "True", "1"}:
             return JSONResponse(response_object(job))
         after = _cursor(request.query_params.get("starting_after"), job)
@@ -101,54 +87,26 @@ class Responses:
 
     async def cancel(self, request: Request) -> Response:
         """Cancel a response; one that has ended stays as it is."""
-        _, client, job = await self._job(request, May.CANCEL)
+        _, client, job = await self._jobs.find(request, May.CANCEL)
         if not job.status.terminal:
             await client.cancel(job.id)
-            with suppress(FollowTimeoutError):  # its worker is not heard of; the job ends when that is found out
+            # Its worker is not heard of, and the job ends when that is found out; or a server is away by now, and the
+            # job is cancelled all the same.
+            with suppress(FollowTimeoutError, BrokerUnavailableError, StoreUnavailableError):
                 job = await client.wait(job.id, timeout=_CANCEL_WAIT)
         return JSONResponse(response_object(job))
 
     async def delete(self, request: Request) -> Response:
         """Delete a response that has ended, with all that is stored of its job."""
-        access = await self._context.gatekeeper.require(request)
-        job_id = _named_job(request)
-        if not await self._context.clients.of(access.tenant).delete(job_id):
-            raise not_found("response")
+        job_id = await self._jobs.delete(request)
         return JSONResponse({"id": response_id(job_id), "object": "response", "deleted": True})
 
     async def input_items(self, request: Request) -> Response:
         """Return the items that a response answers."""
-        _, _, job = await self._job(request)
+        _, _, job = await self._jobs.find(request)
         messages: Sequence[Any] = (job.request or {}).get("messages") or []
         items = items_of(messages[read_origin(job.metadata).instructions :], job.id)
         return JSONResponse(page(items, request.query_params))
-
-    async def _job(self, request: Request, may: May = May.READ) -> tuple[Access, AsyncClient, CompletionResult]:
-        job_id = _named_job(request)
-        access = await self._context.gatekeeper.require_job(request, job_id, may)
-        client = self._context.clients.of(access.tenant)
-        job = await client.get(job_id)
-        if job is None:
-            raise not_found("response")
-        return access, client, job
-
-
-def blame_request(job: CompletionResult) -> None:
-    """Raise the error of a job that failed because of what was asked.
-
-    Raises:
-        ApiError: 400; the provider's word for the parameter is told.
-    """
-    if job.status is not JobStatus.FAILED or job.error is None or job.error.code not in BLAMED_ON_REQUEST:
-        return
-    said = job.attempts[-1].provider_error if job.attempts else None
-    param = (said.param if said else None) or ("model" if job.error.code == ErrorCode.NOT_FOUND else None)
-    raise invalid(job.error.message, param, job.error.code)
-
-
-def broken_off(error: Exception | None) -> bytes | None:
-    """Let a stream that cannot go on break off: a clean end would be taken for the answer's, and a client resumes."""
-    return None
 
 
 async def _previous(client: AsyncClient, given: object) -> CompletionResult | None:
@@ -159,13 +117,6 @@ async def _previous(client: AsyncClient, given: object) -> CompletionResult | No
     if job is None:
         raise refused("there is no such previous response", "previous_response_id", "previous_response_not_found")
     return job
-
-
-def _named_job(request: Request) -> str:
-    job_id = job_of_response(request.path_params["id"])
-    if job_id is None:
-        raise not_found("response")
-    return job_id
 
 
 def _cursor(text: str | None, job: CompletionResult) -> int:

@@ -50,8 +50,10 @@ from keepstream.extras import omissions
 from keepstream.names import EventId
 from keepstream.results import CompletionResult, ToolCall
 from keepstream.transcript import Transcript
+from keepstream_gateway.openai.attempts import leaves_open
 from keepstream_gateway.openai.ids import LAST, ItemIds, position, sequence_number
 from keepstream_gateway.openai.responses_items import (
+    OPEN,
     TEXT_DELTA,
     CallItem,
     Fields,
@@ -181,12 +183,19 @@ class ResponseEvents:
                 sequence = max(sequence, self._after + 1)  # the client has had a part of what this event became
             if self._after < sequence < end:
                 if fields["type"] == "response.in_progress":
-                    output = [item.value() for item in self._items]
-                    fields["response"] = self._head | {"status": "in_progress", "output": output}
+                    fields["response"] = self._head | {"status": "in_progress", "output": self._shown()}
                 elif event_id == _START:
                     fields["response"] = self._head
                 frames.append(_frame(sequence, fields))
         return frames
+
+    def _shown(self) -> list[dict[str, Any]]:
+        """Return all items so far; those that are incomplete do not count any more."""
+        counting = {id(item) for item in self._live.values()}
+        return [
+            item.value() | ({"status": OPEN} if id(item) in counting and item.status == "incomplete" else {})
+            for item in self._items
+        ]
 
     # -- events -----------------------------------------------------------------------------------
 
@@ -211,7 +220,7 @@ class ResponseEvents:
             case AttemptFinished():
                 yield from self._close(complete=True)
             case JobCompleted() | JobFailed() | JobCancelled() | JobExpired():
-                yield from self._settle(complete=isinstance(event, JobCompleted))
+                yield from self._settle(event.attempt, complete=isinstance(event, JobCompleted))
             case _:  # a failed attempt that is the last one: what comes next says what counts; or an unknown type
                 pass
 
@@ -227,7 +236,7 @@ class ResponseEvents:
             self._found_at = here
             self._must_tell_drop = True
         if here.attempt > last.attempt:
-            if found or not _continues(event):
+            if found or not leaves_open(event):
                 yield from self._drop()
             if not self._live:
                 self._ids = ItemIds(self._job.id, here.attempt)
@@ -252,8 +261,8 @@ class ResponseEvents:
         if not isinstance(item, CallItem):
             yield from item.close("incomplete")
         else:
-            item.void()
             self._void[item.id] = item
+        item.void()
 
     def _tell_anew(self, event_id: EventId) -> Iterator[Fields]:
         """Tell the output so far to a client of which nobody knows what it holds."""
@@ -262,8 +271,8 @@ class ResponseEvents:
         self._void = {}
         self._closed = False
         self._annotated = {}
-        self._ids = ItemIds(self._job.id, *event_id)
-        yield self._in_progress()
+        self._ids = ItemIds(self._job.id, event_id.attempt)
+        yield self._in_progress()  # which shows nothing: what the client holds does not count any more
         yield from self._add_missing()
 
     def _replace(self, event_id: EventId) -> Iterator[Fields]:
@@ -411,16 +420,35 @@ class ResponseEvents:
 
     # -- the end ----------------------------------------------------------------------------------
 
-    def _settle(self, *, complete: bool) -> Iterator[Fields]:
-        """Close what is open when the job ends; drop what its row does not have."""
+    def _settle(self, attempt: int, *, complete: bool) -> Iterator[Fields]:
+        """Close what is open when the job ends with this attempt; drop what its row does not have."""
         if not self._is_continued():
             yield from self._drop()
+        yield from self._drop_renamed(attempt)
         if not self._closed:
             yield from self._close(complete=complete)
         for dropped in self._void.values():
             yield from dropped.end_void()
         if self._must_tell_drop:
             yield self._in_progress()
+
+    def _drop_renamed(self, attempt: int) -> Iterator[Fields]:
+        """Drop items that have other ids in the final response, so that they are told again under these.
+
+        The final response is made of the row, which knows of one attempt only. What was told may have come from an
+        earlier one, whose output this one carries over, or from a snapshot.
+        """
+        self._ids = ItemIds(self._job.id, attempt)
+        for key, item in list(self._live.items()):
+            choice, kind, _ = key
+            if kind == "call":  # whose id is the call's
+                continue
+            if item.id != (self._ids.reasoning(choice) if kind == "reasoning" else self._ids.message(choice)):
+                yield from self._drop_item(item)
+                del self._live[key]
+                self._closed = False
+                if kind == "message":
+                    self._annotated.pop(choice, None)
 
     def _close(self, *, complete: bool) -> Iterator[Fields]:
         """Close the output's items, now that nothing more will come."""
@@ -472,11 +500,6 @@ def _follows(event: Event, before: Event | None) -> bool:
         is_due = not isinstance(event, Snapshot) or isinstance(before, AttemptStarted | AttemptFailed)
         return is_due and here.n == before.event_id.n + 1
     return here.n == 1 and not isinstance(event, Snapshot) and (before is not None or here.attempt == 1)
-
-
-def _continues(event: Event) -> bool:
-    """Whether the first event of an attempt leaves open what becomes of the output of the one before."""
-    return isinstance(event, Snapshot) or (isinstance(event, AttemptStarted) and event.continues)
 
 
 def _texts(choice: ChoiceSnapshot) -> dict[tuple[str, int], tuple[str, ...]]:

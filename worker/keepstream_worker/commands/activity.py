@@ -10,7 +10,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from keepstream.client.overview import Activity, Waiting, reason
+from keepstream.client.overview import Activity, Waits, what_waits
 from keepstream.client.waiting import closed_words
 from keepstream.results import WaitingFor
 from keepstream_worker.commands.formats import iso_time
@@ -119,7 +119,7 @@ def draw(activity: Activity, policy: Policy) -> Picture:
         by_target[Target(*target)] += jobs
         by_tenant[tenant] += jobs
     uses = {use.key: use for use in report(policy, State.from_json(activity.state), by_target, activity.at.timestamp())}
-    waits_for = [(each, reason(each, activity)) for each in activity.waiting]
+    waits = what_waits(activity)
     first = Counter(dict.fromkeys(by_target, 0))
     tenants = Counter(dict.fromkeys(by_tenant, 0))
     for each in activity.waiting:
@@ -133,7 +133,7 @@ def draw(activity: Activity, policy: Policy) -> Picture:
                 by_target[target],
                 _most(uses.get(f"{target.provider}/{target.model}")),
                 waiting,
-                _most_frequent((each, why) for each, why in waits_for if each.chain[0] == target),
+                _most_frequent(each for each in waits if each.target == target),
             )
             for target, waiting in first.items()
         ),
@@ -143,7 +143,7 @@ def draw(activity: Activity, policy: Policy) -> Picture:
                 by_tenant[tenant],
                 policy.tenant(tenant).concurrency,
                 waiting,
-                _most_frequent((each, why) for each, why in waits_for if each.tenant == tenant),
+                _most_frequent(each for each in waits if each.tenant == tenant),
             )
             for tenant, waiting in tenants.items()
         ),
@@ -195,10 +195,10 @@ def _waiting_at(key: str, first: Mapping[Target, int]) -> int:
     return sum(jobs for target, jobs in first.items() if key in (target.provider, f"{target.provider}/{target.model}"))
 
 
-def _most_frequent(reasons: Iterable[tuple[Waiting, WaitingFor]]) -> WaitingFor | None:
+def _most_frequent(waits: Iterable[Waits]) -> WaitingFor | None:
     jobs: Counter[tuple[str, str]] = Counter()
-    for each, why in reasons:
-        jobs[why.cause, why.text] += each.jobs
+    for each in waits:
+        jobs[each.why.cause, each.why.text] += each.jobs
     if not jobs:
         return None
     ((cause, text), _) = jobs.most_common(1)[0]

@@ -34,6 +34,7 @@ from keepstream_worker.store.intake import Admits, Incoming, Named, Stored, inco
 from keepstream_worker.store.minutes import Expiry, add_up, delete_old_minutes
 from keepstream_worker.store.misplaced import PutRight, put_right
 from keepstream_worker.store.rejections import Refused, Rejection, refuse, reject
+from keepstream_worker.store.reports import InUse, read_use, tell_limits
 from keepstream_worker.store.sweeps import (
     Candidacy,
     Parked,
@@ -62,6 +63,7 @@ __all__ = [
     "Expiry",
     "Heartbeat",
     "HeartbeatResult",
+    "InUse",
     "Incoming",
     "LateUsage",
     "Look",
@@ -102,6 +104,7 @@ __all__ = [
     "look",
     "mark_announced",
     "put_right",
+    "read_use",
     "record_heartbeat",
     "record_usage",
     "refuse",
@@ -112,4 +115,5 @@ __all__ = [
     "take_in",
     "take_named",
     "take_turn",
+    "tell_limits",
 ]

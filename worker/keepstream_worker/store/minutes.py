@@ -9,7 +9,7 @@ did not arrive is missing.  That all add to the same rows keeps their number ind
 
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import Connection, bindparam, delete, select
+from sqlalchemy import Connection, bindparam, delete, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from keepstream.tables import epoch_seconds, minutes, now
@@ -21,11 +21,16 @@ _KEY: Final = tuple(column.name for column in minutes.primary_key)
 _SUMMED: Final = tuple(column.name for column in minutes.c if column.name not in _KEY)
 
 
+def _sum(stored: Any, added: Any) -> Any:
+    """Return the sum; of what may be unknown, the sum of what is known."""
+    return func.coalesce(stored + added, stored, added) if stored.nullable else stored + added
+
+
 def _add(dialect: Any) -> Any:
     insert = dialect.insert(minutes).values({name: bindparam(name) for name in (*_KEY, *_SUMMED)})
     return insert.on_conflict_do_update(
         index_elements=[minutes.c[name] for name in _KEY],
-        set_={name: minutes.c[name] + insert.excluded[name] for name in _SUMMED},
+        set_={name: _sum(minutes.c[name], insert.excluded[name]) for name in _SUMMED},
     )
 
 
@@ -85,5 +90,6 @@ def _row(minute: int, sums: Sums) -> dict[str, Any]:
         "deltas": sums.deltas,
         "prompt_tokens": sums.prompt_tokens,
         "completion_tokens": sums.completion_tokens,
+        "cost": sums.cost,
         **{f"first_output_{number}": attempts for number, attempts in enumerate(sums.first_outputs)},
     }

@@ -9,6 +9,7 @@ from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import Self
 
+from keepstream.results import Usage
 from keepstream.tables import FIRST_OUTPUT_CLASSES
 
 
@@ -51,6 +52,7 @@ class Sums:
     deltas: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cost: float | None = None  #: As the provider reported it; None: it did not.
     first_outputs: list[int] = field(default_factory=lambda: [0] * (len(FIRST_OUTPUT_CLASSES) + 1))
 
 
@@ -71,15 +73,16 @@ class Figures:
         model: str,
         outcome: str,
         error_code: str,
-        prompt_tokens: int | None,
-        completion_tokens: int | None,
+        usage: Usage,
     ) -> None:
-        """An attempt has ended; unknown tokens are none here."""
+        """An attempt has ended; unknown tokens are none here, and an unknown cost stays unknown."""
         key = (provider, model, outcome, error_code)
         sums = self._ends.setdefault(key, Sums(*key))
         sums.attempts += 1
-        sums.prompt_tokens += prompt_tokens or 0
-        sums.completion_tokens += completion_tokens or 0
+        sums.prompt_tokens += usage.prompt_tokens or 0
+        sums.completion_tokens += usage.completion_tokens or 0
+        if usage.cost is not None:
+            sums.cost = (sums.cost or 0.0) + usage.cost
 
     def take(self) -> list[Sums]:
         """Return what has been done since this was last called."""

@@ -19,6 +19,7 @@ from keepstream_worker.store.database import WorkerDatabase
 from keepstream_worker.telemetry.logs import get_logger
 from keepstream_worker.upkeep.announcer import Announcer
 from keepstream_worker.upkeep.heartbeat import WorkerHeartbeat
+from keepstream_worker.upkeep.limits_report import LimitsReport
 from keepstream_worker.upkeep.periodic import PeriodicTask
 from keepstream_worker.upkeep.unreadable_messages import UnreadableMessages
 from keepstream_worker.values import JobKey
@@ -53,6 +54,7 @@ class Sweeper:
         chooser: Chooser,
         announcer: Announcer,
         unreadable_messages: UnreadableMessages,
+        limits_report: LimitsReport,
     ) -> None:
         self._settings = settings
         self._worker_id = worker_id
@@ -61,6 +63,7 @@ class Sweeper:
         self._chooser = chooser
         self._announcer = announcer
         self._unreadable_messages = unreadable_messages
+        self._limits_report = limits_report
         self._leads = False
         self._turns_from = 0  #: Turns below are deleted.
         self._pools_from = 0  #: Where the walk through the pools goes on.
@@ -120,6 +123,7 @@ class Sweeper:
         if whole:
             expiry = store.Expiry(_MINUTES_LIMIT)
             await self._apart("delete old minutes", self._database.run(store.delete_old_minutes, expiry))
+        await self._apart("tell limits", self._limits_report.tell())
         await self._apart("record unreadable messages", self._unreadable_messages.record(limit=_LIMIT))
 
     def _request(self, *, whole: bool) -> store.Sweep:

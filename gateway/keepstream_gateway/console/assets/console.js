@@ -73,6 +73,8 @@
     const colour = colours();
     const unit = figure.dataset.unit;
     const own = data.charts[figure.dataset.chart];
+    figure.hidden = !own; // a cost, of which nothing is known in this time
+    if (!own) return;
     const words = [...figure.querySelectorAll(".key-list li")].map((item) => item.textContent);
     const readout = figure.querySelector(".readout");
     const axis = { stroke: colour("quiet"), grid: { stroke: colour("line"), width: 1 }, ticks: { show: false }, font: "12px system-ui, sans-serif" };
@@ -271,7 +273,7 @@
       if (!isNext(id)) return;
       const isNewAttempt = last && id[0] > last[0];
       last = id;
-      list(rows, event);
+      if (rows) list(rows, event); // a page for browsers without scripts has no list of them
       if (!isLive) {
         if (event.type.startsWith("job.")) source.close();
         return;
