@@ -213,7 +213,9 @@ def test_whatever_is_asked_for_is_answered_with_a_page(inside: httpx2.Client, qu
     assert 'id="results"' in answer.text
 
 
-@pytest.mark.parametrize("address", ["/?span=nonsense", "/series?span=%00", "/rejected?before=nonsense"])
+@pytest.mark.parametrize(
+    "address", ["/?span=nonsense", "/series?span=%00", "/rejected?before=nonsense", "/rejected?before=%00"]
+)
 def test_whatever_is_asked_of_other_pages_is_answered(inside: httpx2.Client, address: str) -> None:
     assert inside.get(address).status_code == 200
 

@@ -67,11 +67,6 @@ def test_what_is_no_session_is_none() -> None:
         assert claims is None or not session.is_signed(claims, "hash", b"secret", 1000.0), cookie
 
 
-@pytest.mark.parametrize("text", ["", "yesterday", "0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00"])
-def test_a_page_of_rejected_messages_begins_now_where_its_address_says_no_time(text: str) -> None:
-    assert rejected_view.before(text) is None
-
-
 def test_each_session_has_its_own_form_token() -> None:
     first, second = (session.read(session.sign("0123456789ab", "hash", b"", 1000.0)) for _ in range(2))
     assert first is not None
@@ -262,7 +257,9 @@ def test_the_past_becomes_rates() -> None:
     assert view.tiles[2].value == "10"
     assert view.tiles[4] == overview_view.Tile("Failed attempts", "2", "of 11, last hour")
     assert [row.at for row in view.figures.rows] == ["05-04 12:00", "05-04 11:59"]
-    assert view.errors == [overview_view.ErrorRow("rate_limited", "openai/gpt", "2")]
+    assert view.errors == [
+        overview_view.ErrorRow("rate_limited", "/jobs?error=rate_limited&provider=openai&model=gpt", "openai/gpt", "2")
+    ]
 
 
 def test_a_step_that_has_just_begun_says_nothing_yet() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
+from urllib.parse import urlencode
 
 from keepstream.client.overview import COUNTED, Activity, History, Limit, Sums, Used, Waits, what_waits
 from keepstream.client.waiting import closed_words
@@ -118,6 +119,7 @@ class ErrorRow:
     """Attempts that failed for the same reason."""
 
     code: str
+    address: str  #: Of the jobs that ended with it.
     target: str
     attempts: str
 
@@ -161,6 +163,7 @@ class OverviewView:
     tenants: list[Row]
     reasons: list[ReasonRow]
     limits: list[LimitRow]
+    has_rates: bool  #: Whether limits of requests or tokens are among them.
     limits_at: str  #: When they were told, if that was not just now.
     errors: list[ErrorRow]
     workers: list[WorkerRow]
@@ -201,9 +204,15 @@ def show(span: Span, activity: Activity, past: History, recent: History) -> Over
         ),
         reasons=_reasons(waits),
         limits=_limits(activity),
+        has_rates=any(limit.requests or limit.tokens for limit in (activity.limits.limits if activity.limits else ())),
         limits_at=_told_at(activity),
         errors=[
-            ErrorRow(error.code or "unknown", f"{error.provider}/{error.model}", count(error.attempts))
+            ErrorRow(
+                error.code or "unknown",
+                f"/jobs?{urlencode({'error': error.code, 'provider': error.provider, 'model': error.model})}",
+                f"{error.provider}/{error.model}",
+                count(error.attempts),
+            )
             for error in past.errors
         ],
         workers=[

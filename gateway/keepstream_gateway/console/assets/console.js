@@ -290,8 +290,9 @@
         htmx.trigger(document.body, "tick");
       } else if (event.type === "attempt.failed") {
         answers.clear();
-        const next = event.retry_in == null ? "" : ` The next one begins in ${Math.ceil(event.retry_in)} s.`;
-        tell(`Attempt ${event.attempt} has failed: ${event.error.message}. Its text was dropped.${next}`);
+        const due = event.retry_in == null ? null : new Date(event.ts + event.retry_in * 1000);
+        const next = due ? ` The next one is due at ${due.toISOString().slice(11, 19)} UTC; what came is dropped.` : "";
+        tell(`Attempt ${event.attempt} has failed: ${event.error.message.replace(/\.$/, "")}.${next}`);
         htmx.trigger(document.body, "tick");
       } else if (event.type.startsWith("job.")) {
         source.close();
