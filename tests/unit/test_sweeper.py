@@ -25,7 +25,7 @@ class World:
         self.parked: list[str] = []
         self.parks_beyond = False
         heartbeat: Any = SimpleNamespace(unbroken_for_a_lease=True, sweeper_free=True)
-        self.sweeper = Sweeper(load_settings({}), "worker", self, heartbeat, self, self, self)  # type: ignore[arg-type]
+        self.sweeper = Sweeper(load_settings({}), "worker", self, heartbeat, *[self] * 4)  # type: ignore[arg-type]
 
     async def sweep(self) -> dict[Any, Any]:
         """Sweep; return what was asked."""
@@ -51,6 +51,9 @@ class World:
         self.parked += tenants
 
     async def record(self, limit: int) -> None:
+        pass
+
+    async def tell(self) -> None:
         pass
 
 
