@@ -232,6 +232,20 @@ def cancelled_while_it_waits() -> Story:
     return story
 
 
+def carried_over() -> Story:
+    """Return the life of a job whose worker was lost after its answer was whole: the next attempt carries it over."""
+    story = Story()
+    writer = _Writer(story, counts_from_0=False)
+    writer.start()
+    for pieces in ({"reasoning": "Hm."}, {"content": "Hello"}, {"call": {"index": 0, "arguments": "{}"}}):
+        writer.say(0, pieces)
+    writer.finish("stop")
+    writer.start(continues=True)
+    writer.finish("stop")
+    writer.end(JobStatus.COMPLETED, _choices(writer.held))
+    return story
+
+
 def _attempt(draw: st.DrawFn, writer: _Writer) -> None:
     writer.start()
     choices = draw(st.sampled_from([1, 1, 1, 2]))

@@ -16,7 +16,7 @@ from keepstream.results import CompletionResult, JobStatus
 from keepstream_gateway.openai.ids import LAST, parse_cursor, position, sequence_number
 from keepstream_gateway.openai.responses_object import response_object
 from keepstream_gateway.openai.responses_stream import ResponseEvents
-from tests.job_stories import Story, cancelled_while_it_waits, new_job, stories
+from tests.job_stories import Story, cancelled_while_it_waits, carried_over, new_job, stories
 
 
 def told(story: Story, events: Sequence[Event] | None = None, after: int = -1, *, with_row: bool = True) -> list[bytes]:
@@ -230,3 +230,16 @@ def test_a_reader_that_is_cut_within_the_last_event_and_finds_the_log_gone_is_to
     for frame in [*frames[: cut + 1], *told(story, story.of_the_row(), data(frames[cut])["sequence_number"])]:
         reader.read(frame)
     reader.check(story.stored)
+
+
+@pytest.mark.parametrize("lost", [None, (0, 3), (1, 5), (3, 6)])
+def test_what_counts_at_the_end_has_the_ids_of_the_final_response(client: OpenAI, lost: tuple[int, int] | None) -> None:
+    story = carried_over()
+    frames = told(story, story.with_hole(*lost) if lost else None)
+    reader = Reader()
+    for frame in frames:
+        reader.read(frame)
+    reader.check(story.stored)
+    kinds = [item_id.partition("_")[0] for item_id in reader.items]
+    assert sorted(kinds) == ["fc", "msg", "rs"]
+    check_by_the_helper(client, story, frames)
