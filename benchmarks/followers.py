@@ -29,14 +29,14 @@ _CONNECTS_AT_ONCE: Final = 100
 class Tally:
     """What has been seen so far, reported on standard output as it happens."""
 
-    def __init__(self, streams: int, must_end: int | None = None) -> None:
-        """Expect ``streams`` streams, and so many ends, if not of all."""
+    def __init__(self, streams: int) -> None:
+        """Expect ``streams`` streams, and their ends."""
         self.done = asyncio.Event()
         self.stamps = array("q")  # received, sent, received, sent, …
         self.messages = 0
         self.failed = 0
         self._waiting = set(range(streams))
-        self._running = streams if must_end is None else must_end
+        self._running = streams
         self._first_end_ns = 0
 
     def started(self, stream: int) -> None:

@@ -15,7 +15,7 @@ from typing import Final
 
 import sqlalchemy as sa
 
-from benchmarks.bench import Arrivals, Bench, Reading
+from benchmarks.bench import Bench, Reading
 from benchmarks.contenders import migrate
 from benchmarks.event_source import Order
 from benchmarks.harness import Process, python
@@ -47,12 +47,14 @@ class Fan:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What readers saw of a load."""
+    """What readers saw of a load, between the beginning and the end: in which no reader came or left."""
 
-    latencies_ms: list[float]  #: In ascending order, of what arrived between the beginning and the end.
+    latencies_ms: list[float]  #: From the source to the reader's socket, in ascending order.
+    lags_ms: list[float]  #: From the socket to the reader, who came late or was kept waiting; in ascending order.
     published: int  #: Deltas, from the first to the last.
     arrived: int  #: The same, at all readers.
-    used: Reading  #: By the process between the beginning and the end: in which no reader came or left.
+    used: Reading
+    others_cpu: float  #: Seconds that source, Redis and readers used together.
 
 
 def events_path(job: str) -> str:
@@ -148,16 +150,21 @@ class Readers:
         events.send({})
         events.expect("begun", _WAIT_SECONDS)
         time.sleep(_SETTLE_SECONDS)
+        others = events.cpu_seconds() + self._process.cpu_seconds()
         before, begin = self._bench.read(self._fan.process), time.monotonic_ns()
         deltas = int(events.expect("ended", _WAIT_SECONDS)["deltas"])
         used, end = self._bench.read(self._fan.process).since(before), time.monotonic_ns()
+        others = events.cpu_seconds() + self._process.cpu_seconds() + used.redis_cpu - others
         events.send({})
         self._process.expect("ended", _WAIT_SECONDS, self._fan.process)
-        pairs = array("q")
-        pairs.frombytes(self._file.read_bytes())
+        stamps = array("q")
+        stamps.frombytes(self._file.read_bytes())
         self._file.unlink()
-        arrivals = Arrivals(pairs, end)
-        return Seen(arrivals.latencies_ms(begin, end), deltas, len(pairs) // 2, used)
+        moments = list(zip(stamps[::3], stamps[1::3], stamps[2::3], strict=True))
+        within = [moment for moment in moments if begin <= moment[0] < end]
+        latencies = sorted((here - sent) / 1e6 for here, sent, _ in within)
+        lags = sorted((read - here) / 1e6 for here, _, read in within)
+        return Seen(latencies, lags, deltas, len(moments), used, others)
 
     def close(self) -> None:
         """Leave."""

@@ -361,9 +361,11 @@ def _gateway_figures(query: _Samples) -> Iterable[Figure]:
     yield Figure("gateway_bare_us", "the same of a bare fan-out, µs", bare)
     yield Figure("gateway_bares", "gateway's CPU per delta and reader ÷ the bare fan-out's", _ratios(ours, bare))
     for metric, title, most in (
-        ("p50_ms", "gateway: Redis → reader at p50, ms", None),
-        ("p99_ms", "gateway: Redis → reader at p99, ms", 50.0),
+        ("p50_ms", "gateway: Redis → reader's socket at p50, ms", None),
+        ("p99_ms", "gateway: Redis → reader's socket at p99, ms", 50.0),
         ("core_share", "gateway: share of its core", None),
+        ("others_share", "the same of Redis, source and readers, of theirs", None),
+        ("reader_lag_p99_ms", "socket → reader at p99, ms: their own delay, not counted", None),
         ("subscription_connections", "gateway: subscription connections", 1.0),
         ("kb_per_reader", "gateway: memory per reader, KiB", None),
     ):

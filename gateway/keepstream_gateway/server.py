@@ -11,18 +11,19 @@ import resource
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from socket import socket
 from typing import Final, NoReturn
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from keepstream.errors import InvalidSettingError
 from keepstream_gateway.app import make_app
 from keepstream_gateway.context import Context
 from keepstream_gateway.logs import configure_logging, get_logger
 from keepstream_gateway.settings import Settings, SettingsError, load_settings
-from keepstream_gateway.streaming import ABORT, SEND
+from keepstream_gateway.streaming import ABORT, WRITE
 
 log = get_logger()
 
@@ -79,7 +80,7 @@ def serve(settings: Settings) -> int:
 class _Protocol(HttpToolsProtocol):
     """Bounds what uvicorn leaves open: the size of a request's head, the time in which it comes, and its body's rest.
 
-    It also lets a response send past the application, and end its connection although not all has been read.
+    It also lets a response write past the application, and end its connection although not all has been read.
     """
 
     _head_bytes = 0  #: Received of a head that is not complete.
@@ -109,7 +110,7 @@ class _Protocol(HttpToolsProtocol):
         self._stop_timer()
         super().on_headers_complete()
         if self.cycle is not None:
-            self.scope["extensions"][SEND] = self.cycle.send  # type: ignore[assignment]
+            self.scope["extensions"][WRITE] = partial(self._write, self.cycle)  # type: ignore[assignment]
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
@@ -120,6 +121,13 @@ class _Protocol(HttpToolsProtocol):
         super().on_response_complete()
         if self._has_head and self._timer is None:  # what is left of the body is nobody's
             self._expect_the_rest()
+
+    def _write(self, cycle: RequestResponseCycle, body: bytes) -> bool:
+        """Send a part of a response's body, as ``cycle.send`` does; False: not while the connection takes no more."""
+        if self.flow.write_paused or self.transport.is_closing() or not cycle.chunked_encoding or not body:
+            return False
+        self.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+        return True
 
     def _expect_the_rest(self) -> None:
         self._timer = self.loop.call_later(_REST_SECONDS, self.transport.abort)

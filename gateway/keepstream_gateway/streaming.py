@@ -8,7 +8,8 @@ reads nothing for long is given up, and harms nobody but itself: no more waits f
 the gateway stops, each stream ends as its protocol allows, and its reader goes on elsewhere.  So do those of a key that
 is revoked; their readers do not get in again.
 
-One task looks after the time of all streams; a stream costs no timer of its own.
+One task looks after the time of all streams; a stream costs no timer of its own.  A frame that comes while its reader
+waits can take a shortcut to the connection: no task is woken for it.
 """
 
 import asyncio
@@ -35,9 +36,9 @@ Farewell = Callable[[Exception | None], bytes | None]
 
 #: What the server puts into a request's ``extensions``: a call that ends its connection and drops what is not sent.
 ABORT: Final = "keepstream.abort"
-#: And its ``send``, without what the application has put around it: for thousands of streams that costs as much as the
-#: rest of sending.
-SEND: Final = "keepstream.send"
+#: And one that writes a part of the response's body at once, and returns whether it could: not while the connection
+#: takes no more. For thousands of streams, ``send`` and what is wrapped around it cost as much as all the rest.
+WRITE: Final = "keepstream.write"
 PING: Final = b": ping\n\n"
 HEADERS: Final = {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -61,6 +62,14 @@ class Watcher(Protocol):
 
     def refused(self) -> None:
         """One was refused, because there are too many."""
+
+
+class Shortcut:
+    """The way to a stream's connection, for a frame that is made while the stream waits for its next one."""
+
+    def __init__(self) -> None:
+        #: Writes a frame, and returns whether it could; if not, the stream is to get it as its next one.
+        self.write: Callable[[bytes], bool] = lambda _frame: False  # until the first frame is sent
 
 
 class Streams:
@@ -90,6 +99,7 @@ class Streams:
         farewell: Farewell,
         comment: Callable[[], bytes] = lambda: PING,
         headers: Mapping[str, str] | None = None,
+        shortcut: Shortcut | None = None,
     ) -> Response:
         """Return the response that sends ``frames``; 204 if they end without any.
 
@@ -99,6 +109,7 @@ class Streams:
             farewell: What to send if they do not come to their end.
             comment: Returns what breaks a silence.
             headers: Further ones.
+            shortcut: Will lead to this stream.
 
         Raises:
             ApiError: there are too many streams, or the gateway stops.
@@ -117,7 +128,9 @@ class Streams:
             await _drop(first, frames)
             raise
         all_headers = {**HEADERS, **(headers or {})}
-        return EventStream(self, access.key_id, first, frames, farewell, comment, all_headers, place)
+        return EventStream(
+            self, access.key_id, first, frames, farewell, comment, all_headers, shortcut or Shortcut(), place
+        )
 
     def start(self) -> None:
         """Begin to look after the streams' time and keys."""
@@ -205,6 +218,7 @@ class EventStream(Response):
         farewell: Farewell,
         comment: Callable[[], bytes],
         headers: Mapping[str, str],
+        shortcut: Shortcut,
         give_place_back: Callable[[], None],
     ) -> None:
         super().__init__(headers=headers)
@@ -216,9 +230,10 @@ class EventStream(Response):
         self._frames = frames
         self._farewell = farewell
         self._comment = comment
+        self._shortcut = shortcut
         self._give_place_back = give_place_back
         self._send: Send
-        self._send_body: Send
+        self._write_at_once: Callable[[bytes], bool]
         self._pump: asyncio.Task[None]
         self._how: str | None = None  #: It ends, if it is not by itself.
         self._sent_at = 0.0
@@ -230,7 +245,7 @@ class EventStream(Response):
         self._send = send
         extensions = scope.get("extensions", {})
         abort: Callable[[], None] = extensions.get(ABORT, lambda: None)
-        self._send_body = extensions.get(SEND, send)
+        self._write_at_once = extensions.get(WRITE, lambda _frame: False)
         gone = asyncio.ensure_future(_disconnected(receive))
         how, error = "left", None
         try:
@@ -260,7 +275,9 @@ class EventStream(Response):
             if now - self._sending_since > patience:
                 self._end("given_up")
         elif now - self._sent_at > ping:
-            self._pinging = asyncio.ensure_future(self._write(self._comment()))
+            comment = self._comment()
+            if not self._write(comment):
+                self._pinging = asyncio.ensure_future(self._send_frame(comment))
 
     def stop(self) -> None:
         """End the stream, because the gateway stops, or its key does not count any more."""
@@ -287,14 +304,22 @@ class EventStream(Response):
     async def _send_frames(self) -> None:
         frame = await self._first
         while frame is not None:
-            await self._write(frame)
+            if not self._write(frame):
+                await self._send_frame(frame)
+            self._shortcut.write = self._write
             frame = await anext(self._frames, None)
         await self._send({"type": "http.response.body", "body": b""})
 
-    async def _write(self, frame: bytes) -> None:
+    def _write(self, frame: bytes) -> bool:
+        """Send a frame at once, if the connection takes it."""
+        self._sent_at = time.monotonic()
+        return self._write_at_once(frame)
+
+    async def _send_frame(self, frame: bytes) -> None:
+        """Send a frame as soon as the connection takes it."""
         self._sending_since = self._sent_at = time.monotonic()
         try:
-            await self._send_body({"type": "http.response.body", "body": frame, "more_body": True})
+            await self._send({"type": "http.response.body", "body": frame, "more_body": True})
         finally:
             self._sending_since = None
 

@@ -1,5 +1,6 @@
 """What a gateway needs of a client: all tenants by one, events as bytes, an answer before the first event, deletion."""
 
+import asyncio
 import gc
 import logging
 from collections.abc import AsyncIterator, Iterator
@@ -173,6 +174,43 @@ async def test_what_comes_from_the_row_is_the_same_in_both_forms(async_client: A
     assert [(event.id, event.type) for event in raw] == [("1-6", "snapshot"), ("1-7", "job.completed")]
     assert [parse_event(event.payload) for event in raw] == [event async for event in async_client.follow(job_id)]
     assert "Grüße".encode() in raw[0].payload
+
+
+async def test_events_are_taken_the_moment_they_come(async_client: AsyncClient, redis_url: str) -> None:
+    taken: list[RawEvent] = []
+
+    def take(raw: RawEvent) -> bool:
+        taken.append(raw)
+        return raw.id != "1-4"
+
+    publish(redis_url, *HISTORY[:2])
+    stream = async_client.follow_raw(JOB_ID, offer=take)
+    assert [(await anext(stream)).id for _ in range(2)] == ["1-1", "1-2"]
+    waiting = asyncio.ensure_future(anext(stream))
+    publish(redis_url, *HISTORY[2:], END)
+    assert (await waiting).id == "1-4"  # which was not taken, and waits for the reader
+    assert [raw.id async for raw in stream] == ["1-5"]  # the last one is not offered
+    assert [raw.id for raw in taken] == ["1-3", "1-4"]
+    assert taken[0] == RawEvent("1-3", "something.new", HISTORY[2].encode())
+
+
+async def test_who_cannot_take_an_event_fails_alone(async_client: AsyncClient, redis_url: str) -> None:
+    def fail(_raw: RawEvent) -> bool:
+        raise ZeroDivisionError
+
+    publish(redis_url, HISTORY[0])
+    others = async_client.follow_raw(JOB_ID)
+    broken = async_client.follow_raw(JOB_ID, offer=fail)
+    for stream in (others, broken):
+        assert (await anext(stream)).id == "1-1"
+    waiting = asyncio.ensure_future(anext(broken)), asyncio.ensure_future(anext(others))
+    with redis.Redis.from_url(redis_url) as connection:
+        used = connection.client_list(_type="pubsub")[0]["id"]
+        publish(redis_url, *HISTORY[1:], END)
+        with pytest.raises(ZeroDivisionError):
+            await waiting[0]
+        assert [(await waiting[1]).id, *[raw.id async for raw in others]] == ["1-2", "1-3", "1-4", "1-5"]
+        assert connection.client_list(_type="pubsub")[0]["id"] == used
 
 
 async def test_an_event_whose_body_cannot_be_read_is_passed_on_raw_and_no_obstacle_else(

@@ -24,7 +24,7 @@ from keepstream_gateway.envelope import Envelope
 from keepstream_gateway.metrics import Metrics
 from keepstream_gateway.server import _Protocol
 from keepstream_gateway.settings import load_settings
-from keepstream_gateway.streaming import Streams
+from keepstream_gateway.streaming import Shortcut, Streams
 from tests.cluster import wait_until
 from tests.http_streams import HttpStream
 
@@ -57,6 +57,7 @@ class Server:
         self.closed = 0  #: Frames that have been closed.
         self.farewell: bytes | None = None
         self._queues: list[asyncio.Queue[bytes | Exception | None]] = []
+        self._shortcuts: list[Shortcut] = []
         envelope = Middleware(Envelope, self.metrics, {})
         app = Starlette(routes=[Route("/stream", self._answer)], middleware=[Middleware(Bodies), envelope])
         config = uvicorn.Config(app, port=0, http=_Protocol, ws="none", log_config=None, lifespan="off")
@@ -75,8 +76,11 @@ class Server:
         asyncio.run(serve())
 
     async def _answer(self, request: Request) -> Response:
-        key = request.query_params.get("key", "key")
-        return await self.streams.answer(Access("default", key), self._frames(), farewell=lambda _: self.farewell)
+        access = Access("default", request.query_params.get("key", "key"))
+        self._shortcuts.append(Shortcut())
+        return await self.streams.answer(
+            access, self._frames(), farewell=lambda _: self.farewell, shortcut=self._shortcuts[-1]
+        )
 
     async def _is_known(self, key_id: str) -> bool:
         return key_id not in self.revoked
@@ -96,6 +100,15 @@ class Server:
         """Give a stream its next frame, an error, or its end."""
         wait_until(lambda: len(self._queues) > stream, "the request")
         self._loop.call_soon_threadsafe(self._queues[stream].put_nowait, item)
+
+    def write(self, frame: bytes) -> bool:
+        """Give the first stream a frame by its shortcut; return whether it took it."""
+        wait_until(lambda: bool(self._queues), "the request")
+
+        async def write() -> bool:
+            return self._shortcuts[0].write(frame)
+
+        return asyncio.run_coroutine_threadsafe(write(), self._loop).result(60)
 
     def stop_streams(self) -> None:
         """End all streams as when the gateway stops."""
@@ -157,6 +170,58 @@ def test_frames_arrive_as_they_are_and_the_head_keeps_proxies_from_holding_them_
         assert reader.read_to_the_end()
         assert reader.received == FRAME + b"data: y\n\n"
     server.wait_for_end("finished")
+
+
+def test_a_frame_can_take_a_shortcut_once_the_first_one_is_sent(server: Server) -> None:
+    Bodies.count = 0
+    with open_stream(server) as reader:
+        assert not server.write(b"data: early\n\n")
+        server.send(FRAME)
+        reader.read_until(FRAME)
+        assert server.write(b"data: 2\n\n")
+        assert server.write(b"data: 3\n\n")
+        reader.read_until(b"data: 3\n\n")
+        server.send(b"data: 4\n\n")
+        reader.read_until(b"data: 4\n\n")
+        assert server.write(b"data: 5\n\n")
+        server.send(None)
+        assert reader.read_to_the_end()
+        assert reader.received == FRAME + b"".join(b"data: %d\n\n" % n for n in (2, 3, 4, 5))
+    assert Bodies.count == 1  # the end
+    server.wait_for_end("finished")
+
+
+def test_the_shortcut_is_closed_while_the_connection_takes_no_more(server: Server) -> None:
+    big = [b"data: %d" % n + b"x" * 100_000 + b"\n\n" for n in range(200)]
+    with open_stream(server, receive_buffer=4096) as reader:
+        server.send(FRAME)
+        reader.read_until(FRAME)
+        taken = next(n for n, frame in enumerate(big) if not server.write(frame))
+        server.send(big[taken])  # the stream waits with it until there is room
+        wait_until(lambda: any(stream._sending_since for stream in server.streams._open), "a full connection")
+        assert not server.write(b"data: too early\n\n")
+        reader.read_until(big[taken])
+        assert server.write(b"data: again\n\n")
+        reader.read_until(b"data: again\n\n")
+        assert reader.received == FRAME + b"".join(big[: taken + 1]) + b"data: again\n\n"
+
+
+def test_a_frame_by_the_shortcut_breaks_the_silence(server: Server) -> None:
+    with open_stream(server) as reader:
+        server.send(FRAME)
+        reader.read_until(FRAME)
+        (stream,) = server.streams._open
+        before = stream._sent_at
+        assert server.write(FRAME)
+        assert stream._sent_at > before
+
+
+def test_the_shortcut_to_a_reader_that_has_left_leads_nowhere(server: Server) -> None:
+    with open_stream(server) as reader:
+        server.send(FRAME)
+        reader.read_until(FRAME)
+    server.wait_for_end("left")
+    assert not server.write(FRAME)
 
 
 def test_an_error_before_the_first_frame_has_its_own_status(server: Server) -> None:

@@ -147,11 +147,13 @@ class World:
             case Subscribe():
                 self.disconnect()
                 self.subscribed = True
-            case Listen(seconds):
+            case Listen(seconds, pass_on):
                 assert seconds > 0
                 if self.overrun:
                     self.overrun = False
                     return None
+                while self.channel and pass_on is not None and pass_on(Payload(self.channel[0].encode())):
+                    self.channel.pop(0)
                 if self.channel:
                     count = self.at_once()
                     arrived, self.channel = self.channel[:count], self.channel[count:]
@@ -211,6 +213,7 @@ class World:
             timeout=timeout,
             not_found_after=not_found_after,
             report=self.reports.append,
+            offer=given.get("offer"),
             total_timeout=given.get("total_timeout", math.inf),
             pause=lambda: self.pause,
             clock=lambda: self.now,
@@ -312,6 +315,93 @@ def test_several_messages_at_once_are_delivered_in_order() -> None:
     world.publish(99)
     assert ids(events) == ALL[1:]
     assert world.now == 0  # without waiting
+
+
+def test_what_a_waiting_reader_takes_at_once_is_not_delivered_again_and_the_end_is_not_offered() -> None:
+    world = World()
+    taken: list[str] = []
+
+    def take(event: Event) -> bool:
+        taken.append(event.id)
+        return True
+
+    events = world.follow(offer=take)
+    world.publish(1)
+    assert next(events).id == "1-1"
+    world.publish(99)
+    world.channel.insert(2, world.channel[1])  # comes twice
+    assert ids(events) == ALL[-1:]
+    assert taken == ALL[1:-1]
+
+
+def test_what_a_reader_does_not_take_at_once_comes_next() -> None:
+    world = World()
+    received: list[str] = []
+
+    def take_every_other(event: Event) -> bool:
+        if event.event_id.n % 2:
+            received.append(event.id)
+            return True
+        return False
+
+    world.publish(1)
+    for event in world.follow(offer=take_every_other):
+        received.append(event.id)
+        world.publish(99)
+    assert received == ALL
+    assert world.now == 0  # without waiting
+
+
+def test_what_is_offered_comes_next() -> None:
+    world = World()
+    offered: list[str] = []
+
+    def note(event: Event) -> bool:
+        offered.append(event.id)
+        return True
+
+    events = world.follow(offer=note)
+    world.publish(2)
+    assert [next(events).id, next(events).id] == ALL[:2]
+    world.publish(4)
+    del world.channel[1]  # lost on the way
+    world.publish(99)
+    assert ids(events) == ALL[3:]  # by the log
+    assert offered == ALL[2:3]
+
+
+def test_a_reader_that_fails_when_it_is_offered_an_event_fails_alone() -> None:
+    world = World()
+
+    def fail(_event: Event) -> bool:
+        raise ZeroDivisionError
+
+    events = world.follow(offer=fail)
+    world.publish(1)
+    assert next(events).id == "1-1"
+    world.publish(1)
+    with pytest.raises(ZeroDivisionError):  # raised where the run is, not where the message came
+        next(events)
+
+
+def test_a_job_that_a_reader_follows_at_once_is_not_silent() -> None:
+    world = World([started("1-1"), *(delta(f"1-{n}", "x") for n in range(2, 200))])
+    perform = world.perform
+
+    def steadily(operation: Operation) -> Any:
+        if isinstance(operation, Listen):
+            world.publish(1)
+            answer = perform(operation)
+            if not answer:
+                world.now += 1.0 - operation.seconds  # the next one comes after a second
+            return answer
+        return perform(operation)
+
+    world.perform = steadily  # type: ignore[method-assign]
+    world.publish(1)
+    with pytest.raises(FollowTimeoutError, match="did not end within 30 s"):
+        list(world.follow(offer=lambda _event: True, timeout=5.0, total_timeout=30.0))
+    assert [type(operation) for operation in world.operations].count(ReadSummary) <= 2
 
 
 def test_nothing_is_delivered_after_the_end() -> None:
@@ -744,11 +834,17 @@ def test_a_wait_ends_at_its_own_time_however_many_events_come() -> None:
 
 
 @settings(max_examples=500, deadline=None)
-@given(seed=st.integers(0, 2**32), after=st.sampled_from([None, None, "1-2", "2-3"]), has_database=st.booleans())
+@given(
+    seed=st.integers(0, 2**32),
+    after=st.sampled_from([None, None, "1-2", "2-3"]),
+    has_database=st.booleans(),
+    takes=st.sampled_from([0.0, 0.5, 1.0]),  # of what is offered
+)
 def test_whatever_happens_the_reader_ends_up_with_the_stored_text(
     seed: int,
     after: str | None,
     has_database: bool,  # noqa: FBT001
+    takes: float,
 ) -> None:
     dice = random.Random(seed)
     world = World()
@@ -781,10 +877,17 @@ def test_whatever_happens_the_reader_ends_up_with_the_stored_text(
 
     world.perform = troubled  # type: ignore[method-assign]
     received, held = [], Transcript()
-    for event in world.follow(after, has_database=has_database, timeout=1000):
+
+    def receive(event: Event) -> bool:
         received.append(event.event_id)
-        if after is None:
-            assert held.apply(event), f"{event.id} came out of turn"
+        assert held.apply(event) or after is not None, f"{event.id} came out of turn"
+        return True
+
+    def offer(event: Event) -> bool:
+        return dice.random() < takes and receive(event)
+
+    for event in world.follow(after, has_database=has_database, timeout=1000, offer=offer):
+        receive(event)
     assert all(before < later for before, later in pairwise(received))
     assert received[-1] == EventId(2, 13)
     if after is None:

@@ -83,12 +83,22 @@ class AsyncClient(BaseClient):
         timeout: float = FOLLOW_TIMEOUT,
         not_found_after: float = NOT_FOUND_AFTER,
         on_waiting: Callable[[WaitingFor], None] | None = None,
+        offer: Callable[[RawEvent], bool] | None = None,
     ) -> AsyncGenerator[RawEvent]:
         """Iterate over a job's events, passing on their bytes; see ``Client.follow_raw``.
 
-        ``on_waiting`` is called on the event loop.
+        Args:
+            job_id: As there, like what is not named here.
+            after: As there.
+            timeout: As there.
+            not_found_after: As there.
+            on_waiting: Called on the event loop.
+            offer: Called on the event loop with an event that arrives while the iteration waits for one; it returns
+                whether it has taken it. What it takes is not iterated over; what it does not take comes next. So a live
+                event reaches its reader without a task being woken, which is most of its cost. The job's last event is
+                not offered. It must not block, and what it raises ends the iteration.
         """
-        return self._events(self._run_follower, job_id, after, timeout, not_found_after, RAW, on_waiting)
+        return self._events(self._run_follower, job_id, after, timeout, not_found_after, RAW, on_waiting, offer)
 
     async def check_follow(self, job_id: str, after: str | None = None) -> bool:
         """Tell at once whether a job can be followed from a cursor; see ``Client.check_follow``."""

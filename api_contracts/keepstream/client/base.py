@@ -237,6 +237,7 @@ class BaseClient(ForkMember):
         not_found_after: float,
         form: Form[E],
         on_waiting: Callable[[WaitingFor], None] | None = None,
+        offer: Callable[[E], bool] | None = None,
         *,
         total_timeout: float = math.inf,
     ) -> FollowerRun[E]:
@@ -253,6 +254,7 @@ class BaseClient(ForkMember):
             timeout=timeout,
             not_found_after=not_found_after,
             report=on_waiting or partial(_log_reason, job_id),
+            offer=offer,
             total_timeout=total_timeout,
             pause=self._summaries.pause,
         ).run()

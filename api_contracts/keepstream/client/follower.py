@@ -9,6 +9,9 @@ seen before are dropped by their ids, and none can be missed in between.  The lo
 is missing, when the channel has been silent for a while, and after a lost connection.  If the log does not
 help either, the job's row does: for a job that has ended, the events are made from its stored result.
 
+A reader may be able to take an event the moment it comes. It is offered each that comes next while the follower waits
+for one, and the follower goes on waiting: for thousands of live readers, waking each costs more than all the rest.
+
 Who waits for what will not come is told so: the follower reports once what is missing, and its last error repeats it.
 """
 
@@ -64,6 +67,8 @@ class Listen(Operation):
     """
 
     seconds: float  #: The longest wait.
+    #: May be called with what comes meanwhile, as long as it returns True; what it returns True for is in no result.
+    pass_on: Callable[[Payload], bool] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +192,8 @@ class Follower(Generic[E]):
         timeout: Seconds without an event after which to give up.
         not_found_after: Seconds to wait for a job that is neither on Redis nor in the database.
         report: Told once what the job waits for, until the next event; what passes by itself only after some seconds.
+        offer: Called with an event that comes while the reader waits; returns whether the reader has taken it. What it
+            does not take, it gets from the run. What it raises ends the run.
         total_timeout: Seconds after which to give up in any case.
         pause: Returns the least seconds between two checks of a silent job; the more followers, the longer.
         clock: Returns monotonic seconds.
@@ -202,6 +209,7 @@ class Follower(Generic[E]):
         timeout: float,
         not_found_after: float,
         report: Callable[[WaitingFor], None],
+        offer: Callable[[E], bool] | None = None,
         total_timeout: float = math.inf,
         pause: Callable[[], float] = lambda: 0.0,
         clock: Callable[[], float] = time.monotonic,
@@ -213,6 +221,9 @@ class Follower(Generic[E]):
         self._total_timeout = total_timeout
         self._not_found_after = not_found_after
         self._report = report
+        self._offer = offer
+        self._pass_on = self._passes_on if offer is not None else None
+        self._offer_error: Exception | None = None
         self._pause = pause
         self._clock = clock
         self._last = after
@@ -306,13 +317,35 @@ class Follower(Generic[E]):
             seconds = min(next_check - self._clock(), self._seconds_left())
             if seconds <= 0:
                 return True
-            payloads: list[Payload] | None = yield Listen(seconds)
             last = self._last
+            payloads: list[Payload] | None = yield Listen(seconds, self._pass_on)
+            if self._offer_error is not None:
+                raise self._offer_error
             if payloads is None or (yield from self._is_event_missing(payloads)):
                 return False
             if self._last != last:
-                next_check = self._clock() + CHECK_EVERY
+                next_check = self._delivered_at + CHECK_EVERY
         return False
+
+    def _passes_on(self, payload: Payload) -> bool:
+        """Deliver an event while the run waits in ``Listen``; return False if the run is to have it."""
+        assert self._offer is not None
+        try:
+            here, event_type = payload.event_id, payload.raw.type
+            if event_type in TERMINAL_TYPES or place_of_id(here, event_type, self._last) is not Place.NEXT:
+                return False
+            event = self._form.of_payload(payload)
+        except ValueError:
+            return False
+        try:
+            is_taken = self._offer(event)
+        except Exception as error:  # noqa: BLE001  # the run raises it: who calls here reads for others too
+            self._offer_error = error
+            return False
+        if is_taken:
+            self._note_delivery(here)
+            self._delivered_at = self._clock()
+        return is_taken
 
     def _is_event_missing(self, payloads: list[Payload]) -> Generator[Operation | E, Any, bool]:
         """Deliver what comes next; return True for a gap that the log may close."""
@@ -343,14 +376,17 @@ class Follower(Generic[E]):
         return place
 
     def _deliver(self, event: E, here: EventId, event_type: str) -> FollowerRun[E]:
+        self._note_delivery(here)
+        self._ended = event_type in TERMINAL_TYPES
+        yield event
+        self._delivered_at = self._clock()  # after the reader came back: its own pauses do not count as silence
+
+    def _note_delivery(self, here: EventId) -> None:
         self._last = here
         self._cursor_is_valid = True
         self._log_is_missing = False
         self._waits_for.clear()
         self._reported.clear()
-        self._ended = event_type in TERMINAL_TYPES
-        yield event
-        self._delivered_at = self._clock()  # after the reader came back: its own pauses do not count as silence
 
     def _ask_database(self, question: ReadSummary) -> FollowerRun[E]:
         """If the job's row says that it has ended, deliver the rest from the stored result."""

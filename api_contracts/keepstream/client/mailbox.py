@@ -4,9 +4,12 @@ In: payloads, from the connection that all followers of an event loop share.  Ou
 
 Who takes too slowly must cost the others nothing: a mailbox that is full forgets what is in it and takes nothing more
 until its follower comes, who then reads the log instead.
+
+A follower that waits at an empty mailbox can have it pass on at once what arrives, so that no task is woken for it.
 """
 
 import asyncio
+from collections.abc import Callable
 from typing import Final
 
 from keepstream.client.payloads import Payload
@@ -18,7 +21,7 @@ MOST_BYTES: Final = 4 * 1024 * 1024  #: Bytes that it holds, of more than one ev
 class Mailbox:
     """Belongs to one follower, on its event loop."""
 
-    __slots__ = ("_bytes", "_is_overrun", "_lost", "_payloads", "_waiter")
+    __slots__ = ("_bytes", "_is_overrun", "_lost", "_pass_on", "_payloads", "_waiter")
 
     def __init__(self) -> None:
         self._payloads: list[Payload] = []
@@ -26,9 +29,14 @@ class Mailbox:
         self._is_overrun = False
         self._lost: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._pass_on: Callable[[Payload], bool] | None = None  # only while the follower waits and nothing is here
 
     def put(self, payload: Payload) -> None:
-        """Add what has arrived."""
+        """Add what has arrived, unless it can be passed on at once."""
+        if self._pass_on is not None:
+            if self._pass_on(payload):
+                return
+            self._pass_on = None  # what comes after it has to wait behind it
         if self._is_overrun:
             return
         self._payloads.append(payload)
@@ -54,17 +62,21 @@ class Mailbox:
         """Whether nothing more will arrive."""
         return self._lost is not None
 
-    async def take(self, seconds: float) -> list[Payload] | None:
+    async def take(self, seconds: float, pass_on: Callable[[Payload], bool] | None = None) -> list[Payload] | None:
         """Return what has arrived, or wait for it.
 
+        Args:
+            seconds: The longest wait.
+            pass_on: Called with what arrives meanwhile; what it returns True for counts as taken.  It must not raise.
+
         Returns:
-            Payloads; none if nothing has come for ``seconds``; None if some have come and were forgotten.
+            Payloads; none after ``seconds``; None if some have come and were forgotten.
 
         Raises:
             Exception: as given to ``lose``.
         """
         if not self.has_something:
-            await self._wait(seconds)
+            await self._wait(seconds, pass_on)
         if self._is_overrun:
             self._is_overrun = False
             return None
@@ -79,12 +91,14 @@ class Mailbox:
             self._waiter.set_result(None)
         return self._waiter
 
-    async def _wait(self, seconds: float) -> None:
+    async def _wait(self, seconds: float, pass_on: Callable[[Payload], bool] | None) -> None:
         arrival = self.arrival()
         timer = asyncio.get_running_loop().call_later(seconds, self._wake)
+        self._pass_on = pass_on
         try:
             await arrival
         finally:
+            self._pass_on = None
             timer.cancel()
 
     def _wake(self) -> None:

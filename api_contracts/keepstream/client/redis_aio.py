@@ -159,9 +159,9 @@ class _Session:
     async def perform(self, operation: Operation) -> Any:
         """Perform an operation and return its result."""
         match operation:
-            case Listen(seconds):
+            case Listen(seconds, pass_on):
                 assert self._subscription is not None  # the follower subscribes first
-                return await self._subscription.take(seconds)
+                return await self._subscription.take(seconds, pass_on)
             case Subscribe(seems_deaf):
                 return await self._subscribe(seems_deaf=seems_deaf)
             case ReadLog(after):

@@ -18,8 +18,9 @@ from keepstream_gateway.bodies import read_object
 from keepstream_gateway.context import Context
 from keepstream_gateway.errors import invalid, not_found
 from keepstream_gateway.native import listing, openapi
-from keepstream_gateway.native.events import FAREWELL, Silence, frames
+from keepstream_gateway.native.events import FAREWELL, Silence, frame, frames
 from keepstream_gateway.parameters import check_names
+from keepstream_gateway.streaming import Shortcut
 
 _JOBS: Final = "/api/jobs"
 _JOB: Final = f"{_JOBS}/{{job_id}}"
@@ -140,9 +141,17 @@ class _Native:
         if not await client.check_follow(job_id, after):
             return Response(status_code=204)  # the reader has everything; this stops an EventSource
         silence = Silence()
-        raw = client.follow_raw(job_id, after, timeout=math.inf, not_found_after=0, on_waiting=silence.note)
+        shortcut = Shortcut()
+        raw = client.follow_raw(
+            job_id,
+            after,
+            timeout=math.inf,
+            not_found_after=0,
+            on_waiting=silence.note,
+            offer=lambda event: shortcut.write(frame(event)),
+        )
         return await self._context.streams.answer(
-            access, frames(raw), farewell=lambda _: FAREWELL, comment=silence.comment
+            access, frames(raw), farewell=lambda _: FAREWELL, comment=silence.comment, shortcut=shortcut
         )
 
     async def openapi(self, _request: Request) -> Response:
