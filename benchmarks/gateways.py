@@ -54,6 +54,7 @@ class Seen:
     published: int  #: Deltas, from the first to the last.
     arrived: int  #: The same, at all readers.
     used: Reading
+    waited: float  #: Seconds for which the process was ready to run, and something else ran on its core.
     others_cpu: float  #: Seconds that source, Redis and readers used together.
 
 
@@ -150,11 +151,12 @@ class Readers:
         events.send({})
         events.expect("begun", _WAIT_SECONDS)
         time.sleep(_SETTLE_SECONDS)
-        others = events.cpu_seconds() + self._process.cpu_seconds()
+        others, waited = events.cpu_seconds() + self._process.cpu_seconds(), self._fan.process.waited_seconds()
         before, begin = self._bench.read(self._fan.process), time.monotonic_ns()
         deltas = int(events.expect("ended", _WAIT_SECONDS)["deltas"])
         used, end = self._bench.read(self._fan.process).since(before), time.monotonic_ns()
         others = events.cpu_seconds() + self._process.cpu_seconds() + used.redis_cpu - others
+        waited = self._fan.process.waited_seconds() - waited
         events.send({})
         self._process.expect("ended", _WAIT_SECONDS, self._fan.process)
         stamps = array("q")
@@ -164,7 +166,7 @@ class Readers:
         within = [moment for moment in moments if begin <= moment[0] < end]
         latencies = sorted((here - sent) / 1e6 for here, sent, _ in within)
         lags = sorted((read - here) / 1e6 for here, _, read in within)
-        return Seen(latencies, lags, deltas, len(moments), used, others)
+        return Seen(latencies, lags, deltas, len(moments), used, waited, others)
 
     def close(self) -> None:
         """Leave."""

@@ -21,6 +21,7 @@ import psutil
 ROOT: Final = Path(__file__).resolve().parent.parent
 _STOP_SECONDS: Final = 5.0
 _LOG_TAIL_BYTES: Final = 2000
+_SCHEDSTAT: Final = "%d/task/*/schedstat"  #: Under ``/proc``: nanoseconds run, nanoseconds waited, turns.
 
 
 class BenchmarkError(Exception):
@@ -136,6 +137,14 @@ class Process:
     def cpu_seconds(self) -> float:
         """Return the user and system time of the tree's living processes so far, all threads, in seconds."""
         return sum(map(cpu_seconds, self._tree()))
+
+    def waited_seconds(self) -> float:
+        """Return for how long the tree's living threads were ready to run so far, and kept waiting for a core."""
+        nanoseconds = 0
+        for pid in self._tree():
+            with suppress(OSError):
+                nanoseconds += sum(int(file.read_text().split()[1]) for file in Path("/proc").glob(_SCHEDSTAT % pid))
+        return nanoseconds / 1e9
 
     def memory(self) -> Memory:
         """Return the tree's current memory."""

@@ -3,8 +3,8 @@
 In: a ``Bench``.
 Out: samples ``gateway_load``, ``gateway_idle``, ``gateway_stalled`` and ``gateway_first_delta``.
 
-The gateway has a core to itself; Redis, the source of events and the readers share the rest.  A delta's time ends in its
-reader's socket, so that it is Redis' and the gateway's, and not that of a reader which comes late to read.
+The gateway has a core to itself; Redis, the source of events and the readers share the rest.  A delta's time ends in
+its reader's socket, so that it is Redis' and the gateway's, and not that of a reader which comes late to read.
 """
 
 import json
@@ -54,6 +54,7 @@ def gateway_load(bench: Bench) -> None:
                 **_latencies(seen),
                 "core_share": seen.used.cpu / seen.used.wall,
                 "stolen_share": seen.used.stolen / seen.used.wall,
+                "waited_share": seen.waited / seen.used.wall,
                 "others_share": seen.others_cpu / seen.used.wall / len(bench.cores.rest),
                 "reader_lag_p99_ms": percentile(seen.lags_ms, 0.99),
                 "kb_per_reader": memory / (jobs * per_job) / 1024,

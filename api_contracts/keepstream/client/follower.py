@@ -66,7 +66,7 @@ class Listen(Operation):
     because the reader was slow, and are to be read from the log.
     """
 
-    seconds: float  #: The longest wait.
+    seconds: float  #: The longest wait, which begins anew with what is passed on.
     #: May be called with what comes meanwhile, as long as it returns True; what it returns True for is in no result.
     pass_on: Callable[[Payload], bool] | None = None
 
@@ -194,7 +194,7 @@ class Follower(Generic[E]):
         report: Told once what the job waits for, until the next event; what passes by itself only after some seconds.
         offer: Called with an event that comes while the reader waits; returns whether the reader has taken it. What it
             does not take, it gets from the run. What it raises ends the run.
-        total_timeout: Seconds after which to give up in any case.
+        total_timeout: Seconds after which to give up in any case, as soon as the run is asked.
         pause: Returns the least seconds between two checks of a silent job; the more followers, the longer.
         clock: Returns monotonic seconds.
     """

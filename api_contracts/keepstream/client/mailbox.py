@@ -9,6 +9,7 @@ A follower that waits at an empty mailbox can have it pass on at once what arriv
 """
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -21,7 +22,7 @@ MOST_BYTES: Final = 4 * 1024 * 1024  #: Bytes that it holds, of more than one ev
 class Mailbox:
     """Belongs to one follower, on its event loop."""
 
-    __slots__ = ("_bytes", "_is_overrun", "_lost", "_pass_on", "_payloads", "_waiter")
+    __slots__ = ("_bytes", "_is_overrun", "_lost", "_pass_on", "_passed_on_at", "_payloads", "_timer", "_waiter")
 
     def __init__(self) -> None:
         self._payloads: list[Payload] = []
@@ -29,12 +30,15 @@ class Mailbox:
         self._is_overrun = False
         self._lost: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._pass_on: Callable[[Payload], bool] | None = None  # only while the follower waits and nothing is here
+        self._passed_on_at = 0.0  # when it did so last
 
     def put(self, payload: Payload) -> None:
         """Add what has arrived, unless it can be passed on at once."""
         if self._pass_on is not None:
             if self._pass_on(payload):
+                self._passed_on_at = time.monotonic()
                 return
             self._pass_on = None  # what comes after it has to wait behind it
         if self._is_overrun:
@@ -66,11 +70,11 @@ class Mailbox:
         """Return what has arrived, or wait for it.
 
         Args:
-            seconds: The longest wait.
+            seconds: The longest wait, which begins anew with what is passed on.
             pass_on: Called with what arrives meanwhile; what it returns True for counts as taken.  It must not raise.
 
         Returns:
-            Payloads; none after ``seconds``; None if some have come and were forgotten.
+            Payloads; none if nothing has come for so long; None if some have come and were forgotten.
 
         Raises:
             Exception: as given to ``lose``.
@@ -93,13 +97,25 @@ class Mailbox:
 
     async def _wait(self, seconds: float, pass_on: Callable[[Payload], bool] | None) -> None:
         arrival = self.arrival()
-        timer = asyncio.get_running_loop().call_later(seconds, self._wake)
+        self._passed_on_at = time.monotonic()
+        self._set_timer(seconds, seconds)
         self._pass_on = pass_on
         try:
             await arrival
         finally:
             self._pass_on = None
-            timer.cancel()
+            assert self._timer is not None
+            self._timer.cancel()
+
+    def _set_timer(self, left: float, seconds: float) -> None:
+        self._timer = asyncio.get_running_loop().call_later(left, self._time_is_up, seconds)
+
+    def _time_is_up(self, seconds: float) -> None:
+        left = self._passed_on_at + seconds - time.monotonic()
+        if left > 0:
+            self._set_timer(left, seconds)  # one for each that is passed on would cost as much as all the rest
+        else:
+            self._wake()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
