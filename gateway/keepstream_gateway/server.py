@@ -114,6 +114,14 @@ class _Protocol(HttpToolsProtocol):
         if self.cycle is not None:
             self.scope["extensions"][WRITE] = partial(self._write, self.cycle)  # type: ignore[assignment]
 
+    def _write(self, cycle: RequestResponseCycle, body: bytes) -> bool:
+        """Send a part of a response's body, as ``cycle.send`` does; False: not now, or not so."""
+        takes_no_more = self.flow.write_paused or self.transport.is_closing()
+        if takes_no_more or not cycle.chunked_encoding or cycle.response_complete or not body:
+            return False
+        self.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+        return True
+
     def on_message_complete(self) -> None:
         super().on_message_complete()
         self._stop_timer()
@@ -123,13 +131,6 @@ class _Protocol(HttpToolsProtocol):
         super().on_response_complete()
         if self._has_head and self._timer is None:  # what is left of the body is nobody's
             self._expect_the_rest()
-
-    def _write(self, cycle: RequestResponseCycle, body: bytes) -> bool:
-        """Send a part of a response's body, as ``cycle.send`` does; False: not while the connection takes no more."""
-        if self.flow.write_paused or self.transport.is_closing() or not cycle.chunked_encoding or not body:
-            return False
-        self.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
-        return True
 
     def _expect_the_rest(self) -> None:
         self._timer = self.loop.call_later(_REST_SECONDS, self.transport.abort)

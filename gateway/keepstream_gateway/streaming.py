@@ -271,6 +271,8 @@ class EventStream(Response):
 
     def look(self, now: float, ping: float, patience: float) -> None:
         """Give up a reader that reads nothing for ``patience`` seconds; break a silence of ``ping`` seconds."""
+        if self._pump.done() or self._how is not None:
+            return  # it ends
         if self._sending_since is not None:
             if now - self._sending_since > patience:
                 self._end("given_up")

@@ -216,6 +216,20 @@ def test_a_frame_by_the_shortcut_breaks_the_silence(server: Server) -> None:
         assert stream._sent_at > before
 
 
+def test_nothing_is_written_after_the_end(server: Server) -> None:
+    with open_stream(server) as reader:
+        server.send(FRAME)
+        reader.read_until(FRAME)
+        (stream,) = server.streams._open
+        server.send(None)
+        assert reader.read_to_the_end()
+        server.wait_for_end("finished")
+        assert not server.write(FRAME)
+        stream.look(time.monotonic() + 1e6, 15.0, 30.0)
+        reader._connection.request("GET", "/none")  # by the same connection
+        assert reader._connection.getresponse().status == 404
+
+
 def test_the_shortcut_to_a_reader_that_has_left_leads_nowhere(server: Server) -> None:
     with open_stream(server) as reader:
         server.send(FRAME)

@@ -1,6 +1,7 @@
 """All followers of an event loop share one subscription connection, and none of them notices the others."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ import redis.asyncio
 from keepstream import AsyncClient
 from keepstream.client import subscriptions
 from keepstream.client.follower import FollowerRun, Listen, Operation, Subscribe
-from keepstream.client.mailbox import MOST_EVENTS
-from keepstream.client.payloads import TYPED
+from keepstream.client.mailbox import MOST_EVENTS, Mailbox
+from keepstream.client.payloads import TYPED, Payload
 from keepstream.client.redis_aio import AsyncRedisConnections
 from keepstream.client.redis_connections import make_async_pool
 from keepstream.client.redis_url import parse_redis_url
@@ -276,6 +277,21 @@ async def test_a_full_mailbox_is_emptied_and_says_so(shared: Subscriptions, log:
     assert await slow.take(LONG) is None
     await log.publish("c", "next")
     assert [payload.data for payload in await slow.take(LONG) or []] == [b"next"]
+
+
+async def test_a_wait_begins_anew_with_what_is_passed_on() -> None:
+    mailbox, passed_on_at = Mailbox(), [0.0]
+
+    def pass_on(_payload: Payload) -> bool:
+        passed_on_at[0] = time.monotonic()
+        return True
+
+    wait = asyncio.create_task(mailbox.take(0.2, pass_on))
+    for _ in range(10):
+        await asyncio.sleep(0.05)
+        mailbox.put(Payload(b""))
+    assert await wait == []
+    assert time.monotonic() - passed_on_at[0] >= 0.19
 
 
 # -- connections that are lost --
