@@ -194,6 +194,21 @@ async def test_events_are_taken_the_moment_they_come(async_client: AsyncClient, 
     assert taken[0] == RawEvent("1-3", "something.new", HISTORY[2].encode())
 
 
+def test_the_sync_client_offers_events_too(client: Client, redis_url: str) -> None:
+    taken: list[str] = []
+
+    def take(raw: RawEvent) -> bool:
+        taken.append(raw.id)
+        return raw.id != "1-4"
+
+    publish(redis_url, *HISTORY[:2])
+    stream = client.follow_raw(JOB_ID, offer=take)
+    assert [next(stream).id for _ in range(2)] == ["1-1", "1-2"]
+    publish(redis_url, *HISTORY[2:], END)
+    assert [raw.id for raw in stream] == ["1-4", "1-5"]
+    assert taken == ["1-3", "1-4"]
+
+
 async def test_who_cannot_take_an_event_fails_alone(async_client: AsyncClient, redis_url: str) -> None:
     def fail(_raw: RawEvent) -> bool:
         raise ZeroDivisionError

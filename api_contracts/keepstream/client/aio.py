@@ -87,16 +87,8 @@ class AsyncClient(BaseClient):
     ) -> AsyncGenerator[RawEvent]:
         """Iterate over a job's events, passing on their bytes; see ``Client.follow_raw``.
 
-        Args:
-            job_id: As there, like what is not named here.
-            after: As there.
-            timeout: As there.
-            not_found_after: As there.
-            on_waiting: Called on the event loop.
-            offer: Called on the event loop with an event that arrives while the iteration waits for one; it returns
-                whether it has taken it. What it takes is not iterated over; what it does not take comes next. So a live
-                event reaches its reader without a task being woken, which is most of its cost. The job's last event is
-                not offered. It must not block, and what it raises ends the iteration.
+        ``on_waiting`` and ``offer`` are called on the event loop.  What ``offer`` takes wakes no task, and that is most
+        of what a live event costs.
         """
         return self._events(self._run_follower, job_id, after, timeout, not_found_after, RAW, on_waiting, offer)
 

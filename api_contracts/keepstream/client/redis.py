@@ -231,8 +231,9 @@ class _Session:
             self.pubsub = links.subscriptions.pubsub()
             raise DisconnectedError
         match operation:
-            case Listen(seconds):
-                return _payloads(self.pubsub.get_message(timeout=seconds))
+            case Listen(seconds, pass_on):
+                payloads = _payloads(self.pubsub.get_message(timeout=seconds))
+                return [payload for payload in payloads if pass_on is None or not pass_on(payload)]
             case Subscribe():
                 attempt = links.attempt()
                 with links.turns, attempt:

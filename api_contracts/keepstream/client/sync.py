@@ -99,6 +99,7 @@ class Client(BaseClient):
         timeout: float = FOLLOW_TIMEOUT,
         not_found_after: float = NOT_FOUND_AFTER,
         on_waiting: Callable[[WaitingFor], None] | None = None,
+        offer: Callable[[RawEvent], bool] | None = None,
     ) -> Generator[RawEvent]:
         """Iterate over a job's events as ``follow`` does, but pass each on as its bytes: for gateways.
 
@@ -112,11 +113,14 @@ class Client(BaseClient):
             not_found_after: Seconds to wait for a job that is unknown, because it may still be on its way.
             on_waiting: Called with what keeps the job waiting, instead of logging it: each cause once, until the next
                 event.  It must not block, and what it raises ends the iteration.
+            offer: Called with an event that arrives while the iteration waits for the next one; it returns whether it
+                has taken it.  What it takes is not iterated over, what it does not take comes next, and the job's last
+                event is not offered.  It must not block, and what it raises ends the iteration.
 
         Raises:
             KeepstreamError: as ``follow``.
         """
-        return self._events(self._run_follower, job_id, after, timeout, not_found_after, RAW, on_waiting)
+        return self._events(self._run_follower, job_id, after, timeout, not_found_after, RAW, on_waiting, offer)
 
     def check_follow(self, job_id: str, after: str | None = None) -> bool:
         """Tell at once whether a job can be followed from a cursor: for what must be known before the first event.
