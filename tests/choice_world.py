@@ -216,7 +216,7 @@ class _Reader:
     def read(self) -> Reading:
         """Return everything."""
         world, question = self.world, self.question
-        seqs = sorted(seq for seq in world.arrivals if seq >= world.arrivals_low)
+        seqs = sorted(seq for seq in world.arrivals if seq >= world.arrivals_low and seq not in question.passed)
         arrivals = tuple(world.arrivals[seq] for seq in seqs[:ARRIVALS_READ])
         restarted = self.restarted(arrivals)
         self.read_pools()

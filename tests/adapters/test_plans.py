@@ -292,7 +292,8 @@ def test_a_sweep_looks_at_as_many_pools_however_many_there_are(engine: Engine) -
         connection.execute(text("ANALYZE"))
     do = Doing(engine)
     for place, idle in ((2000, 0.5), (4000, 0.5), (4000, 1e9)):
-        tidying = store.Tidying(20, True, 0, place, place, {(QUEUE, "interactive"): idle})
+        idle_times = {(QUEUE, "interactive"): idle}
+        tidying = store.Tidying(20, pools_from=place, standings_from=place, idle_times=idle_times)
         for operation in (store.delete_idle_standings, store.find_waiting_pools, store.delete_idle_pools):
             do(operation, tidying, buffers=2 * FEW, scanned="keepstream_running")
 

@@ -65,6 +65,7 @@ from keepstream_worker.store import (
     schema,
 )
 from keepstream_worker.store import pools as store_pools
+from keepstream_worker.store import turns as store_turns
 from keepstream_worker.turn import Decision, Move, Pick, Reading
 from keepstream_worker.values import AttemptReason, Ended, Ending, Failure, JobKey, Outcome, Target
 from tests import jobs as test_jobs
@@ -1168,6 +1169,33 @@ def test_an_arrival_far_below_what_turns_look_at_is_found_by_a_sweep_of_everythi
     assert not db.alive().looked.arrivals
     db.tidy()
     assert db.alive().looked.arrivals
+
+
+def test_a_lane_waits_in_few_pools_at_a_time_and_sweeps_tell_of_the_others(
+    db: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever names another model for each job must not make the turns of all workers long."""
+    monkeypatch.setattr(rules, "_MOST_PLACES", 3)
+    monkeypatch.setattr(store_turns, "_MOST_ARRIVALS", 4)
+    monkeypatch.setattr(rules, "LATE_ARRIVALS", 2)
+    for number in range(20):
+        db.enqueue(f"flood-{number}", request={"model": f"m{number}", "messages": [{}]})
+    for number in range(3):
+        db.enqueue(f"other-{number}", tenant="other")
+    served: list[str] = []
+    place = 0
+    for step in range(100):
+        turned = chosen(db, 2)
+        served += names(turned)
+        for pick in turned.picks:
+            claim = db.begin(pick)
+            assert claim is not None
+            db.end(replace(finished(claim), key=claim.key))
+        assert len([row for row in db.rows_of_standings() if row.active and row.tenant == "default"]) <= 3
+        if step % 4 == 3:
+            (place,) = db(store.find_late_arrivals, store.Tidying(limit=10, arrivals_from=place))
+    assert sorted(served) == sorted([*(f"flood-{n}" for n in range(20)), *(f"other-{n}" for n in range(3))])
+    assert max(served.index(f"other-{n}") for n in range(3)) < 19, served
 
 
 def test_old_turns_are_deleted_but_not_the_newest_ones(db: Store) -> None:

@@ -479,8 +479,8 @@ def test_the_state_stays_small():
     """It is read and written under the lock of the whole deployment."""
     world = World()
     rules = policy()
-    for chain in chains(300):
-        world.store("a", chain)
+    for number, chain in enumerate(chains(300)):
+        world.store("abc"[number % 3], chain)
     while world.arrivals:
         world.turn(rules, 0)
     assert len(world.state) < 300 * 150
@@ -490,6 +490,39 @@ def test_the_state_stays_small():
         for key in list(world.running):
             world.end(key)
     assert "p" not in orjson.loads(world.state)
+
+
+def test_a_tenant_that_names_another_model_for_each_job_costs_the_others_little():
+    """Only so many pools of its lane are in sight; all its jobs are served in the end, and the others' meanwhile."""
+    world, rules = World(), policy(Limits())
+    for chain in chains(1300):
+        world.store("flood", chain)
+    for _ in range(10):
+        world.turn(rules, 0)
+    assert len(world.arrivals) == 1200
+    assert len(world.standings) == 100
+    for _ in range(50):
+        world.store("other", CHAIN)
+    late = world.store("other", [("p", "late")], slow=True)
+    for chain in chains(100):
+        world.store("flood", [*chain, ("p", "fallback")])
+    served = []
+    world.turn(rules, 0)
+    world.commit_slow(late.seq)
+    for number in range(1000):
+        if number % 3 == 0:  # a sweep
+            world.arrivals_low = min((seq for seq in world.arrivals if seq > number % 1000), default=0)
+        for pick in world.turn(rules, 5).picks:
+            served.append(pick.job.key.tenant)
+            world.end(pick.job.key)
+        assert sum(standing.active for standing in world.standings if standing.tenant == "flood") <= 100
+        assert len(State.from_json(world.state).passed) <= 1200
+        world.now += 0.1
+        if not world.waiting:
+            break
+    assert not world.waiting
+    assert served[:100].count("other") >= 40
+    world.check()
 
 
 def test_what_is_asked_is_bounded():

@@ -15,6 +15,10 @@ from keepstream_worker.values import JobKey, Target
 POOL = FoundPool(Pool(7, "completions", "interactive", (Target("p", "m"),)), 1.0, None)
 
 
+#: They say where they are to go on.
+PLACES = (store.find_late_arrivals, store.delete_old_turns, store.delete_idle_standings, store.delete_idle_pools)
+
+
 class World:
     """A database, and a worker around one sweeper that leads."""
 
@@ -38,8 +42,7 @@ class World:
         answers = self.answers.get(operation)
         if answers:
             return answers.pop(0)
-        places = (store.delete_old_turns, store.delete_idle_standings, store.delete_idle_pools)
-        return True if operation is store.lead else 0 if operation in places else []
+        return True if operation is store.lead else 0 if operation in PLACES else []
 
     def idle_times(self) -> dict[tuple[str, str], float]:
         return {}

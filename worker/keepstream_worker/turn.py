@@ -11,9 +11,12 @@ epoch by the database's clock; virtual times are tokens divided by a lane's weig
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from keepstream_worker.values import JobKey, Target
+
+#: How far a slow transaction's arrival may be behind the newest one and still be found by a turn; a sweep finds others.
+LATE_ARRIVALS: Final = 1000
 
 
 class Pool(NamedTuple):
@@ -87,6 +90,7 @@ class Question:
     arrival_times: Mapping[tuple[str, str], float] = field(default_factory=dict)
     #: Tenants whose parked standings are read, because a job of theirs may have ended.
     parked_tenants: tuple[str, ...] = ()
+    passed: frozenset[int] = frozenset()  #: Seqs of arrivals that are not read, though they are there.
     standings: int = 0  #: In each pool.
     first_jobs: int = 0  #: Of the first standing of each pool.
     other_jobs: int = 0  #: Of each other one, of each parked one read, and of each lane and pool that arrivals name
@@ -155,7 +159,7 @@ class Decision:
     moves: tuple[Move, ...] = ()
     times: tuple[Retimed, ...] = ()  #: After the moves.
     new_standings: tuple[Standing, ...] = ()
-    arrivals: tuple[int, ...] = ()  #: Their seqs; they are deleted.
+    arrivals: tuple[int, ...] = ()  #: Their seqs; they are deleted. Others are left for a later turn.
     misplaced: tuple[int, ...] = ()  #: Seqs of arrivals whose pool could not be read; they are left.
     arrivals_low: int = 0  #: From where the next turn looks for arrivals; a sweep looks below.
     ready: Mapping[str, float] = field(default_factory=dict)  #: By queue: when the next turn is worth taking, if

@@ -28,7 +28,18 @@ from keepstream_worker.scheduling.state import (
     key_of,
     pool_state,
 )
-from keepstream_worker.turn import Decision, FoundPool, Move, Pick, Question, Reading, Retimed, Standing, WaitingJob
+from keepstream_worker.turn import (
+    LATE_ARRIVALS,
+    Decision,
+    FoundPool,
+    Move,
+    Pick,
+    Question,
+    Reading,
+    Retimed,
+    Standing,
+    WaitingJob,
+)
 from keepstream_worker.values import Target
 
 #: Pools of a class that are read in one turn.
@@ -42,8 +53,9 @@ _MOST_PARKED: Final = 1000
 _PARKED_MEMORY: Final = 600.0
 #: Seconds after which what waits for the end of a job is looked at again, in case nobody tells of it.
 _LAST_RESORT: Final = 1.0
-#: How far a slow transaction's arrival may be behind the newest one and still be found by a turn; a sweep finds others.
-_LATE_ARRIVALS: Final = 1000
+#: Pools in which one lane waits, as far as turns see. Each costs each turn that moves the lane, and tenants, who name
+#: the models, may name another one for each job: what is beyond is told again by sweeps, when there is room for it.
+_MOST_PLACES: Final = 100
 #: Streams at a target of which nothing is known that one worker may start without asking.
 _UNKNOWN_STREAMS: Final = 16
 _NEVER: Final = float("inf")
@@ -98,6 +110,8 @@ class Choice:
             self.lost_state = True
         for pool in self._found:
             self._state.find(pool)
+        if self._state.passed_since <= now - _LAST_RESORT:
+            self._state.passed = []  # perhaps there is room for them now
         self._gates = Gates(self._policy, self._state, now)
         self._lanes: dict[int, Lane] = {}
         self._told: list[Charged | Settled] = []  # what moves lanes
@@ -127,6 +141,7 @@ class Choice:
             lanes=tuple(told.items()),
             arrival_times=times,
             parked_tenants=self._asked_tenants,
+            passed=frozenset(self._state.passed),
             standings=self._standings,
             first_jobs=places,
             other_jobs=min(places, -(-2 * places // lanes) + 1),
@@ -285,6 +300,7 @@ class Choice:
         self._full: set[str] = set()
         self._restarted_arrived: set[int] = set()
         self._misplaced: list[int] = []
+        self._passed: list[int] = []
         self._picks: list[tuple[WaitingJob, Target, int, Gate | None]] = []
         self._cut: set[str] = set()  # classes of which more may be open than was read
         self._open: dict[int, Gate | None] = {}
@@ -512,6 +528,9 @@ class Choice:
             row.whole = place in self._reading.whole
             if row.whole and not row.jobs:
                 continue  # it was taken or cancelled before its arrival was read
+            if sum(each.active or each.parked for each in lane.rows.values()) >= _MOST_PLACES:
+                self._passed.append(arrival.seq)
+                continue
             waited = lane.waits
             row.head = arrival.seq
             if lane.tenant in self._full:
@@ -714,9 +733,13 @@ class Choice:
         if self._places:
             self._note_floors()
         state = self._state
-        arrivals = tuple(arrival.seq for arrival in self._reading.arrivals if self._is_known(arrival.pool))
-        if arrivals:
-            state.arrivals_low = max(state.arrivals_low, max(arrivals) - _LATE_ARRIVALS)
+        left = {*self._misplaced, *self._passed}
+        arrivals = tuple(arrival.seq for arrival in self._reading.arrivals if arrival.seq not in left)
+        if arrivals or self._passed:
+            state.arrivals_low = max(state.arrivals_low, max(*arrivals, *self._passed, 0) - LATE_ARRIVALS)
+            if self._passed and not state.passed:
+                state.passed_since = self._now
+            state.passed = [seq for seq in (*state.passed, *self._passed) if seq >= state.arrivals_low]
         if self._misplaced:
             state.arrivals_low = min(state.arrivals_low, *self._misplaced)
         ready, closed = self._outlook()

@@ -141,10 +141,13 @@ class UnreadableStateError(ValueError):
 class State:
     """What one turn leaves for the next."""
 
-    __slots__ = ("arrivals_low", "parked_beyond", "pools", "queues", "tenants", "uses")
+    __slots__ = ("arrivals_low", "parked_beyond", "passed", "passed_since", "pools", "queues", "tenants", "uses")
 
     def __init__(self) -> None:
         self.arrivals_low = 0  #: From where the next turn looks for arrivals.
+        #: Of these from there on, those that turns have left, because their lanes wait in many pools; and since when.
+        self.passed: list[int] = []
+        self.passed_since = 0.0
         self.pools: dict[int, PoolState] = {}  #: Those in which jobs wait, new or restarted, by id.
         self.queues: dict[str, QueueState] = {}
         self.uses: dict[str, UseState] = {}  #: By the key of a limit: ``PROVIDER/MODEL`` or ``PROVIDER``.
@@ -176,6 +179,7 @@ class State:
         state = cls()
         document: dict[str, Any] = orjson.loads(text)
         state.arrivals_low = document.get("a", 0)
+        state.passed, state.passed_since = document.get("x", ([], 0.0))
         state.parked_beyond = document.get("o", 0.0)
         for pool, row in document.get("p", {}).items():
             state.pools[int(pool)] = PoolState(*row[:_POOL_FIELDS])
@@ -214,6 +218,7 @@ class State:
         }
         parts: dict[str, Any] = {
             "a": self.arrivals_low,
+            "x": [self.passed, self.passed_since] if self.passed else None,
             "o": self.parked_beyond,
             "p": pools,
             "q": queues,

@@ -242,19 +242,21 @@ class Tidying(NamedTuple):
     turns_from: int = 0  #: As the last answer said: what was deleted before is not looked at again.
     pools_from: int = 0  #: As the last answer said: where the walk through the pools goes on.
     standings_from: int = 0  #: The same of the walk through their standings.
+    arrivals_from: int = 0  #: The same of the walk through arrivals that turns have passed by.
     #: By queue and class: the virtual time below which a lane in which nothing waits means nothing any more.
     idle_times: Mapping[tuple[str, str], float] = {}
 
 
-def find_late_arrivals(connection: Connection, tidyings: list[Tidying]) -> list[object]:
-    """Have arrivals handled that turns have passed by.
+def find_late_arrivals(connection: Connection, tidyings: list[Tidying]) -> list[int]:
+    """Have arrivals handled that turns have passed by; return each ``arrivals_from``.
 
     A transaction of its own: who waits for the turn must hold nothing that a turn may want.
     """
     _hurry(connection)
-    for request in tidyings:
-        look_for_arrivals_below(connection, _ALL_ARRIVALS if request.whole else _RECENT_ARRIVALS)
-    return [None] * len(tidyings)
+    return [
+        look_for_arrivals_below(connection, _ALL_ARRIVALS if request.whole else _RECENT_ARRIVALS, request.arrivals_from)
+        for request in tidyings
+    ]
 
 
 def delete_old_turns(connection: Connection, tidyings: list[Tidying]) -> list[int]:

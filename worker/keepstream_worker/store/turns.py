@@ -19,6 +19,7 @@ from keepstream_worker.store import turns_postgresql, turns_sqlite
 from keepstream_worker.store.pools import find_pools
 from keepstream_worker.store.turn_values import Newest, Span, Written
 from keepstream_worker.turn import (
+    LATE_ARRIVALS,
     Arrival,
     Decider,
     Decision,
@@ -98,7 +99,7 @@ def take_turn(connection: Connection, turns: list[Turn]) -> list[Turned]:
     """
     (turn,) = turns
     statements = _STATEMENTS[connection.dialect.name]
-    newest = statements.open_turn(connection, _MOST_ARRIVALS + 1)
+    newest = statements.open_turn(connection, _MOST_ARRIVALS + LATE_ARRIVALS + 2)
     question = turn.decider.ask(newest.now, newest.state)
     decision = turn.decider.decide(_read(connection, statements, newest, question))
     if not decision.changed:
@@ -114,7 +115,8 @@ def take_turn(connection: Connection, turns: list[Turn]) -> list[Turned]:
 
 
 def _read(connection: Connection, statements: _Statements, newest: Newest, question: Question) -> Reading:
-    arrivals = newest.arrivals[:_MOST_ARRIVALS]
+    arrived = tuple(arrival for arrival in newest.arrivals if arrival.seq not in question.passed)
+    arrivals = arrived[:_MOST_ARRIVALS]
     restarted_arrivals = [arrival.seq for arrival in arrivals if arrival.due is not None]
     restarted: dict[int, WaitingJob] = {}
     if question.restarted_pools or restarted_arrivals:
@@ -153,7 +155,7 @@ def _read(connection: Connection, statements: _Statements, newest: Newest, quest
         whole=frozenset((span.lane, span.pool) for span in spans if len(jobs[span.lane, span.pool]) <= span.most),
         restarted=tuple(restarted.values()),
         arrivals=arrivals,
-        more_arrivals=len(newest.arrivals) > _MOST_ARRIVALS,
+        more_arrivals=len(arrived) > _MOST_ARRIVALS,
         running=running,
         running_tenants=running_tenants,
     )
@@ -207,12 +209,16 @@ def _spans(
     ]
 
 
-def look_for_arrivals_below(connection: Connection, numbers: int) -> None:
-    """Have the next turn handle arrivals that turns have passed by, because they were committed late.
+def look_for_arrivals_below(connection: Connection, numbers: int, seq_from: int) -> int:
+    """Have the next turn handle arrivals that turns have passed by, because they were committed late, or left.
 
     Args:
         connection: In a transaction that has done nothing else.
         numbers: How far below what turns look at to look.
+        seq_from: The least seq to look at.
+
+    Returns:
+        Where to go on after these; 0: there are no more.
     """
     lower = turns_postgresql.lower if connection.dialect.name == "postgresql" else turns_sqlite.lower
-    lower(connection, numbers)
+    return lower(connection, numbers, seq_from, _MOST_ARRIVALS)

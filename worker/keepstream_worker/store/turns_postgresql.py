@@ -302,10 +302,13 @@ def _values(worker_id: str, n: int, decision: Decision) -> dict[str, Any]:
 
 
 _STALE: Final = """
-SELECT seq FROM keepstream_arrivals
-WHERE seq < (SELECT arrivals_low FROM keepstream_turns ORDER BY n DESC LIMIT 1)
-  AND seq >= (SELECT arrivals_low - %(numbers)s::bigint FROM keepstream_turns ORDER BY n DESC LIMIT 1)
-ORDER BY seq LIMIT 1
+SELECT min(seq), max(seq), count(*) FROM (
+  SELECT seq FROM keepstream_arrivals
+  WHERE seq < (SELECT arrivals_low FROM keepstream_turns ORDER BY n DESC LIMIT 1)
+    AND seq >= (SELECT arrivals_low - %(numbers)s::bigint FROM keepstream_turns ORDER BY n DESC LIMIT 1)
+    AND seq >= %(seq_from)s::bigint
+  ORDER BY seq LIMIT %(most)s
+) a
 """
 _LOWER: Final = """
 INSERT INTO keepstream_turns (n, arrivals_low, ready, closed, state)
@@ -313,9 +316,14 @@ SELECT n + 1, least(arrivals_low, %(seq)s), ready, closed, state FROM keepstream
 """
 
 
-def lower(connection: Connection, numbers: int) -> None:
-    """Have the next turn begin with the oldest arrival, if it lies at most so far below what turns look at."""
-    seq = connection.exec_driver_sql(_STALE, {"numbers": numbers}).scalar()
-    if seq is not None:
+def lower(connection: Connection, numbers: int, seq_from: int, most: int) -> int:
+    """Have the next turn begin with the oldest arrival from ``seq_from`` on that lies below what turns look at.
+
+    At most so far below; return where to go on after as many as one turn handles, or 0.
+    """
+    values = {"numbers": numbers, "seq_from": seq_from, "most": most}
+    first, last, number = connection.exec_driver_sql(_STALE, values).one()
+    if first is not None:
         connection.exec_driver_sql(_TAKE)
-        connection.exec_driver_sql(_LOWER, {"seq": seq})
+        connection.exec_driver_sql(_LOWER, {"seq": first})
+    return last + 1 if number == most else 0

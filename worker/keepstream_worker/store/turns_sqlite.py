@@ -187,10 +187,12 @@ def _execute(connection: Connection, statement: str, values: list[tuple[Any, ...
 
 
 _STALE: Final = """
-SELECT seq FROM keepstream_arrivals
-WHERE seq < (SELECT arrivals_low FROM keepstream_turns ORDER BY n DESC LIMIT 1)
-  AND seq >= (SELECT arrivals_low - ? FROM keepstream_turns ORDER BY n DESC LIMIT 1)
-ORDER BY seq LIMIT 1
+SELECT min(seq), max(seq), count(*) FROM (
+  SELECT seq FROM keepstream_arrivals
+  WHERE seq < (SELECT arrivals_low FROM keepstream_turns ORDER BY n DESC LIMIT 1)
+    AND seq >= max(?, (SELECT arrivals_low - ? FROM keepstream_turns ORDER BY n DESC LIMIT 1))
+  ORDER BY seq LIMIT ?
+) a
 """
 _LOWER: Final = """
 INSERT INTO keepstream_turns (n, arrivals_low, ready, closed, state)
@@ -198,8 +200,12 @@ SELECT n + 1, min(arrivals_low, ?), ready, closed, state FROM keepstream_turns O
 """
 
 
-def lower(connection: Connection, numbers: int) -> None:
-    """Have the next turn begin with the oldest arrival, if it lies at most so far below what turns look at."""
-    seq = connection.exec_driver_sql(_STALE, (numbers,)).scalar()
-    if seq is not None:
-        connection.exec_driver_sql(_LOWER, (seq,))
+def lower(connection: Connection, numbers: int, seq_from: int, most: int) -> int:
+    """Have the next turn begin with the oldest arrival from ``seq_from`` on that lies below what turns look at.
+
+    At most so far below; return where to go on after as many as one turn handles, or 0.
+    """
+    first, last, number = connection.exec_driver_sql(_STALE, (seq_from, numbers, most)).one()
+    if first is not None:
+        connection.exec_driver_sql(_LOWER, (first,))
+    return last + 1 if number == most else 0

@@ -68,6 +68,7 @@ class Sweeper:
         self._turns_from = 0  #: Turns below are deleted.
         self._pools_from = 0  #: Where the walk through the pools goes on.
         self._standings_from = 0  #: Where the one through their standings does.
+        self._arrivals_from = 0  #: Where the one through arrivals does that turns have passed by.
         self._parked_after = ""  #: Where the walk through tenants with parked lanes goes on.
         self._until_whole = 0  #: Sweeps until the next one that looks at everything.
         self._paused = False
@@ -109,9 +110,15 @@ class Sweeper:
         await self._apart("end expired", self._end_expired(self._request(whole=whole)))
         await self._apart("announce", self._announce_missed(self._request(whole=whole)))
         tidying = store.Tidying(
-            _LIMIT, whole, self._turns_from, self._pools_from, self._standings_from, self._chooser.idle_times()
+            _LIMIT,
+            whole,
+            turns_from=self._turns_from,
+            pools_from=self._pools_from,
+            standings_from=self._standings_from,
+            arrivals_from=self._arrivals_from,
+            idle_times=self._chooser.idle_times(),
         )
-        await self._apart("find late arrivals", self._database.run(store.find_late_arrivals, tidying))
+        await self._apart("find late arrivals", self._find_late_arrivals(tidying))
         await self._apart("delete old turns", self._delete_old_turns(tidying))
         await self._apart("delete idle standings", self._delete_idle_standings(tidying))
         if self._chooser.parks_beyond:
@@ -165,6 +172,9 @@ class Sweeper:
         tenants = await self._database.run(store.find_parked, step)
         self._parked_after = tenants[-1] if len(tenants) == _PARKED_AT_ONCE else ""
         self._chooser.look_at(tenants)
+
+    async def _find_late_arrivals(self, tidying: store.Tidying) -> None:
+        self._arrivals_from = await self._database.run(store.find_late_arrivals, tidying)
 
     async def _delete_idle_standings(self, tidying: store.Tidying) -> None:
         self._standings_from = await self._database.run(store.delete_idle_standings, tidying)
