@@ -224,6 +224,30 @@ def test_job_that_is_asked_to_wait_for_long_goes_on_with_the_next_target() -> No
     assert decide(replace(policy, chain=TARGETS[2:]), failure=busy).retry_in == pytest.approx(62.0)
 
 
+@pytest.mark.parametrize(("tries", "chain"), [(1, None), (2, None), (3, TARGETS[1:]), (4, TARGETS[1:]), (5, None)])
+def test_the_last_attempts_are_the_fallbacks(tries: int, chain: tuple[Target, ...] | None) -> None:
+    ending = decide(replace(POLICY, max_attempts=5, chain=TARGETS), failure=fail(ErrorCode.SERVER_ERROR), tries=tries)
+    assert (ending.status, ending.chain) == (FAILED if tries == 5 else RETRYING, chain)
+    if chain is not None:
+        assert (ending.outcome, ending.counted, ending.retry_in) == (Outcome.FAILED, True, 0.0)
+        assert ending.next_reason is AttemptReason.FALLBACK
+        assert ending.least_tokens == USAGE.total_tokens
+
+
+def test_a_target_that_is_asked_twice_at_most_leaves_the_others_to_the_job() -> None:
+    page = fail(ErrorCode.INVALID_RESPONSE)
+    assert decide(replace(POLICY, max_attempts=9), failure=page, tries=2).status is FAILED
+    assert decide(replace(POLICY, max_attempts=9, chain=TARGETS), failure=page, tries=2).chain == TARGETS[1:]
+
+
+@pytest.mark.parametrize("code", [ErrorCode.SERVER_ERROR, ErrorCode.RATE_LIMITED])
+def test_a_job_without_time_for_its_targets_wait_asks_the_next(code: ErrorCode) -> None:
+    busy = fail(code, retry_after=8.0)
+    ending = decide(replace(POLICY, chain=TARGETS), failure=busy, remaining_seconds=5.0)
+    assert (ending.status, ending.chain, ending.retry_in) == (RETRYING, TARGETS[1:], 0.0)
+    assert decide(failure=busy, remaining_seconds=5.0).status is FAILED
+
+
 def test_last_target_has_the_last_word() -> None:
     assert decide(replace(POLICY, chain=TARGETS[2:]), failure=fail(ErrorCode.NOT_FOUND)).status is FAILED
     late = decide(replace(POLICY, chain=TARGETS), failure=fail(ErrorCode.NOT_FOUND), remaining_seconds=0.0)

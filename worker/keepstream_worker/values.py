@@ -44,7 +44,7 @@ class AttemptReason(StrEnum):
     RETRY = "retry"  #: The attempt before failed.
     WORKER_LOST = "worker_lost"  #: The worker of the attempt before died.
     INTERRUPTED = "interrupted"  #: The worker of the attempt before was shut down.
-    FALLBACK = "fallback"  #: The target before will never answer this job; another one is asked.
+    FALLBACK = "fallback"  #: The target before will not answer this job, or has had its attempts; the next is asked.
 
 
 class Outcome(StrEnum):

@@ -113,6 +113,16 @@ def decide(report: AttemptReport, policy: RetryPolicy, random: Callable[[], floa
         policy=policy.backoff,
         random=random,
     )
+    if report.remaining_seconds > 0 and _next_target_is_due(report, policy, failure, decision):
+        return replace(
+            ending,
+            outcome=Outcome.FAILED,
+            status=JobStatus.RETRYING,
+            counted=retry.is_counted(failure),
+            chain=policy.chain[1:],
+            next_reason=AttemptReason.FALLBACK,
+            least_tokens=report.usage.total_tokens,
+        )
     if not decision.retry:
         outcome = Outcome.FAILED if report.announced else Outcome.UNSTARTED
         return replace(ending, outcome=outcome, status=JobStatus.FAILED)
@@ -126,6 +136,17 @@ def decide(report: AttemptReport, policy: RetryPolicy, random: Callable[[], floa
         next_reason=AttemptReason.INTERRUPTED if interrupted else AttemptReason.RETRY,
         least_tokens=report.usage.total_tokens,
     )
+
+
+def _next_target_is_due(
+    report: AttemptReport, policy: RetryPolicy, failure: Failure, decision: retry.RetryDecision
+) -> bool:
+    """Tell whether the job's target has had its attempts: the last ones are its fallbacks', one each."""
+    others = len(policy.chain) - 1
+    if others <= 0 or not retry.is_retryable(failure):
+        return False
+    left = policy.max_attempts - report.tries if retry.is_counted(failure) else math.inf
+    return left > 0 and (left <= others or not decision.retry)
 
 
 def superseded(key: JobKey, attempt: int, worker_id: str, spent: Usage, failure: Failure | None) -> Ending:
