@@ -19,6 +19,7 @@ from starlette.routing import BaseRoute, Route
 
 from keepstream import names
 from keepstream.errors import JobNotFoundError, JobStateError, KeepstreamError
+from keepstream.events import parse_event
 from keepstream.results import Choice, CompletionResult, JobPage, JobStatus
 from keepstream.transcript import Transcript
 from keepstream_gateway.access.rights import Access
@@ -189,10 +190,12 @@ class Console:
     async def _so_far(self, job: CompletionResult) -> list[Choice]:
         """Return what has come of a job's answer, as far as its log says so within a moment."""
         began, transcript = time.time() * 1000, Transcript()
-        events = self._context.clients.of(job.tenant).follow(job.id)
+        client = self._context.clients.of(job.tenant)
+        events = client.follow_raw(job.id, on_waiting=lambda _: None)  # the page says what it waits for
         with suppress(KeepstreamError, TimeoutError):  # Redis is away, or there is no more for now
             async with aclosing(events), asyncio.timeout(_SO_FAR):
-                async for event in events:
+                async for raw in events:
+                    event = parse_event(raw.payload)
                     transcript.apply(event)
                     if event.ts >= began or transcript.terminal is not None:
                         break
