@@ -44,6 +44,8 @@ def test_each_operation_has_a_name_of_its_own_and_says_how_it_fails() -> None:
     assert len(names) == len(set(names))
     for operation in OPERATIONS.values():
         assert {"400", "401", "403", "503"} <= operation["responses"].keys()
+        has_body = {"408", "413", "415"} <= operation["responses"].keys()
+        assert has_body is ("requestBody" in operation)
 
 
 def test_it_refers_to_nothing_outside_itself() -> None:

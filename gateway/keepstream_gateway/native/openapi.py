@@ -26,6 +26,7 @@ _FAILURES: Final = {
     "401": "The API key or token is missing, wrong, expired or revoked.",
     "403": "The API key or token lacks the right.",
     "404": "There is no such job of this tenant.",
+    "408": "The body did not come in time.",
     "409": "The job is in a state in which this cannot be done.",
     "413": "The body is too large.",
     "415": "The body is not declared as JSON.",
@@ -76,7 +77,7 @@ def _paths() -> dict[str, Any]:
                 "createJob",
                 "Enqueue a job.",
                 {"202": accepted},
-                "400 401 403 413 415 422 503",
+                "400 401 403 408 413 415 422 503",
                 body=_ref("NewJob"),
                 parameters=[_IDEMPOTENCY_KEY],
             ),
@@ -120,7 +121,7 @@ def _paths() -> dict[str, Any]:
                 "retryJob",
                 "Run a job that has ended again, as a new job with the same request.",
                 {"202": accepted},
-                "400 401 403 404 409 413 415 503",
+                "400 401 403 404 408 409 413 415 503",
                 body={
                     "type": "object",
                     "properties": {
@@ -137,7 +138,7 @@ def _paths() -> dict[str, Any]:
                 "createToken",
                 "Make a token by which a browser may follow this job.",
                 {"201": _answer("The token.", _ref("Token"))},
-                "400 401 403 404 413 415 503",
+                "400 401 403 404 408 413 415 503",
                 body={
                     "type": "object",
                     "properties": {
