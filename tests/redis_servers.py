@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
+import pytest
 import redis
 import trustme
 from typing_extensions import override
@@ -58,6 +59,11 @@ class Certificates:
             context.load_verify_locations(self.authority_file)
             context.verify_mode = ssl.CERT_REQUIRED
         return context
+
+
+#: For tests whose clients leave a ``RedisTls`` in the middle of the handshake: asyncio's server may lose sight of what it
+#: had opened for them, which is told of whenever the garbage collector finds it.
+HANDSHAKES_BREAK: Final = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 
 
 class RedisTls:

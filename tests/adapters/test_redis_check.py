@@ -13,6 +13,7 @@ from keepstream.client.redis_url import parse_redis_url
 from keepstream_worker.dev_stack.embedded import EmbeddedValkey, free_port
 from keepstream_worker.redis_check import RedisFacts, RedisFault, _fault, check_redis_server
 from tests.redis_servers import (
+    HANDSHAKES_BREAK,
     Certificates,
     ClusterNode,
     DebianRedis,
@@ -59,6 +60,7 @@ def test_tls_that_can_be_used(tls: RedisTls, strict_tls: RedisTls, certificates:
     check(strict_tls.url(ssl_ca_certs=authority, ssl_certfile=certificate, ssl_keyfile=key))
 
 
+@HANDSHAKES_BREAK
 def test_a_certificate_that_is_not_trusted(tls: RedisTls):
     found = fault(tls.url(user=f":{SECRET}"))
     assert "certificate that is not trusted" in found.found
@@ -66,12 +68,14 @@ def test_a_certificate_that_is_not_trusted(tls: RedisTls):
     assert not found.away
 
 
+@HANDSHAKES_BREAK
 def test_a_certificate_for_another_host(tls: RedisTls, certificates: Certificates):
     found = fault(tls.url("127.0.0.1", ssl_ca_certs=str(certificates.authority_file)))
     assert found.found == "shows a certificate for another host"
     assert "KEEPSTREAM_REDIS_URL" in found.advice
 
 
+@HANDSHAKES_BREAK
 def test_a_server_that_wants_a_certificate(strict_tls: RedisTls, certificates: Certificates):
     found = fault(strict_tls.url(ssl_ca_certs=str(certificates.authority_file)))
     assert found.found.startswith(("closes the connection", "does not agree on TLS"))

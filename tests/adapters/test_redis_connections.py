@@ -14,7 +14,7 @@ from keepstream.client.redis_connections import make_async_pool, make_pool
 from keepstream.client.redis_url import parse_redis_url
 from keepstream.errors import InvalidSettingError
 from keepstream_worker.dev_stack.embedded import EmbeddedValkey
-from tests.redis_servers import Certificates, RedisTls, SentinelSet, ValkeyAtSocket
+from tests.redis_servers import HANDSHAKES_BREAK, Certificates, RedisTls, SentinelSet, ValkeyAtSocket
 
 Link = Callable[[str], None]
 
@@ -101,6 +101,7 @@ def test_check_of_the_host_name_can_be_switched_off(ask: Link, tls: RedisTls, ce
         ask(tls.url("127.0.0.1", ssl_check_hostname="false"))
 
 
+@HANDSHAKES_BREAK
 def test_certificate_of_ones_own_is_shown(ask: Link, strict_tls: RedisTls, certificates: Certificates):
     certificate, key = certificates.issue("client")
     authority = str(certificates.authority_file)

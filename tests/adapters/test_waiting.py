@@ -32,7 +32,7 @@ from keepstream_worker.dev_stack.embedded import EmbeddedValkey, free_port
 from keepstream_worker.scheduling.gates import Closed
 from tests import stored_jobs
 from tests.cluster import PATIENCE
-from tests.redis_servers import Certificates, RedisTls
+from tests.redis_servers import HANDSHAKES_BREAK, Certificates, RedisTls
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
 NOWHERE = "redis://127.0.0.1:1"
@@ -453,6 +453,7 @@ def test_an_unknown_job_is_not_found_even_if_redis_is_away(
         next((client if redis_is_there else away).follow("nope", timeout=timeout, not_found_after=0.6))
 
 
+@HANDSHAKES_BREAK
 @pytest.mark.parametrize("kind", [Client, AsyncClient])
 def test_a_certificate_that_is_not_trusted_is_an_error_at_once(
     kind: type[Client | AsyncClient], redis_url: str, tmp_path: Path
@@ -463,6 +464,7 @@ def test_a_certificate_that_is_not_trusted_is_an_error_at_once(
         check_is_an_error(kind, server.url(), "certificate is not trusted.*ssl_ca_certs")
 
 
+@HANDSHAKES_BREAK
 @pytest.mark.parametrize("kind", [Client, AsyncClient])
 def test_a_certificate_of_another_host_is_an_error_at_once(
     kind: type[Client | AsyncClient], redis_url: str, tmp_path: Path

@@ -11,7 +11,7 @@ from keepstream.errors import InvalidSettingError
 from keepstream_worker.dev_stack.embedded import sqlite_url
 from tests.cluster import Cluster, wait_until
 from tests.fork_server import ForkServer
-from tests.redis_servers import SERVICE, Certificates, RedisTls, SentinelSet, ValkeyAtSocket
+from tests.redis_servers import HANDSHAKES_BREAK, SERVICE, Certificates, RedisTls, SentinelSet, ValkeyAtSocket
 
 MakeCluster = Callable[..., Cluster]
 #: What a worker says of each of its links that is lost.
@@ -92,6 +92,7 @@ def test_jobs_run_and_are_followed_and_cancelled(
         assert [worker.said(event) for event, _ in OUTAGES] == [[], [], []]
 
 
+@HANDSHAKES_BREAK
 def test_every_link_refuses_a_certificate_that_is_not_right_any_more(
     make_cluster: MakeCluster, certificates: Certificates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
