@@ -61,7 +61,7 @@ class Certificates:
         return context
 
 
-#: For tests whose clients leave a ``RedisTls`` in the middle of the handshake: asyncio's server may lose sight of what it
+#: For tests whose clients leave a ``RedisTls`` in the middle of the handshake: asyncio may lose sight of what it
 #: had opened for them, which is told of whenever the garbage collector finds it.
 HANDSHAKES_BREAK: Final = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 
