@@ -14,7 +14,7 @@ from tests.cluster import PATIENCE, Cluster, wait_until
 STREAMS: Final = 200
 RATE: Final = 30.0  #: Deltas a second of each stream.
 DELTAS: Final = 150
-PAUSE: Final = 10.0  #: Seconds before each stream's first delta, in which a busy machine starts all the others.
+PAUSE: Final = 20.0  #: Seconds before each stream's first delta, in which a busy machine starts all the others.
 PATIENT: Final = 4 * PATIENCE
 
 

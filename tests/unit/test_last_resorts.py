@@ -100,6 +100,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
         (supervisor, "FIRST_PAUSE"),
     ):
         monkeypatch.setattr(module, name, 0.01)
+    monkeypatch.setattr(cancel_listener, "_LOOKS_FOR_LOST_ENDS", (0.0,))
     configure = structlog.configure
     # Not remembered by the loggers of all modules, which the other tests use as well.
     monkeypatch.setattr(structlog, "configure", lambda **how: configure(**how | {"cache_logger_on_first_use": False}))
@@ -564,7 +565,7 @@ async def lost_ends_are_looked_for() -> None:
     listener = CancelListener(*parts)
     await listener._catch_up()
     assert listener._looking_for_ends is not None
-    await asyncio.wait([listener._looking_for_ends])
+    await listener._looking_for_ends
 
 
 async def cancel_is_carried_out() -> None:
