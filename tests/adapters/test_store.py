@@ -13,7 +13,7 @@ from unittest.mock import ANY
 
 import pytest
 from psycopg.errors import IdleInTransactionSessionTimeout
-from sqlalchemy import Connection, Engine, Table, delete, func, select, update
+from sqlalchemy import Connection, Engine, Table, delete, func, select, text, update
 from sqlalchemy.exc import OperationalError
 
 from keepstream.client import queries
@@ -63,6 +63,8 @@ from keepstream_worker.store import (
     Stored,
     Sweep,
     schema,
+    sweeps,
+    turns_postgresql,
 )
 from keepstream_worker.store import pools as store_pools
 from keepstream_worker.store import turns as store_turns
@@ -1297,6 +1299,17 @@ def test_a_pool_is_deleted_when_nothing_waits_there_or_runs_from_there(db: Store
         left = set(connection.scalars(select(pools.c.id)))
     assert left == {pool_of[name] for name in ("arrived", "waits", "runs", "restarted")}
     assert steps == 3
+
+
+def test_what_is_kept_from_plans_is_not_compiled_for_want_of_them(postgres_url: str) -> None:
+    """Compiling took longer than a sweep or a turn may; the tests' own server cannot compile, Debian's can."""
+    engine = make_engine(postgres_url)
+    schema.migrate(engine)
+    for restrict in (sweeps._look_up, lambda connection: turns_postgresql.open_turn(connection, 1)):
+        with engine.begin() as connection:
+            restrict(connection)
+            assert connection.scalar(text("SHOW jit")) == "off"
+    engine.dispose()
 
 
 def test_a_job_whose_pool_is_swept_while_it_is_stored_gets_it_back(postgres_url: str) -> None:

@@ -135,9 +135,12 @@ def _hurry(connection: Connection) -> None:
 
 
 def _look_up(connection: Connection) -> None:
-    """Have each pool looked up in the indexes: if most lanes are in one, the planner would read all for each pool."""
+    """Have each pool looked up in the indexes: if most lanes are in one, the planner would read all for each pool.
+
+    What has no index then counts as dear, before PostgreSQL 18, and would be compiled first, which takes long.
+    """
     if connection.dialect.name == "postgresql":
-        connection.exec_driver_sql("SET LOCAL enable_seqscan = off")
+        connection.exec_driver_sql("SET LOCAL enable_seqscan = off; SET LOCAL jit = off")
 
 
 _FIND_LOST: Final = (

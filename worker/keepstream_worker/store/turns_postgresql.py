@@ -4,7 +4,7 @@ In: what ``keepstream_worker.store.turns`` asks for.  Out: rows as values; what 
 
 They are planned anew each time, when tables may be empty or full, and every row that a turn reads is found by an index
 from a known bound on: so the planner is not left the choice of reading whole tables, or of bitmaps, which would never
-mark the entries of deleted rows.
+mark the entries of deleted rows.  Nor is anything compiled, as what seems dear for want of a plan would be.
 """
 
 import json
@@ -28,6 +28,7 @@ SET LOCAL enable_seqscan = off;
 SET LOCAL enable_bitmapscan = off;
 SET LOCAL enable_hashjoin = off;
 SET LOCAL enable_mergejoin = off;
+SET LOCAL jit = off;
 SELECT pg_advisory_xact_lock(hashtextextended('keepstream turn ' || current_schema(), 0));
 SET LOCAL statement_timeout = '2s';
 SET LOCAL lock_timeout = '1s'
