@@ -46,7 +46,6 @@ from keepstream.events import (
     TerminalEvent,
     ToolCallDelta,
 )
-from keepstream.extras import omissions
 from keepstream.names import EventId
 from keepstream.results import CompletionResult, ToolCall
 from keepstream.transcript import Transcript
@@ -468,10 +467,6 @@ class ResponseEvents:
                 item.extra = choices[index].extra
             yield from item.close(item_status(choices[index].finish_reason, complete=complete))
         self._closed = True
-
-    def needs_row(self) -> bool:
-        """Whether events left something out of the output that the row has whole."""
-        return any(omissions(choice.extra) for choice in self._transcript.choices)
 
     def _result(self, event: TerminalEvent) -> CompletionResult:
         """Return the job as events have told it."""
