@@ -13,6 +13,7 @@ from typing import Final
 import hypothesis
 import pytest
 import redis
+import structlog
 from xdist.workermanage import NodeManager
 
 from keepstream_worker.dev_stack.embedded import EmbeddedValkey, sqlite_url
@@ -101,13 +102,19 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 @pytest.fixture(autouse=True)
-def _logging_as_before() -> Iterator[None]:
+def _logging_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Undo what a test's command did to the logging of this process, which the next test's logs pass through, too."""
+    configure = structlog.configure
+    # A logger that remembers this test's log would write the next test's there.
+    monkeypatch.setattr(structlog, "configure", lambda **how: configure(**how | {"cache_logger_on_first_use": False}))
     root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
+    handlers = root.handlers[:]
+    levels = {logger: logger.level for logger in (root, *map(logging.getLogger, root.manager.loggerDict))}
     yield
+    structlog.reset_defaults()
     root.handlers[:] = handlers
-    root.setLevel(level)
+    for logger, level in levels.items():
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -28,13 +28,6 @@ PATIENT = Timeouts(connect=30.0, first_token=PATIENCE, idle=PATIENCE)
 REQUEST: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "script": {"text": "ok"}}
 
 
-@pytest.fixture(autouse=True)
-def _heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the log heard, whatever a test before this one has configured."""
-    structlog.reset_defaults()
-    monkeypatch.setattr(keys, "log", structlog.get_logger())
-
-
 class Clock:
     """Time that passes when the test says so."""
 

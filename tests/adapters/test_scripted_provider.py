@@ -203,6 +203,12 @@ async def test_delays_come_before_the_headers_and_before_the_first_delta(http: h
     assert time.monotonic() - headers_at > 0.09
 
 
+async def test_streams_can_wait_for_each_other(http: httpx2.AsyncClient, scripted_provider: ScriptedProvider) -> None:
+    await asyncio.gather(*(post(http, {"key": f"k{number}", "deltas": 2, "at_once": 3}) for number in range(3)))
+    attempts = scripted_provider.stats["keys"].values()
+    assert max(a["started_ns"] for a in attempts) < min(a["first_delta_ns"] for a in attempts)
+
+
 async def test_padding_makes_each_delta_longer(http: httpx2.AsyncClient) -> None:
     plain = await post(http, {"deltas": 10})
     assert len(await post(http, {"deltas": 10, "pad": 100})) >= len(plain) + 10 * 100

@@ -14,7 +14,6 @@ from tests.cluster import PATIENCE, Cluster, wait_until
 STREAMS: Final = 200
 RATE: Final = 30.0  #: Deltas a second of each stream.
 DELTAS: Final = 150
-PAUSE: Final = 20.0  #: Seconds before each stream's first delta, in which a busy machine starts all the others.
 PATIENT: Final = 4 * PATIENCE
 
 
@@ -51,10 +50,9 @@ async def watch_all(cluster: Cluster, job_ids: list[str]) -> list[tuple[Transcri
 
 def test_200_streams_of_30_deltas_a_second_are_stored_and_followed_word_for_word(any_cluster: Cluster) -> None:
     cluster = any_cluster
-    limits = {"first_token_timeout": 6 * PAUSE}
+    limits = {"first_token_timeout": PATIENT}
     job_ids = [
-        cluster.enqueue(limits=limits, text=text_of(number), rate=RATE, first_token_delay=PAUSE)
-        for number in range(STREAMS)
+        cluster.enqueue(limits=limits, text=text_of(number), rate=RATE, at_once=STREAMS) for number in range(STREAMS)
     ]
     watched = asyncio.run(watch_all(cluster, job_ids))
 

@@ -98,12 +98,18 @@ def check(cluster: Cluster, service: HostService, ask: Callable[[str], dict[str,
     assert len({answer["id"] for answer in answers}) == JOBS
     assert len({answer["process"] for answer in answers}) == processes
     service.stop()
-    assert not re.search(r"Traceback|error|exception|critical", service.said, re.IGNORECASE), service.said
+    said = _without(r"waits for Redis: it does not answer", service.said)
+    assert not re.search(r"Traceback|error|exception|critical", said, re.IGNORECASE), said
     for worker in cluster.workers:
         worker.terminate()
         assert worker.wait() == 0
-        said = "\n".join(worker.log_lines())
+        said = _without(r"_unavailable", "\n".join(worker.log_lines()))
         assert not re.search(r'"level": ?"(warning|error|critical)"', said), said
+
+
+def _without(outage: str, said: str) -> str:
+    """Return a log without what may be said on a machine on which a server waits longer than its clients do."""
+    return "\n".join(line for line in said.splitlines() if not re.search(outage, line))
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,13 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from queue import Empty
 from types import SimpleNamespace
 from typing import Any, Final, NamedTuple, cast
 
 import orjson
 import pytest
-import structlog
 from celery.signals import worker_shutting_down
 
 from keepstream.errors import ErrorCode, StoreUnavailableError
@@ -87,7 +86,7 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 @pytest.fixture
-def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
+def log(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """The log as it is written in production."""
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
@@ -101,12 +100,8 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
     ):
         monkeypatch.setattr(module, name, 0.01)
     monkeypatch.setattr(cancel_listener, "_LOOKS_FOR_LOST_ENDS", (0.0,))
-    configure = structlog.configure
-    # Not remembered by the loggers of all modules, which the other tests use as well.
-    monkeypatch.setattr(structlog, "configure", lambda **how: configure(**how | {"cache_logger_on_first_use": False}))
     configure_logging("info", "json")
-    yield stream
-    structlog.reset_defaults()
+    return stream
 
 
 class Database:

@@ -5,27 +5,23 @@ import json
 import logging
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import structlog
 
 from keepstream_worker.telemetry.logs import configure_logging, get_logger
+from keepstream_worker.telemetry.outages import Outage, Server
 
 SECRET = "sk-secret"
 
 
 @pytest.fixture
-def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
+def lines(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """The log, written to memory."""
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
-    configure = structlog.configure
-    # Not remembered by the loggers of all modules, which the other tests use as well.
-    monkeypatch.setattr(structlog, "configure", lambda **how: configure(**how | {"cache_logger_on_first_use": False}))
     configure_logging("info", "json")
-    yield stream
-    structlog.reset_defaults()
+    return stream
 
 
 def meet_defect(prompt: str) -> None:
@@ -74,3 +70,13 @@ def test_a_log_that_cannot_be_written_disturbs_nobody() -> None:
     with open("/dev/full", "w") as full:  # noqa: PTH123  # a device
         result = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=full, check=False)
     assert result.stdout == b"went on"
+
+
+@pytest.mark.parametrize("when", ["first", "afterwards"])
+def test_a_test_hears_the_log_whatever_one_before_it_configured(when: str) -> None:
+    outage = Outage(Server.BROKER, "take messages")
+    with structlog.testing.capture_logs() as said:
+        outage.failed(when)
+    assert [line["reason"] for line in said] == [when]
+    configure_logging("error", "json")
+    outage.worked()  # its logger would remember that log

@@ -69,6 +69,7 @@ class Counters:
     """Counts shared by all connections of a server."""
 
     open_streams: int = 0
+    peak_streams: int = 0  #: The most of them at once.
     requests: int = 0
     deltas_sent: int = 0
 
@@ -270,6 +271,7 @@ class Connection(asyncio.Protocol):
         self._headers = headers
         self._on_end = on_end
         self._counters.open_streams += 1
+        self._counters.peak_streams = max(self._counters.peak_streams, self._counters.open_streams)
 
     def count(self, deltas: int) -> None:
         """Count deltas as sent."""
@@ -277,6 +279,11 @@ class Connection(asyncio.Protocol):
         if self._attempt is not None:
             self._attempt.deltas += deltas
             self._attempt.first_delta_ns = self._attempt.first_delta_ns or time.monotonic_ns()
+
+    @property
+    def peak_streams(self) -> int:
+        """The most streams that the server has had open at once."""
+        return self._counters.peak_streams
 
     def later(self, seconds: float) -> float:
         """Return the loop time some seconds from now."""

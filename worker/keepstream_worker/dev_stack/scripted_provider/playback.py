@@ -25,6 +25,7 @@ from keepstream_worker.dev_stack.scripted_provider.script import (
 
 BATCH: Final = 256  #: Deltas written at once when unpaced: about as much as the transport buffers before it pauses us.
 COMMENT_EVERY: Final = 0.05  #: Seconds between two SSE comments.
+LOOK_EVERY: Final = 0.05  #: Seconds after which a stream that waits for others looks again.
 
 _STREAM_HEADERS: Final = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
 _GARBAGE: Final = b'data: {"id":"chatcmpl-garbage","choices":[{"del\xff\xfe\n\n'
@@ -60,6 +61,8 @@ def stream(connection: Connection, script: Script, fault: Fault | None, encoded:
     connection.begin(HTTPStatus.OK, _STREAM_HEADERS)
     if isinstance(fault, SlowFault):
         script = script.model_copy(update={"rate": fault.rate})
+    while connection.peak_streams < script.at_once:
+        yield connection.later(LOOK_EVERY)
     if script.first_token_delay:
         yield connection.later(script.first_token_delay)
 

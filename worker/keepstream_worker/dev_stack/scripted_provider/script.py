@@ -145,6 +145,7 @@ class Script(_Strict):
     )
     delay: Seconds = Field(default=0, description="Seconds before the headers.")
     first_token_delay: Seconds = Field(default=0, description="Seconds from the headers to the first delta.")
+    at_once: Count = Field(default=1, description="Streams that the server has had open before the first delta.")
     finish_reason: str | None = Field(default="auto", description="null: none is sent.")
     usage: dict[str, Any] | Literal["auto"] | None = Field(default="auto", description="null: none is sent.")
     stamp: bool = Field(

@@ -118,6 +118,7 @@ class ScriptedProvider:
         self._recorded_bytes = 0
         self._attempts.clear()
         self._counters.requests = self._counters.deltas_sent = 0
+        self._counters.peak_streams = self._counters.open_streams
         self.limiter.reset()
 
     def limit(self, changes: object) -> None:
