@@ -188,6 +188,35 @@ def test_a_place_beyond_the_wall_is_tried_the_more_seldom_the_longer_the_provide
     assert learning.ceiling(accepted(state, NOW + 1200, running=50)) == 51
 
 
+def test_a_refusal_where_many_were_accepted_lowers_nothing_and_is_excused_once() -> None:
+    state = accepted(refused(TargetState(), NOW, running=21), NOW + 1, running=21, times=20)
+    assert learning.ceiling(state) == 20
+    state = accepted(state, NOW + 2, running=20, times=60)
+    for i in range(2):  # each costs 40
+        state = refused(state, NOW + 3 + 10 * i, running=20)
+        assert closed(state, NOW + 3 + 10 * i) is not None
+        assert places(state, NOW + 9 + 10 * i, 0) == 1
+        state = accepted(state, NOW + 9 + 10 * i, running=20)
+        assert learning.ceiling(state) == (20 if i == 0 else 19)
+
+
+def test_a_single_stream_that_is_refused_now_and_then_does_not_stay_alone() -> None:
+    state, now = TargetState(), NOW
+    for stream in range(200):
+        now += 5
+        if stream % 10 == 0:
+            state = refused(state, now, running=int(learning.ceiling(state)) if state.ceiling else 1)
+        else:
+            state = accepted(state, now, running=int(learning.ceiling(state)))
+    assert learning.ceiling(state) >= 4
+
+
+@pytest.mark.parametrize("ceiling", [1.5, 2.5, 3.5])
+def test_a_part_of_a_place_keeps_no_ceiling_down(ceiling: float) -> None:
+    state = TargetState(ceiling=ceiling, wall=10.0, refused_at=NOW, lowered_at=NOW)
+    assert learning.ceiling(accepted(state, NOW + 1, running=int(ceiling))) > ceiling
+
+
 def test_a_limit_that_was_lowered_is_found() -> None:
     state = accepted(refused(TargetState(), NOW, running=51), NOW + 1, running=51, times=50)
     state = refused(state, NOW + 2, running=20)
@@ -387,6 +416,21 @@ class Concurrency:
         self.streams -= 1
 
 
+class Chance:
+    """A provider that refuses some requests, whatever runs."""
+
+    def __init__(self, share: float, retry_after: float = 0.0) -> None:
+        self._share = share
+        self._retry_after = retry_after
+        self._random = Random(7)
+
+    def ask(self, now: float) -> float | None:
+        return self._retry_after if self._random.random() < self._share else None
+
+    def end(self) -> None:
+        pass
+
+
 class Bucket:
     """A provider that allows so many requests a minute, at a steady rate or saved up."""
 
@@ -551,3 +595,23 @@ def test_a_rate_is_kept_although_only_streams_are_counted(model: Model) -> None:
     print(f"{later:.1%} refused after the first minute, {figures.accepted} accepted")  # noqa: T201
     assert later <= 0.05
     assert figures.accepted >= 0.9 * 3000
+
+
+@pytest.mark.parametrize("retry_after", [0.0, 1.0], ids=["silent", "retry-after"])
+@pytest.mark.parametrize(("share", "streams"), [(0.02, 15), (0.05, 6), (0.1, 4), (0.2, 2)])
+def test_refusals_that_come_by_chance_do_not_leave_a_target_with_one_stream(
+    share: float, streams: float, retry_after: float
+) -> None:
+    figures = simulate(Chance(share, retry_after), 600, lambda random: random.expovariate(1 / 5))
+    used = figures.stream_seconds / 600
+    print(f"{share:.0%} refused: {used:.1f} streams at once")  # noqa: T201
+    assert used >= streams
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 5])
+def test_few_places_are_kept_in_use(most: int) -> None:
+    figures = simulate(Concurrency(most, 1.0), 600, lambda random: random.expovariate(1))
+    used = figures.stream_seconds / (most * 600)
+    print(f"{most}: {figures.share_refused:.1%} refused, {used:.1%} used")  # noqa: T201
+    assert used >= 0.8
+    assert figures.share_refused <= 0.06

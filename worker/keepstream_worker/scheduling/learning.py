@@ -7,8 +7,9 @@ Three things are learnt about a target, each by itself:
 
 - A **ceiling** of streams at once. There is none before the first refusal; until then the number may double with what
   the provider has accepted. A refusal far from where it is expected halves the ceiling, once for all refusals of the
-  same moment. The level of the refusal is remembered as the **wall**: the ceiling returns to just below it quickly and
-  tries the next place beyond it seldom, so that next to nothing is refused, and a limit that was raised is found.
+  same moment; one that comes where many were accepted is not because of their number, and lowers nothing. The level of
+  the refusal is remembered as the **wall**: the ceiling returns to just below it quickly and tries the next place
+  beyond it seldom, so that next to nothing is refused, and a limit that was raised is found.
 - A **cool-down** that all workers share, as long as the provider asks for or, if it says nothing, longer each time.
 - A **circuit**: after some failures in a row, over some seconds, nothing is let in for a while; then exactly one
   stream, whose clean end opens the target again and whose failure closes it for longer. A burst of requests on which a
@@ -45,6 +46,13 @@ _PATIENCE: Final = 100  #: Accepted streams before one more place is tried: so m
 #: The same for each place below the wall, doubled with each try in vain, and a hundred at most: with a few streams at
 #: once a hundred take very long, and what was refused then may have been refused for another reason than their number.
 _PATIENCE_A_PLACE: Final = 4
+#: A refusal is excused, and lowers nothing, if so many streams were accepted before where it came: the square of the
+#: ceiling by ten. Were it because of their number, those would have been refused as well. A provider that refuses one
+#: request in ten by chance is left ten streams like this. With more streams less holds them back: beyond 31 no refusal
+#: is excused, since one in a hundred is what is aimed at.
+_SQUARE_OF_EXCUSED: Final = 10.0
+_LEAST_EXCUSE: Final = 2.0
+_FEWEST: Final = 2.0  #: A wall lower than this would leave no stream to learn by.
 _PAUSE: Final = 20  #: Cool-downs before one more place is tried, since each costs places; fewer with few.
 _WALL_MEMORY: Final = 600.0  #: Seconds without a refusal after which the wall is forgotten.
 
@@ -72,10 +80,11 @@ class TargetState:
     accepted: int = 0  #: Streams that it accepted before its first refusal, as far as they say how many it takes.
     ceiling: float | None = None  #: Streams at once; None: it has never refused one.
     wall: float | None = None  #: At so many streams it refused; None: not known, or too long ago.
-    clean: int = 0  #: Streams accepted at the ceiling since it last changed.
+    clean: float = 0.0  #: Streams accepted at the ceiling since it last changed, less what refusals there cost.
     step: int = 1  #: Places to try beyond the wall next time.
     vain: int = 0  #: Times in a row that a place beyond the wall was tried in vain.
     refused_at: float = 0.0  #: When a refusal was last heeded.
+    lowered_at: float = 0.0  #: When a refusal last lowered the ceiling.
     refusals: int = 0  #: Refusals heeded in a row, without a stream accepted in between.
     room: int | None = (
         None  #: Streams that may be let in until another one is accepted; None: as many as there are places.
@@ -118,6 +127,7 @@ _KEYS: Final = {
     "s": "step",
     "v": "vain",
     "t": "refused_at",
+    "l": "lowered_at",
     "r": "refusals",
     "i": "room",
     "j": "tried_at",
@@ -206,23 +216,23 @@ def accepted(state: TargetState, now: float, *, started: float, running: int) ->
     if state.room is not None:
         room = state.room + 2  # one in its place, and one more
         state = replace(state, room=room if 2 * room < most else None)
-    if running < _FULL * most:
+    if running < min(_FULL * most, int(most)):
         return state
-    since = now - state.refused_at
+    since = now - state.lowered_at
     wall = state.wall if since <= max(_WALL_MEMORY, 2 * _PAUSE * state.pause) else None
     if wall is None:
-        return replace(state, ceiling=most + _RETURN, wall=None, clean=0)
+        return replace(state, ceiling=most + _RETURN, wall=None, clean=0.0)
     if most < wall - 1:
-        return replace(state, ceiling=min(most + _RETURN, wall - 1), clean=0)
+        return replace(state, ceiling=min(most + _RETURN, wall - 1), clean=0.0)
     if running < int(most):
         return state
-    clean = state.clean + 1
+    clean = min(state.clean + 1, _PATIENCE)
     in_vain = wall * 2**state.vain
     if clean < min(_PATIENCE, _PATIENCE_A_PLACE * in_vain) or since < min(_PAUSE, in_vain) * state.pause:
         return replace(state, clean=clean)
     # It has accepted so many for so long: the wall is not here.
     vain = 0 if most >= wall else state.vain
-    return replace(state, ceiling=most + state.step, wall=most + 1, clean=0, step=2 * state.step, vain=vain)
+    return replace(state, ceiling=most + state.step, wall=most + 1, clean=0.0, step=2 * state.step, vain=vain)
 
 
 def completed(state: TargetState, now: float, *, started: float) -> TargetState:
@@ -264,24 +274,25 @@ def refused(
         refusals=refusals,
         pause=pause,
         cooling_until=max(state.cooling_until, now + pause),
-        clean=0,
-        step=1,
-        accepted=0,
     )
-    # Nothing has been accepted since the last one: it is still closed, which says nothing about how many it takes.
-    if refusals > 1 and state.ceiling is not None:
-        return replace(state, room=1)
-    return _lowered(state, max(1, running))
+    most = state.ceiling
+    if most is not None:
+        # Nothing has been accepted since the last one: it is still closed, which says nothing about how many it takes.
+        if refusals > 1:
+            return replace(state, room=1)
+        excuse = max(_LEAST_EXCUSE, most**2 / _SQUARE_OF_EXCUSED)
+        if state.clean >= excuse or most < _FEWEST:
+            return replace(state, clean=max(0.0, state.clean - excuse), room=1)
+    return _lowered(replace(state, lowered_at=now, clean=0.0, step=1, accepted=0), max(1, running))
 
 
 def _lowered(state: TargetState, level: int) -> TargetState:
     if state.wall is None or state.ceiling is None or level < _NEAR * state.wall:
-        # A wall below two would leave no stream to learn by.
-        return replace(state, wall=max(2.0, level), ceiling=max(1.0, level / 2), room=1)
+        return replace(state, wall=max(_FEWEST, level), ceiling=max(1.0, level / 2), room=1)
     wall = state.wall
     if state.ceiling >= wall:  # the place beyond the wall was tried
         return replace(state, ceiling=wall - 1, vain=min(state.vain + 1, _MOST_DOUBLINGS))
-    wall = max(2.0, min(wall - 1, level))  # refused where it had accepted
+    wall = max(_FEWEST, min(wall - 1, level))  # refused where it had accepted
     return replace(state, wall=wall, ceiling=wall - 1, room=1)
 
 
