@@ -116,7 +116,9 @@ class TargetState:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "TargetState":
         """Return the state that ``to_json`` gave; keys of another version are passed over."""
-        return cls(**{name: data[key] for key, name in _KEYS.items() if key in data})
+        state = cls(**{name: data[key] for key, name in _KEYS.items() if key in data})
+        # A version that does not know of it lowers the ceiling with each refusal. With 0 the wall would be forgotten.
+        return state if state.lowered_at else replace(state, lowered_at=state.refused_at)
 
 
 _KEYS: Final = {
