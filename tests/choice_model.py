@@ -183,8 +183,9 @@ class Model:
         target, started = place.target, place.chosen_at
         known = self.learned.get(target, learning.TargetState())
         weight = self.policy.tenant(place.tenant).weight
+        running = place.running or max(1, self.running[target])  # without a turn, those that run now say it
         if isinstance(told, Accepted):
-            self.learned[target] = learning.accepted(known, self.now, started=started, running=place.running)
+            self.learned[target] = learning.accepted(known, self.now, started=started, running=running)
             return
         assert isinstance(told, Settled)
         if not told.estimated:
@@ -195,9 +196,7 @@ class Model:
         elif told.end is End.ANSWERED:
             known = learning.answered(known, self.now, started=started)
         elif told.end is End.REFUSED:
-            known = learning.refused(
-                known, self.now, started=started, running=place.running, retry_after=told.retry_after
-            )
+            known = learning.refused(known, self.now, started=started, running=running, retry_after=told.retry_after)
         elif told.end is End.FAILED:
             known = learning.failed(
                 known,

@@ -81,8 +81,6 @@ class Engine:
         earlier = self.active.get(claim.key)
         if earlier is not None and earlier.attempt == claim.attempt:
             return False
-        if not claim.running:  # it started without a turn, which would have counted all; those that are here are known
-            claim = replace(claim, running=self.streams[claim.target] + 1)
         task = asyncio.get_running_loop().create_task(self._run(claim))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

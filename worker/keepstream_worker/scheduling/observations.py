@@ -37,7 +37,7 @@ class Place:
     job_class: str
     target: Target
     chosen_at: float = 0.0  #: Moment of the turn that let it in.
-    running: int = 0  #: Streams at the target after that turn.
+    running: int = 0  #: Streams at the target after that turn; 0: it was let in without one, so nobody counted them.
 
 
 @dataclass(frozen=True, slots=True)
