@@ -18,9 +18,9 @@ from keepstream_worker.scheduling.learning import FAILING_FOR
 from keepstream_worker.scheduling.observations import Accepted, Charged, End, Observation, Place, Settled
 from keepstream_worker.scheduling.report import Used, report
 from keepstream_worker.scheduling.state import State
-from keepstream_worker.turn import Pick, Question, Reading
+from keepstream_worker.turn import Pick, Question, Reading, WaitingJob
 from keepstream_worker.values import JobKey, Target
-from tests.choice_world import World
+from tests.choice_world import Running, World
 
 CHAIN = [("p", "m")]
 TARGET = Target("p", "m")
@@ -405,6 +405,48 @@ def test_a_job_may_start_without_a_turn_where_nothing_limits_it():
     assert not may(free, State.from_json(refused.state))
 
 
+def start_directly(world: World, here: int) -> Place | None:
+    """Start a job as a worker does that has so many streams, or let it wait; return where it was let in."""
+    job = world.store("a", CHAIN)
+    if may_start_directly(Policy(), State.from_json(world.state), [TARGET], "a", {TARGET: here}) is None:
+        return None
+    world.cancel(job.seq)
+    running = world.running[job.key] = Running(Pick(job, TARGET, 200, world.now))
+    return running.place
+
+
+def started_by_four_workers() -> tuple[World, list[Observation]]:
+    """Return a world in which each of four workers has started ten jobs, and what they tell."""
+    world = World()
+    told: list[Observation] = []
+    for here in range(10):
+        for _ in range(4):
+            world.now += 0.1
+            place = start_directly(world, here)
+            assert place is not None
+            told += [Charged(place, 200), Accepted(place)]
+    return world, told
+
+
+def test_jobs_that_started_without_a_turn_keep_nobody_waiting():
+    """What a target accepts is known by all of its streams, not by those of the worker that has most."""
+    world, told = started_by_four_workers()
+    world.turn(Policy(), 90, told)
+    waiting = [start_directly(world, 20) for _ in range(4)]
+    assert waiting == [None] * 4
+    decision = world.turn(Policy(), 84)
+    assert (len(decision.picks), decision.closed) == (4, {})
+
+
+def test_a_refusal_is_measured_by_all_streams_of_a_target():
+    world, told = started_by_four_workers()
+    place = next(iter(world.running.values())).place
+    world.end(next(iter(world.running)))
+    refusal = Settled(place, 200, 0, None, End.REFUSED)
+    decision = world.turn(Policy(), 0, [*told, refusal])
+    assert State.from_json(decision.state).use("p/m").learned.ceiling == 39 / 2
+
+
 def test_jobs_that_started_without_a_turn_are_paid_for():
     world = World()
     place = Place(1, 2, "a", "interactive", TARGET, world.now)
@@ -586,6 +628,28 @@ def test_restarted_jobs_of_a_provider_that_a_worker_lacks_are_left_alone() -> No
         assert world.turn(Policy(), 5, providers={"here"}).picks == ()
         assert world.choice.lacking == {"there"}
     assert [pick.job.seq for pick in world.turn(Policy(), 5, providers={"there"}).picks] == [again.seq]
+
+
+def test_restarted_jobs_in_very_many_pools_are_read_in_the_order_in_which_they_are_due() -> None:
+    world = World()
+    for number in range(1000):
+        world.store("a", [("p", f"m{number}")])
+    while len(world.running) < 1000:
+        world.turn(Policy(), 50)
+        world.now += 1.0
+    random_ = random.Random(1)
+    for key in list(world.running):
+        world.restart(key, random_.uniform(0.0, 10.0))
+    for _ in range(5):
+        world.turn(Policy(), 0)
+    world.now += 10.0
+    taken: list[WaitingJob] = []
+    while world.waiting:
+        picks = world.turn(Policy(), 50).picks
+        assert len(picks) == 50
+        assert len(world.question.restarted_pools) <= 100
+        taken += [pick.job for pick in picks]
+    assert taken == sorted(taken, key=lambda job: job.due or 0.0)
 
 
 # -- what makes no sense --

@@ -44,6 +44,8 @@ from keepstream_worker.values import Target
 
 #: Pools of a class that are read in one turn.
 _MOST_POOLS: Final = 16
+#: Pools of which restarted jobs are read in one turn: more than it takes jobs, or some of them would come too late.
+_MOST_RESTARTED: Final = 64
 #: Full tenants that are looked at again in one turn.
 _MOST_TENANTS: Final = 20
 #: Full tenants that are remembered. Lanes of others are parked all the same; they are looked for when a job of theirs
@@ -115,6 +117,8 @@ class Choice:
         self._gates = Gates(self._policy, self._state, now)
         self._lanes: dict[int, Lane] = {}
         self._told: list[Charged | Settled] = []  # what moves lanes
+        self._heard: dict[str, list[Accepted | Settled]] = {}  # what teaches, by target
+        self._before_hearing: dict[str, learning.TargetState] = {}
         self._freed: set[str] = set(self._parked)
         if self._state.parked_beyond <= now - _PARKED_MEMORY:
             self._state.parked_beyond = 0.0
@@ -146,7 +150,7 @@ class Choice:
             first_jobs=places,
             other_jobs=min(places, -(-2 * places // lanes) + 1),
             restarted=places,
-            counted_providers=self._providers_waited_for(),
+            counted_providers=self._providers_to_count(),
             counted_tenants=self._asked_tenants,
             counts_all_tenants=any(tenant.concurrency is not None for tenant in self._policy.tenants.values()),
         )
@@ -157,36 +161,40 @@ class Choice:
         key = key_of(place.target)
         use = self._state.use(key)
         use.used = self._now
-        if isinstance(observation, Accepted):
-            use.learned = learning.accepted(use.learned, self._now, started=place.chosen_at, running=place.running)
-            return
         if isinstance(observation, Charged):
             self._gates.of(key).charge(observation.tokens)
             self._told.append(observation)
             return
-        self._freed.add(place.tenant)
-        if not observation.estimated:
-            return  # it was handed out to be ended: no target let it in
-        learned = learning.told(use.learned, observation.rates)
-        if learned != use.learned:
-            use.learned = learned
-            self._gates.forget()
-        use.learned = self._learn(learned, observation)
+        if isinstance(observation, Settled):
+            self._freed.add(place.tenant)
+            if not observation.estimated:
+                return  # it was handed out to be ended: no target let it in
+            if learning.told(use.learned, observation.rates) != use.learned:
+                self._gates.forget()
+        self._before_hearing.setdefault(key, use.learned)
+        self._heard.setdefault(key, []).append(observation)
+        use.learned = self._learn(use.learned, observation)
+        if isinstance(observation, Accepted):
+            return
         if observation.output is not None:
             use.answered(observation.output)
         if observation.actual is not None and observation.actual != observation.estimated:
             self._gates.of(key).settle(observation.actual - observation.estimated)
             self._told.append(observation)
 
-    def _learn(self, learned: learning.TargetState, told: Settled) -> learning.TargetState:
+    def _learn(self, learned: learning.TargetState, told: Accepted | Settled, counted: int = 1) -> learning.TargetState:
+        """Return what is known of a target after what is told; ``counted``: its streams, if nobody counted them."""
         now, place = self._now, told.place
-        started = place.chosen_at
+        started, running = place.chosen_at, place.running or max(1, counted)
+        if isinstance(told, Accepted):
+            return learning.accepted(learned, now, started=started, running=running)
+        learned = learning.told(learned, told.rates)
         if told.end is End.COMPLETED:
             return learning.completed(learned, now, started=started)
         if told.end is End.ANSWERED:
             return learning.answered(learned, now, started=started)
         if told.end is End.REFUSED:
-            return learning.refused(learned, now, started=started, running=place.running, retry_after=told.retry_after)
+            return learning.refused(learned, now, started=started, running=running, retry_after=told.retry_after)
         if told.end is End.FAILED:
             provider = place.target.provider
             return learning.failed(
@@ -197,6 +205,20 @@ class Choice:
                 broken_for=self._policy.broken_for(provider),
             )
         return learning.withdrawn(learned, now, started=started)
+
+    def _learn_by_count(self, running: Mapping[Target, int]) -> None:
+        """Learn once more, now that they are counted, from streams that were started without a turn.
+
+        How many others a target had is known to no single worker: by its own few, what a target accepts would be taken
+        for next to nothing.
+        """
+        for key, heard in self._heard.items():
+            if all(told.place.running for told in heard):
+                continue
+            learned = self._before_hearing[key]
+            for told in heard:
+                learned = self._learn(learned, told, running.get(told.place.target, 0))
+            self._state.use(key).learned = learned
 
     def _note_freed(self, providers: set[str]) -> None:
         """Note that streams of these have ended: who waits for them need not be last."""
@@ -250,20 +272,35 @@ class Choice:
         return tuple(found + [name for _, name in due][: max(_MOST_TENANTS - len(found), 0)])
 
     def _restarted_to_read(self) -> tuple[int, ...]:
-        """Return the open pools in which restarted jobs are due."""
+        """Return the open pools in which restarted jobs are due; if they are too many, those that are due first.
+
+        Tenants, who name the models, may have each job wait in a pool of its own.
+        """
         if not self._places:
             return ()
-        found = []
+        wanted: list[tuple[float, int]] = []
         for number, pool in self._state.pools.items():
             if pool.queue != self._queue:
                 continue
-            due = pool.restarted is not None and pool.restarted <= self._now
-            if (due or (pool.hidden and self._asked_tenants)) and self._gate(pool, counted=False) is not None:
+            if pool.restarted is not None and pool.restarted <= self._now:
+                wanted.append((pool.restarted, number))
+            elif pool.hidden and self._asked_tenants:
+                wanted.append((_NEVER, number))
+        wanted.sort()
+        found: list[int] = []
+        for _, number in wanted:
+            if self._gate(self._state.pools[number], counted=False) is not None:
                 found.append(number)
+                if len(found) >= _MOST_RESTARTED:
+                    break
         return tuple(found)
 
-    def _providers_waited_for(self) -> tuple[str, ...]:
-        return tuple({key.partition("/")[0] for pool in self._state.pools.values() for key in pool.chain})
+    def _providers_to_count(self) -> tuple[str, ...]:
+        """Return the providers for which jobs wait, and those of streams that were started without a turn."""
+        found = {key.partition("/")[0] for pool in self._state.pools.values() for key in pool.chain}
+        for heard in self._heard.values():
+            found.update(told.place.target.provider for told in heard if not told.place.running)
+        return tuple(found)
 
     def _least_times(self) -> dict[tuple[str, str], float]:
         """Return, by queue and class, the least time that a standing can have which means anything."""
@@ -306,6 +343,7 @@ class Choice:
         self._open: dict[int, Gate | None] = {}
         self._heaps: dict[str, list[tuple[float, int, int]]] = {}
         self._gates.count(reading.running)
+        self._learn_by_count(reading.running)
         self._unread = {
             number for number, pool in self._state.pools.items() if pool.queue == self._queue and pool.low is not None
         }.difference(self._asked_pools)
@@ -651,6 +689,7 @@ class Choice:
                     due.append(job)
         due.sort(key=lambda job: (job.due, job.seq))
         hidden = set()
+        put_off = set()
         for job in due:
             if len(self._picks) >= self._places:
                 break
@@ -659,7 +698,9 @@ class Choice:
                 continue
             self._note_tenant(job.key.tenant)
             if job.key.tenant in self._full:
-                if self._note_full(job.key.tenant, self._queue) is not None:
+                if self._note_full(job.key.tenant, self._queue) is None:
+                    put_off.add(job.seq)
+                else:
                     hidden.add(job.seq)
                     self._pool(job.pool).hidden = True
                 continue
@@ -668,13 +709,19 @@ class Choice:
             taken.add(job.seq)
             self._take(job, lane, gate)
         for number in self._asked_restarted | self._restarted_arrived:
-            self._note_restarted(number, by_pool.get(number, []), taken, hidden)
+            self._note_restarted(number, by_pool.get(number, []), taken, hidden, put_off)
 
-    def _note_restarted(self, number: int, jobs: list[WaitingJob], taken: set[int], hidden: set[int]) -> None:
-        """Note when the next restarted job of a pool is due."""
+    def _note_restarted(
+        self, number: int, jobs: list[WaitingJob], taken: set[int], hidden: set[int], put_off: set[int]
+    ) -> None:
+        """Note when the next restarted job of a pool is due, or is to be looked at again, if it is ``put_off``."""
         pool = self._pool(number)
         jobs.sort(key=lambda job: job.due or 0.0)
-        left = [job.due for job in jobs if job.seq not in taken and job.seq not in hidden and job.due is not None]
+        left = [
+            self._now + _LAST_RESORT if job.seq in put_off else job.due
+            for job in jobs
+            if job.seq not in taken and job.seq not in hidden and job.due is not None
+        ]
         if number not in self._asked_restarted:
             pool.restarted = min((*left, pool.restarted or _NEVER))
             pool.restarted = None if pool.restarted == _NEVER else pool.restarted
