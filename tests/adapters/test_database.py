@@ -10,6 +10,7 @@ from typing import Final, NamedTuple
 
 import pytest
 from sqlalchemy import Connection, Engine, select, text
+from sqlalchemy.exc import DBAPIError
 
 from keepstream.client.database import make_engine
 from keepstream.errors import StoreUnavailableError
@@ -220,6 +221,25 @@ def test_processes_take_turns_and_a_frozen_one_keeps_nobody_out_for_ever(
         pass
     for each in (mine, others):
         each.close()
+
+
+# -- locks --
+
+
+def test_locks_of_whoever_stands_still_are_free_before_others_give_up(postgres_url: str) -> None:
+    """A machine that is lost in the middle of a transaction says nothing to its server."""
+    one, other = make_engine(postgres_url), make_engine(postgres_url)
+    lock = text("SELECT pg_advisory_xact_lock(1)")
+    try:
+        with one.connect() as stands_still:
+            stands_still.execute(lock)
+            with other.begin() as waits:
+                waits.execute(lock)
+            with pytest.raises(DBAPIError, match="idle-in-transaction"):
+                stands_still.execute(lock)
+    finally:
+        one.dispose()
+        other.dispose()
 
 
 # -- options of the URL --

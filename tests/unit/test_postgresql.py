@@ -5,26 +5,32 @@ import pytest
 from keepstream.client.postgresql import explain_failure, plan_session
 
 LOCK, STATEMENT = "SET LOCAL lock_timeout = E'10000'", "SET LOCAL statement_timeout = E'30000'"
+IDLE = "SET LOCAL idle_in_transaction_session_timeout = E'8000'"
 
 
 @pytest.mark.parametrize(
     ("given", "options", "begin"),
     [
-        ("", "", f"BEGIN; {LOCK}; {STATEMENT}"),
-        ("-csearch_path=a", "", f"BEGIN; {LOCK}; {STATEMENT}; SELECT set_config('search_path', E'a', true)"),
+        ("", "", f"BEGIN; {LOCK}; {STATEMENT}; {IDLE}"),
+        ("-csearch_path=a", "", f"BEGIN; {LOCK}; {STATEMENT}; {IDLE}; SELECT set_config('search_path', E'a', true)"),
         (
             "-c lock_timeout=1s -c work_mem=1MB",
             "-c work_mem=1MB",
-            f"BEGIN; SET LOCAL lock_timeout = E'1s'; {STATEMENT}",
+            f"BEGIN; SET LOCAL lock_timeout = E'1s'; {STATEMENT}; {IDLE}",
         ),
-        ("--Statement-Timeout=0", "", f"BEGIN; {LOCK}; SET LOCAL statement_timeout = E'0'"),
-        ("-clock_timeout=1 -clock_timeout=2", "", f"BEGIN; SET LOCAL lock_timeout = E'2'; {STATEMENT}"),
-        ("-e -S 64", "-e -S 64", f"BEGIN; {LOCK}; {STATEMENT}"),
-        ("-cjit=--lock_timeout=1", "-cjit=--lock_timeout=1", f"BEGIN; {LOCK}; {STATEMENT}"),
+        ("--Statement-Timeout=0", "", f"BEGIN; {LOCK}; SET LOCAL statement_timeout = E'0'; {IDLE}"),
+        ("-clock_timeout=1 -clock_timeout=2", "", f"BEGIN; SET LOCAL lock_timeout = E'2'; {STATEMENT}; {IDLE}"),
+        (
+            "-cidle-in-transaction-session-timeout=1min",
+            "",
+            f"BEGIN; {LOCK}; {STATEMENT}; SET LOCAL idle_in_transaction_session_timeout = E'1min'",
+        ),
+        ("-e -S 64", "-e -S 64", f"BEGIN; {LOCK}; {STATEMENT}; {IDLE}"),
+        ("-cjit=--lock_timeout=1", "-cjit=--lock_timeout=1", f"BEGIN; {LOCK}; {STATEMENT}; {IDLE}"),
         (
             r"-csearch_path=\"My\ schema\",o'b",
             "",
-            f"BEGIN; {LOCK}; {STATEMENT}; SELECT set_config('search_path', E'\"My schema\",o''b', true)",
+            f"BEGIN; {LOCK}; {STATEMENT}; {IDLE}; SELECT set_config('search_path', E'\"My schema\",o''b', true)",
         ),
     ],
 )

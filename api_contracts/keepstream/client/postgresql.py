@@ -10,8 +10,14 @@ session would have to remember is relied upon: what holds for a transaction is s
 import re
 from typing import Final, NamedTuple
 
-#: Milliseconds, where the URL does not say otherwise: a lock or statement that hangs is an outage too.
-_TIMEOUTS: Final = {"lock_timeout": "10000", "statement_timeout": "30000"}
+#: Milliseconds, where the URL does not say otherwise: a lock or statement that hangs is an outage too. Whoever falls
+#: silent within a transaction, because its machine is lost or stands still, holds its locks until the server hears of
+#: it, which may take hours; so it is cut off before those who wait for them give up.
+_TIMEOUTS: Final = {
+    "lock_timeout": "10000",
+    "statement_timeout": "30000",
+    "idle_in_transaction_session_timeout": "8000",
+}
 
 #: An option as ``-c name=value``, ``-cname=value`` or ``--name=value``; a backslash takes the next character as it is.
 _OPTION: Final = re.compile(r"(?<!\S)(?:-c\s*|--)([A-Za-z][\w-]*)=((?:\\.|[^\s\\])*)(?=\s|$)", re.DOTALL)
@@ -75,7 +81,8 @@ _REFUSED: Final = Failure(
 _OPTION_REFUSED: Final = Failure(
     False,
     "refuses an option of the connection",
-    "a pooler takes only search_path, lock_timeout and statement_timeout from the URL's options: set others by"
+    "a pooler takes only search_path, lock_timeout, statement_timeout and idle_in_transaction_session_timeout from the"
+    " URL's options: set others by"
     " ALTER ROLE ... SET, and leave them out of the URL",
 )
 _TLS: Final = Failure(
