@@ -950,6 +950,19 @@ def test_nobody_is_reaped_by_a_question_that_the_database_kept_waiting(db: Store
     assert db.sweep(lease=600.0, asked_at=time.monotonic() - 200.0).lost == [JobKey("default", "a")]
 
 
+def test_a_worker_is_not_dead_before_its_own_lease_ends(db: Store) -> None:
+    """Its heartbeats may be farther apart than the sweeper's lease, while the settings of a deployment change."""
+    db.claimed("a")
+    db.dead("w1")
+    with db.engine.begin() as connection:
+        connection.execute(update(workers).values(lease=90.0))
+    assert db.sweep(lease=6.0).lost == []
+    with db.engine.begin() as connection:
+        connection.execute(update(workers).values(lease=30.0))
+    assert db.sweep(lease=90.0).lost == []
+    assert db.sweep(lease=6.0).lost == [JobKey("default", "a")]
+
+
 def test_retired_workers_jobs_need_not_wait_for_the_lease(db: Store) -> None:
     db.alive()
     db.claimed()

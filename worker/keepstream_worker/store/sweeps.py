@@ -32,6 +32,7 @@ from keepstream.tables import (
     pools,
     running,
     seconds_from_now,
+    seconds_until,
     standings,
     turns,
     waiting,
@@ -98,7 +99,7 @@ def _lead(connection: Connection, candidacy: Candidacy) -> bool:
 class Sweep(NamedTuple):
     """What a sweeper asks for."""
 
-    lease: float  #: Seconds of silence after which a worker is taken for dead.
+    lease: float  #: Seconds of silence after which a worker is taken for dead, if its own lease is not longer.
     reap: bool  #: Whether the silence of other workers counts as death.
     asked_at: float  #: ``time.monotonic()`` of the question.
     max_attempts: int  #: For jobs that do not say.
@@ -143,10 +144,15 @@ def _look_up(connection: Connection) -> None:
         connection.exec_driver_sql("SET LOCAL enable_seqscan = off; SET LOCAL jit = off")
 
 
+#: A worker may have another lease than the one that sweeps, and give its signs of life as seldom as that allows, while
+#: the setting is changed on one worker after the other: the longer one counts.
 _FIND_LOST: Final = (
     select(running.c.tenant, running.c.job_id, running.c.attempt, running.c.worker_id)
     .join(workers, workers.c.id == running.c.worker_id)
-    .where(workers.c.heartbeat_at < seconds_from_now(-bindparam("lease", type_=Float)))
+    .where(
+        workers.c.heartbeat_at < seconds_from_now(-bindparam("lease", type_=Float)),
+        seconds_until(workers.c.heartbeat_at) < -workers.c.lease,
+    )
     .limit(bindparam("limit", type_=Integer))
 )
 #: What somebody else has locked is looked after already.
