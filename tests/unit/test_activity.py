@@ -2,7 +2,9 @@
 
 import json
 import re
+import sys
 from datetime import UTC, datetime
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -65,6 +67,29 @@ def test_jobs_are_counted_by_target_and_by_tenant() -> None:
         ("c", 1, None, 0),
     ]
     assert (drawn.running, drawn.waiting, drawn.places) == (4, 5, 10)
+
+
+def lines_to_draw(targets: int) -> int:
+    """Return how many lines are executed to draw so many targets and tenants."""
+    waiting = [waits(f"tenant-{number}", Target("p", f"m{number}")) for number in range(targets)]
+    lines = 0
+
+    def count(_frame: FrameType, event: str, _argument: object) -> Any:
+        nonlocal lines
+        lines += event == "line"
+        return count
+
+    before = sys.gettrace()
+    sys.settrace(count)
+    try:
+        picture(*waiting, policy=Policy())
+    finally:
+        sys.settrace(before)
+    return lines
+
+
+def test_very_many_targets_and_tenants_are_drawn_in_one_pass() -> None:
+    assert lines_to_draw(400) < 3 * lines_to_draw(200)
 
 
 FULL = {"openai": {"why": "concurrency", "running": 5, "most": 5}}

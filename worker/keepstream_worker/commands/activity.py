@@ -5,10 +5,10 @@ and as JSON.  Pure.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from keepstream.client.overview import Activity, Waits, what_waits
 from keepstream.client.waiting import closed_words
@@ -16,8 +16,10 @@ from keepstream.results import WaitingFor
 from keepstream_worker.commands.formats import iso_time
 from keepstream_worker.limits import OTHER_TENANTS, Limits, Policy, is_pattern, target_key
 from keepstream_worker.scheduling.report import Use, Used, report
-from keepstream_worker.scheduling.state import State
+from keepstream_worker.scheduling.state import State, key_of
 from keepstream_worker.values import Target
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 class Row(NamedTuple):
@@ -120,20 +122,26 @@ def draw(activity: Activity, policy: Policy) -> Picture:
         by_tenant[tenant] += jobs
     uses = {use.key: use for use in report(policy, State.from_json(activity.state), by_target, activity.at.timestamp())}
     waits = what_waits(activity)
+    at_target = _most_frequent((Target(*each.target), each) for each in waits)
+    of_tenant = _most_frequent((each.tenant, each) for each in waits)
     first = Counter(dict.fromkeys(by_target, 0))
     tenants = Counter(dict.fromkeys(by_tenant, 0))
+    at: Counter[str] = Counter()  # by the name of a limit
     for each in activity.waiting:
-        first[Target(*each.chain[0])] += each.jobs
+        target = Target(*each.chain[0])
+        first[target] += each.jobs
         tenants[each.tenant] += each.jobs
+        at[target.provider] += each.jobs
+        at[key_of(target)] += each.jobs
     return Picture(
         activity,
         targets=_sorted(
             Row(
-                f"{target.provider}/{target.model}",
+                key_of(target),
                 by_target[target],
-                _most(uses.get(f"{target.provider}/{target.model}")),
+                _most(uses.get(key_of(target))),
                 waiting,
-                _most_frequent(each for each in waits if each.target == target),
+                at_target.get(target),
             )
             for target, waiting in first.items()
         ),
@@ -143,11 +151,11 @@ def draw(activity: Activity, policy: Policy) -> Picture:
                 by_tenant[tenant],
                 policy.tenant(tenant).concurrency,
                 waiting,
-                _most_frequent(each for each in waits if each.tenant == tenant),
+                of_tenant.get(tenant),
             )
             for tenant, waiting in tenants.items()
         ),
-        limits=[LimitRow(use, _waiting_at(key, first)) for key, use in uses.items()],
+        limits=[LimitRow(use, at[key]) for key, use in uses.items()],
         patterns=[
             PatternRow(target_key(provider, model), limits)
             for provider, of_provider in policy.providers.items()
@@ -191,18 +199,13 @@ def _most(use: Use | None) -> int | None:
     return None if use is None else use.streams.allowed
 
 
-def _waiting_at(key: str, first: Mapping[Target, int]) -> int:
-    return sum(jobs for target, jobs in first.items() if key in (target.provider, f"{target.provider}/{target.model}"))
-
-
-def _most_frequent(waits: Iterable[Waits]) -> WaitingFor | None:
-    jobs: Counter[tuple[str, str]] = Counter()
-    for each in waits:
-        jobs[each.why.cause, each.why.text] += each.jobs
-    if not jobs:
-        return None
-    ((cause, text), _) = jobs.most_common(1)[0]
-    return WaitingFor(cause=cause, text=text)
+def _most_frequent(waits: Iterable[tuple[Key, Waits]]) -> dict[Key, WaitingFor]:
+    """Return, by what is given with each, what most of the jobs wait for."""
+    jobs: dict[Key, Counter[tuple[str, str]]] = {}
+    for key, each in waits:
+        jobs.setdefault(key, Counter())[each.why.cause, each.why.text] += each.jobs
+    most = {key: max(reasons, key=lambda reason: reasons[reason]) for key, reasons in jobs.items()}
+    return {key: WaitingFor(cause=cause, text=text) for key, (cause, text) in most.items()}
 
 
 def _sorted(rows: Iterable[Row]) -> list[Row]:

@@ -4,6 +4,7 @@ In: the policy, which only workers have; what runs, and what the newest turn kno
 table of reports, for the gateway's console.  It is written when it has changed, and now and then as a sign of life.
 """
 
+import asyncio
 import time
 from typing import Any, Final
 
@@ -39,7 +40,8 @@ class LimitsReport:
             return
         self._looked_at = now
         seen = await self._database.run(store.read_use, None)
-        found = as_json(self._policy, seen)
+        # In a thread: with jobs of very many models it takes longer than streams should have to wait.
+        found = await asyncio.to_thread(as_json, self._policy, seen)
         if found != self._told or now - self._told_at >= _AT_LATEST:
             await self._database.run(store.tell_limits, found)
             self._told, self._told_at = found, now
