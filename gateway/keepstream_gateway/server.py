@@ -28,7 +28,8 @@ from keepstream_gateway.streaming import ABORT, WRITE
 
 log = get_logger()
 
-_HEAD_BYTES: Final = 65_536  #: Of a request; its line and headers.
+#: Of a request's line and headers; also of what may come between two pieces of its body, or after the last one.
+_HEAD_BYTES: Final = 65_536
 #: Seconds from a connection, or the first byte of a further request, to the end of the head; and from an answer to the
 #: end of a body that it did not wait for.
 _REST_SECONDS: Final = 30.0
@@ -82,10 +83,13 @@ def serve(settings: Settings) -> int:
 class _Protocol(HttpToolsProtocol):
     """Bounds what uvicorn leaves open: the size of a request's head, the time in which it comes, and its body's rest.
 
+    Headers that come after a body in pieces are dropped: nobody looks at them, and uvicorn would keep as many as come,
+    and show them as if they had stood in the head.
+
     It also lets a response write past the application, and end its connection although not all has been read.
     """
 
-    _head_bytes = 0  #: Received of a head that is not complete.
+    _bytes = 0  #: Received since the last request, or the last piece of this one's body.
     _has_head = False  #: Whether the present request's head is complete.
     _timer: asyncio.TimerHandle | None = None  #: Ends the connection if what has begun does not come to its end.
 
@@ -98,14 +102,21 @@ class _Protocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if not self._has_head:
-            self._head_bytes += len(data)
-            if self._head_bytes > _HEAD_BYTES + len(data):  # a piece may go on with a body
-                self.transport.abort()
-                return
-            if self._timer is None:  # the first of a further request on this connection
-                self._expect_the_rest()
+        self._bytes += len(data)
+        if self._bytes > _HEAD_BYTES + len(data):  # a piece of what is received may go on with a body
+            self.transport.abort()
+            return
+        if not self._has_head and self._timer is None:  # the first of a further request on this connection
+            self._expect_the_rest()
         super().data_received(data)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._has_head:
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        self._bytes = 0
+        super().on_body(body)
 
     def on_headers_complete(self) -> None:
         self._has_head = True
@@ -125,7 +136,7 @@ class _Protocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         super().on_message_complete()
         self._stop_timer()
-        self._has_head, self._head_bytes = False, 0
+        self._has_head, self._bytes = False, 0
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
