@@ -449,12 +449,12 @@ def test_a_turn_gives_each_job_to_one_worker(db: Store) -> None:
 
 
 def test_the_state_of_a_turn_is_what_the_next_one_goes_on_with(db: Store) -> None:
-    assert db(store.look, store.Look()) == [store.Looked(ANY, 0, "{}", {}, arrivals=False)]
+    assert db(store.look, store.Look()) == [store.Looked(ANY, 0, "{}", {}, arrivals=0)]
     db.enqueue("a")
     db.enqueue("b")
-    assert db(store.look, store.Look(0)) == [store.Looked(ANY, 0, None, {}, arrivals=True)]
+    assert db(store.look, store.Look(0)) == [store.Looked(ANY, 0, None, {}, arrivals=2)]
     turned = db.turn()
-    looked = store.Looked(ANY, 1, turned.state, {QUEUE: 0.0}, arrivals=False)
+    looked = store.Looked(ANY, 1, turned.state, {QUEUE: 0.0}, arrivals=0)
     assert db(store.look, store.Look(0), store.Look(1)) == [looked, looked._replace(state=None)]
     assert db.alive().looked == looked
     assert db.alive(known_turn=1).looked == looked._replace(state=None)
@@ -1173,6 +1173,28 @@ def test_an_arrival_that_turns_have_passed_by_is_found_again(db: Store) -> None:
     db.tidy()
     assert db.alive().looked.arrivals
     assert [pick.job.key.id for pick in db.turn().picks] == ["a"]
+
+
+def test_a_turn_says_whether_more_jobs_have_arrived_than_it_takes_note_of(
+    db: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_turns, "_MOST_ARRIVALS", 2)
+    for number in range(4):
+        db.enqueue(f"job-{number}")
+    assert [chosen(db, places=0).more_arrivals for _ in range(3)] == [True, False, False]
+    assert len(names(chosen(db))) == 4
+
+
+def test_a_look_says_how_many_jobs_have_arrived(db: Store) -> None:
+    assert db(store.look, store.Look())[0].arrivals == 0
+    for number in range(3):
+        db.enqueue(f"job-{number}")
+    assert db(store.look, store.Look())[0].arrivals == 3
+    (second,) = db.rows(waiting, "job-1")
+    with db.engine.begin() as connection:
+        row = {"n": 7, "arrivals_low": second.seq, "ready": "{}", "closed": "{}", "state": "{}"}
+        connection.execute(turns.insert().values(row))
+    assert db.alive().looked.arrivals == 2
 
 
 def test_an_arrival_far_below_what_turns_look_at_is_found_by_a_sweep_of_everything(db: Store) -> None:

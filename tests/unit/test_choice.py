@@ -17,7 +17,7 @@ from keepstream_worker.scheduling.choice import Choice, may_start_directly
 from keepstream_worker.scheduling.learning import FAILING_FOR
 from keepstream_worker.scheduling.observations import Accepted, Charged, End, Observation, Place, Settled
 from keepstream_worker.scheduling.report import Used, report
-from keepstream_worker.scheduling.state import State
+from keepstream_worker.scheduling.state import PoolState, State
 from keepstream_worker.turn import Pick, Question, Reading, WaitingJob
 from keepstream_worker.values import JobKey, Target
 from tests.choice_world import Running, World
@@ -565,6 +565,34 @@ def test_a_tenant_that_names_another_model_for_each_job_costs_the_others_little(
     assert not world.waiting
     assert served[:100].count("other") >= 40
     world.check()
+
+
+def test_jobs_that_turns_have_left_are_looked_at_each_second():
+    world, rules = World(), policy(Limits(requests_per_minute=1))
+    for number in range(150):
+        world.store("flood", [("p", f"m{number}")])
+    assert len(world.turn(rules, 1).picks) == 1
+    world.turn(rules, 1)
+    assert State.from_json(world.state).passed
+    assert world.ready == {"main": world.now + 1.0}, "the next request could be made a minute later"
+
+
+def test_limits_of_very_many_targets_are_looked_up_once(monkeypatch: pytest.MonkeyPatch):
+    state = State()
+    for number in range(12_000):
+        state.pools[number] = PoolState("main", "interactive", (f"p/m{number}",), low=1.0)
+    looked_up: Counter[str] = Counter()
+    limits_of = Policy.limits_of
+
+    def counted(self: Policy, provider: str, model: str) -> list[tuple[str, Limits]]:
+        looked_up[model] += 1
+        return limits_of(self, provider, model)
+
+    monkeypatch.setattr(Policy, "limits_of", counted)
+    world, rules = World(state=state.to_json()), policy()
+    for _ in range(2):
+        world.turn(rules, 0)
+    assert len(looked_up) == looked_up.total() == 12_000
 
 
 def test_what_is_asked_is_bounded():

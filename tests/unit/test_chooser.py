@@ -66,7 +66,7 @@ class World:
 
     def hear(self, **changes: Any) -> None:
         """Let the heartbeat bring something; nothing waits, unless it is said."""
-        self.chooser.hear(store.Looked(100.0, self.turn, "{}", {}, arrivals=False)._replace(**changes))
+        self.chooser.hear(store.Looked(100.0, self.turn, "{}", {}, arrivals=0)._replace(**changes))
 
     async def run(self, operation: Any, argument: Any) -> Any:
         await self.hold.wait()
@@ -79,7 +79,7 @@ class World:
             return answer
         if operation is store.look:
             self.looked += 1
-            return self.looks.pop(0) if self.looks else store.Looked(100.0, self.turn, None, {}, arrivals=False)
+            return self.looks.pop(0) if self.looks else store.Looked(100.0, self.turn, None, {}, arrivals=0)
         if operation is store.find_unknown:
             self.asked_for.append(argument.providers)
             return argument.providers & self.unknown
@@ -348,11 +348,14 @@ async def test_worker_that_is_full_wakes_others_instead_of_taking_turns(world: W
     world.running |= {KEY, OTHER}
     world.chooser.wake()
     assert world.nudges == [[QUEUE]]
-    world.chooser.wake()
+    for _ in range(3):
+        world.chooser.wake()
     assert world.nudges == [[QUEUE]], "not for each job"
+    await until(lambda: len(world.nudges) > 1)
+    assert world.nudges == [[QUEUE]] * 2, "but of the last: the others may have looked before it came"
     world.time += 1
     world.chooser.wake()
-    assert world.nudges == [[QUEUE]] * 2
+    assert world.nudges == [[QUEUE]] * 3
     await world.rests()
     assert world.turns == []
 
@@ -374,16 +377,47 @@ async def test_turns_go_on_while_places_are_free_and_jobs_wait(world: World) -> 
 
 
 async def test_heartbeat_that_finds_work_wakes_whoever_has_a_place(world: World) -> None:
-    world.hear(arrivals=True)
+    world.hear(arrivals=1)
     await world.turns_taken(1)
     world.running |= {KEY, OTHER}
-    world.hear(arrivals=True)
+    world.hear(arrivals=1)
     await world.rests()
     assert len(world.turns) == 1
 
 
+async def test_very_many_arrivals_are_taken_note_of_though_no_place_is_free(world: World) -> None:
+    """Or whoever came after a flood of another tenant's jobs would wait for as many ends as it has hundreds."""
+    world.running |= {KEY, OTHER}
+    world.hear(arrivals=150)
+    await world.rests()
+    assert world.turns == []
+    world.answers = [world.turned()._replace(more_arrivals=True) for _ in range(3)]
+    world.hear(arrivals=1002)
+    await world.turns_taken(4)
+    await world.rests()
+    assert world.turns == [(0, [])] * 4
+    world.answers = [world.turned()._replace(more_arrivals=True, misplaced=(13,))]
+    world.hear(arrivals=1002)
+    await world.turns_taken(5)
+    await world.rests()
+    assert len(world.turns) == 5, "what waits where no turn can look stays"
+
+
+async def test_jobs_that_turns_have_left_wake_nobody(world: World) -> None:
+    """Two hundred idle workers would take two hundred turns a second for them, and no job would start without one."""
+    left = '{"x":[[5,6],100.0]}'
+    world.turn = 1
+    world.hear(state=left, arrivals=2)
+    await world.rests()
+    assert world.turns == []
+    assert world.chooser.reserve(KEY)
+    world.chooser.forget(KEY)
+    world.hear(state=None, arrivals=3)
+    await world.turns_taken(1)
+
+
 async def test_job_that_is_due_later_is_looked_for_then(world: World) -> None:
-    world.looks = [store.Looked(100.2, 0, None, {QUEUE: 100.1}, arrivals=False)]
+    world.looks = [store.Looked(100.2, 0, None, {QUEUE: 100.1}, arrivals=0)]
     world.hear(ready={QUEUE: 100.1})
     assert world.turns == []
     await world.turns_taken(1)
@@ -392,7 +426,7 @@ async def test_job_that_is_due_later_is_looked_for_then(world: World) -> None:
 
 async def test_moment_that_a_turn_names_is_known(world: World) -> None:
     world.answers = [world.turned(ready={QUEUE: 100.05})]
-    world.looks = [store.Looked(100.1, 1, None, {QUEUE: 100.05}, arrivals=False)]
+    world.looks = [store.Looked(100.1, 1, None, {QUEUE: 100.05}, arrivals=0)]
     world.chooser.wake()
     await world.turns_taken(2)
     assert world.looked == 1
@@ -405,7 +439,7 @@ async def test_nudge_makes_one_look_and_takes_a_turn_only_for_work(world: World)
     await world.rests()
     assert world.looked == 1
     assert world.turns == []
-    world.looks = [store.Looked(100.0, 0, None, {}, arrivals=True)]
+    world.looks = [store.Looked(100.0, 0, None, {}, arrivals=1)]
     world.chooser.nudged()
     await world.turns_taken(1)
 

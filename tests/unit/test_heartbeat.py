@@ -23,7 +23,7 @@ class World:
 
     def __init__(self) -> None:
         self.time = 1000.0
-        looked = Looked(now=0.0, turn=7, state=None, ready={}, arrivals=False)
+        looked = Looked(now=0.0, turn=7, state=None, ready={}, arrivals=0)
         self.answer = HeartbeatResult(
             lapsed=False, owned=frozenset(), cancels=frozenset(), sweeper_free=False, looked=looked
         )
@@ -233,7 +233,7 @@ async def test_claim_that_is_on_its_way_is_not_released(world: World) -> None:
 
 async def test_what_waits_and_whether_nobody_sweeps_is_passed_on(world: World) -> None:
     assert not world.heartbeat.sweeper_free
-    looked = Looked(now=5.0, turn=8, state="{}", ready={"completions": 0.0}, arrivals=True)
+    looked = Looked(now=5.0, turn=8, state="{}", ready={"completions": 0.0}, arrivals=1)
     await world.beat(looked=looked, sweeper_free=True)
     assert world.heard == [looked]
     assert world.heartbeat.sweeper_free

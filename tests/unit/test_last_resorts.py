@@ -370,7 +370,7 @@ class Turns(Database):
             self.defects -= 1
             raise Defect
         if operation is store.look:
-            return store.Looked(0.0, 1, "{}", {}, arrivals=False)
+            return store.Looked(0.0, 1, "{}", {}, arrivals=0)
         return store.Turned((), {}, {}, 0.0, 1, "{}")
 
     persist = run

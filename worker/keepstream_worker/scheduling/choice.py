@@ -871,6 +871,8 @@ class Choice:
             closed[f"tenant:{name}"] = {"why": "tenant", "running": tenant.running, "most": most}
         if self._reading.more_arrivals:
             note(self._queue, 0.0)
+        elif self._state.passed:
+            note(self._queue, self._state.passed_since + _LAST_RESORT)
         return ready, closed
 
     def _opens(self, pool: PoolState, closed: dict[str, Any]) -> float:

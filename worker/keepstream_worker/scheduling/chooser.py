@@ -56,6 +56,9 @@ _ASK_PAUSE: Final = 1.0
 _MANY_LOST: Final = 5
 #: Looks in a row that find an older turn than the newest known one, after which that one is lost.
 _BEHIND: Final = 3
+#: Arrivals of which turns are taken to take note though no place is free: about as many as one of them does. Else who
+#: came after very many of another tenant's would be seen only after as many jobs have ended as there are hundreds.
+_MANY_ARRIVALS: Final = 200
 #: Seconds between two nudges of one worker.
 _NUDGE_PAUSE: Final = 0.05
 
@@ -112,8 +115,11 @@ class Chooser:
         self._lacking: set[str] = set()  #: For which jobs wait that could go, but not here, as the last turn found.
         self._asked_at = 0.0  #: When it was last asked who has them.
         self._nudged_at = 0.0
+        self._to_nudge: set[str] = set()  #: Queues of which others are told soon.
+        self._nudge_timer: asyncio.TimerHandle | None = None
         self._observations: deque[Observation] = deque()
         self._state = State()
+        self._takes_note = False  #: Whether turns are to be taken because very many jobs have arrived.
         self._parked: tuple[str, ...] = ()  #: Tenants to be looked at by the next turn.
         self._found: tuple[FoundPool, ...] = ()  #: Pools of which the next turn is told.
         self._turn = -1  #: Of the state; -1: nothing was heard yet.
@@ -153,7 +159,7 @@ class Chooser:
             return
         self._task.cancel()
         await asyncio.wait((self._task,), timeout=2.0)
-        for timer in (self._timer, self._tell_timer):
+        for timer in (self._timer, self._tell_timer, self._nudge_timer):
             if timer is not None:
                 timer.cancel()
         try:
@@ -218,8 +224,14 @@ class Chooser:
         self._note_state(looked.turn, looked.state)
         self._note_loss(looked.turn)
         ready = looked.ready.get(self._queue)
-        self._note_ready(0.0 if looked.arrivals else ready, looked.now)
-        if looked.arrivals or (ready is not None and ready <= looked.now):
+        # Those that turns have left are looked at by a turn now and then, not by one of each worker each second.
+        left = len(self._state.passed) if looked.turn == self._turn else 0
+        has_arrivals = looked.arrivals > left
+        if looked.arrivals > left + _MANY_ARRIVALS:
+            self._takes_note = True
+            self._wanted.set()
+        self._note_ready(0.0 if has_arrivals else ready, looked.now)
+        if has_arrivals or (ready is not None and ready <= looked.now):
             if self.free > 0:
                 self._wanted.set()
         elif ready is not None:
@@ -289,11 +301,21 @@ class Chooser:
         except Exception:
             log.exception("choice_defect")
 
-    def _nudge_others(self, queues: list[str]) -> None:
-        now = time.monotonic()
-        if queues and now - self._nudged_at > _NUDGE_PAUSE:
-            self._nudged_at = now
-            self._nudge(queues)
+    def _nudge_others(self, queues: Iterable[str]) -> None:
+        """Tell others of queues; not for each job, but also of the last: who looked before it came saw nothing."""
+        self._to_nudge.update(queues)
+        if self._to_nudge and self._nudge_timer is None:
+            pause = self._nudged_at + _NUDGE_PAUSE - time.monotonic()
+            if pause > 0:
+                self._nudge_timer = asyncio.get_running_loop().call_later(pause, self._nudge_now)
+            else:
+                self._nudge_now()
+
+    def _nudge_now(self) -> None:
+        self._nudge_timer = None
+        self._nudged_at = time.monotonic()
+        queues, self._to_nudge = sorted(self._to_nudge), set()
+        self._nudge(queues)
 
     # -- direct starts --
 
@@ -361,9 +383,13 @@ class Chooser:
         unknown: frozenset[str] = frozenset()
         while True:
             places = 0 if self._paused else max(min(self.free, _MOST_PICKS), 0)
-            if not (places or self._observations or self._parked or self._found):
+            takes_note, self._takes_note = self._takes_note and not self._paused, False
+            if not (places or self._observations or self._parked or self._found or takes_note):
                 return
             turned = await self._take_turn(places, unknown)
+            if turned.more_arrivals and not turned.misplaced:  # those stay, so that there would be no end
+                self._takes_note, unknown = True, frozenset()
+                continue
             unknown = await self._find_unknown()
             if unknown:
                 continue

@@ -18,7 +18,8 @@ from keepstream_worker.values import Target
 _USED_PART: Final = 0.95
 #: Seconds of a limit that may be used at once.
 _BURST: Final = 3.0
-_MOST_KNOWN: Final = 10_000  #: Targets whose limits are kept.
+#: Targets whose limits are kept: more than a turn meets, or they would be looked up anew in each.
+_MOST_KNOWN: Final = 50_000
 #: Seconds by which sums of fractions may be off.
 _ROUNDING: Final = 1e-6
 

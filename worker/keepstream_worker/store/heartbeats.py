@@ -25,6 +25,7 @@ from sqlalchemy import (
 )
 
 from keepstream.tables import arrivals, epoch_seconds, leases, now, running, seconds_from_now, turns, workers
+from keepstream_worker.turn import LATE_ARRIVALS
 from keepstream_worker.values import JobKey
 
 #: Seconds for which a worker that is gone stays in the table, for `keepstream doctor` and for people.
@@ -34,6 +35,8 @@ _FORGOTTEN_AT_ONCE: Final = 200
 _RETIRED: Final = 86_400.0
 #: Seconds in which a worker that is gone may be back, with the providers that it had: it is replaced, or moved.
 _RETURNS_WITHIN: Final = 300.0
+#: Arrivals that are counted: many more than turns may have left.
+_COUNTED: Final = LATE_ARRIVALS + 500
 #: The lease of whoever sweeps.
 SWEEPER: Final = "sweeper"
 
@@ -63,7 +66,7 @@ class Looked(NamedTuple):
     turn: int  #: The newest; 0: none was ever taken.
     state: str | None  #: Its state, JSON; None: the worker has it.
     ready: dict[str, float]  #: As the newest turn has it; see ``keepstream_worker.turn.Decision``.
-    arrivals: bool  #: Whether jobs have arrived after it.
+    arrivals: int  #: How many jobs have arrived after it, or were left by turns; of very many some are counted.
 
 
 class HeartbeatResult(NamedTuple):
@@ -76,12 +79,19 @@ class HeartbeatResult(NamedTuple):
     looked: Looked
 
 
+def _count(some: Any) -> Any:
+    """Return how many rows a selection of arrivals has; of very many, some."""
+    # In their order, so that they are found by the index, whatever of deleted rows is in the way.
+    ordered = some.order_by(arrivals.c.seq).limit(_COUNTED).subquery()
+    return select(func.count()).select_from(ordered).scalar_subquery()
+
+
 def _newest(dialect: str) -> Any:
     """Return what is read of the newest turn, as one value, so that it is one probe: number, ready, state, arrivals."""
     pack = func.json_build_array if dialect == "postgresql" else func.json_array
     known = bindparam("known_turn", type_=BigInteger)
     # No turn looks below its bound, so neither do we: what was deleted there may still be in the way.
-    arrived = exists().where(arrivals.c.seq >= turns.c.arrivals_low)
+    arrived = _count(select(arrivals.c.seq).where(arrivals.c.seq >= turns.c.arrivals_low).correlate(turns))
     newest = (
         select(
             cast(pack(turns.c.n, turns.c.ready, case((turns.c.n > known, turns.c.state), else_=None), arrived), Text)
@@ -90,7 +100,7 @@ def _newest(dialect: str) -> Any:
         .limit(1)
         .scalar_subquery()
     )
-    none = pack(0, "{}", case((known < 0, "{}"), else_=None), exists(select(arrivals.c.seq)))
+    none = pack(0, "{}", case((known < 0, "{}"), else_=None), _count(select(arrivals.c.seq)))
     return func.coalesce(newest, cast(none, Text)).label("newest")
 
 
@@ -107,7 +117,7 @@ def look(connection: Connection, looks: list[Look]) -> list[Looked]:
 
 def _looked(row: Any) -> Looked:
     turn, ready, state, arrived = json.loads(row.newest)
-    return Looked(row.now, turn, state, json.loads(ready), bool(arrived))
+    return Looked(row.now, turn, state, json.loads(ready), arrived)
 
 
 #: What a worker says of itself.

@@ -60,6 +60,7 @@ class Turned(NamedTuple):
     #: Picks that could not be taken, because somebody ends or starts these jobs: they were charged all the same.
     left_out: tuple[Pick, ...] = ()
     misplaced: tuple[int, ...] = ()  #: Seqs of arrivals that wait where no turn can look; for ``put_right``.
+    more_arrivals: bool = False  #: Whether more jobs have arrived than one turn takes note of.
 
 
 class _Statements(Protocol):
@@ -101,17 +102,19 @@ def take_turn(connection: Connection, turns: list[Turn]) -> list[Turned]:
     statements = _STATEMENTS[connection.dialect.name]
     newest = statements.open_turn(connection, _MOST_ARRIVALS + LATE_ARRIVALS + 2)
     question = turn.decider.ask(newest.now, newest.state)
-    decision = turn.decider.decide(_read(connection, statements, newest, question))
+    reading = _read(connection, statements, newest, question)
+    decision = turn.decider.decide(reading)
     if not decision.changed:
         answer = Turned((), decision.ready, decision.closed, newest.now, newest.n, newest.state)
-        return [answer._replace(misplaced=decision.misplaced)]
+        return [answer._replace(misplaced=decision.misplaced, more_arrivals=reading.more_arrivals)]
     written = statements.write(connection, turn.worker_id, newest.n + 1, decision)
     if written.moved != len(decision.moves):
         raise TurnLostError("somebody else has changed what was to be chosen from")
     picks = tuple(pick for pick in decision.picks if pick.job.seq in written.taken)
     left_out = tuple(pick for pick in decision.picks if pick.job.seq not in written.taken)
     answer = Turned(picks, decision.ready, decision.closed, newest.now, newest.n + 1, decision.state)
-    return [answer._replace(left_out=left_out, misplaced=decision.misplaced)]
+    more = reading.more_arrivals
+    return [answer._replace(left_out=left_out, misplaced=decision.misplaced, more_arrivals=more)]
 
 
 def _read(connection: Connection, statements: _Statements, newest: Newest, question: Question) -> Reading:
