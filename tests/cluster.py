@@ -47,17 +47,21 @@ T = TypeVar("T")
 
 PATIENCE: Final = 60.0  #: Seconds; how long a busy machine may take for what takes a second elsewhere.
 _POLL: Final = 0.02
+_HELD_RATE: Final = 100.0  #: Deltas a second of a stream that is held: a pace, so that it can stop, and no time lost.
 _LOG_SHOWN: Final = 3000  #: Characters of each worker's log that are shown with a test that failed.
 
-#: Everything faster than in production, so that a recovery takes seconds.
+BRIEF: Final = 3.0  #: Seconds; the lease of workers that have to notice that another one has died.
+
+#: Faster than in production, except for what would call a worker dead, or a provider silent, that a busy machine only
+#: keeps from its turn. Tests in which one dies, or is silent, set what they need.
 FAST: Final[dict[str, Any]] = {
     "heartbeat_interval": 0.5,
-    "lease": 3.0,
+    "lease": 30.0,
     "sweep_interval": 0.4,
     "shutdown_grace": 10.0,
-    "connect_timeout": 5.0,
-    "first_token_timeout": 10.0,
-    "idle_timeout": 10.0,
+    "connect_timeout": PATIENCE,
+    "first_token_timeout": PATIENCE,
+    "idle_timeout": PATIENCE,
     "backoff_base": 0.1,
     "backoff_cap": 0.5,
 }
@@ -367,12 +371,16 @@ class Cluster:
         self._clients.append(client)
         return client
 
-    def job(self, *, limits: dict[str, Any] | None = None, **script: Any) -> dict[str, Any]:
+    def job(self, *, limits: dict[str, Any] | None = None, hold: int | None = None, **script: Any) -> dict[str, Any]:
         """Return a job, as it is sent, whose stream is scripted; its id is the key under which the provider counts it.
 
-        ``limits`` are further fields of the job.
+        ``limits`` are further fields of the job. With ``hold`` the stream, which is then a quick one, stops after so
+        many deltas until it is released.
         """
         job_id = f"job-{next(self._numbers)}"
+        held = {} if hold is None else {"hold": hold}
+        if held:
+            script = {"rate": _HELD_RATE, **script}
         return {
             "v": 2,
             "id": job_id,
@@ -380,13 +388,18 @@ class Cluster:
                 "model": "scripted-1",
                 "messages": [{"role": "user", "content": "Tell me something."}],
                 "script": {"key": job_id, **script},
+                **held,
             },
             **(limits or {}),
         }
 
-    def enqueue(self, *, limits: dict[str, Any] | None = None, **script: Any) -> str:
-        """Enqueue a scripted job and return its id."""
-        return self.client.enqueue(parse_job(self.job(limits=limits, **script)))
+    def enqueue(self, *, limits: dict[str, Any] | None = None, hold: int | None = None, **script: Any) -> str:
+        """Enqueue a scripted job, which may be held, and return its id."""
+        return self.client.enqueue(parse_job(self.job(limits=limits, hold=hold, **script)))
+
+    def release(self, *job_ids: str, until: int | None = None) -> None:
+        """Let held streams go on, up to a delta or to their end."""
+        self.provider.release(*job_ids, until=until)
 
     def follow(self, job_id: str, after: str | None = None) -> Following:
         """Follow a job in a thread."""

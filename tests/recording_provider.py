@@ -1,8 +1,11 @@
-"""The scripted provider with a memory: it keeps every attempt for a key, not only the latest.
+"""The scripted provider with a memory, and with streams that wait until they are told to go on.
 
-In: a port.
+In: a port; from tests, how far held streams may go.
 Out: the same server, whose ``/_stats`` has a ``history`` of all attempts by key, so that tests can see what was asked
 of the provider, when and for how long, whatever the database says.
+
+A request with ``hold`` beside its script is a paced stream that stops after so many deltas, in each of its attempts,
+until ``/_release`` lets its key go further: so a test meets it in its middle, however slow the machine.
 """
 
 import argparse
@@ -14,15 +17,24 @@ import signal
 import subprocess
 import sys
 from collections import defaultdict
-from typing import Any, NamedTuple
+from http import HTTPStatus
+from typing import Any, Final, NamedTuple
 
 import uvloop
 from typing_extensions import override
 
 from keepstream_worker.dev_stack.embedded import EmbeddedProvider
 from keepstream_worker.dev_stack.scripted_provider import ScriptedProvider
-from keepstream_worker.dev_stack.scripted_provider.connection import Attempt, Connection, Playback, Request
+from keepstream_worker.dev_stack.scripted_provider.connection import (
+    Attempt,
+    Connection,
+    Playback,
+    Request,
+    send_json,
+)
 from tests.fork_server import ForkServer
+
+_LOOK_EVERY: Final = 0.01  #: Seconds after which a held stream looks whether it may go on.
 
 
 class ProviderAttempt(NamedTuple):
@@ -35,11 +47,12 @@ class ProviderAttempt(NamedTuple):
 
 
 class RecordingProvider(ScriptedProvider):
-    """A scripted provider that remembers all attempts."""
+    """A scripted provider that remembers all attempts, and holds streams."""
 
     def __init__(self, host: str = "127.0.0.1", port: int = 0, api_key: str | None = None) -> None:
         super().__init__(host, port, api_key)
         self._history: dict[str, list[Attempt]] = defaultdict(list)
+        self._released: dict[str, int | None] = {}  #: Up to which delta streams of a key may go; None: to their end.
 
     @property
     @override
@@ -53,13 +66,29 @@ class RecordingProvider(ScriptedProvider):
         return super().stats | {"history": history}
 
     @override
+    def _respond(self, connection: Connection, request: Request) -> Playback:
+        if request.path != "/_release":
+            return super()._respond(connection, request)
+        self._released |= request.json()
+        return send_json(connection, HTTPStatus.OK, {})
+
+    @override
     def _playback_for(self, connection: Connection, request: Request) -> Playback:
         playback = super()._playback_for(connection, request)
-        key = request.json().get("script", {}).get("key")
+        body = request.json()
+        key = body.get("script", {}).get("key")
         attempt = self._attempts.get(key)
         if attempt is not None and attempt not in self._history[key][-1:]:  # a limit may have refused it
             self._history[key].append(attempt)  # updated until the response ends
+            if "hold" in body:
+                return self._held(connection, playback, attempt, key, body["hold"])
         return playback
+
+    def _held(self, connection: Connection, playback: Playback, attempt: Attempt, key: str, hold: int) -> Playback:
+        for due in playback:
+            yield due
+            while (limit := self._released.get(key, hold)) is not None and attempt.deltas >= limit:
+                yield connection.later(_LOOK_EVERY)
 
 
 class RecordingProviderProcess(EmbeddedProvider):
@@ -81,13 +110,20 @@ class RecordingProviderProcess(EmbeddedProvider):
 
     def stats(self) -> dict[str, Any]:
         """What ``/_stats`` shows."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        stats: dict[str, Any] = self._ask("GET", "/_stats")
+        return stats
+
+    def release(self, *keys: str, until: int | None = None) -> None:
+        """Let held streams go on, up to a delta or to their end."""
+        self._ask("POST", "/_release", json.dumps(dict.fromkeys(keys, until)))
+
+    def _ask(self, method: str, path: str, body: str | None = None) -> Any:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
-            connection.request("GET", "/_stats")
-            stats: dict[str, Any] = json.loads(connection.getresponse().read())
+            connection.request(method, path, body)
+            return json.loads(connection.getresponse().read())
         finally:
             connection.close()
-        return stats
 
     def history(self) -> dict[str, list[ProviderAttempt]]:
         """All attempts by key, in the order in which they began."""

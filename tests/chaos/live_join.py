@@ -57,7 +57,7 @@ def run(sandbox: Sandbox, seed: int, _jobs: int = 0, joins: int = JOINS, deltas:
     report = Report(f"live joins (seed {seed}, {joins} joins, {_WORKERS} workers, {sandbox.database})")
     tally = _Tally()
     began = time.monotonic()
-    with sandbox.cluster("live-join", idle_timeout=60, lease=15) as cluster:
+    with sandbox.cluster("live-join") as cluster:
         cluster.start_workers(_WORKERS)
         asyncio.run(_play(cluster, random.Random(seed), joins, deltas, tally))
     report.count("joins of running streams", tally.joins)

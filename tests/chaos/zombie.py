@@ -12,7 +12,7 @@ from typing import Final
 from keepstream.results import JobStatus
 from tests.chaos.report import Report
 from tests.chaos.sandbox import Sandbox
-from tests.cluster import Cluster
+from tests.cluster import BRIEF, Cluster
 
 ROUNDS: Final = 3
 JOBS: Final = 12
@@ -22,7 +22,7 @@ def run(sandbox: Sandbox, _seed: int = 0, _jobs: int = 0, rounds: int = ROUNDS) 
     """Run the item and check the results."""
     report = Report(f"zombies (SIGSTOP beyond the lease, SIGCONT; {sandbox.database})")
     report.counts |= {"zombies": 0, "jobs taken over": 0, "times a zombie said so": 0}
-    with sandbox.cluster("zombie") as cluster:
+    with sandbox.cluster("zombie", lease=BRIEF) as cluster:
         for _ in range(rounds):
             _round(report, cluster)
     return report

@@ -8,7 +8,7 @@ from keepstream.errors import ErrorCode
 from keepstream.jobs import parse_job
 from keepstream.names import QUEUE, control_channel, job_keys
 from keepstream.results import CompletionResult, JobStatus, UsageSource
-from tests.cluster import Cluster, Following, wait_until
+from tests.cluster import BRIEF, Cluster, Following, wait_until
 
 ENDLESS: dict[str, Any] = {"deltas": 2000, "rate": 20}
 
@@ -156,7 +156,7 @@ def test_job_of_a_dead_worker_is_cancelled_by_another_one(cluster: Cluster) -> N
     following.wait_for("delta", count=3)
     worker.kill()
     assert cluster.client.cancel(job_id) is JobStatus.RUNNING
-    cluster.start_worker()
+    cluster.start_worker(lease=BRIEF)
     result = cluster.wait_for(job_id)
     assert [attempt.outcome for attempt in result.attempts] == ["lost"]
     assert len(cluster.provider.attempts(job_id)) == 1

@@ -22,14 +22,16 @@ from tests.http_streams import HttpStream
 pytestmark = pytest.mark.slow
 
 
-def job(**script: Any) -> dict[str, Any]:
-    """A job as its creator writes it."""
+def job(*, hold: int | None = None, **script: Any) -> dict[str, Any]:
+    """A job as its creator writes it; one that is held goes on when its script's key is released."""
     request: dict[str, Any] = {"model": "scripted-1", "messages": [{"role": "user", "content": "Tell me something."}]}
+    if hold is not None:
+        request["hold"] = hold
     return {"request": request | ({"script": script} if script else {})}
 
 
-def create(http: httpx2.Client, **script: Any) -> str:
-    response = http.post("/api/jobs", json=job(**script))
+def create(http: httpx2.Client, *, hold: int | None = None, **script: Any) -> str:
+    response = http.post("/api/jobs", json=job(hold=hold, **script))
     assert response.status_code == 202, response.text
     return str(response.json()["id"])
 
@@ -387,13 +389,14 @@ def test_on_sigterm_streams_end_and_their_readers_go_on_elsewhere(cluster: Clust
     cluster.start_worker()
     first, second, key = start_gateway(cluster), start_gateway(cluster), make_key(cluster)
     with caller(first, key) as http:
-        job_id = create(http, deltas=60, rate=20)
+        job_id = create(http, key="stopped", deltas=60, rate=20, hold=20)
     reader = Reader(job_id, key)
     with reader.open(first) as stream:
         reader.take(stream, 5)
         first.terminate()
         assert reader.take(stream)  # to a clean end
     assert not reader.has_the_end
+    cluster.release("stopped")
     assert first.wait() == 0
     assert reader.follow(second)
     assert_same_text(reader, cluster.wait_for(job_id))
@@ -405,12 +408,13 @@ def test_a_gateway_that_is_killed_costs_its_readers_nothing(cluster: Cluster) ->
     cluster.start_worker()
     first, second, key = start_gateway(cluster), start_gateway(cluster), make_key(cluster)
     with caller(first, key) as http:
-        job_id = create(http, deltas=60, rate=20)
+        job_id = create(http, key="killed", deltas=60, rate=20, hold=20)
     reader = Reader(job_id, key)
     with reader.open(first) as stream:
         reader.take(stream, 5)
         first.kill()
         assert not reader.take(stream)
+    cluster.release("killed")
     assert reader.follow(second)
     assert_same_text(reader, cluster.wait_for(job_id))
 

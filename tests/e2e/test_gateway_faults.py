@@ -3,6 +3,7 @@
 Whatever happens on the way, each reader ends with the row's text, having seen each event once and in order.
 """
 
+import itertools
 import random
 import threading
 from http.client import HTTPException
@@ -18,7 +19,8 @@ pytestmark = pytest.mark.slow
 
 JOBS = 8
 READERS = 64
-SLOW: dict[str, Any] = {"deltas": 80, "rate": 10}  #: A job of eight seconds, which is as long as the faults take.
+STEP = 10  #: Deltas that each job brings between two faults, and after the last one.
+HELD: dict[str, Any] = {"deltas": 8 * STEP, "rate": 20, "hold": STEP}
 
 
 class Crowd:
@@ -50,15 +52,12 @@ class Crowd:
                     self.broken_off += 1
                 threading.Event().wait(0.2)  # as an EventSource does before it comes back
 
-    def wait_for_events(self, number: int) -> None:
-        """Wait until each reader has got so many more events, or has come to its end."""
-        before = [len(reader.events) for reader in self.readers]
-
-        def came() -> bool:
-            pairs = zip(self.readers, before, strict=True)
-            return all(reader.has_the_end or len(reader.events) >= least + number for reader, least in pairs)
-
-        wait_until(came, f"{number} more events for each reader")
+    def wait_for_words(self, number: int) -> None:
+        """Wait until each reader holds so many words."""
+        wait_until(
+            lambda: all(reader.transcript.text.count(" ") >= number for reader in self.readers),
+            f"{number} words for each reader",
+        )
 
     def to_the_end(self) -> None:
         """Wait until each has its job's terminal event."""
@@ -76,21 +75,31 @@ def check(reader: Reader, result: CompletionResult) -> None:
 def test_readers_lose_nothing_while_gateways_and_redis_die(cluster: Cluster) -> None:
     cluster.start_worker()
     gateways, key = [start_gateway(cluster) for _ in range(3)], make_key(cluster)
-    crowd = Crowd([cluster.enqueue(**SLOW) for _ in range(JOBS)], key, gateways, READERS)
-    crowd.wait_for_events(3)
+    job_ids = [cluster.enqueue(**HELD) for _ in range(JOBS)]
+    crowd = Crowd(job_ids, key, gateways, READERS)
+    steps = itertools.count(STEP, STEP)
+
+    def let_them_read_on() -> None:
+        """Wait until each reader has got something new, and more is to come."""
+        further = next(steps)
+        cluster.release(*job_ids, until=further)
+        crowd.wait_for_words(further - STEP + 3)
+
+    let_them_read_on()
     gateways[0].kill()
-    crowd.wait_for_events(3)
+    let_them_read_on()
     gateways[0].start()
     gateways[1].terminate()
     assert gateways[1].wait() == 0
-    crowd.wait_for_events(3)
+    let_them_read_on()
     gateways[1].restart()
     cluster.valkey.kill()  # it comes back empty
     cluster.valkey.start()
-    crowd.wait_for_events(3)
+    let_them_read_on()
     gateways[2].freeze()  # its readers hang; those that come meanwhile go elsewhere
     gateways[2].kill()
     gateways[2].start()
+    cluster.release(*job_ids)
     crowd.to_the_end()
     assert crowd.broken_off > READERS / 2
     for reader in crowd.readers:

@@ -111,8 +111,12 @@ def test_job_whose_message_comes_too_late_ends_as_expired(cluster: Cluster) -> N
 
 def test_started_job_does_not_expire(shared_cluster: Cluster) -> None:
     cluster = shared_cluster
-    soon = datetime.now(UTC) + timedelta(seconds=5)
-    job_id = cluster.enqueue(deltas=160, rate=20, limits={"expires_at": soon})
+    soon = datetime.now(UTC) + timedelta(seconds=10)
+    job_id = cluster.enqueue(deltas=40, hold=1, limits={"expires_at": soon})
+    cluster.wait_for_deltas(job_id)
+    later = soon + timedelta(seconds=2)  # several sweeps
+    wait_until(lambda: datetime.now(UTC) > later, "the job's time to be over")
+    cluster.release(job_id)
     assert cluster.wait_for(job_id).status is JobStatus.COMPLETED
 
 

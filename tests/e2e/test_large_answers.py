@@ -11,7 +11,7 @@ from sqlalchemy import text
 
 from keepstream.extras import abridged_fields, json_bytes
 from keepstream.results import CompletionResult, JobStatus
-from tests.cluster import Cluster, Following, WorkerProcess, wait_until
+from tests.cluster import BRIEF, Cluster, Following, WorkerProcess, wait_until
 from tests.large_answers import KINDS, LargeAnswers, expected_extra
 
 #: Seconds; a busy machine may take long for tens of megabytes.
@@ -27,7 +27,7 @@ def provider() -> Iterator[LargeAnswers]:
 def start_worker(cluster: Cluster, provider: LargeAnswers, directory: Path, **settings: Any) -> WorkerProcess:
     file = directory / "providers.toml"
     file.write_text(f'[providers.large]\nbase_url = "{provider.url}"\napi = "chat"\n')
-    return cluster.start_worker(providers_file=file, idle_timeout=60, lease=20, **settings)
+    return cluster.start_worker(providers_file=file, **settings)
 
 
 def ask(cluster: Cluster, kind: str) -> tuple[str, Following]:
@@ -84,7 +84,7 @@ def test_a_very_large_answer_is_rebuilt_from_the_log(
     # For an image, events have to be allowed to carry it; see the test below for what happens otherwise.
     settings = {"live_extra_bytes": 64 * 1024 * 1024} if kind == "image" else {}
     lost, following = die_before_the_commit(cluster, provider, tmp_path, kind, **settings)
-    worker = start_worker(cluster, provider, tmp_path, **settings)
+    worker = start_worker(cluster, provider, tmp_path, lease=BRIEF, **settings)
     begin = time.monotonic()
     result = cluster.wait_for(lost, timeout=PATIENCE)
     tell(kind, "rebuilt", time.monotonic() - begin, worker)
@@ -100,7 +100,7 @@ def test_an_image_that_is_not_in_the_log_is_told_by_its_size(
 ) -> None:
     cluster = postgres_cluster
     lost, _ = die_before_the_commit(cluster, provider, tmp_path, "image")
-    start_worker(cluster, provider, tmp_path)
+    start_worker(cluster, provider, tmp_path, lease=BRIEF)
     result = cluster.wait_for(lost, timeout=PATIENCE)
     assert (result.status, result.text) == (JobStatus.COMPLETED, "Here it is.")
     assert [attempt.outcome for attempt in result.attempts] == ["lost", "recovered"]

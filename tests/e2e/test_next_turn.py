@@ -11,7 +11,7 @@ from sqlalchemy import text
 
 from keepstream.extras import merged_extra
 from keepstream.results import JobStatus
-from tests.cluster import Cluster
+from tests.cluster import BRIEF, Cluster
 from tests.strict_provider import ANSWER, QUESTION, RESPONSES, STYLES, WANTED, StrictProvider
 
 TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}}
@@ -148,7 +148,7 @@ def test_an_answer_that_was_rebuilt_from_the_log_can_be_gone_on_from(
         following = cluster.follow(job_id)
         following.wait_for("attempt.finished")
         worker.kill()
-    cluster.start_worker(providers_file=file)
+    cluster.start_worker(providers_file=file, lease=BRIEF)
     transcript = following.to_the_end()
     result = cluster.result(job_id)
     assert [attempt.outcome for attempt in result.attempts] == ["lost", "recovered"]

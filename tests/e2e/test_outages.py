@@ -7,11 +7,8 @@ from sqlalchemy import text, update
 from keepstream import Client
 from keepstream.results import JobStatus
 from keepstream.tables import jobs
-from tests.cluster import Cluster, Following, wait_until
+from tests.cluster import BRIEF, Cluster, Following, wait_until
 from tests.tcp_proxy import TcpProxy
-
-#: Seconds a stream may last longer than planned on a machine that is busy with other things.
-SLACK = 15.0
 
 
 def check_completed(cluster: Cluster, following: Following, text: str, requests: int = 1) -> None:
@@ -24,11 +21,12 @@ def check_completed(cluster: Cluster, following: Following, text: str, requests:
     assert len(cluster.provider.attempts(result.id)) == requests
 
 
-def stream_seconds(cluster: Cluster, job_id: str) -> float:
-    """Return the seconds that the provider needed to send its stream."""
-    attempt = cluster.provider.attempts(job_id)[-1]
-    assert attempt.ended is not None
-    return attempt.ended - attempt.started
+def follow_to_the_middle(cluster: Cluster, job_id: str, deltas: int = 5) -> Following:
+    """Follow a held job, and wait until its stream has come so far and its follower has met it."""
+    following = cluster.follow(job_id)
+    following.wait_for("delta")
+    cluster.wait_for_deltas(job_id, deltas)
+    return following
 
 
 # -- Redis --
@@ -37,28 +35,27 @@ def stream_seconds(cluster: Cluster, job_id: str) -> float:
 def test_redis_killed_in_mid_stream(cluster_losing_redis: Cluster) -> None:
     cluster = cluster_losing_redis
     cluster.start_worker()
-    job_id = cluster.enqueue(deltas=100, rate=20)
-    following = cluster.follow(job_id)
-    following.wait_for("delta", count=10)
+    job_id = cluster.enqueue(deltas=100, hold=10)
+    following = follow_to_the_middle(cluster, job_id, 10)
     cluster.valkey.kill()
+    cluster.release(job_id, until=60)
     cluster.wait_for_deltas(job_id, 60)
     cluster.valkey.start()
+    cluster.release(job_id)
     check_completed(cluster, following, "word " * 100)
-    assert stream_seconds(cluster, job_id) < 5 + SLACK
     check_completed(cluster, cluster.follow(job_id), "word " * 100)
 
 
 def test_redis_frozen_in_mid_stream(cluster: Cluster) -> None:
     cluster.start_worker()
-    job_id = cluster.enqueue(deltas=100, rate=20)
-    following = cluster.follow(job_id)
-    following.wait_for("delta", count=10)
+    job_id = cluster.enqueue(deltas=100, hold=10)
+    following = follow_to_the_middle(cluster, job_id, 10)
     cluster.valkey.freeze()
+    cluster.release(job_id)
     cluster.wait_for_deltas(job_id, 100)
     assert cluster.wait_for(job_id).status is JobStatus.COMPLETED
     cluster.valkey.thaw()
     check_completed(cluster, following, "word " * 100)
-    assert stream_seconds(cluster, job_id) < 5 + SLACK
 
 
 def test_redis_away_before_the_claim(cluster_losing_redis: Cluster) -> None:
@@ -74,10 +71,10 @@ def test_redis_away_before_the_claim(cluster_losing_redis: Cluster) -> None:
 def test_redis_away_at_the_end_delays_the_news_and_not_the_result(cluster_losing_redis: Cluster) -> None:
     cluster = cluster_losing_redis
     cluster.start_worker()
-    job_id = cluster.enqueue(deltas=40, rate=20)
-    following = cluster.follow(job_id)
-    following.wait_for("delta", count=5)
+    job_id = cluster.enqueue(deltas=40, hold=5)
+    following = follow_to_the_middle(cluster, job_id)
     cluster.valkey.kill()
+    cluster.release(job_id)
     assert cluster.wait_for(job_id).status is JobStatus.COMPLETED
     cluster.valkey.start()
     check_completed(cluster, following, "word " * 40)
@@ -103,11 +100,12 @@ def test_an_end_that_redis_loses_is_published_again(cluster: Cluster) -> None:
 
 def test_redis_emptied_twice_in_one_stream(cluster: Cluster) -> None:
     cluster.start_worker()
-    job_id = cluster.enqueue(deltas=100, rate=20, reasoning="Why not?")
+    job_id = cluster.enqueue(deltas=100, hold=20, reasoning="Why not?")
     following = cluster.follow(job_id)
-    for deltas in (20, 60):
+    for deltas, further in ((20, 60), (60, None)):
         cluster.wait_for_deltas(job_id, deltas)
         cluster.valkey.restart()
+        cluster.release(job_id, until=further)
     check_completed(cluster, following, "word " * 100)
     assert "snapshot" in [event.type for event in cluster.log(job_id)]
     assert following.transcript.choices[0].reasoning == "Why not?"
@@ -115,13 +113,14 @@ def test_redis_emptied_twice_in_one_stream(cluster: Cluster) -> None:
 
 def test_redis_out_of_memory_loses_nothing(cluster: Cluster) -> None:
     cluster.start_worker()
-    job_id = cluster.enqueue(deltas=60, rate=20)
-    following = cluster.follow(job_id)
-    following.wait_for("delta", count=5)
+    job_id = cluster.enqueue(deltas=60, hold=5)
+    following = follow_to_the_middle(cluster, job_id)
     with cluster.redis() as client:
         client.config_set("maxmemory", 1)
+        cluster.release(job_id, until=40)
         cluster.wait_for_deltas(job_id, 40)
         client.config_set("maxmemory", 0)
+    cluster.release(job_id)
     check_completed(cluster, following, "word " * 60)
     # The worker still works, although Celery met the full Redis too.
     check_completed(cluster, cluster.follow(cluster.enqueue(deltas=3)), "word " * 3)
@@ -129,13 +128,14 @@ def test_redis_out_of_memory_loses_nothing(cluster: Cluster) -> None:
 
 def test_redis_out_of_memory_while_messages_wait_stops_no_worker(cluster: Cluster) -> None:
     worker = cluster.start_worker()
-    first = cluster.enqueue(deltas=40, rate=20)
+    first = cluster.enqueue(deltas=40, hold=5)
     cluster.wait_for_deltas(first, 5)
     cluster.freeze(worker)
     waiting = [cluster.enqueue(deltas=3) for _ in range(5)]
     with cluster.redis() as client:
         client.config_set("maxmemory", 1)
         worker.thaw()
+        cluster.release(first)
         cluster.wait_for(first)
         worker.wait_to_say("broker_unavailable", waiting_to="note messages", reason="OOM")
         client.config_set("maxmemory", 0)
@@ -146,29 +146,30 @@ def test_redis_out_of_memory_while_messages_wait_stops_no_worker(cluster: Cluste
 
 def test_lost_connections_start_nothing_twice(cluster: Cluster) -> None:
     cluster.start_worker()
-    job_ids = [cluster.enqueue(deltas=60, rate=20) for _ in range(5)]
-    followers = [cluster.follow(job_id) for job_id in job_ids]
-    for following in followers:
-        following.wait_for("delta", count=5)
+    job_ids = [cluster.enqueue(deltas=60, hold=5) for _ in range(5)]
+    followers = [follow_to_the_middle(cluster, job_id) for job_id in job_ids]
     with cluster.redis() as client:
         for kind in ("normal", "pubsub"):
             client.client_kill_filter(_type=kind, skipme=True)
+    cluster.release(*job_ids)
     for following in followers:
         check_completed(cluster, following, "word " * 60)
 
 
 def test_fail_over_runs_nothing_twice(cluster: Cluster) -> None:
     workers = cluster.start_workers(2)
-    job_ids = [cluster.enqueue(deltas=160, rate=20) for _ in range(10)]
+    job_ids = [cluster.enqueue(deltas=160, hold=5) for _ in range(10)]
     for job_id in job_ids:
         cluster.wait_for_deltas(job_id, 5)
     with cluster.redis() as client:
         client.execute_command("REPLICAOF", "127.0.0.1", "1")
         for worker in workers:
             worker.wait_to_say("broker_unavailable", reason="READONLY")
+        cluster.release(*job_ids, until=90)
         for job_id in job_ids:
             cluster.wait_for_deltas(job_id, 90)
         client.execute_command("REPLICAOF", "NO", "ONE")
+    cluster.release(*job_ids)
     for job_id in job_ids:
         check_completed(cluster, cluster.follow(job_id), "word " * 160)
         assert len(cluster.result(job_id).attempts) == 1
@@ -218,23 +219,23 @@ def test_worker_that_starts_waits_for_a_database_that_can_only_be_read(postgres_
 def test_database_away_in_mid_stream(postgres_cluster: Cluster) -> None:
     cluster = postgres_cluster
     cluster.start_worker()
-    job_id = cluster.enqueue(deltas=100, rate=20)
-    following = cluster.follow(job_id)
-    following.wait_for("delta", count=5)
+    job_id = cluster.enqueue(deltas=100, hold=5)
+    following = follow_to_the_middle(cluster, job_id)
     cluster.postgres.kill()
-    following.wait_for("delta", count=60)
+    cluster.release(job_id, until=60)
+    wait_until(lambda: following.transcript.text == "word " * 60, "its follower to get what comes meanwhile")
     cluster.postgres.start()
+    cluster.release(job_id)
     check_completed(cluster, following, "word " * 100)
-    assert stream_seconds(cluster, job_id) < 5 + SLACK
 
 
 def test_database_away_at_the_end_delays_the_end(postgres_cluster: Cluster) -> None:
     cluster = postgres_cluster
     cluster.start_worker()
-    job_id = cluster.enqueue(deltas=20, rate=20)
-    following = cluster.follow(job_id)
-    following.wait_for("delta", count=5)
+    job_id = cluster.enqueue(deltas=20, hold=5)
+    following = follow_to_the_middle(cluster, job_id)
     cluster.postgres.kill()
+    cluster.release(job_id)
     following.wait_for("attempt.finished")
     assert following.types[-1] == "attempt.finished", "the end is published after the commit"
     cluster.postgres.start()
@@ -244,11 +245,11 @@ def test_database_away_at_the_end_delays_the_end(postgres_cluster: Cluster) -> N
 def test_both_away_at_the_end(postgres_cluster: Cluster) -> None:
     cluster = postgres_cluster
     cluster.start_worker()
-    job_id = cluster.enqueue(deltas=40, rate=20)
-    following = cluster.follow(job_id)
-    following.wait_for("delta", count=5)
+    job_id = cluster.enqueue(deltas=40, hold=5)
+    following = follow_to_the_middle(cluster, job_id)
     cluster.postgres.kill()
     cluster.valkey.kill()
+    cluster.release(job_id)
     wait_until(lambda: cluster.provider.attempts(job_id)[0].ended, "the stream to end")
     cluster.postgres.start()
     cluster.valkey.start()
@@ -268,11 +269,11 @@ def test_database_restarted_cleanly_under_load(postgres_cluster: Cluster) -> Non
 
 def test_locked_sqlite_file_is_waited_for(cluster: Cluster) -> None:
     cluster.start_worker()
-    job_id = cluster.enqueue(deltas=20, rate=20)
-    following = cluster.follow(job_id)
-    following.wait_for("delta", count=5)
+    job_id = cluster.enqueue(deltas=20, hold=5)
+    following = follow_to_the_middle(cluster, job_id)
     with cluster.database() as connection:
         connection.execute(update(jobs).values(model="scripted-1"))  # takes the only writer's slot
+        cluster.release(job_id)
         following.wait_for("attempt.finished")
         assert following.types[-1] == "attempt.finished"
     check_completed(cluster, following, "word " * 20)
@@ -280,15 +281,16 @@ def test_locked_sqlite_file_is_waited_for(cluster: Cluster) -> None:
 
 def test_database_that_stalls_beyond_the_lease_makes_nobody_dead(postgres_cluster: Cluster) -> None:
     cluster = postgres_cluster
-    workers = cluster.start_workers(3)
-    job_ids = [cluster.enqueue(deltas=120, rate=10) for _ in range(12)]
+    workers = cluster.start_workers(3, lease=BRIEF)
+    job_ids = [cluster.enqueue(deltas=120, hold=10) for _ in range(12)]
     for job_id in job_ids:
         cluster.wait_for_deltas(job_id)
     for _ in range(2):
-        time.sleep(1.5 * cluster.settings["lease"])  # until the workers trust their own heartbeats
+        time.sleep(1.5 * BRIEF)  # until the workers trust their own heartbeats
         cluster.postgres.freeze()
-        time.sleep(1.5 * cluster.settings["lease"])
+        time.sleep(1.5 * BRIEF)
         cluster.postgres.thaw()
+    cluster.release(*job_ids)
     for job_id in job_ids:
         assert [attempt.outcome for attempt in cluster.wait_for(job_id).attempts] == ["finished"]
     assert not any(worker.said("worker_lost") for worker in workers)
@@ -303,7 +305,7 @@ def test_worker_that_is_cut_off_from_the_database_loses_its_jobs_and_writes_noth
         job_id = cluster.enqueue(deltas=150, rate=50, faults=[{"kind": "slow", "rate": 2}])
         following = cluster.follow(job_id)
         following.wait_for("delta", count=3)
-        heir = cluster.start_worker()
+        heir = cluster.start_worker(lease=BRIEF)
         proxy.cut()
         following.wait_for("delta", count=5, attempt=2)
         wait_until(

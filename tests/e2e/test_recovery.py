@@ -2,6 +2,7 @@
 
 import json
 from itertools import pairwise
+from statistics import median
 from typing import Any
 
 import pytest
@@ -12,19 +13,17 @@ from keepstream.errors import ErrorCode
 from keepstream.names import QUEUE
 from keepstream.results import JobStatus, UsageSource
 from keepstream.tables import jobs, now, requests, running
-from tests.cluster import Cluster, wait_until
-
-#: The first attempt streams long enough to be met in its middle by a busy machine, too.
-SLOW = {"kind": "slow", "rate": 4}
+from tests.cluster import BRIEF, Cluster, wait_until
 
 
 def test_killed_workers_job_is_run_again_by_another_one(any_cluster: Cluster) -> None:
     cluster = any_cluster
-    cluster.start_workers(2)
-    job_id = cluster.enqueue(deltas=60, rate=15, faults=[SLOW])
+    cluster.start_workers(2, lease=BRIEF)
+    job_id = cluster.enqueue(deltas=60, hold=5)
     following = cluster.follow(job_id)
-    following.wait_for("delta", count=5)
+    following.wait_for("delta")
     cluster.worker_of(job_id).kill()
+    cluster.release(job_id)
 
     transcript = following.to_the_end()
     result = cluster.result(job_id)
@@ -38,10 +37,11 @@ def test_killed_workers_job_is_run_again_by_another_one(any_cluster: Cluster) ->
 
 
 def test_usage_of_a_lost_attempt_is_estimated_from_the_log(cluster: Cluster) -> None:
-    cluster.start_workers(2)
-    job_id = cluster.enqueue(deltas=60, rate=15, faults=[SLOW])
-    cluster.follow(job_id).wait_for("delta", count=10)
+    cluster.start_workers(2, lease=BRIEF)
+    job_id = cluster.enqueue(deltas=60, hold=10)
+    cluster.follow(job_id).wait_for("delta")
     cluster.worker_of(job_id).kill()
+    cluster.release(job_id)
 
     lost, finished = cluster.wait_for(job_id).attempts
     assert lost.usage is not None
@@ -57,10 +57,11 @@ def test_usage_of_a_lost_attempt_is_estimated_from_the_log(cluster: Cluster) -> 
 
 def test_restarted_worker_takes_up_what_its_predecessor_left(cluster: Cluster) -> None:
     worker = cluster.start_worker()
-    job_id = cluster.enqueue(deltas=40, rate=20, faults=[SLOW])
+    job_id = cluster.enqueue(deltas=40, hold=1)
     cluster.wait_for_deltas(job_id)
     worker.kill()
-    cluster.start_worker()
+    cluster.release(job_id)
+    cluster.start_worker(lease=BRIEF)
     assert cluster.wait_for(job_id).status is JobStatus.COMPLETED
     assert len(cluster.provider.attempts(job_id)) == 2
 
@@ -72,7 +73,7 @@ def test_job_that_kills_its_worker_each_time_ends_as_failed(cluster: Cluster) ->
     for attempt in (1, 2):
         following.wait_for("delta", count=3, attempt=attempt)
         holder = cluster.worker_of(job_id)
-        cluster.start_worker()
+        cluster.start_worker(lease=BRIEF)
         holder.kill()
 
     transcript = following.to_the_end()
@@ -89,14 +90,15 @@ def test_job_that_kills_its_worker_each_time_ends_as_failed(cluster: Cluster) ->
 def test_finished_stream_whose_worker_died_before_the_commit_is_rebuilt_from_the_log(postgres_cluster: Cluster) -> None:
     cluster = postgres_cluster
     worker = cluster.start_worker()
-    job_id = cluster.enqueue(text="The whole answer, paid for once.", rate=10, reasoning="Let me think.")
+    job_id = cluster.enqueue(text="The whole answer, paid for once.", hold=1, reasoning="Let me think.")
     following = cluster.follow(job_id)
     following.wait_for("delta")
     cluster.postgres.kill()
+    cluster.release(job_id)
     following.wait_for("attempt.finished")
     worker.kill()
     cluster.postgres.start()
-    cluster.start_worker()
+    cluster.start_worker(lease=BRIEF)
 
     transcript = following.to_the_end()
     result = cluster.result(job_id)
@@ -114,15 +116,16 @@ def test_worker_that_must_end_before_the_database_is_back_leaves_its_result_in_t
 ) -> None:
     cluster = postgres_cluster
     worker = cluster.start_worker(shutdown_grace=1)
-    job_id = cluster.enqueue(deltas=20, rate=20)
+    job_id = cluster.enqueue(deltas=20, hold=1)
     following = cluster.follow(job_id)
     following.wait_for("delta")
     cluster.postgres.kill()
+    cluster.release(job_id)
     following.wait_for("attempt.finished")
     worker.terminate()
     worker.wait()
     cluster.postgres.start()
-    cluster.start_worker()
+    cluster.start_worker(lease=BRIEF)
 
     assert following.to_the_end().text == "word " * 20
     assert [attempt.outcome for attempt in cluster.result(job_id).attempts] == ["lost", "recovered"]
@@ -130,15 +133,15 @@ def test_worker_that_must_end_before_the_database_is_back_leaves_its_result_in_t
 
 
 def test_total_time_is_bounded_across_the_deaths_of_workers(cluster: Cluster) -> None:
-    cluster.start_workers(2)
-    job_id = cluster.enqueue(deltas=2000, rate=20, limits={"total_timeout": 15, "max_attempts": 100})
+    cluster.start_workers(2, lease=BRIEF)
+    job_id = cluster.enqueue(deltas=2000, rate=20, limits={"total_timeout": 25, "max_attempts": 100})
     cluster.wait_for_deltas(job_id)
     cluster.worker_of(job_id).kill()
     cluster.wait_for_deltas(job_id, attempt=2)
     result = cluster.wait_for(job_id)
     _, second = cluster.provider.attempts(job_id)
     assert second.ended is not None
-    assert second.ended - second.started < 15, "the time of the first attempt counts"
+    assert second.ended - second.started < 25, "the time of the first attempt counts"
     assert result.status is JobStatus.FAILED
     assert result.error is not None
     assert result.error.code == ErrorCode.TOTAL_TIMEOUT
@@ -273,4 +276,4 @@ def test_a_job_is_tried_again_when_it_is_due_and_not_when_its_worker_looks_anywa
         for before, after in pairwise(attempts)
         if before.finished_at is not None
     ]
-    assert sum(waits) < 12.0, waits  # each is some tenths; by chance it would be five seconds
+    assert median(waits) < 3.0, waits  # each is some tenths; by chance it would be five seconds

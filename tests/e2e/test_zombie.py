@@ -1,27 +1,26 @@
 """A worker that was frozen beyond its lease wakes up: it changes nothing, and logs it."""
 
 from keepstream.results import JobStatus
-from tests.cluster import Cluster, wait_until
-
-#: The first attempt streams long enough to be met in its middle by a busy machine, too.
-SLOW = {"kind": "slow", "rate": 4}
+from tests.cluster import BRIEF, Cluster, wait_until
 
 
 def test_worker_frozen_beyond_its_lease_changes_nothing_when_it_wakes(any_cluster: Cluster) -> None:
     cluster = any_cluster
-    cluster.start_workers(2)
-    job_ids = [cluster.enqueue(deltas=75, rate=15, faults=[SLOW]) for _ in range(6)]
+    cluster.start_workers(2, lease=BRIEF)
+    job_ids = [cluster.enqueue(deltas=75, hold=5) for _ in range(6)]
     followers = {job_id: cluster.follow(job_id) for job_id in job_ids}
     for following in followers.values():
-        following.wait_for("delta", count=5)
+        following.wait_for("delta")
     zombie = cluster.worker_of(job_ids[0])
     taken_over = [job_id for job_id in job_ids if cluster.result(job_id).attempts[0].worker == zombie.id]
     cluster.freeze(zombie)
     for job_id in taken_over:
-        followers[job_id].wait_for("delta", count=5, attempt=2)
+        followers[job_id].wait_for("delta", attempt=2)
+    cluster.release(*taken_over, until=20)  # what the provider goes on to send to the zombie, too
     zombie.thaw()
 
     zombie.wait_to_say("attempt_superseded", times=len(taken_over))
+    cluster.release(*job_ids)
     for job_id in taken_over:
         assert zombie.said("attempt_superseded", job_id=job_id)
         transcript = followers[job_id].to_the_end()
@@ -37,13 +36,15 @@ def test_worker_frozen_beyond_its_lease_changes_nothing_when_it_wakes(any_cluste
 
 def test_worker_frozen_within_its_lease_goes_on(cluster: Cluster) -> None:
     cluster.start_workers(2, lease=60)
-    job_id = cluster.enqueue(deltas=60, rate=20)
+    job_id = cluster.enqueue(deltas=60, hold=5)
     following = cluster.follow(job_id)
-    following.wait_for("delta", count=5)
+    following.wait_for("delta")
     worker = cluster.worker_of(job_id)
     cluster.freeze(worker)
+    cluster.release(job_id, until=40)
     cluster.wait_for_deltas(job_id, 40)
     worker.thaw()
+    cluster.release(job_id)
     assert following.to_the_end().text == "word " * 60
     assert len(cluster.result(job_id).attempts) == 1
 
@@ -54,7 +55,7 @@ def test_worker_frozen_while_its_job_is_ended_by_others_says_nothing_after_the_e
     following = cluster.follow(job_id)
     following.wait_for("delta", count=5)
     cluster.freeze(zombie)
-    cluster.start_worker()
+    cluster.start_worker(lease=BRIEF)
     cluster.client.cancel(job_id)
     following.to_the_end()
     wait_until(
