@@ -46,7 +46,8 @@ from tests.services import PostgresServer
 T = TypeVar("T")
 
 PATIENCE: Final = 60.0  #: Seconds; how long a busy machine may take for what takes a second elsewhere.
-_POLL: Final = 0.02
+_POLL: Final = 0.02  #: Seconds between two looks at what is waited for, and more of them the longer it takes.
+_LONGEST_POLL: Final = 0.1
 _HELD_RATE: Final = 100.0  #: Deltas a second of a stream that is held: a pace, so that it can stop, and no time lost.
 _LOG_SHOWN: Final = 3000  #: Characters of each worker's log that are shown with a test that failed.
 
@@ -69,14 +70,15 @@ FAST: Final[dict[str, Any]] = {
 
 def wait_until(condition: Callable[[], T | None], what: str, timeout: float = PATIENCE) -> T:
     """Return the first true value of ``condition``; fail, naming ``what`` was waited for, after ``timeout`` seconds."""
-    deadline = time.monotonic() + timeout
+    began = time.monotonic()
     while True:
         value = condition()
         if value:
             return value
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - began
+        if waited > timeout:
             raise AssertionError(f"waited {timeout:g} s in vain for: {what}")
-        time.sleep(_POLL)
+        time.sleep(min(max(waited / 20, _POLL), _LONGEST_POLL))
 
 
 class WorkerProcess(EmbeddedProcess):

@@ -14,6 +14,7 @@ import hypothesis
 import pytest
 import redis
 import structlog
+from _pytest.nodeid import NodeId
 from xdist.workermanage import NodeManager
 
 from keepstream_worker.dev_stack.embedded import EmbeddedValkey, sqlite_url
@@ -62,12 +63,13 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(2 * cores, MOST_PROCESSES)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist takes note of the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Put long tests first, and group those that run in one process under ``--dist loadgroup``.
 
     Tests that share a fixture of their module are a group, so that it is set up once; quick tests are a group a module.
     """
+    is_distributed = config.getoption("loadgroup", False)
 
     def place(item: pytest.Item) -> tuple[int, int]:
         room = ("e2e", "clients", "adapters", "unit").index(item.path.parent.name)
@@ -80,7 +82,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         shared = _shared_fixtures(item)
         if shared or item.path.parent.name not in {"e2e", "clients"}:
-            item.add_marker(pytest.mark.xdist_group(" ".join([item.path.stem, *shared])))
+            group = " ".join([item.path.stem, *shared])
+            item.add_marker(pytest.mark.xdist_group(group))
+            if is_distributed:
+                # The end of its id tells xdist the group. Where xdist 3.8 writes it, pytest 9.2 does not look any more.
+                item._id = NodeId.parse(f"{item.nodeid}@{group}")
     items.sort(key=place)
 
 

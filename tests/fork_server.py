@@ -1,10 +1,11 @@
 """A fork server: it has imported the worker's modules, and each process that it starts is a copy of it.
 
-In: a module, its environment and a log file, from the test cluster. Out: a process of its own, with its exit code.
+In: a module, its environment and a log file, from the test cluster; commands, from tests of the command line.
+Out: a process of its own, with its exit code; what a command has said.
 
-A worker takes 1.3 s of CPU to start, nearly all of it for imports, and the tests start some two hundred. A copy runs
-the module as `python -m` would, in a session, with an environment, file descriptors and signals of its own. Tests
-about starting, and the chaos suite, start their workers as in production.
+A worker takes 1.3 s of CPU to start and a command half of that, nearly all of it for imports, and the tests start some
+two hundred of each. A copy runs the module as `python -m` would, in a session, with an environment, file descriptors
+and signals of its own. Tests about starting, and the chaos suite, start their workers as in production.
 """
 
 import gc
@@ -17,6 +18,8 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -42,6 +45,13 @@ _PRELOADED: Final = (
     "keepstream_gateway.server",
     "keepstream_worker.app",
     "tests.recording_provider",
+    # And what commands need besides; they themselves are imported in the copy, which has their environment.
+    "alembic.command",
+    "rich.console",
+    "rich.live",
+    "rich.padding",
+    "rich.table",
+    "typer",
 )
 
 
@@ -100,14 +110,64 @@ class ForkServer:
         self._control.close()
         self._process.wait()
 
-    def start(self, module: str, arguments: list[str], environment: dict[str, str], log: Path) -> ForkedProcess:
-        """Run ``module`` in a process in a session of its own; what it says is appended to ``log``."""
+    @property
+    def pid(self) -> int:
+        """The server's process id."""
+        return self._process.pid
+
+    def start(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        environment: dict[str, str],
+        log: Path,
+        *,
+        errors: Path | None = None,
+        given: Path | None = None,
+        directory: Path | None = None,
+    ) -> ForkedProcess:
+        """Run ``module`` in a process in a session of its own; what it says is appended to ``log``.
+
+        With ``errors``, what it says on standard error is appended there. It reads what is ``given``, by default what
+        this process does, and is in ``directory``, by default that of the project.
+        """
         ours, theirs = socket.socketpair()
         with theirs:
             socket.send_fds(self._control, [b"+"], [theirs.fileno()])
-        request = {"module": module, "arguments": arguments, "environment": environment, "log": str(log)}
+        request = {
+            "module": module,
+            "arguments": arguments,
+            "environment": environment,
+            "log": str(log),
+            "errors": str(errors or log),
+            "given": given and str(given),
+            "directory": directory and str(directory),
+        }
         ours.sendall(json.dumps(request).encode() + b"\n")
         return ForkedProcess(module, ours)
+
+    def run(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        environment: dict[str, str],
+        *,
+        given: str = "",
+        directory: Path | None = None,
+        timeout: float,
+    ) -> "subprocess.CompletedProcess[str]":
+        """Run ``module`` to its end, as ``subprocess.run`` would; raise ``TimeoutExpired`` after so many seconds."""
+        with tempfile.TemporaryDirectory() as folder:
+            log, errors, file = (Path(folder) / name for name in ("output", "errors", "given"))
+            file.write_text(given)
+            process = self.start(module, arguments, environment, log, errors=errors, given=file, directory=directory)
+            try:
+                code = process.wait(timeout)
+            finally:
+                if process.returncode is None:
+                    process.kill()
+                    process.wait()
+            return subprocess.CompletedProcess([module, *arguments], code, log.read_text(), errors.read_text())
 
 
 def _serve(control: socket.socket) -> None:
@@ -139,13 +199,27 @@ def _watch(channel: socket.socket) -> NoReturn:
     os._exit(0)
 
 
-def _become(module: str, arguments: list[str], environment: dict[str, str], log: str) -> NoReturn:
+def _become(
+    module: str,
+    arguments: list[str],
+    environment: dict[str, str],
+    log: str,
+    errors: str,
+    given: str | None,
+    directory: str | None,
+) -> NoReturn:
     """Be what `python -m module` is from its first line on."""
     os.setsid()
-    output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.close(output)
+    for path, descriptor in ((log, 1), (errors, 2)):
+        output = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        os.dup2(output, descriptor)
+        os.close(output)
+    if given is not None:
+        source = os.open(given, os.O_RDONLY)
+        os.dup2(source, 0)
+        os.close(source)
+    if directory is not None:
+        os.chdir(directory)
     os.environ.clear()
     os.environ.update(environment)
     gc.enable()

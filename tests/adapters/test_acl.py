@@ -14,7 +14,7 @@ from keepstream.errors import BrokerUnavailableError, InvalidSettingError
 from keepstream.jobs import parse_job
 from keepstream.names import QUEUE, control_channel, job_keys
 from keepstream_worker.dev_stack.embedded import sqlite_url
-from tests.cluster import Cluster
+from tests.cluster import PATIENCE, Cluster
 from tests.fork_server import ForkServer
 
 GUIDE = Path(__file__).parents[2] / "docs" / "operations" / "running.md"
@@ -116,7 +116,7 @@ def test_a_service_cannot_touch_what_is_not_its_own(guarded: tuple[Cluster, UrlO
         with shop.pubsub() as pubsub:
             pubsub.subscribe(foreign.channel)
             with pytest.raises(ResponseError):
-                pubsub.get_message(timeout=5)
+                pubsub.get_message(timeout=PATIENCE)
 
 
 @pytest.mark.parametrize(("user", "tenant"), [("shop", "other"), ("producer", "shop")])

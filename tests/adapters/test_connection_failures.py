@@ -3,7 +3,6 @@
 In: a real PostgreSQL that refuses in each way.  Out: what commands, workers and clients say and do.
 """
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from sqlalchemy import create_engine, text
 from keepstream.client.database import ClientDatabase, make_engine
 from keepstream.errors import InvalidSettingError, StoreUnavailableError
 from keepstream_worker.store import schema
-from keepstream_worker.supervisor import python_module
 from tests.cluster import Cluster
 from tests.fork_server import ForkServer
 from tests.services import PostgresServer
@@ -148,14 +146,8 @@ def test_a_wrong_password_ends_a_command_at_once(
     tmp_path: Path, strict: PostgresServer, postgres_url: str, forks: ForkServer, command: list[str]
 ):
     with Cluster(tmp_path, postgres_url, forks=forks) as cluster:
-        done = subprocess.run(
-            [*python_module("keepstream_worker.commands"), *command],
-            env=cluster.environment(database_url=url(strict, f"asked:{SECRET}")),
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-        )
+        environment = cluster.environment(database_url=url(strict, f"asked:{SECRET}"))
+        done = forks.run("keepstream_worker.commands", command, environment, timeout=120)
     said = " ".join((done.stdout + done.stderr).split())
     assert done.returncode == (1 if command == ["doctor"] else 3)
     assert "refuses the connection" in said

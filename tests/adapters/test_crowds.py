@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from statistics import median
 from typing import Any
 
 import pytest
@@ -78,11 +79,15 @@ async def test_a_crowd_is_told_together_of_a_server_that_does_not_answer(caplog:
             with pytest.raises(FollowTimeoutError, match="Redis"):
                 await anext(client.follow(f"job-{n}", timeout=0.1))
 
-        began = time.monotonic()
         await asyncio.gather(*(follow(n) for n in range(CROWD)))
-        took = time.monotonic() - began
         await client.close()
-    assert took < 20, "in turns of 16 it would be 40 seconds"
+        silent.setblocking(False)
+        asked = 0
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                silent.accept()[0].close()
+                asked += 1
+    assert 0 < asked < CROWD / 2, "in turns each would ask for itself"
 
 
 @pytest.mark.slow
@@ -124,7 +129,7 @@ async def test_a_silent_crowd_reads_the_database_once_a_second(redis_url: str, d
 
             async def follow(job_id: str) -> None:
                 with pytest.raises(FollowTimeoutError):
-                    await anext(client.follow(job_id, timeout=10))
+                    await anext(client.follow(job_id, timeout=5))
 
             await asyncio.gather(*(follow(ids[n % len(ids)]) for n in range(CROWD)))
             assert 1 <= counted() <= time.monotonic() - began + 2
@@ -152,10 +157,12 @@ def test_questions_are_asked_together_and_each_is_answered() -> None:
 def test_a_lone_follower_is_answered_at_once_and_leaves_no_thread() -> None:
     reader = SummaryReader[str](lambda _: {})
     question = reader.join("job-1")
-    began = time.monotonic()
+    took = []
     for _ in range(20):
+        began = time.monotonic()
         assert question.ask().result() is None
-    assert time.monotonic() - began < 20  # a second's pause each would take as long
+        took.append(time.monotonic() - began)
+    assert median(took) < 0.9, "it waits for no second to be over"
     wait_until(
         lambda: "keepstream-summaries" not in {thread.name for thread in threading.enumerate()}, "the thread to end"
     )

@@ -23,7 +23,7 @@ from keepstream_worker.store.error_answers import StoreRefusedError
 from keepstream_worker.store.one_writer import OneWriter
 from tests.cluster import wait_until
 
-PATIENCE: Final = 30.0
+PATIENCE: Final = 60.0
 
 
 @contextlib.asynccontextmanager
@@ -268,7 +268,7 @@ OURS = {"lock_timeout": "10s", "statement_timeout": "30s", "application_name": "
         ("?options=-csearch_path%3Da&options=-cwork_mem%3D1MB", {"search_path": "a", "work_mem": "1MB"}),
         ("?options=-cstatement_timeout%3D5000", {"statement_timeout": "5s"}),
         ("?options=--lock-timeout%3D2000", {"lock_timeout": "2s"}),
-        ("?application_name=shop&connect_timeout=2", {"application_name": "shop"}),
+        ("?application_name=shop&connect_timeout=60", {"application_name": "shop"}),
     ],
 )
 def test_what_the_url_sets_is_kept_beside_our_time_outs(postgres_url: str, query: str, changed: dict[str, str]) -> None:

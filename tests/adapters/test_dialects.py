@@ -1,5 +1,6 @@
 """In which dialect a provider is asked: as configured, or as it turns out; and what a refusal costs: no attempt."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from keepstream_worker.providers.config import ProviderConfig, parse_providers
 from keepstream_worker.providers.provider import ProviderFailure, Providers, Timeouts
 from keepstream_worker.providers.stream import Output, StreamReader
 
-PATIENT = Timeouts(connect=10.0, first_token=10.0, idle=10.0)
+PATIENT = Timeouts(connect=60.0, first_token=60.0, idle=60.0)
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
 #: As OpenAI words it for its newer models.
 WANTS_RESPONSES = {
@@ -154,11 +155,11 @@ async def test_a_server_without_the_endpoint_is_told_from_one_without_the_model(
 async def test_the_first_output_of_a_response_may_take_longer(make: Any) -> None:
     """A model that thinks unseen is silent: the other dialect's limit does not apply, also not after its refusal."""
     asked = make()
-    script = {"key": "k", "text": "ok", "first_token_delay": 1.0, "faults": [refusal(WANTS_RESPONSES)]}
-    impatient = Timeouts(connect=10.0, first_token=0.3, idle=10.0, first_token_by_responses=30.0)
+    script = {"key": "k", "text": "ok", "first_token_delay": 2.5, "faults": [refusal(WANTS_RESPONSES)]}
+    impatient = replace(PATIENT, first_token=2.0, first_token_by_responses=60.0)
     assert (await asked.ask(impatient, tools=TOOLS, script=script)).choices[0].content == "ok"
     asked = make('api = "responses"')
-    hasty = Timeouts(connect=10.0, first_token=30.0, idle=10.0, first_token_by_responses=0.3)
+    hasty = replace(PATIENT, first_token_by_responses=0.3)
     with pytest.raises(ProviderFailure, match=r"0\.3 s"):
         await asked.ask(hasty, script={"text": "ok", "first_token_delay": 20.0})
 

@@ -168,7 +168,9 @@ def test_provider_process_resets_a_connection_when_told_to() -> None:
     received = b""
     with (  # noqa: PT012  # what comes before the error is the point
         EmbeddedProvider() as server,
-        httpx2.stream("POST", f"{server.base_url}/chat/completions", json=body, trust_env=False) as response,
+        httpx2.stream(
+            "POST", f"{server.base_url}/chat/completions", json=body, trust_env=False, timeout=60
+        ) as response,
         pytest.raises(httpx2.ReadError),
     ):
         for part in response.iter_raw():

@@ -168,7 +168,7 @@ def test_the_sync_client_follows_just_as_well(redis_url: str) -> None:
             event_id = event.partition('"id": "')[2].partition('"')[0]
             log.eval(live_join.APPEND, 2, KEYS.log, KEYS.channel, event_id, event)
         for thread in threads:
-            thread.join(30)
+            thread.join(60)
     assert results == [IDS] * len(HISTORY)
 
 
@@ -197,10 +197,10 @@ async def test_both_clients_get_the_same_results_for_every_operation(
             results[name].append(plain((yield operation)))
         with redis.Redis.from_url(redis_url) as connection:
             assert connection.publish(KEYS.channel, "live") == 1
-            results[name].append(plain((yield Listen(5))))
+            results[name].append(plain((yield Listen(60))))
             connection.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
         with pytest.raises(DisconnectedError):
-            yield Listen(5)
+            yield Listen(60)
         yield Subscribe()
         yield parse_event(HISTORY[0])
         assert subscribers(redis_url) == 1
@@ -259,7 +259,7 @@ async def test_a_restart_of_redis_that_loses_the_log_is_healed_by_the_worker() -
 
             async def hold() -> Transcript:
                 held = Transcript()
-                async for event in client.follow(JOB_ID, timeout=30):
+                async for event in client.follow(JOB_ID, timeout=60):
                     assert held.apply(event)
                     joined.set()
                 return held
@@ -274,7 +274,7 @@ async def test_a_restart_of_redis_that_loses_the_log_is_healed_by_the_worker() -
             await asyncio.to_thread(server.start)
             send("after ")
             late = [asyncio.create_task(hold()) for _ in range(10)]
-            await publication.wait_flushed(20)
+            await publication.wait_flushed(60)
             publication.send(
                 "job.completed",
                 {"status": "completed", "attempts": 1, "output_sha256": output_sha256([text])},
@@ -342,10 +342,14 @@ async def test_large_events_arrive_whole(log: redis.asyncio.Redis, client: Async
 async def test_an_expired_log_is_answered_from_the_database_at_once(
     redis_url: str, stored: str, after: str | None
 ) -> None:
+    took: list[float] = []
+    events: list[Event] = []
     async with AsyncClient(redis_url, database_url=stored) as client:
-        began = time.monotonic()
-        events = await collect(client, after)
-        assert time.monotonic() - began < 2
+        for _ in range(3):
+            began = time.monotonic()
+            events = await collect(client, after)
+            took.append(time.monotonic() - began)
+    assert min(took) < 1, "it does not wait until the job counts as silent"
     assert [(event.id, event.type) for event in events] == [("2-12", "snapshot"), ("2-13", "job.completed")]
     held = Transcript()
     for event in events:
@@ -430,7 +434,7 @@ async def test_a_silent_job_is_a_timeout(client: AsyncClient) -> None:
     began = time.monotonic()
     with pytest.raises(FollowTimeoutError):
         await anext(client.follow(JOB_ID, timeout=0.5))
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 60
 
 
 async def test_breaking_off_gives_the_connection_back(

@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.cluster import PATIENCE, wait_until
 from tests.fork_server import ForkServer
 
 pytestmark = pytest.mark.slow
@@ -49,3 +50,32 @@ def test_a_forked_process_can_be_killed_and_says_by_what(forks: ForkServer, tmp_
     process.kill()
     assert process.wait() == -9
     assert not psutil.pid_exists(process.pid)
+
+
+def test_a_forked_command_reads_what_it_is_given_and_its_errors_are_kept_apart(
+    forks: ForkServer, tmp_path: Path
+) -> None:
+    environment = {"PATH": os.environ["PATH"]}
+    (tmp_path / "file.json").write_text('{"from": "a file"}')
+
+    def run(*arguments: str, given: str = "") -> "subprocess.CompletedProcess[str]":
+        return forks.run("json.tool", arguments, environment, given=given, directory=tmp_path, timeout=PATIENCE)
+
+    assert json.loads(run(given='{"from": "a pipe"}').stdout) == {"from": "a pipe"}
+    assert json.loads(run("file.json").stdout) == {"from": "a file"}
+    wrong = run(given="{")
+    assert (wrong.returncode, wrong.stdout) == (1, "")
+    assert wrong.stderr.startswith("Expecting property name")
+
+
+def test_a_forked_command_that_takes_too_long_is_ended(forks: ForkServer) -> None:
+    arguments = ["0", "--bind", "127.0.0.1"]
+
+    def living() -> set[psutil.Process]:
+        children = psutil.Process(forks.pid).children(recursive=True)
+        return {child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE}
+
+    before = living()
+    with pytest.raises(subprocess.TimeoutExpired):
+        forks.run("http.server", arguments, dict(os.environ), timeout=0.1)
+    wait_until(lambda: living() <= before, "it to end")

@@ -277,7 +277,7 @@ def test_a_reader_that_leaves_frees_its_place(server: Server) -> None:
     server.wait_for_end("left")
 
 
-@pytest.mark.parametrize("server", [{"drain_timeout": 1.0}], indirect=True)
+@pytest.mark.parametrize("server", [{"drain_timeout": 5.0}], indirect=True)
 def test_a_reader_that_reads_nothing_is_given_up_and_harms_nobody(server: Server) -> None:
     big = b"data: " + b"x" * 100_000 + b"\n\n"
     with open_stream(server, receive_buffer=4096) as lazy, open_stream(server, "/stream?key=other") as keen:
@@ -343,7 +343,7 @@ def test_a_head_without_an_end_is_cut_off(server: Server, endless: bytes) -> Non
 
 
 def test_a_head_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
-    monkeypatch.setattr("keepstream_gateway.server._REST_SECONDS", 0.3)
+    monkeypatch.setattr("keepstream_gateway.server._REST_SECONDS", 1.0)
     for beginning in (b"", b"GET /stream HTTP/1.1\r\nHo"):
         with socket.create_connection(("127.0.0.1", server.port), timeout=60) as sock:
             sock.sendall(beginning)
@@ -361,7 +361,7 @@ def test_a_head_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyP
         wait_until(lambda: server.count("followers") == 1, "the stream")
         for _ in range(5):
             server.send(FRAME)
-            time.sleep(0.1)
+            time.sleep(0.3)  # longer, in all, than a head may take
         server.send(None)
         assert reader.read_to_the_end()
 

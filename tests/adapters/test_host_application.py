@@ -23,8 +23,8 @@ from keepstream.client.listing import list_jobs
 from keepstream.tables import VERSION_TABLE, announcements, jobs, metadata, seconds_from_now
 from keepstream_worker.store import schema
 from keepstream_worker.store.retention import purge
-from keepstream_worker.supervisor import python_module
 from tests.cluster import Cluster
+from tests.fork_server import ForkServer
 from tests.jobs import make_job
 
 pytestmark = pytest.mark.slow
@@ -205,16 +205,16 @@ def test_host_and_keepstream_in_one_schema_do_not_notice_each_other(host: Host, 
         assert our_tables(engine) == OURS
 
 
-def test_worker_doctor_and_purge_work_beside_a_host(tmp_path: Path, host: Host, database_url: str) -> None:
+def test_worker_doctor_and_purge_work_beside_a_host(
+    tmp_path: Path, host: Host, database_url: str, forks: ForkServer
+) -> None:
     before = host.everything()
-    with Cluster(tmp_path, database_url) as cluster:
+    with Cluster(tmp_path, database_url, forks=forks) as cluster:
         cluster.start_worker()
         job_id = cluster.enqueue(text="Hello")
         assert cluster.wait_for(job_id).status == "completed"
-        command_line = [*python_module("keepstream_worker.commands"), "doctor", "--quick", "--json"]
-        doctor = subprocess.run(
-            command_line, env=cluster.environment(), capture_output=True, text=True, timeout=120, check=False
-        )
+        quick = ("doctor", "--quick", "--json")
+        doctor = forks.run("keepstream_worker.commands", quick, cluster.environment(), timeout=120)
         assert json.loads(doctor.stdout)["healthy"], doctor.stdout + doctor.stderr
         with cluster.database() as connection:
             past = seconds_from_now(-60)

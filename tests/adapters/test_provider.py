@@ -11,6 +11,8 @@ import time
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,7 +25,7 @@ from keepstream_worker.providers.config import parse_providers
 from keepstream_worker.providers.provider import Provider, ProviderFailure, Providers, Timeouts
 from keepstream_worker.values import Failure
 
-PATIENT = Timeouts(connect=10.0, first_token=10.0, idle=10.0)
+PATIENT = Timeouts(connect=60.0, first_token=60.0, idle=60.0)
 REQUEST: dict[str, Any] = {
     "model": "m-1",
     "messages": [{"role": "user", "content": "hi"}],
@@ -523,17 +525,13 @@ async def test_a_broken_connection_within_the_answer_is_a_connection_failure(
     assert failure.provider_request_id == "req-7"
 
 
-def unused_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 @pytest.mark.parametrize("url", ["http://127.0.0.1:{}/v1", "http://no-such-host.invalid:{}/v1"])
 async def test_a_provider_that_cannot_be_reached_is_a_connection_failure(url: str) -> None:
-    async with provider_at(url.format(unused_port())) as provider:
-        with pytest.raises(ProviderFailure) as caught:
-            await read(provider)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and nobody listens
+        async with provider_at(url.format(taken.getsockname()[1])) as provider:
+            with pytest.raises(ProviderFailure) as caught:
+                await read(provider)
     assert caught.value.failure.code is ErrorCode.CONNECTION
     assert "127.0.0.1" not in caught.value.failure.message
 
@@ -544,7 +542,7 @@ async def test_tls_to_a_plain_port_is_a_connection_failure() -> None:
         provider_at(server.base_url.replace("http:", "https:")) as provider,
     ):
         with pytest.raises(ProviderFailure) as caught:
-            await read(provider, timeouts=Timeouts(connect=1.0, first_token=10.0, idle=10.0))
+            await read(provider, timeouts=replace(PATIENT, connect=1.0))
     assert caught.value.failure.code in {ErrorCode.CONNECTION, ErrorCode.TIMEOUT}
 
 
@@ -826,7 +824,6 @@ async def test_the_status_decides_even_when_the_errors_body_cannot_be_read(
 
 async def test_an_errors_body_that_stalls_or_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("keepstream_worker.providers.http._ERROR_BODY_SECONDS", 0.2)
-    started = time.monotonic()
     failure = await failure_of(cut(b"content-length: 1000\r\n", stall=True))
     assert failure.code is ErrorCode.SERVER_ERROR
 
@@ -837,7 +834,6 @@ async def test_an_errors_body_that_stalls_or_never_ends_is_given_up(monkeypatch:
             await exchange.send(chunk(b"x" * 65_536))
 
     assert (await failure_of(endless)).code is ErrorCode.SERVER_ERROR
-    assert time.monotonic() - started < 30.0
 
 
 async def test_a_compressed_error_body_is_understood() -> None:
@@ -877,7 +873,7 @@ async def stall_after_data(exchange: Exchange) -> None:
 
 
 async def test_silence_before_the_headers_is_a_timeout() -> None:
-    failure = await failure_of(silence, Timeouts(connect=10.0, first_token=0.2, idle=10.0))
+    failure = await failure_of(silence, replace(PATIENT, first_token=0.2))
     assert failure.code is ErrorCode.TIMEOUT
     assert "0.2 s" in failure.message
 
@@ -886,7 +882,7 @@ async def test_comments_are_no_data() -> None:
     comments: list[bytes] = []
 
     async def read_without_noting_data(provider: Provider) -> None:
-        async with provider.stream(REQUEST, Timeouts(connect=10.0, first_token=0.3, idle=10.0)) as stream:
+        async with provider.stream(REQUEST, replace(PATIENT, first_token=1.0)) as stream:
             async for data in stream:
                 comments.append(data)  # noqa: PERF401  # extend would lose what came before the failure
 
@@ -898,39 +894,53 @@ async def test_comments_are_no_data() -> None:
 
 
 async def test_the_idle_limit_replaces_the_first_token_limit_once_data_came() -> None:
-    started = time.monotonic()
-    failure = await failure_of(stall_after_data, Timeouts(connect=10.0, first_token=60.0, idle=0.2))
+    failure = await failure_of(stall_after_data, replace(PATIENT, first_token=600.0, idle=0.2))
     assert failure.code is ErrorCode.TIMEOUT
-    assert time.monotonic() - started < 30.0
+    assert "0.2 s" in failure.message
 
 
 async def test_data_in_time_keeps_a_stream_alive_beyond_the_limit() -> None:
+    """A machine that stands still for longer than the limit lets no data come in time; then it is tried again."""
+    sent_at: list[float] = []
+
     async def behave(exchange: Exchange) -> None:
         await exchange.request()
+        sent_at.append(time.monotonic())
         await exchange.send(CHUNKED)
         for _ in range(12):
             await exchange.send(chunk(EVENT))
             await asyncio.sleep(0.1)
+            sent_at.append(time.monotonic())
         await exchange.send(END)
 
+    limit, found = 1.0, b""
     async with RawServer(behave) as server, provider_at(server.base_url) as provider:
-        assert await read(provider, timeouts=Timeouts(connect=10.0, first_token=1.0, idle=1.0)) == EVENT * 12
+        for _ in range(5):
+            sent_at[:] = [time.monotonic()]
+            try:
+                found = await read(provider, timeouts=replace(PATIENT, first_token=limit, idle=limit))
+                break
+            except ProviderFailure:
+                sent_at.append(time.monotonic())
+                assert max(after - before for before, after in pairwise(sent_at)) > limit / 2, "all came in time"
+    assert found == EVENT * 12
+    assert sent_at[-1] - sent_at[0] > limit
 
 
 async def test_time_that_the_reader_takes_is_not_the_providers() -> None:
     async with (
         RawServer(answering(CHUNKED, chunk(EVENT), END)) as server,
         provider_at(server.base_url) as provider,
-        provider.stream(REQUEST, Timeouts(connect=10.0, first_token=0.1, idle=0.1)) as stream,
+        provider.stream(REQUEST, replace(PATIENT, first_token=1.0, idle=1.0)) as stream,
     ):
-        await asyncio.sleep(0.4)
+        await asyncio.sleep(1.5)
         assert [data async for data in stream] == [EVENT]
 
 
 async def test_a_timeout_leaves_the_task_uncancelled() -> None:
     async with RawServer(silence) as server, provider_at(server.base_url) as provider:
         with pytest.raises(ProviderFailure):
-            await read(provider, timeouts=Timeouts(connect=10.0, first_token=0.1, idle=10.0))
+            await read(provider, timeouts=replace(PATIENT, first_token=0.1))
         task = asyncio.current_task()
         assert task is not None
         assert task.cancelling() == 0
@@ -947,7 +957,7 @@ async def test_a_connection_that_is_never_accepted_is_a_timeout() -> None:
             filler.connect_ex(full.getsockname())
         async with provider_at(f"http://127.0.0.1:{full.getsockname()[1]}/v1") as provider:
             with pytest.raises(ProviderFailure) as caught:
-                await read(provider, timeouts=Timeouts(connect=0.3, first_token=10.0, idle=10.0))
+                await read(provider, timeouts=replace(PATIENT, connect=0.3))
         for filler in fillers:
             filler.close()
     assert caught.value.failure.code is ErrorCode.TIMEOUT
@@ -985,6 +995,7 @@ async def test_cancelling_closes_the_connection_within_milliseconds(
     moment: str, *, secure: bool, certificate: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate.with_suffix(".crt")))
+    monkeypatch.setattr("keepstream_worker.providers.http._KEEP_ALIVE_SECONDS", 600.0)
     asked, gone = asyncio.Event(), asyncio.Event()
 
     async def behave(exchange: Exchange) -> None:
@@ -1002,12 +1013,10 @@ async def test_cancelling_closes_the_connection_within_milliseconds(
         task = asyncio.create_task(read(provider))
         await asked.wait()
         await asyncio.sleep(0.05)
-        started = time.monotonic()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        await asyncio.wait_for(gone.wait(), 30.0)
-        assert time.monotonic() - started < 3.0, "sooner than an idle connection would be closed"
+        await asyncio.wait_for(gone.wait(), 60.0)  # an idle connection would be kept for ten minutes
 
 
 async def test_an_exception_of_the_reader_closes_the_connection_and_goes_on() -> None:
@@ -1027,7 +1036,7 @@ async def test_an_exception_of_the_reader_closes_the_connection_and_goes_on() ->
     async with RawServer(behave) as server, provider_at(server.base_url) as provider:
         with pytest.raises(ZeroDivisionError):
             await stumble(provider)
-        await asyncio.wait_for(gone.wait(), 30.0)
+        await asyncio.wait_for(gone.wait(), 60.0)
 
 
 async def test_a_burst_of_requests_times_none_of_them_out() -> None:

@@ -17,23 +17,25 @@ from keepstream_worker.dev_stack.embedded import EmbeddedValkey
 from tests.redis_servers import HANDSHAKES_BREAK, Certificates, RedisTls, SentinelSet, ValkeyAtSocket
 
 Link = Callable[[str], None]
+#: Seconds; the time-outs of connections to servers that answer, however busy the machine.
+LONG = 60.0
 
 
 def ask_sync(url: str) -> None:
-    pool = make_pool(parse_redis_url(url), connect_timeout=5.0, answer_timeout=5.0)
+    pool = make_pool(parse_redis_url(url), connect_timeout=LONG, answer_timeout=LONG)
     with redis.Redis.from_pool(pool) as client:
         client.incr("asked")
 
 
 def ask_sync_blocking(url: str) -> None:
-    pool = make_pool(parse_redis_url(url), max_connections=2, wait_for_connection=5.0, retries=1)
+    pool = make_pool(parse_redis_url(url), max_connections=2, wait_for_connection=LONG, retries=1)
     with redis.Redis.from_pool(pool) as client:
         client.incr("asked")
 
 
 def ask_async(url: str) -> None:
     async def ask() -> None:
-        pool = make_async_pool(parse_redis_url(url), connect_timeout=5.0, answer_timeout=5.0)
+        pool = make_async_pool(parse_redis_url(url), connect_timeout=LONG, answer_timeout=LONG)
         async with redis.asyncio.Redis.from_pool(pool) as client:
             await client.incr("asked")
 
@@ -42,7 +44,7 @@ def ask_async(url: str) -> None:
 
 def ask_async_blocking(url: str) -> None:
     async def ask() -> None:
-        pool = make_async_pool(parse_redis_url(url), max_connections=2, wait_for_connection=5.0, retries=1)
+        pool = make_async_pool(parse_redis_url(url), max_connections=2, wait_for_connection=LONG, retries=1)
         async with redis.asyncio.Redis.from_pool(pool) as client:
             await asyncio.gather(*(client.incr("asked") for _ in range(5)))
 
@@ -144,7 +146,7 @@ def test_without_an_answer_from_a_sentinel_there_is_no_connection(ask: Link):
 
 def test_a_connection_follows_the_master(sentinels: SentinelSet):
     server = parse_redis_url(sentinels.url)
-    with redis.Redis.from_pool(make_pool(server, answer_timeout=5.0, retries=1)) as client:
+    with redis.Redis.from_pool(make_pool(server, answer_timeout=LONG, retries=1)) as client:
         client.set("asked", 1)
         sentinels.hand_over()
         client.set("asked", 2)  # the connection is old: its server refuses to write, or has closed it
@@ -154,7 +156,7 @@ def test_a_connection_follows_the_master(sentinels: SentinelSet):
 
 async def test_an_async_connection_follows_the_master(sentinels: SentinelSet):
     server = parse_redis_url(sentinels.url)
-    pool = make_async_pool(server, answer_timeout=5.0, retries=1, max_connections=2, wait_for_connection=5.0)
+    pool = make_async_pool(server, answer_timeout=LONG, retries=1, max_connections=2, wait_for_connection=LONG)
     async with redis.asyncio.Redis.from_pool(pool) as client:
         await client.set("asked", 1)
         await asyncio.to_thread(sentinels.hand_over)
@@ -195,7 +197,7 @@ def as_replica(valkey: EmbeddedValkey) -> Iterator[None]:
 
 def test_a_replica_is_left_for_wherever_the_address_leads(moving: tuple[ValkeyAtSocket, str]):
     valkey, url = moving
-    with redis.Redis.from_pool(make_pool(parse_redis_url(url), answer_timeout=5.0)) as client:
+    with redis.Redis.from_pool(make_pool(parse_redis_url(url), answer_timeout=LONG)) as client:
         connection = client.client_id()
         assert client.client_id() == connection
         with as_replica(valkey), client.pipeline(transaction=False) as pipeline:
@@ -208,7 +210,7 @@ def test_a_replica_is_left_for_wherever_the_address_leads(moving: tuple[ValkeyAt
 
 async def test_an_async_connection_leaves_a_replica(moving: tuple[ValkeyAtSocket, str]):
     valkey, url = moving
-    pool = make_async_pool(parse_redis_url(url), answer_timeout=5.0, max_connections=1, wait_for_connection=5.0)
+    pool = make_async_pool(parse_redis_url(url), answer_timeout=LONG, max_connections=1, wait_for_connection=LONG)
     async with redis.asyncio.Redis.from_pool(pool) as client:
         connection = await client.client_id()
         assert await client.client_id() == connection

@@ -27,7 +27,7 @@ async def client(scripted_provider: ScriptedProvider) -> AsyncIterator[openai.As
 @pytest.fixture
 async def http(scripted_provider: ScriptedProvider) -> AsyncIterator[httpx2.AsyncClient]:
     base_url = scripted_provider.base_url.removesuffix("/v1")
-    async with httpx2.AsyncClient(base_url=base_url, timeout=10, trust_env=False) as http:
+    async with httpx2.AsyncClient(base_url=base_url, timeout=60, trust_env=False) as http:
         yield http
 
 
@@ -189,7 +189,7 @@ async def test_stamps_are_the_time_of_sending(client: openai.AsyncOpenAI) -> Non
 async def test_a_paced_stream_takes_its_time_and_no_more(http: httpx2.AsyncClient) -> None:
     started = time.monotonic()
     await post(http, {"deltas": 50, "rate": 100})
-    assert 0.49 < time.monotonic() - started < 10
+    assert 0.49 < time.monotonic() - started < 60
 
 
 async def test_delays_come_before_the_headers_and_before_the_first_delta(http: httpx2.AsyncClient) -> None:
@@ -294,7 +294,7 @@ async def test_an_eof_ends_the_body_cleanly_without_a_finish_reason(client: open
 async def test_a_silent_stream_stays_open_until_the_client_closes_it(
     scripted_provider: ScriptedProvider, http: httpx2.AsyncClient, fault: dict[str, Any]
 ) -> None:
-    http.timeout = httpx2.Timeout(0.2)
+    http.timeout = httpx2.Timeout(1.0)  # in which a busy machine, too, sends what comes before the silence
     with pytest.raises(httpx2.ReadTimeout):
         await post(http, {"key": "k", "deltas": 9, "faults": [fault]})
     attempt = await client_closed(http, "k")
@@ -386,7 +386,8 @@ async def test_a_raw_response_is_played_chunk_by_chunk(http: httpx2.AsyncClient)
 async def test_a_raw_response_ends_as_told(
     http: httpx2.AsyncClient, raw: dict[str, Any], error: type[Exception]
 ) -> None:
-    http.timeout = httpx2.Timeout(0.2)
+    if raw.get("close") == "stall":
+        http.timeout = httpx2.Timeout(1.0)  # in which a busy machine, too, sends what comes before the silence
     with pytest.raises(error):
         await post(http, {"raw": raw})
 
@@ -489,7 +490,7 @@ def test_as_a_process_it_tells_its_url_in_one_line_and_ends_cleanly(signum: sign
         assert process.stdout is not None
         base_url = json.loads(process.stdout.readline())["base_url"]
         body = {"messages": PROMPT, "stream": True, "script": {"faults": [{"kind": "stall"}]}}
-        with httpx2.stream("POST", f"{base_url}/chat/completions", json=body, trust_env=False) as response:
+        with httpx2.stream("POST", f"{base_url}/chat/completions", json=body, trust_env=False, timeout=60) as response:
             assert response.status_code == 200
             process.send_signal(signum)
             output, errors = process.communicate(timeout=60)

@@ -34,6 +34,6 @@ class Sandbox:
             if self.database == "postgresql":
                 postgres = servers.enter_context(PostgresServer())
                 url = postgres.url(postgres.create_database())
-            redis = servers.enter_context(SentinelSet(persistent=True)) if sentinels else None
+            redis = servers.enter_context(SentinelSet(persistent=True, dead_after=2.0)) if sentinels else None
             with Cluster(directory, url, postgres=postgres, sentinels=redis, **settings) as cluster:
                 yield cluster

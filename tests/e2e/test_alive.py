@@ -12,6 +12,7 @@ import psutil
 import pytest
 from typing_extensions import override
 
+from keepstream.names import QUEUE
 from keepstream.results import JobStatus
 from keepstream_worker.commands.entry import version_line
 from keepstream_worker.supervisor import python_module
@@ -80,8 +81,14 @@ def start(cluster: Cluster, directory: Path, **settings: Any) -> HangingWorker:
     worker = HangingWorker(environment, cluster.directory / f"worker-{len(cluster.workers) + 1}.log")
     cluster.workers.append(worker)
     worker.start()
-    wait_until(lambda: alive(directory), "the first sign of life")
+    wait_for_life(directory)
     return worker
+
+
+def wait_for_life(directory: Path) -> None:
+    """Wait until all processes are alive, and `keepstream alive` says so."""
+    wait_until(lambda: pulse.complaint(str(directory)) is None, "the first sign of life", timeout=180)
+    assert alive(directory)
 
 
 def wait_for_beats(directory: Path, count: int = 5) -> None:
@@ -101,6 +108,9 @@ def wait_for_beats(directory: Path, count: int = 5) -> None:
 )
 def test_a_worker_that_hangs_is_found(cluster: Cluster, directory: Path, how: int) -> None:
     worker = start(cluster, directory)
+    with cluster.redis() as client:
+        cluster.enqueue(deltas=1)
+        wait_until(lambda: client.llen(QUEUE) == 0, "Celery's thread to be at work")  # one that starts may take long
     os.kill(worker.pid, how)
     wait_until(lambda: pulse.complaint(str(directory), LIMIT), "its silence to be noticed", timeout=180)
     done = check(directory, "--within", str(LIMIT))
@@ -139,7 +149,7 @@ def test_a_worker_that_waits_for_the_database_at_its_start_is_alive(
         subprocess.Popen(command, env=cluster.environment(alive_dir=directory), stderr=log) as process,
     ):
         try:
-            wait_until(lambda: alive(directory), "the first sign of life", timeout=180)
+            wait_for_life(directory)
             wait_for_beats(directory, 2)
             process.terminate()
             assert process.wait(60) == 0
@@ -154,7 +164,7 @@ def test_a_process_that_replaces_another_waits_for_a_redis_that_is_away(cluster:
     worker = NumberedWorker(cluster.environment(alive_dir=directory), cluster.directory / "worker-1.log")
     cluster.workers.append(worker)
     worker.start()
-    wait_until(lambda: alive(directory), "the first sign of life")
+    wait_for_life(directory)
     cluster.valkey.start()
     assert cluster.wait_for(cluster.enqueue(deltas=3)).status is JobStatus.COMPLETED
 
@@ -180,7 +190,7 @@ def two_processes(cluster: Cluster, directory: Path) -> Iterator[psutil.Process]
     with log, subprocess.Popen(command, env=cluster.environment(alive_dir=directory), stderr=log) as process:
         supervisor = psutil.Process(process.pid)
         try:
-            wait_until(lambda: alive(directory), "both processes", timeout=180)
+            wait_for_life(directory)
             yield supervisor
         finally:
             children = supervisor.children()

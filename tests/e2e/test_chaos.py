@@ -15,7 +15,7 @@ def test_every_job_is_accounted_for_after_everything_has_failed_at_random(tmp_pa
 
 
 def test_rolling_deploy_is_not_noticed(tmp_path: Path) -> None:
-    report = deploy.run(Sandbox(tmp_path, "sqlite"), seed=1, generations=2, workers=1, grace=4.0, slack=2.5)
+    report = deploy.run(Sandbox(tmp_path, "sqlite"), seed=1, generations=2, workers=1, grace=6.0, slack=5.0)
     assert report.failures == {}
 
 

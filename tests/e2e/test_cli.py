@@ -1,4 +1,7 @@
-"""The command line as users see it: real processes, their output, their exit codes."""
+"""The command line as users see it: real processes, their output, their exit codes.
+
+Most of them are forked off, for starting Python and importing what they need takes longer than all that they do.
+"""
 
 import ast
 import contextlib
@@ -31,6 +34,7 @@ from keepstream_worker.dev_stack.embedded import EmbeddedProvider, free_port, sq
 from keepstream_worker.store import inspection, schema
 from keepstream_worker.supervisor import python_module
 from tests.cluster import Cluster, wait_until
+from tests.fork_server import ForkServer
 from tests.stored_jobs import stored_job
 
 OK, UNSUCCESSFUL, INVALID, UNAVAILABLE, NOT_FOUND, INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -43,11 +47,19 @@ SECRET = "hunter2-secret"  # part of URLs; must never be printed
 COMMAND = python_module("keepstream_worker.commands")
 
 
+FORKS: list[ForkServer] = []  #: The one that runs the commands.
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forked(forks: ForkServer) -> None:
+    FORKS[:] = [forks]
+
+
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster(tmp_path_factory: pytest.TempPathFactory, forks: ForkServer) -> Iterator[Cluster]:
     """One cluster with one worker for all tests that do no harm."""
     directory = tmp_path_factory.mktemp("cli")
-    with Cluster(directory, sqlite_url(directory / "keepstream.db")) as cluster:
+    with Cluster(directory, sqlite_url(directory / "keepstream.db"), forks=forks) as cluster:
         cluster.start_worker()
         yield cluster
 
@@ -64,9 +76,8 @@ def environment(**settings: str) -> dict[str, str]:
 
 def run(env: dict[str, str], *args: str, stdin: str = "", cwd: Path | None = None) -> Done:
     """Run `keepstream` to its end; it must never show a traceback or a secret."""
-    done = subprocess.run(
-        [*COMMAND, *args], env=env, cwd=cwd, input=stdin, capture_output=True, text=True, timeout=120, check=False
-    )
+    (forks,) = FORKS
+    done = forks.run("keepstream_worker.commands", args, env, given=stdin, directory=cwd, timeout=120)
     assert "Traceback" not in done.stderr, done.stderr
     assert SECRET not in done.stdout + done.stderr
     return done
@@ -335,7 +346,7 @@ def test_ctrl_c_ends_following_but_not_the_job(cluster: Cluster):
         assert process.stdout is not None
         assert "attempt 1" in process.stdout.readline()
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=60)
         assert process.returncode == INTERRUPTED
     assert re.search(rf"keepstream follow {job_id} --after 1-\d+\n$", errors)
     assert "Traceback" not in errors

@@ -15,7 +15,7 @@ import pytest
 from keepstream.client import api_keys
 from keepstream.names import Right
 from keepstream.results import CompletionResult, output_sha256
-from tests.cluster import Cluster, wait_until
+from tests.cluster import PATIENCE, Cluster, wait_until
 from tests.gateways import GatewayProcess, Reader, caller, error_of, make_key, start_gateway
 from tests.http_streams import HttpStream
 
@@ -43,6 +43,11 @@ def assert_same_text(reader: Reader, result: CompletionResult) -> None:
     assert reader.events[-1].output_sha256 == result.output_sha256 == output_sha256([result.text])  # type: ignore[union-attr]
     ids = [event.event_id for event in reader.events]
     assert ids == sorted(set(ids))
+
+
+def stranger(gateway: GatewayProcess) -> httpx2.Client:
+    """A caller without a key."""
+    return httpx2.Client(base_url=f"http://127.0.0.1:{gateway.port}", timeout=PATIENCE)
 
 
 # -- the way of a job --
@@ -181,7 +186,7 @@ def http(gateway: GatewayProcess, key: str) -> Iterator[httpx2.Client]:
 )
 def test_a_wrong_key_is_refused(gateway: GatewayProcess, header: str | None) -> None:
     headers = {} if header is None else {"Authorization": header.encode("latin-1")}
-    with httpx2.Client(base_url=f"http://127.0.0.1:{gateway.port}") as client:
+    with stranger(gateway) as client:
         for method, path in (("GET", "/api/jobs"), ("POST", "/api/jobs"), ("GET", "/api/jobs/x/events")):
             response = client.request(method, path, headers=headers)  # type: ignore[arg-type]
             assert response.status_code == 401
@@ -194,7 +199,7 @@ def test_a_wrong_key_is_refused(gateway: GatewayProcess, header: str | None) -> 
 )
 def test_a_token_that_anybody_wrote_is_refused_and_never_a_failure(gateway: GatewayProcess, text: str) -> None:
     token = base64.urlsafe_b64encode(bytes(32) + text.encode()).decode().rstrip("=")
-    with httpx2.Client(base_url=f"http://127.0.0.1:{gateway.port}") as client:
+    with stranger(gateway) as client:
         for response in (
             client.get("/api/jobs/x", params={"token": token}),
             client.get("/api/jobs/x", headers={"Authorization": f"Bearer {token}"}),
@@ -253,7 +258,7 @@ def test_a_browser_follows_one_job_by_a_token(
         assert stream.response.status == 200
         assert stream.read_to_the_end()
         assert b'"job.completed"' in stream.received
-    with httpx2.Client(base_url=f"http://127.0.0.1:{gateway.port}") as browser:
+    with stranger(gateway) as browser:
         query = {"token": token}
         assert browser.get(f"/api/jobs/{job_id}", params=query).status_code == 200
         assert browser.get(f"/api/jobs/{other}", params=query).status_code == 404
@@ -374,7 +379,7 @@ def test_no_page_of_another_origin_may_call_unless_it_is_named(shared_cluster: C
 def test_health_and_metrics_need_no_key_and_name_no_job(gateway: GatewayProcess, http: httpx2.Client) -> None:
     job_id = create(http, deltas=3)
     http.get(f"/api/jobs/{job_id}")
-    with httpx2.Client(base_url=f"http://127.0.0.1:{gateway.port}") as anybody:
+    with stranger(gateway) as anybody:
         assert anybody.get("/healthz").text == "ok\n"
         assert anybody.get("/readyz").json() == {"redis": "ok", "database": "ok"}
         metrics = anybody.get("/metrics").text

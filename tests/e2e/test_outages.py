@@ -95,7 +95,7 @@ def test_an_end_that_redis_loses_is_published_again(cluster: Cluster) -> None:
     snapshot, end = cluster.log(job_id)
     assert (snapshot.type, end.type) == ("snapshot", "job.completed")
     with Client(cluster.valkey.url) as client:
-        assert [event.type for event in client.follow(job_id, timeout=30)] == ["snapshot", "job.completed"]
+        assert [event.type for event in client.follow(job_id, timeout=60)] == ["snapshot", "job.completed"]
 
 
 def test_redis_emptied_twice_in_one_stream(cluster: Cluster) -> None:

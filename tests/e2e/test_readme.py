@@ -189,7 +189,7 @@ async def test_the_example_of_server_sent_events_sends_comments_until_the_browse
     ended = browser.app[ENDED]
     ended.clear()
     answer.close()
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while not ended:  # noqa: ASYNC110  # the handler notices with its next comment
             await asyncio.sleep(0.05)
     assert ended == [None]

@@ -135,7 +135,7 @@ def test_verification_that_is_switched_off_is_said(make_cluster: MakeCluster, ce
 @pytest.mark.parametrize("how", ["killed", "handed-over", "frozen"])
 def test_a_fail_over_costs_no_attempt_and_no_event(make_cluster: MakeCluster, how: str) -> None:
     """Ten streams run on; followers get everything; what was enqueued meanwhile is done afterwards."""
-    with SentinelSet(replicas=2) as servers:
+    with SentinelSet(replicas=2, dead_after=2.0) as servers:
         cluster = make_cluster(servers.url)
         workers = cluster.start_workers(2)
         text = TEXT * 30

@@ -125,7 +125,7 @@ OPTIONS: Final = {"include_usage": True}
 
 def recorded(cluster: Cluster) -> list[dict[str, Any]]:
     """The requests that the provider received."""
-    connection = http.client.HTTPConnection("127.0.0.1", cluster.provider.port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", cluster.provider.port, timeout=60)
     try:
         connection.request("GET", "/_requests")
         requests: list[dict[str, Any]] = json.loads(connection.getresponse().read())

@@ -7,7 +7,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 import uuid
 from collections.abc import Iterator, Mapping
@@ -374,7 +373,8 @@ def test_a_killed_dev_leaves_no_process_and_no_settings_and_can_be_started_again
 
 
 def test_dev_stops_at_once_when_asked_a_second_time(place: Place):
-    with place.terminal("dev") as terminal:
+    # Without the second time it would let the stream finish for longer than anybody waits here.
+    with place.terminal("dev", environment={"KEEPSTREAM_SHUTDOWN_GRACE": "600"}) as terminal:
         terminal.wait_for("worker_started")
         submit = ["submit", "--model", "scripted-1", "-m", "Hi", "--param"]
         place.run(*submit, 'script={"deltas": 100000, "rate": 20}', "--id", "long-1", **place.sourced())
@@ -382,10 +382,8 @@ def test_dev_stops_at_once_when_asked_a_second_time(place: Place):
             follower.wait_for("word word")
             terminal.press(CTRL_C)
             terminal.wait_for("worker_draining")
-            started = time.monotonic()
             terminal.press(CTRL_C)
             assert terminal.wait() == INTERRUPTED
-        assert time.monotonic() - started < 25  # the grace period is 30 s
         assert "interrupted=1" in terminal.text
     place.wait_until_clean()
 

@@ -21,7 +21,7 @@ from keepstream_worker.values import JobKey, Target
 QUEUE: Final = "completions"
 TARGET: Final = Target("default", "m")
 KEY, OTHER = JobKey("default", "job-1"), JobKey("default", "job-2")
-PATIENCE: Final = 30.0
+PATIENCE: Final = 60.0
 
 
 def told(number: int) -> Observation:

@@ -58,7 +58,7 @@ from keepstream_worker.values import AttemptReason, Ended, Ending, JobKey, Targe
 SECRET: Final = "the prompt of a customer"
 BAD, GOOD = JobKey("default", "bad"), JobKey("default", "good")
 TARGET: Final = Target("default", "m")
-PATIENCE: Final = 30.0
+PATIENCE: Final = 60.0
 NOBODY: Final = cast("Any", None)
 
 

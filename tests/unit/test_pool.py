@@ -15,7 +15,7 @@ from kombu.asynchronous.hub import Hub
 
 from keepstream_worker.intake.pool import Delivery, LoopPool
 
-PATIENCE = 30.0
+PATIENCE = 60.0
 
 
 class RecordingService:
