@@ -42,7 +42,7 @@ NodeManager.EXIT_TIMEOUT = 60
 
 MOST_PROCESSES: Final = 8
 
-#: Modules with long tests. These begin first, so that none of them is left over at the end.
+#: Modules with long tests, or many in one process. These begin first, so that none of them is left over at the end.
 LONGEST: Final = (
     "test_chaos",
     "test_error_answers",
@@ -53,6 +53,10 @@ LONGEST: Final = (
     "test_zombie",
     "test_installed",
     "test_load",
+    "test_waiting",
+    "test_store",
+    "test_forks",
+    "test_client_plans",
 )
 
 
@@ -73,16 +77,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     def place(item: pytest.Item) -> tuple[int, int]:
         room = ("e2e", "clients", "adapters", "unit").index(item.path.parent.name)
-        if room:
-            return room, 0
-        if item.get_closest_marker("xdist_group"):
+        if room == 0 and item.get_closest_marker("xdist_group"):
             return 0, 0
-        return 0, 1 + (LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+        return room, 1 + (LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
     for item in items:
         shared = _shared_fixtures(item)
         if shared or item.path.parent.name not in {"e2e", "clients"}:
-            group = " ".join([item.path.stem, *shared])
+            group = " ".join([item.path.parent.name, item.path.stem, *shared])  # modules of two rooms may be namesakes
             item.add_marker(pytest.mark.xdist_group(group))
             if is_distributed:
                 # The end of its id tells xdist the group. Where xdist 3.8 writes it, pytest 9.2 does not look any more.

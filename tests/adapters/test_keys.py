@@ -230,12 +230,12 @@ async def test_without_any_key_a_job_may_try_again_and_is_told_why(tmp_path: Pat
 async def test_a_file_server_that_hangs_holds_up_no_request_for_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(keys, "_FILE_PATIENCE", 1.0)
     file = tmp_path / "key"
     file.write_text(OLD)
     clock = Clock()
     async with changing_key(f'api_key_file = "{file}"', clock) as key:
         assert await key.current() == OLD
-        monkeypatch.setattr(keys, "_FILE_PATIENCE", 1.0)
         file.unlink()
         os.mkfifo(file)  # opening it waits for a writer
         clock.now += 1.0

@@ -407,7 +407,7 @@ def test_a_follower_without_a_worker_is_told_once_and_in_the_end(
 ) -> None:
     job_id = enqueue(client)
     with pytest.raises(FollowTimeoutError, match="it waits for a worker: none is alive"):
-        next(client.follow(job_id, timeout=2))
+        next(client.follow(job_id, timeout=0.5))
     assert told(caplog) == [("WARNING", f"job {job_id} waits for a worker: none is alive for the queue 'completions'")]
 
 
@@ -417,7 +417,7 @@ async def test_an_async_follower_is_told_as_well(
     async with AsyncClient(redis_url, database_url=database_url) as client:
         job_id = await client.enqueue(model="m", messages=MESSAGES)
         with pytest.raises(FollowTimeoutError, match="none is alive"):
-            await anext(client.follow(job_id, timeout=2))
+            await anext(client.follow(job_id, timeout=0.5))
     assert len(told(caplog)) == 1
 
 
