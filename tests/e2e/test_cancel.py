@@ -150,7 +150,7 @@ def test_cancel_reaches_the_worker_while_redis_is_away(cluster_losing_redis: Clu
 
 
 def test_job_of_a_dead_worker_is_cancelled_by_another_one(cluster: Cluster) -> None:
-    worker = cluster.start_worker()
+    worker = cluster.start_worker(lease=BRIEF)
     job_id = cluster.enqueue(**ENDLESS)
     following = cluster.follow(job_id)
     following.wait_for("delta", count=3)

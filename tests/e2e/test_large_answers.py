@@ -112,7 +112,7 @@ def test_an_image_that_is_not_in_the_log_is_told_by_its_size(
 def die_before_the_commit(
     cluster: Cluster, provider: LargeAnswers, directory: Path, kind: str, **settings: Any
 ) -> tuple[str, Following]:
-    worker = start_worker(cluster, provider, directory, **settings)
+    worker = start_worker(cluster, provider, directory, lease=BRIEF, **settings)
     with cluster.database() as connection:  # the ending waits for this lock, the claim does not
         connection.execute(text("LOCK TABLE keepstream_choices IN SHARE MODE"))
         job_id, following = ask(cluster, kind)

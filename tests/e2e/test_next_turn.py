@@ -141,7 +141,7 @@ def test_an_answer_that_was_rebuilt_from_the_log_can_be_gone_on_from(
     cluster = postgres_cluster
     file = tmp_path / "providers.toml"
     file.write_text(strict.providers_toml())
-    worker = cluster.start_worker(providers_file=file)
+    worker = cluster.start_worker(providers_file=file, lease=BRIEF)
     with cluster.database() as connection:  # the ending waits for this lock, the claim does not
         connection.execute(text("LOCK TABLE keepstream_choices IN SHARE MODE"))
         job_id = ask(cluster, style)

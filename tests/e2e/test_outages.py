@@ -300,7 +300,7 @@ def test_worker_that_is_cut_off_from_the_database_loses_its_jobs_and_writes_noth
     cluster = postgres_cluster
     with TcpProxy(cluster.postgres.port) as proxy:
         there = cluster.database_url.replace(f":{cluster.postgres.port}/", f":{proxy.port}/")
-        lonely = cluster.start_worker(database_url=there)
+        lonely = cluster.start_worker(database_url=there, lease=BRIEF)
         # The lonely worker's stream outlasts the test: had it finished, the heir would take its text from the log.
         job_id = cluster.enqueue(deltas=150, rate=50, faults=[{"kind": "slow", "rate": 2}])
         following = cluster.follow(job_id)

@@ -56,7 +56,7 @@ def test_usage_of_a_lost_attempt_is_estimated_from_the_log(cluster: Cluster) -> 
 
 
 def test_restarted_worker_takes_up_what_its_predecessor_left(cluster: Cluster) -> None:
-    worker = cluster.start_worker()
+    worker = cluster.start_worker(lease=BRIEF)
     job_id = cluster.enqueue(deltas=40, hold=1)
     cluster.wait_for_deltas(job_id)
     worker.kill()
@@ -67,7 +67,7 @@ def test_restarted_worker_takes_up_what_its_predecessor_left(cluster: Cluster) -
 
 
 def test_job_that_kills_its_worker_each_time_ends_as_failed(cluster: Cluster) -> None:
-    cluster.start_worker()
+    cluster.start_worker(lease=BRIEF)
     job_id = cluster.enqueue(deltas=2000, rate=20, limits={"max_attempts": 2})
     following = cluster.follow(job_id)
     for attempt in (1, 2):
@@ -89,7 +89,7 @@ def test_job_that_kills_its_worker_each_time_ends_as_failed(cluster: Cluster) ->
 
 def test_finished_stream_whose_worker_died_before_the_commit_is_rebuilt_from_the_log(postgres_cluster: Cluster) -> None:
     cluster = postgres_cluster
-    worker = cluster.start_worker()
+    worker = cluster.start_worker(lease=BRIEF)
     job_id = cluster.enqueue(text="The whole answer, paid for once.", hold=1, reasoning="Let me think.")
     following = cluster.follow(job_id)
     following.wait_for("delta")
@@ -115,7 +115,7 @@ def test_worker_that_must_end_before_the_database_is_back_leaves_its_result_in_t
     postgres_cluster: Cluster,
 ) -> None:
     cluster = postgres_cluster
-    worker = cluster.start_worker(shutdown_grace=1)
+    worker = cluster.start_worker(lease=BRIEF, shutdown_grace=1)
     job_id = cluster.enqueue(deltas=20, hold=1)
     following = cluster.follow(job_id)
     following.wait_for("delta")

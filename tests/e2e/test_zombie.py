@@ -50,7 +50,7 @@ def test_worker_frozen_within_its_lease_goes_on(cluster: Cluster) -> None:
 
 
 def test_worker_frozen_while_its_job_is_ended_by_others_says_nothing_after_the_end(cluster: Cluster) -> None:
-    zombie = cluster.start_worker()
+    zombie = cluster.start_worker(lease=BRIEF)
     job_id = cluster.enqueue(deltas=2000, rate=20)
     following = cluster.follow(job_id)
     following.wait_for("delta", count=5)
