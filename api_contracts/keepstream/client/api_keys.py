@@ -11,6 +11,7 @@ import hashlib
 import hmac
 import re
 import secrets
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
@@ -68,8 +69,13 @@ def create(connection: Connection, tenant: str, name: str, rights: frozenset[Rig
 
 def find(connection: Connection, key_id: str) -> StoredKey | None:
     """Return a key that has not been revoked, or None."""
-    stored = _read(connection, key_id)
-    return stored if stored is not None and stored.revoked_at is None else None
+    return find_all(connection, [key_id]).get(key_id)
+
+
+def find_all(connection: Connection, key_ids: Collection[str]) -> dict[str, StoredKey]:
+    """Return those of some keys, by id, that there are and that have not been revoked."""
+    valid = select(api_keys).where(api_keys.c.id.in_(key_ids), api_keys.c.revoked_at.is_(None))
+    return {row.id: _stored(row) for row in connection.execute(valid)}
 
 
 def list_keys(connection: Connection, tenant: str | None = None) -> list[StoredKey]:
