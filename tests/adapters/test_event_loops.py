@@ -12,7 +12,8 @@ import uvloop
 from sqlalchemy import create_engine
 
 from keepstream import AsyncClient, tables
-from keepstream.errors import ClientClosedError, FollowTimeoutError, KeepstreamError
+from keepstream.client import aio
+from keepstream.errors import ClientClosedError, FollowTimeoutError, KeepstreamError, StoreUnavailableError
 from tests.cluster import wait_until
 
 REQUEST = {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}
@@ -47,6 +48,29 @@ async def use(client: AsyncClient) -> None:
 def followers(redis_url: str) -> int:
     with redis.Redis.from_url(redis_url) as connection:
         return len(connection.client_list(_type="pubsub"))
+
+
+async def test_a_call_that_finds_no_thread_in_time_says_so_and_is_not_made(
+    client: AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aio, "_FREE_THREAD", 0.2)
+    begun, go_on = threading.Barrier(aio._MAX_THREADS + 1), threading.Event()
+
+    def hang() -> bool:
+        begun.wait(60)
+        return go_on.wait(60)
+
+    hanging = [asyncio.create_task(client._in_thread(hang)) for _ in range(aio._MAX_THREADS)]
+    await asyncio.to_thread(begun.wait, 60)
+    try:
+        with pytest.raises(StoreUnavailableError, match="no thread was free"):
+            await client.enqueue(REQUEST)
+    finally:
+        go_on.set()
+    assert await asyncio.gather(*hanging) == [True] * aio._MAX_THREADS
+    monkeypatch.setattr(aio, "_FREE_THREAD", 60.0)
+    assert list(await client.list()) == []
+    await client.close()
 
 
 @LOOPS

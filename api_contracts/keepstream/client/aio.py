@@ -21,12 +21,13 @@ from keepstream.client.listing import make_wanted
 from keepstream.client.payloads import RAW, TYPED
 from keepstream.client.redis import DatabaseRead
 from keepstream.client.redis_aio import AsyncRedisConnections
-from keepstream.errors import InvalidSettingError, UnexpectedError
+from keepstream.errors import BrokerUnavailableError, InvalidSettingError, StoreUnavailableError, UnexpectedError
 from keepstream.events import Event, RawEvent
 from keepstream.jobs import Job
 from keepstream.results import CompletionResult, JobPage, JobStatus, JobSummary, WaitingFor
 
 _MAX_THREADS: Final = 8  #: Database and broker calls of one client at the same time.
+_FREE_THREAD: Final = 30.0  #: Seconds that a call waits for one; a statement that hangs is given up as soon.
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -176,10 +177,19 @@ class AsyncClient(BaseClient):
 
     async def _in_thread(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         self._gate.check()
-        loop = asyncio.get_running_loop()
         try:
-            work = loop.run_in_executor(self._threads.get(), partial(self._perform, call, *args, **kwargs))
+            work = self._threads.get().submit(partial(self._perform, call, *args, **kwargs))
         except RuntimeError as error:  # no thread can be started
             self._gate.check()
             raise UnexpectedError("no thread could be started for the call") from error
-        return await work
+        result = asyncio.wrap_future(work)
+        try:
+            await asyncio.wait([result], timeout=_FREE_THREAD)
+        except asyncio.CancelledError:
+            result.cancel()
+            raise
+        # What has not begun then is not begun any more: whoever asked may have left long ago.
+        if not result.done() and work.cancel():
+            slow = "no thread was free in time, because calls hang"
+            raise BrokerUnavailableError(slow) if self._database is None else StoreUnavailableError(slow)
+        return await result
