@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -302,7 +303,7 @@ def test_what_is_asked_for_goes_into_addresses_and_back() -> None:
     address = ask.address(Place("shop", "job-9"))
     assert "before=shop%2Fjob-9" in address
     assert jobs_view.asked({"before": "shop/job-9"}).place == Place("shop", "job-9")
-    for nonsense in ("", "shop", "/x", "shop/"):
+    for nonsense in ("", "shop", "/x", "shop/", "a/\0", "a/b/c"):
         assert jobs_view.asked({"before": nonsense}).place is None
     assert ask.q == "hello & <you>"
     assert jobs_view.asked({}).address() == "/jobs"
@@ -442,6 +443,46 @@ def test_a_huge_text_is_cut_and_says_so() -> None:
     (answer,) = job_view.show(result(choices=[Choice(index=0, content="x" * 300_000)]), NOW).answers
     assert len(answer.content) < 201_000
     assert answer.content.endswith("more; the JSON has all of it]")
+
+
+def test_a_value_is_written_no_further_than_it_is_shown() -> None:
+    """A line of a deeply nested one has more spaces than the value has digits."""
+    seen = 0
+
+    class Counting(list[int]):
+        def __iter__(self) -> Iterator[int]:
+            nonlocal seen
+            for item in super().__iter__():
+                seen += 1
+                yield item
+
+    value: Any = Counting([1] * 100_000)
+    for _ in range(100):
+        value = [value]
+    text = words.pretty({"x": value}, 20_000)
+    assert text.startswith('{\n  "x": [')
+    assert text.endswith("[more; the JSON has all of it]")
+    assert len(text) < 20_100
+    assert seen < 1000
+    assert words.pretty({"x": [1]}, 20) == '{\n  "x": [\n    1\n  ]\n}'[:20] + "\n\n[more; the JSON has all of it]"
+    assert words.pretty({"x": [1]}, 100) == '{\n  "x": [\n    1\n  ]\n}'
+
+
+def test_of_very_many_messages_the_last_are_shown() -> None:
+    request = {"model": "m", "x" * 1000: 1, "y" * 1000: 2}
+    many = [{"role": "user", "content": str(number)} for number in range(20_000)]
+    view = job_view.show(result(request=request | {"messages": many}), NOW)
+    assert [block.text for message in view.messages for block in message.blocks] == [
+        "[19,500 earlier messages; the JSON has all of them]",
+        *map(str, range(19_500, 20_000)),
+    ]
+    assert len(view.parameter_names) < 400
+    parts = [{"type": "text", "text": "x"}] * 20_000
+    (message,) = job_view.show(result(request=request | {"messages": [{"content": parts}]}), NOW).messages
+    assert len(message.blocks) <= 1001
+    long = [{"role": "user", "content": "x" * 150_000} for _ in range(40)]
+    view = job_view.show(result(request=request | {"messages": long}), NOW)
+    assert sum(len(block.text) for message in view.messages for block in message.blocks) < 2_500_000
 
 
 # -- pages --

@@ -24,6 +24,7 @@ from keepstream_gateway.console.words import (
     duration,
     moment,
     outcome,
+    plural,
     pretty,
     size,
     status,
@@ -31,6 +32,11 @@ from keepstream_gateway.console.words import (
 
 _SHOWN: Final = 200_000  #: Characters of one text that the page has; the JSON has all.
 _EXTRA_SHOWN: Final = 20_000
+_NAMES_SHOWN: Final = 300
+#: Of a request that has very much.
+_MESSAGES_SHOWN: Final = 500
+_BLOCKS_SHOWN: Final = 1000
+_REQUEST_SHOWN: Final = 2_000_000  #: Characters.
 _TITLE: Final = 160
 _PICTURE: Final = re.compile(r"data:image/(png|jpeg|gif|webp);base64,[A-Za-z0-9+/=\s]+")
 _SOUNDS: Final = {
@@ -216,14 +222,14 @@ def show(job: CompletionResult, now: datetime, so_far: Sequence[Choice] | None =
         answers=[_answer(choice, len(choices)) for choice in choices],
         no_answer="The job ended without an answer.",
         proof=job.output_sha256 or "" if job.choices else "",
-        messages=[_message(message) for message in _list(request.get("messages"))],
-        parameters=_cut(pretty(parameters), _EXTRA_SHOWN) if parameters else "",
-        parameter_names=", ".join(parameters),
+        messages=_messages(_list(request.get("messages"))),
+        parameters=pretty(parameters, _EXTRA_SHOWN) if parameters else "",
+        parameter_names=_names(parameters),
         attempts=[_attempt(attempt, job.created_at, end, now) for attempt in job.attempts],
         axis=f"{'ended' if job.finished_at else 'now'}, {duration((end - job.created_at).total_seconds())} later",
         facts=_facts(job, now),
-        usage=pretty(job.usage.details) if job.usage is not None and job.usage.details else "",
-        metadata=pretty(job.metadata) if job.metadata else "",
+        usage=pretty(job.usage.details, _EXTRA_SHOWN) if job.usage is not None and job.usage.details else "",
+        metadata=pretty(job.metadata, _EXTRA_SHOWN) if job.metadata else "",
         events_words="as they come" if is_live else "as the log has them; some time after the end it has them no more",
     )
 
@@ -285,8 +291,8 @@ def _answer(choice: Choice, number: int) -> Answer:
         sounds=_sounds(extra),
         links=_links(extra),
         left_out="; ".join(f"{name}: {why}" for name, why in choice.left_out.items()),
-        extra=_cut(pretty(other), _EXTRA_SHOWN) if other else "",
-        extra_names=", ".join(other),
+        extra=pretty(other, _EXTRA_SHOWN) if other else "",
+        extra_names=_names(other),
     )
 
 
@@ -326,13 +332,29 @@ def _links(extra: Mapping[str, Any]) -> list[Link]:
 # -- the request ----------------------------------------------------------------------------------
 
 
+def _messages(messages: list[Any]) -> list[Message]:
+    """Return the messages of a request; of many, the last ones, as far as the page has room for them."""
+    shown: list[Message] = []
+    blocks = characters = 0
+    for message in reversed(messages):
+        shown.append(_message(message))
+        blocks += len(shown[-1].blocks)
+        characters += sum(len(block.text) for block in shown[-1].blocks if block.kind != "picture")
+        if len(shown) >= _MESSAGES_SHOWN or blocks >= _BLOCKS_SHOWN or characters >= _REQUEST_SHOWN:
+            break
+    if len(shown) < len(messages):
+        earlier = plural(len(messages) - len(shown), "earlier message")
+        shown.append(Message("…", [Block("text", f"[{earlier}; the JSON has all of them]")]))
+    return shown[::-1]
+
+
 def _message(message: Any) -> Message:
     if not isinstance(message, Mapping):
-        return Message("?", [Block("data", _cut(pretty(message)))])
+        return Message("?", [Block("data", pretty(message, _EXTRA_SHOWN))])
     blocks = _blocks(message.get("content"))
     rest = {name: value for name, value in message.items() if name not in {"role", "content"}}
     if rest:
-        blocks.append(Block("data", _cut(pretty(rest), _EXTRA_SHOWN)))
+        blocks.append(Block("data", pretty(rest, _EXTRA_SHOWN)))
     return Message(str(message.get("role", "?")), blocks)
 
 
@@ -342,14 +364,14 @@ def _blocks(content: Any) -> list[Block]:
     if isinstance(content, str):
         return [Block("text", _cut(content))]
     blocks = []
-    for part in _list(content) or [content]:
+    for part in (_list(content) or [content])[:_BLOCKS_SHOWN]:
         picture = _picture(part)
         if picture is not None:
             blocks.append(Block("picture", picture))
         elif isinstance(part, Mapping) and isinstance(part.get("text"), str):
             blocks.append(Block("text", _cut(part["text"])))
         else:
-            blocks.append(Block("data", _cut(pretty(part), _EXTRA_SHOWN)))
+            blocks.append(Block("data", pretty(part, _EXTRA_SHOWN)))
     return blocks
 
 
@@ -445,6 +467,11 @@ def _facts(job: CompletionResult, now: datetime) -> list[Fact]:
 
 def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
+
+
+def _names(values: Mapping[str, Any]) -> str:
+    names = ", ".join(values)
+    return names if len(names) <= _NAMES_SHOWN else f"{names[:_NAMES_SHOWN]}…"
 
 
 def _cut(text: str, most: int = _SHOWN) -> str:

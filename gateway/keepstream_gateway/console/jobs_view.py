@@ -3,16 +3,20 @@
 In: what was asked for, and a page of jobs.  Out: a ``JobsView`` to the page.  Pure.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from typing import Final
 from urllib.parse import quote, urlencode
 
+from keepstream import names
 from keepstream.client.listing import Place, Wanted
 from keepstream.errors import ErrorCode
 from keepstream.results import TERMINAL_STATUSES, JobPage, JobStatus, JobSummary
 from keepstream_gateway.console.words import Moment, Tone, duration, moment, status, tokens
+
+_ID: Final = re.compile(names.ID_PATTERN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +42,9 @@ class Asked:
 
     @property
     def place(self) -> Place | None:
-        """From where the page goes on."""
+        """From where the page goes on; None: from the newest job, or there can be no such place."""
         tenant, _, job_id = self.before.partition("/")
-        return Place(tenant, job_id) if tenant and job_id else None
+        return Place(tenant, job_id) if all(map(_ID.fullmatch, (tenant, job_id))) else None
 
     def address(self, before: Place | None = None) -> str:
         """Return the address of the same with another beginning."""

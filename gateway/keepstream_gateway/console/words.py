@@ -142,6 +142,15 @@ def tokens(usage: Usage | None) -> str:
     return f"{about_it}{plural(usage.total_tokens, 'token')}"
 
 
-def pretty(value: Any) -> str:
-    """Return a JSON value, indented."""
-    return json.dumps(value, indent=2, ensure_ascii=False)
+def pretty(value: Any, most: int) -> str:
+    """Return a JSON value, indented, or the first ``most`` characters of that, and a sign that there are more.
+
+    Indented, what is nested has a thousand times as many characters, so it is written no further than it is shown.
+    """
+    pieces, length = [], 0
+    for piece in json.JSONEncoder(indent=2, ensure_ascii=False).iterencode(value):
+        pieces.append(piece)
+        length += len(piece)
+        if length > most:
+            return f"{''.join(pieces)[:most]}\n\n[more; the JSON has all of it]"
+    return "".join(pieces)
