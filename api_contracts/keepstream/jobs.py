@@ -306,7 +306,7 @@ class Job(BaseModel):
         return text
 
     def _field_that_is_no_json(self) -> str:
-        parameters = ((f"request.{_shown(name)}", value) for name, value in self.request.items())
+        parameters = ((f"request.{names.shown(name)}", value) for name, value in self.request.items())
         for name, value in (("metadata", self.metadata), *parameters):
             try:
                 json.dumps(to_jsonable_python(value, inf_nan_mode="constants"), allow_nan=False)
@@ -383,7 +383,7 @@ def _validated(model: type[Message], fields: dict[str, Any]) -> Message:
 
 
 def _unknown_name(name: object, known: Iterable[str]) -> str:
-    shown = _shown(name)
+    shown = names.shown(name)
     if name in NOT_IN_A_REQUEST:
         return f"'{name}' {NOT_IN_A_REQUEST[str(name)]}"
     if name in RESERVED_FIELDS:
@@ -396,12 +396,7 @@ def _unknown_name(name: object, known: Iterable[str]) -> str:
 
 
 def _most_similar(name: str, candidates: Iterable[object]) -> str | None:
-    return names.nearest(name, (_shown(candidate) for candidate in islice(candidates, _COMPARED)), _SIMILAR)
-
-
-def _shown(name: object) -> str:
-    """Return a caller's name as an error may show it: not if it could be a text that was put in the wrong place."""
-    return name if isinstance(name, str) and re.fullmatch(r"[\w.\-]{1,64}", name, re.ASCII) else "…"
+    return names.nearest(name, (names.shown(candidate) for candidate in islice(candidates, _COMPARED)), _SIMILAR)
 
 
 def _explain(error: ValidationError) -> str:

@@ -111,6 +111,11 @@ def nearest(name: str, known: Iterable[str], similarity: float = 0.6) -> str | N
     return next(iter(get_close_matches(name, list(known), n=1, cutoff=similarity)), None)
 
 
+def shown(name: object) -> str:
+    """Return a caller's name as an error may show it: not if it could be a text that was put in the wrong place."""
+    return name if isinstance(name, str) and re.fullmatch(r"[\w.\-]{1,64}", name, re.ASCII) else "…"
+
+
 def is_set_by_the_platform(variable: str, value: str) -> bool:
     """Tell whether Kubernetes or Docker has set an environment variable, to describe a service that they run."""
     return _OF_A_SERVICE.fullmatch(f"{variable.upper()}={value}") is not None

@@ -75,6 +75,8 @@ def make_app(settings: Settings) -> tuple[Starlette, Context]:
     app = Starlette(
         routes=routes, middleware=middleware, lifespan=lifespan, exception_handlers={HTTPException: _leave_to_envelope}
     )
+    # It would lead to an address without TLS, for it does not know of the proxy, and a client would send its key there.
+    app.router.redirect_slashes = False
     return app, context
 
 

@@ -11,9 +11,9 @@ from http import HTTPStatus
 from typing import Final
 
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
 
 from keepstream import errors
+from keepstream_gateway.json_answers import JsonResponse
 
 RETRY_AFTER: Final = 2  #: Seconds after which to ask again, where a server is away.
 _INVALID: Final = "invalid_request_error"
@@ -57,14 +57,14 @@ class ApiError(Exception):
         """Return the error in OpenAI's shape."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
-    def response(self) -> JSONResponse:
+    def response(self) -> JsonResponse:
         """Return the response that tells it."""
         headers = dict(self.headers)
         if self.retry_after is not None:
             headers["Retry-After"] = str(max(1, round(self.retry_after)))
         if self.status == HTTPStatus.CONFLICT:
             headers["x-should-retry"] = "false"  # SDKs repeat a 409; asking again does not mend ours
-        return JSONResponse(self.body(), self.status, headers)
+        return JsonResponse(self.body(), self.status, headers)
 
 
 def not_found(what: str = "job") -> ApiError:

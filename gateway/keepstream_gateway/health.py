@@ -8,10 +8,11 @@ import asyncio
 from typing import Final
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from keepstream_gateway.context import Context
+from keepstream_gateway.json_answers import JsonResponse
 
 _REMEMBERED: Final = 1.0  #: Seconds.
 
@@ -25,7 +26,7 @@ def routes(context: Context) -> list[Route]:
 
     async def readyz(_request: Request) -> Response:
         found = await readiness.look()
-        return JSONResponse(found, 200 if all(state == "ok" for state in found.values()) else 503)
+        return JsonResponse(found, 200 if all(state == "ok" for state in found.values()) else 503)
 
     return [Route("/healthz", healthz), Route("/readyz", readyz)]
 

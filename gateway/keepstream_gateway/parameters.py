@@ -24,4 +24,5 @@ def check_names(request: Request, known: Collection[str]) -> None:
         if pattern not in known:
             nearest = names.nearest(name, known)
             advice = f"did you mean '{nearest}'?" if nearest else f"there are {', '.join(sorted(known)) or 'none'}"
-            raise invalid(f"there is no parameter '{name}'; {advice}", name, "unknown_parameter")
+            shown = names.shown(name)
+            raise invalid(f"there is no parameter '{shown}'; {advice}", shown, "unknown_parameter")

@@ -66,7 +66,9 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(
         8 * 1024 * 1024, ge=1024, description="Bytes of a request's body; a job may have as many."
     )
-    max_followers: int = Field(20_000, ge=1, description="Streams that one gateway process serves at once.")
+    max_followers: int = Field(
+        20_000, ge=1, description="Streams and waiting requests that one gateway process serves at once."
+    )
     max_followers_per_key: int = Field(10_000, ge=1, description="The same for one API key, and the tokens made by it.")
     ping: Seconds = Field(
         15.0,

@@ -15,8 +15,8 @@ waits can take a shortcut to the connection: no task is woken for it.
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Final, Protocol
 
 from starlette.responses import Response
@@ -131,6 +131,19 @@ class Streams:
         return EventStream(
             self, access.key_id, first, frames, farewell, comment, all_headers, shortcut or Shortcut(), place
         )
+
+    @contextmanager
+    def place(self, access: Access) -> Iterator[None]:
+        """Count as a stream a request that waits for its answer, which may take as long and costs as much.
+
+        Raises:
+            ApiError: as ``answer`` does.
+        """
+        give_back = self._take_place(access.key_id)
+        try:
+            yield
+        finally:
+            give_back()
 
     def start(self) -> None:
         """Begin to look after the streams' time and keys."""

@@ -342,6 +342,36 @@ def test_a_head_without_an_end_is_cut_off(server: Server, endless: bytes) -> Non
         assert reader.response.status == 200
 
 
+@pytest.mark.parametrize(
+    ("begun", "more"),
+    [(b"0\r\n", b"a:b\r\n"), (b"0\r\nA: ", b"x"), (b"1;", b"x")],
+    ids=["headers after the body", "one of them", "what a piece's size may be followed by"],
+)
+def test_what_is_no_part_of_a_body_is_cut_off_if_it_does_not_end(server: Server, begun: bytes, more: bytes) -> None:
+    head = b"POST /none HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n"
+    endless = head + begun + more * (18_000_000 // len(more))
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as sock, pytest.raises(ConnectionError):
+        sock.sendall(endless)
+    with open_stream(server) as reader:
+        assert reader.response.status == 200
+
+
+def test_headers_after_a_body_are_none_of_the_requests(server: Server) -> None:
+    piece = b"100\r\n" + b"a" * 0x100 + b"\r\n"
+    connection = HTTPConnection("127.0.0.1", server.port, timeout=60)
+    for _ in range(2):
+        connection.putrequest("POST", "/none", skip_accept_encoding=True)
+        connection.putheader("Transfer-Encoding", "chunked")
+        connection.endheaders(piece * 400 + b"0\r\nAuthorization: x\r\nX: y\r\n\r\n")  # more than a head may have
+        answer = connection.getresponse()
+        assert answer.status == 404
+        answer.read()
+        wait_until(lambda: not any(each._has_head for each in server.connections), "the end of the body")
+        (names,) = [[name for name, _ in each.headers] for each in server.connections]
+        assert names == [b"host", b"transfer-encoding"]
+    connection.close()
+
+
 def test_a_head_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
     monkeypatch.setattr("keepstream_gateway.server._REST_SECONDS", 1.0)
     for beginning in (b"", b"GET /stream HTTP/1.1\r\nHo"):

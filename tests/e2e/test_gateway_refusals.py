@@ -141,6 +141,24 @@ def test_a_model_that_the_provider_does_not_know_is_a_400_with_its_parameter(
     assert error_of(answer)["param"] == "model"
 
 
+@pytest.mark.parametrize("path", [f"{RESPONSES}/", f"{CHAT}/", "/api/jobs/", "/api/chat/", "/login/"])
+def test_an_address_with_a_slash_too_much_leads_nowhere_else(http: httpx2.Client, path: str) -> None:
+    """Behind a proxy with TLS it would lead to an address without, and the key would go there."""
+    for method in ("GET", "POST"):
+        answer = http.request(method, path, follow_redirects=False)
+        assert answer.status_code == 404
+        assert error_of(answer)["code"] == "not_found"
+        assert "location" not in answer.headers
+
+
+@pytest.mark.parametrize("limit", ["0", "1001", "x", "\u0662", "9" * 5000])
+def test_a_limit_that_is_none_is_a_400(http: httpx2.Client, limit: str) -> None:
+    for path in ("/api/jobs", CHAT):
+        answer = http.get(path, params={"limit": limit})
+        assert answer.status_code == 400
+        assert error_of(answer)["param"] == "limit"
+
+
 @pytest.mark.parametrize(("path", "body"), [(RESPONSES, response), (CHAT, chat)])
 def test_a_body_that_is_too_large_is_a_413(http: httpx2.Client, path: str, body: Any) -> None:
     content = json.dumps(body() | {"metadata": {"x": "y" * 100_000}}).encode()
@@ -171,6 +189,9 @@ def test_too_many_followers_are_a_429_that_says_when_to_come_back_and_store_noth
                 http.post(RESPONSES, json=response() | {"stream": True}),
                 http.post(RESPONSES, json=response() | {"stream": True, "background": True}),
                 http.post(CHAT, json=chat() | {"stream": True}),
+                # Those that wait for a whole answer last as long and cost as much.
+                http.post(RESPONSES, json=response()),
+                http.post(CHAT, json=chat()),
             ]
             for answer in refused:
                 assert answer.status_code == 429

@@ -1,5 +1,6 @@
 """A request to the Responses API becomes the job that asks the same, or is refused by the parameter's name."""
 
+import json
 from typing import Any
 
 import pytest
@@ -238,9 +239,21 @@ def test_an_answer_that_a_client_has_changed_goes_back_as_the_client_has_it() ->
 def test_what_does_not_unpack_is_left_alone() -> None:
     packed = carried.pack({"role": "assistant", "content": "x", "signature": "s"})
     assert packed is not None
-    assert carried.unpack(packed) == {"role": "assistant", "content": "x", "signature": "s"}
+    message = {"role": "assistant", "content": "x", "signature": "s"}
+    assert carried.unpack(packed) == (message, len(json.dumps(message, separators=(",", ":"))))
     for text in (None, 1, "", "ks1.", "ks1.!!", packed[:-8], "gAAAA" + packed):
         assert carried.unpack(text) is None
+
+
+def test_items_of_a_request_carry_no_more_than_one_of_them_may() -> None:
+    """A few kilobytes can stand for many megabytes, and a body has room for hundreds of them."""
+    carries = carried.pack({"role": "assistant", "content": "", "x": "A" * (carried.MAX_BYTES // 2)})
+    item = {"type": "reasoning", "encrypted_content": carries}
+    assert len(str(carries)) < 50_000
+    assert messages_of([item])[0]["x"]
+    with pytest.raises(ApiError, match="larger than") as refused:
+        messages_of([item, {"role": "user", "content": "Hi"}, item])
+    assert refused.value.param == "input[2].encrypted_content"
 
 
 def test_a_conversation_goes_on_without_the_earlier_instructions() -> None:

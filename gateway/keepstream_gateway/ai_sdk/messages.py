@@ -157,7 +157,7 @@ def _tool_name(part: dict[str, Any]) -> str | None:
 
 
 def _has_result(part: dict[str, Any]) -> bool:
-    return part.get("state") in {"output-available", "output-error", "output-denied"}
+    return part.get("state") in ("output-available", "output-error", "output-denied")
 
 
 def _call(part: dict[str, Any]) -> Message:

@@ -5,6 +5,7 @@ In: the body of a request, and what all chats ask for, from the settings.  Out: 
 
 from typing import Any, Final
 
+from keepstream import names
 from keepstream_gateway.ai_sdk.messages import Message
 from keepstream_gateway.errors import ApiError, invalid
 
@@ -47,8 +48,9 @@ def to_request(
         if name in _OURS:
             raise invalid(f"{name}: is the gateway's to choose", name)
         if not parameters:
-            message = f"{name}: a token allows messages only; the setting CHAT_REQUEST or an API key decide the rest"
-            raise ApiError(403, message, "missing_right", param=name)
+            shown = names.shown(name)
+            message = f"{shown}: a token allows messages only; the setting CHAT_REQUEST or an API key decide the rest"
+            raise ApiError(403, message, "missing_right", param=shown)
     request = {**common, **own}
     if "model" not in request:
         raise invalid("model: must be named, in the body or by KEEPSTREAM_GATEWAY_CHAT_REQUEST", "model")

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Final
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from keepstream import AsyncClient, names
@@ -26,6 +26,7 @@ from keepstream_gateway.ai_sdk.chunks import Chunk, Step
 from keepstream_gateway.bodies import read_object
 from keepstream_gateway.context import Context
 from keepstream_gateway.errors import ApiError, api_error, invalid, unforeseen
+from keepstream_gateway.json_answers import JsonResponse
 from keepstream_gateway.parameters import check_names
 
 _API: Final = "/api/chat"
@@ -106,7 +107,7 @@ class _Chats:
         status = None if last is None or last.status.terminal else await client.cancel(last.id)
         if last is None or status is None:
             return Response(status_code=204)
-        return JSONResponse({"job": last.id, "status": status})
+        return JsonResponse({"job": last.id, "status": status})
 
     async def token(self, request: Request) -> Response:
         """Return a token by which a browser may send, resume and stop in this chat, and nothing else."""
@@ -115,7 +116,7 @@ class _Chats:
         chat = chats.check_id(request.path_params["chat"])
         most = self._context.settings.token_seconds
         body = await read_object(request, self._context.settings.max_body_bytes, optional=True)
-        for name in body.keys() - {"seconds"}:
+        for name in map(names.shown, body.keys() - {"seconds"}):
             raise invalid(f"there is no option '{name}'; there is seconds", name, "unknown_parameter")
         seconds = body.get("seconds", min(_SECONDS, most))
         if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 1 <= seconds <= most:
@@ -123,7 +124,7 @@ class _Chats:
         token, expires_at = await self._context.gatekeeper.make_token(
             access, chats.scope(chat), seconds, frozenset({May.READ, May.CANCEL})
         )
-        return JSONResponse({"token": token, "expires_at": expires_at}, 201, {"Cache-Control": "no-store"})
+        return JsonResponse({"token": token, "expires_at": expires_at}, 201, {"Cache-Control": "no-store"})
 
     @property
     def _resets(self) -> bool:

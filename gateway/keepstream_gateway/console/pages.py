@@ -66,7 +66,8 @@ class Pages:
         self, template: str, code: int = 200, headers: Mapping[str, str] | None = None, **values: Any
     ) -> Response:
         """Return a page as a response with this status."""
-        html = self._templates.get_template(template).render(values)
+        # What callers wrote may hold half of a surrogate pair, which is no UTF-8.
+        html = self._templates.get_template(template).render(values).encode("utf-8", "replace")
         return Response(html, code, {**HEADERS, **(headers or {})}, "text/html; charset=utf-8")
 
     async def send_file(self, request: Request) -> Response:

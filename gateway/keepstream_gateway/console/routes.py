@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.responses import RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from keepstream import names
@@ -30,6 +30,7 @@ from keepstream_gateway.console.reading import Reading
 from keepstream_gateway.console.session import Session
 from keepstream_gateway.context import Context
 from keepstream_gateway.errors import ApiError, api_error, not_found
+from keepstream_gateway.json_answers import JsonResponse
 
 Page = Callable[[Request, Session], Awaitable[Response]]
 _SO_FAR: Final = 0.7  #: Seconds in which the log of a job is read for a page that does not follow it.
@@ -114,7 +115,7 @@ class Console:
 
     async def _series(self, request: Request, _session: Session) -> Response:
         span = overview_view.span_named(request.query_params.get("span", ""))
-        return JSONResponse(overview_view.series(span, await self._reading.history(span)), headers=HEADERS)
+        return JsonResponse(overview_view.series(span, await self._reading.history(span)), headers=HEADERS)
 
     async def _jobs(self, request: Request, session: Session) -> Response:
         ask = jobs_view.asked(request.query_params)
@@ -165,11 +166,11 @@ class Console:
 
     async def _request_json(self, request: Request, _session: Session) -> Response:
         job = await self._wanted(request)
-        return JSONResponse(job.request, headers=HEADERS)
+        return JsonResponse(job.request, headers=HEADERS)
 
     async def _result_json(self, request: Request, _session: Session) -> Response:
         job = await self._wanted(request)
-        return Response(job.model_dump_json(exclude={"request"}), headers=HEADERS, media_type="application/json")
+        return JsonResponse(job.model_dump(mode="json", exclude={"request"}), headers=HEADERS)
 
     async def _events(self, request: Request, session: Session) -> Response:
         job = await self._wanted(request)

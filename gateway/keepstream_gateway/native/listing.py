@@ -12,6 +12,7 @@ from keepstream_gateway.errors import invalid
 
 DEFAULT_LIMIT: Final = 50
 MOST: Final = 1000  #: Jobs of one page.
+_DIGITS: Final = 9
 NAMES: Final = ("status", "model", "provider", "metadata[]", "since", "until", "before", "limit")
 
 
@@ -40,7 +41,8 @@ def read_filters(query: QueryParams) -> dict[str, Any]:
 def _limit(text: str | None) -> int:
     if text is None:
         return DEFAULT_LIMIT
-    if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= MOST):
+    is_number = text.isascii() and text.isdecimal() and len(text) <= _DIGITS  # Python reads no number of thousands
+    if not is_number or not 1 <= int(text) <= MOST:
         raise invalid(f"limit: must be a whole number from 1 to {MOST}", "limit")
     return int(text)
 

@@ -9,14 +9,16 @@ import math
 from typing import Any, Final
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
+from keepstream import names
 from keepstream.jobs import make_job
 from keepstream_gateway.access.rights import May
 from keepstream_gateway.bodies import read_object
 from keepstream_gateway.context import Context
 from keepstream_gateway.errors import invalid, not_found
+from keepstream_gateway.json_answers import JsonResponse
 from keepstream_gateway.native import listing, openapi
 from keepstream_gateway.native.events import FAREWELL, Silence, frame, frames
 from keepstream_gateway.parameters import check_names
@@ -66,7 +68,7 @@ class _Native:
         access = await self._context.gatekeeper.require(request)
         check_names(request, listing.NAMES)
         page = await self._context.clients.of(access.tenant).list(**listing.read_filters(request.query_params))
-        return JSONResponse(
+        return JsonResponse(
             {
                 "jobs": [summary.model_dump(mode="json") for summary in page],
                 "next_before": page.next_before,
@@ -82,7 +84,7 @@ class _Native:
         result = await self._context.clients.of(access.tenant).get(job_id)
         if result is None:
             raise not_found()
-        return Response(result.model_dump_json(), media_type="application/json")
+        return JsonResponse(result.model_dump(mode="json"))
 
     async def delete(self, request: Request) -> Response:
         """Delete a job that has ended."""
@@ -100,7 +102,7 @@ class _Native:
         status = await self._context.clients.of(access.tenant).cancel(job_id)
         if status is None:
             raise not_found()
-        return JSONResponse({"id": job_id, "status": status})
+        return JsonResponse({"id": job_id, "status": status})
 
     async def retry(self, request: Request) -> Response:
         """Run an ended job again, as a new one."""
@@ -128,7 +130,7 @@ class _Native:
         await self._context.clients.of(access.tenant).check_follow(job_id)
         token, expires_at = await self._context.gatekeeper.make_token(access, job_id, seconds, frozenset(map(May, may)))
         events = f"{_JOBS}/{job_id}/events?token={token}"
-        return JSONResponse({"token": token, "expires_at": expires_at, "events": events}, 201, _PRIVATE)
+        return JsonResponse({"token": token, "expires_at": expires_at, "events": events}, 201, _PRIVATE)
 
     async def events(self, request: Request) -> Response:
         """Send a job's events, past and live, from a cursor to the end."""
@@ -163,7 +165,8 @@ class _Native:
         body = await read_object(request, self._context.settings.max_body_bytes, optional=True)
         for name in body:
             if name not in known:
-                raise invalid(f"there is no option '{name}'; there are {', '.join(known)}", name, "unknown_parameter")
+                shown = names.shown(name)
+                raise invalid(f"there is no option '{shown}'; there are {', '.join(known)}", shown, "unknown_parameter")
         return known | body
 
 
@@ -172,4 +175,4 @@ _PRIVATE: Final = {"Cache-Control": "no-store"}
 
 def _accepted(job_id: str, **further: str) -> Response:
     links = {"job": f"{_JOBS}/{job_id}", "events": f"{_JOBS}/{job_id}/events"}
-    return JSONResponse({"id": job_id, **further, "links": links}, 202, {"Location": links["job"]})
+    return JsonResponse({"id": job_id, **further, "links": links}, 202, {"Location": links["job"]})

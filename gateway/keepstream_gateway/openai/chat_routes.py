@@ -6,17 +6,17 @@ Every job of the tenant that is completed is a stored completion, whichever way 
 stored.
 """
 
-import asyncio
 import re
 from typing import Final
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from keepstream.results import CompletionResult, JobStatus
 from keepstream_gateway.context import Context
 from keepstream_gateway.errors import ApiError
+from keepstream_gateway.json_answers import JsonResponse
 from keepstream_gateway.openai.chat_object import chat_completion, stored_messages
 from keepstream_gateway.openai.chat_request import job_fields, wants_usage
 from keepstream_gateway.openai.following import chat_frames, ended
@@ -63,14 +63,15 @@ class ChatCompletions:
         if stream:
             frames = chat_frames(client, begin, with_usage=with_usage)
             return await self._context.streams.answer(access, frames, farewell=broken_off)
-        job = await ended(client, request, (await begin()).id)
+        with self._context.streams.place(access):
+            job = await ended(client, request, (await begin()).id)
         blame_request(job)
-        return JSONResponse(chat_completion(_completed(job)))
+        return JsonResponse(chat_completion(_completed(job)))
 
     async def retrieve(self, request: Request) -> Response:
         """Return a stored completion."""
         found = await self._jobs.find(request)
-        return JSONResponse(chat_completion(_completed(found.job)))
+        return JsonResponse(chat_completion(_completed(found.job)))
 
     async def stored(self, request: Request) -> Response:
         """Return a page of the stored completions, newest first."""
@@ -91,19 +92,19 @@ class ChatCompletions:
             before=before,
             limit=limit_of(query),
         )
-        jobs = await asyncio.gather(*(client.get(summary.id) for summary in found))
-        completions = [chat_completion(job) for job in jobs if job is not None]
-        return JSONResponse(list_object(completions, has_more=found.next_before is not None))
+        # One after the other: of each its answer is kept only, and not its request, which may have megabytes of images.
+        completions = [chat_completion(job) for summary in found if (job := await client.get(summary.id)) is not None]
+        return JsonResponse(list_object(completions, has_more=found.next_before is not None))
 
     async def messages(self, request: Request) -> Response:
         """Return the messages that a stored completion answers."""
         _, _, job = await self._jobs.find(request)
-        return JSONResponse(page(stored_messages(job.request, job.id), request.query_params, usual_order="asc"))
+        return JsonResponse(page(stored_messages(job.request, job.id), request.query_params, usual_order="asc"))
 
     async def delete(self, request: Request) -> Response:
         """Delete a completion, with all that is stored of its job."""
         job_id = await self._jobs.delete(request)
-        return JSONResponse({"id": chat_id(job_id), "object": "chat.completion.deleted", "deleted": True})
+        return JsonResponse({"id": chat_id(job_id), "object": "chat.completion.deleted", "deleted": True})
 
 
 def _completed(job: CompletionResult) -> CompletionResult:

@@ -10,11 +10,12 @@ in it can be used all the same.
 from typing import Any, Final
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from keepstream_gateway.context import Context
 from keepstream_gateway.errors import not_found
+from keepstream_gateway.json_answers import JsonResponse
 
 _NEWEST: Final = 500  #: Jobs that are looked at.
 
@@ -38,13 +39,13 @@ class Models:
 
     async def index(self, request: Request) -> Response:
         """Return the models."""
-        return JSONResponse({"object": "list", "data": await self._models(request)})
+        return JsonResponse({"object": "list", "data": await self._models(request)})
 
     async def retrieve(self, request: Request) -> Response:
         """Return one model."""
         for model in await self._models(request):
             if model["id"] == request.path_params["model"]:
-                return JSONResponse(model)
+                return JsonResponse(model)
         raise not_found("model")
 
     async def _models(self, request: Request) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 In: what is wrong, from the translations.  Out: errors to raise; their messages say what to do, and repeat no value.
 """
 
-import re
 from collections.abc import Iterable
 
 from keepstream import names
@@ -22,11 +21,12 @@ def unsupported(param: str, remedy: str = "leave it out") -> ApiError:
 
 def unknown(name: object, known: Iterable[str]) -> ApiError:
     """Return the refusal of a parameter that is not known; a long or odd name may be a text, and is not shown."""
-    if not isinstance(name, str) or re.fullmatch(r"[\w.\-]{1,64}", name, re.ASCII) is None:
+    shown = names.shown(name)
+    if shown != name:
         return invalid("there is a parameter that is not known", code="unknown_parameter")
-    nearest = names.nearest(name, known)
+    nearest = names.nearest(shown, known)
     hint = f"; did you mean '{nearest}'?" if nearest else ""
-    return invalid(f"unknown parameter: '{name}'{hint}", name, "unknown_parameter")
+    return invalid(f"unknown parameter: '{shown}'{hint}", shown, "unknown_parameter")
 
 
 def wrong_type(param: str, wanted: str) -> ApiError:

@@ -15,7 +15,9 @@ from typing import Any, Final
 from keepstream_gateway.openai import carried
 from keepstream_gateway.openai.refusals import refused, unsupported, wrong_type
 
-_ROLES: Final = frozenset({"user", "system", "developer", "assistant"})
+#: Compared with what a client sent, which may be a list, say: that can be looked for in a tuple only.
+_ROLES: Final = ("user", "system", "developer", "assistant")
+_TEXTS: Final = ("input_text", "output_text", "text")
 _CALLS: Final[Mapping[str, str]] = {"function_call": "arguments", "custom_tool_call": "input"}
 _RESULTS: Final = frozenset({"function_call_output", "custom_tool_call_output"})
 
@@ -80,17 +82,18 @@ class _Reader:
     def __init__(self) -> None:
         self._messages: list[Message] = []
         self._turn: _Turn | None = None
+        self._may_carry = carried.MAX_BYTES
 
     def end(self) -> list[Message]:
         self._end_turn()
         return self._messages
 
     def read(self, item: Mapping[str, Any], where: str) -> None:
-        kind = item.get("type", "message")
+        kind = _text(item.get("type", "message"), f"{where}.type")
         if kind == "reasoning":
-            self._reason(item)
+            self._reason(item, where)
         elif kind in _CALLS:
-            self._open_turn().calls.append(_call_of(item, str(kind), where))
+            self._open_turn().calls.append(_call_of(item, kind, where))
         elif kind in _RESULTS:
             self._end_turn()
             call_id = _text(item.get("call_id"), f"{where}.call_id")
@@ -105,9 +108,9 @@ class _Reader:
                 where, "hosted tools and their items are not: give messages, function calls and their outputs"
             )
 
-    def _reason(self, item: Mapping[str, Any]) -> None:
+    def _reason(self, item: Mapping[str, Any], where: str) -> None:
         if self._turn is not None and (self._turn.original or self._turn.has_message or self._turn.calls):
-            original = carried.unpack(item.get("encrypted_content"))
+            original = self._carried(item, where)
             if original is None:
                 return  # more reasoning within a turn
             if self._turn.original is None:
@@ -115,7 +118,20 @@ class _Reader:
                 return
             self._end_turn()
         turn = self._open_turn()
-        turn.original = carried.unpack(item.get("encrypted_content"))
+        turn.original = self._carried(item, where)
+
+    def _carried(self, item: Mapping[str, Any], where: str) -> Message | None:
+        """Return the message that an item of reasoning carries, if it carries one."""
+        try:
+            found = carried.unpack(item.get("encrypted_content"), self._may_carry)
+        except carried.TooLargeError:
+            what = f"what the items carry is larger than the {carried.MAX_BYTES} bytes that are accepted"
+            raise refused(what, f"{where}.encrypted_content") from None
+        if found is None:
+            return None
+        message, size = found
+        self._may_carry -= size
+        return message
 
     def _read_message(self, item: Mapping[str, Any], where: str) -> None:
         role = item.get("role")
@@ -149,7 +165,7 @@ def _read_answer(turn: _Turn, content: object, where: str) -> None:
     for number, part in enumerate(content if isinstance(content, list) else [content]):
         if isinstance(part, str):
             turn.texts.append(part)
-        elif isinstance(part, dict) and part.get("type") in {"output_text", "input_text", "text"}:
+        elif isinstance(part, dict) and part.get("type") in _TEXTS:
             turn.texts.append(_text(part.get("text"), f"{where}[{number}].text"))
         elif isinstance(part, dict) and part.get("type") == "refusal":
             turn.refusals.append(_text(part.get("refusal"), f"{where}[{number}].refusal"))
@@ -188,7 +204,7 @@ def _part(part: object, where: str) -> Message:
         raise wrong_type(where, "an object")
     kind = part.get("type")
     kept = {"prompt_cache_breakpoint": known} if (known := part.get("prompt_cache_breakpoint")) is not None else {}
-    if kind in {"input_text", "output_text", "text"}:
+    if kind in _TEXTS:
         return {"type": "text", "text": _text(part.get("text"), f"{where}.text"), **kept}
     if kind == "input_image":
         if part.get("file_id"):
@@ -239,13 +255,11 @@ def _items_of(message: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     role = message.get("role")
     content = message.get("content")
     if role == "tool":
-        output = "" if content is None else content
-        parts = output if isinstance(output, str) else [_back(part) for part in output]
-        yield {"type": "function_call_output", "call_id": message.get("tool_call_id"), "output": parts}
+        output = content if isinstance(content, str) else [_back(part) for part in _parts(content)]
+        yield {"type": "function_call_output", "call_id": message.get("tool_call_id"), "output": output or ""}
         return
     if role != "assistant":
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
-        yield {"type": "message", "role": role, "content": [_back(part) for part in parts]}
+        yield {"type": "message", "role": role, "content": [_back(part) for part in _parts(content)]}
         return
     carries = carried.pack(message)
     if carries:
@@ -257,7 +271,7 @@ def _items_of(message: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         answer.append({"type": "refusal", "refusal": message["refusal"]})
     if answer:
         yield {"type": "message", "role": "assistant", "content": answer}
-    for call in message.get("tool_calls") or ():
+    for call in _list(message.get("tool_calls")):
         plain = _plain_call(call)
         custom, function = plain.get("custom"), plain.get("function")
         if isinstance(custom, dict):
@@ -266,6 +280,15 @@ def _items_of(message: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         elif isinstance(function, dict):
             fields = {"name": function.get("name"), "arguments": function.get("arguments")}
             yield {"type": "function_call", "call_id": plain.get("id"), **fields}
+
+
+def _parts(content: object) -> list[Any]:
+    """Return the parts of a stored content; jobs that came as chat completions may have any JSON there."""
+    return [{"type": "text", "text": content}] if isinstance(content, str) else _list(content)
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _back(part: Any) -> Any:

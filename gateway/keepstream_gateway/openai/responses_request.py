@@ -10,6 +10,7 @@ refused. Only values that change nothing are left out (``truncation: disabled``,
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+from keepstream import names
 from keepstream.results import CompletionResult
 from keepstream_gateway.openai.ids import response_id
 from keepstream_gateway.openai.origin import ENTRY, Origin, checked_metadata, read_origin
@@ -190,8 +191,8 @@ def _text(request: dict[str, Any], value: Any) -> None:
         return
     kind = form.get("type") if isinstance(form, dict) else None
     if kind == "json_schema":
-        names = ("name", "description", "schema", "strict")
-        schema = {name: form[name] for name in names if form.get(name) is not None}
+        known = ("name", "description", "schema", "strict")
+        schema = {name: form[name] for name in known if form.get(name) is not None}
         request["response_format"] = {"type": kind, "json_schema": schema}
     elif kind == "json_object":
         request["response_format"] = {"type": kind}
@@ -208,7 +209,7 @@ def _reasoning(request: dict[str, Any], value: Any) -> None:
         if name == "effort":
             request["reasoning_effort"] = given
         elif not (name in {"summary", "generate_summary"} and given == "auto"):
-            raise unsupported(f"reasoning.{name}", "reasoning is told as the provider gives it")
+            raise unsupported(f"reasoning.{names.shown(name)}", "reasoning is told as the provider gives it")
 
 
 def _tools(request: dict[str, Any], value: Any) -> None:
@@ -224,7 +225,7 @@ def _tool(tool: Any, where: str) -> dict[str, Any]:
         known = ("name", "description", "parameters", "strict")
         for name, value in tool.items():
             if name not in {"type", *known} and value not in (None, False):
-                raise unsupported(f"{where}.{name}")
+                raise unsupported(f"{where}.{names.shown(name)}")
         return {"type": kind, "function": {name: tool[name] for name in known if tool.get(name) is not None}}
     if kind == "custom":
         custom = {name: tool[name] for name in ("name", "description", "format") if tool.get(name) is not None}
@@ -241,7 +242,7 @@ def _tool_choice(request: dict[str, Any], value: Any) -> None:
         request["tool_choice"] = value
         return
     kind = value.get("type") if isinstance(value, dict) else None
-    if kind in {"function", "custom"}:
+    if kind in ("function", "custom"):
         request["tool_choice"] = _named(value)
     elif kind == "allowed_tools" and isinstance(value.get("tools"), list):
         tools = [_named(tool) if isinstance(tool, dict) else tool for tool in value["tools"]]
@@ -264,7 +265,7 @@ def _include(request: dict[str, Any], value: Any) -> None:
     for entry in value:
         if entry == _LOGPROBS:
             request["logprobs"] = True
-        elif entry not in _INCLUDED:
+        elif not isinstance(entry, str) or entry not in _INCLUDED:
             raise unsupported("include", "it may name encrypted reasoning and logprobs")
 
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any, Final
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from keepstream import AsyncClient
@@ -18,6 +18,7 @@ from keepstream.results import CompletionResult
 from keepstream_gateway.access.rights import May
 from keepstream_gateway.context import Context
 from keepstream_gateway.errors import ApiError, invalid
+from keepstream_gateway.json_answers import JsonResponse
 from keepstream_gateway.openai.following import ended, response_frames
 from keepstream_gateway.openai.ids import job_of_response, parse_cursor, position, response_id
 from keepstream_gateway.openai.jobs import Jobs, blame_request, broken_off
@@ -66,17 +67,18 @@ class Responses:
             # The job is stored within the stream, so that nothing that can refuse the stream comes after the commit.
             frames = response_frames(client, begin)
             return await self._context.streams.answer(access, frames, farewell=broken_off)
-        job = await begin()
-        if not background:
-            job = await ended(client, request, job.id)
-            blame_request(job)
-        return JSONResponse(response_object(job))
+        if background:
+            return JsonResponse(response_object(await begin()))
+        with self._context.streams.place(access):
+            job = await ended(client, request, (await begin()).id)
+        blame_request(job)
+        return JsonResponse(response_object(job))
 
     async def retrieve(self, request: Request) -> Response:
         """Return a response, or its stream from a cursor on."""
         access, client, job = await self._jobs.find(request)
         if request.query_params.get("stream") not in {"true", "True", "1"}:
-            return JSONResponse(response_object(job))
+            return JsonResponse(response_object(job))
         after = _cursor(request.query_params.get("starting_after"), job)
 
         async def begin() -> CompletionResult:
@@ -94,19 +96,19 @@ class Responses:
             # job is cancelled all the same.
             with suppress(FollowTimeoutError, BrokerUnavailableError, StoreUnavailableError):
                 job = await client.wait(job.id, timeout=_CANCEL_WAIT)
-        return JSONResponse(response_object(job))
+        return JsonResponse(response_object(job))
 
     async def delete(self, request: Request) -> Response:
         """Delete a response that has ended, with all that is stored of its job."""
         job_id = await self._jobs.delete(request)
-        return JSONResponse({"id": response_id(job_id), "object": "response", "deleted": True})
+        return JsonResponse({"id": response_id(job_id), "object": "response", "deleted": True})
 
     async def input_items(self, request: Request) -> Response:
         """Return the items that a response answers."""
         _, _, job = await self._jobs.find(request)
         messages: Sequence[Any] = (job.request or {}).get("messages") or []
         items = items_of(messages[read_origin(job.metadata).instructions :], job.id)
-        return JSONResponse(page(items, request.query_params))
+        return JsonResponse(page(items, request.query_params))
 
 
 async def _previous(client: AsyncClient, given: object) -> CompletionResult | None:
