@@ -1,6 +1,6 @@
 """Streams for tests: the conformance cases as bytes, and a stream played to the reader.
 
-In: ``conformance/sse_cases.jsonl`` and ``conformance/responses_cases.jsonl``.
+In: the files of cases in ``conformance``.
 Out: cases, and what the reader made of a stream, to unit tests and the fuzzer.
 """
 
@@ -20,7 +20,7 @@ from keepstream_worker.values import Delta, Failure
 
 _CASES: Final = Path(__file__).parent / "conformance"
 #: The files of cases, by the dialect in which the provider was asked.
-FILES: Final = {"chat": _CASES / "sse_cases.jsonl", "responses": _CASES / "responses_cases.jsonl"}
+FILES: Final = {"chat": "sse_cases.jsonl", "responses": "responses_cases.jsonl"}
 CAUSES: Final[dict[str, Failure | None]] = {
     "clean": None,
     "reset": Failure(ErrorCode.CONNECTION, "the connection was reset"),
@@ -39,6 +39,7 @@ class Case:
     cause: Failure | None  #: What the transport says at the end.
     expect: dict[str, Any]
     responses: bool = False  #: Whether the provider was asked by the Responses API.
+    hard: bool = False  #: Whether it was made up to be hard: nobody has seen quite this.
 
     @property
     def body(self) -> bytes:
@@ -47,7 +48,12 @@ class Case:
 
 def load_cases(dialect: str = "chat") -> list[Case]:
     """Return all cases of a dialect."""
-    lines = [json.loads(line) for line in FILES[dialect].read_text(encoding="utf-8").splitlines()]
+    return [case for prefix in ("", "hard_") for case in _load_file(dialect, prefix)]
+
+
+def _load_file(dialect: str, prefix: str) -> list[Case]:
+    text = (_CASES / f"{prefix}{FILES[dialect]}").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.split("\n") if line]
     return [
         Case(
             name=line["name"],
@@ -57,6 +63,7 @@ def load_cases(dialect: str = "chat") -> list[Case]:
             cause=CAUSES[line["close"]],
             expect=line["expect"],
             responses=dialect == "responses",
+            hard=bool(prefix),
         )
         for line in lines
     ]

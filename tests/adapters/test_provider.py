@@ -380,6 +380,7 @@ LARGE = b"".join(b'data: {"n":%d}\n\n' % n for n in range(200_000))
         ("deflate", raw_deflate(LARGE), LARGE),
         ("deflate", raw_deflate(EVENT, level=0), EVENT),
         ("identity", EVENT, EVENT),
+        ("gzip, identity", gzip.compress(EVENT), EVENT),
         ("br", EVENT, EVENT),
         ("gzip", gzip.compress(EVENT)[:-8], EVENT),
         ("", b"", b""),
@@ -395,6 +396,7 @@ LARGE = b"".join(b'data: {"n":%d}\n\n' % n for n in range(200_000))
         "raw-deflate-large",
         "raw-deflate-stored",
         "identity",
+        "gzip-and-identity",
         "plain-labelled-br",
         "gzip-truncated",
         "empty",
@@ -834,6 +836,13 @@ async def test_an_errors_body_that_stalls_or_never_ends_is_given_up(monkeypatch:
             await exchange.send(chunk(b"x" * 65_536))
 
     assert (await failure_of(endless)).code is ErrorCode.SERVER_ERROR
+
+
+async def test_a_refusal_is_not_taken_for_silence_because_its_body_stalls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("keepstream_worker.providers.http._ERROR_BODY_SECONDS", 1.0)
+    stalling = cut(b"content-length: 1000\r\n", stall=True)
+    failure = await failure_of(stalling, Timeouts(connect=10.0, first_token=0.5, idle=0.5))
+    assert (failure.code, failure.http_status) == (ErrorCode.SERVER_ERROR, 500)
 
 
 async def test_a_compressed_error_body_is_understood() -> None:

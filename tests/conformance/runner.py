@@ -1,6 +1,7 @@
 """Play provider streams to a real worker, and compare what it stored and published with what is expected.
 
-In: files of cases, one JSON object per line (default: both files beside this one).
+In: files of cases, one JSON object per line (default: those beside this one; the ``hard`` ones are made up, each to
+be as awkward as a rule allows).
 Out: each failing case with expected and actual values, then ``N passed, N failed``; exit code 0 if all passed, 1 if
 not, 2 if the cases cannot be played.
 
@@ -35,7 +36,9 @@ from keepstream.transcript import Transcript
 from keepstream_worker.dev_stack.embedded import EmbeddedProvider, EmbeddedServiceError, EmbeddedValkey, sqlite_url
 from keepstream_worker.store import schema
 
-CASES: Final = tuple(Path(__file__).with_name(name) for name in ("sse_cases.jsonl", "responses_cases.jsonl"))
+CASES: Final = tuple(
+    Path(__file__).with_name(f"{prefix}{name}_cases.jsonl") for prefix in ("", "hard_") for name in ("sse", "responses")
+)
 _APIS: Final = ("chat", "responses")
 OUTCOMES: Final = ("completed", "retry", "fail")
 

@@ -531,7 +531,7 @@ def test_arguments_that_were_held_back_may_hold_half_a_surrogate_pair(held: str)
 
 
 def test_a_call_that_is_never_named_is_told_without_a_name() -> None:
-    piece = {"type": "response.function_call_arguments.delta", "output_index": 0, "item_id": "fc_1", "delta": "{}"}
+    piece = {"type": "response.function_call_arguments.delta", "output_index": 0, "item_id": "fc_1", "delta": "{"}
     _, deltas, error = play(piece)
     assert error is None
     ((call,),) = [delta.fields["tool_calls"] for delta in deltas]

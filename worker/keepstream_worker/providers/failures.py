@@ -147,8 +147,6 @@ _CAUSES: Final[dict[str, ErrorCode]] = {
     "paymentrequired": ErrorCode.INSUFFICIENT_QUOTA,
     "exceededcurrentquota": ErrorCode.INSUFFICIENT_QUOTA,  # Moonshot
     "creditbalanceexhausted": ErrorCode.INSUFFICIENT_QUOTA,
-    "organizationspendlimitexceeded": ErrorCode.INSUFFICIENT_QUOTA,
-    "projectspendlimitexceeded": ErrorCode.INSUFFICIENT_QUOTA,
     "organizationusagelimitexceeded": ErrorCode.INSUFFICIENT_QUOTA,
     "billinghardlimitreached": ErrorCode.INSUFFICIENT_QUOTA,
     "billingnotactive": ErrorCode.INSUFFICIENT_QUOTA,
@@ -157,6 +155,7 @@ _CAUSES: Final[dict[str, ErrorCode]] = {
     "arrearage": ErrorCode.INSUFFICIENT_QUOTA,  # Alibaba
     "accountoverdue": ErrorCode.INSUFFICIENT_QUOTA,  # Volcengine
     "1113": ErrorCode.INSUFFICIENT_QUOTA,  # Z.ai
+    "spendlimitexceeded": ErrorCode.INSUFFICIENT_QUOTA,
     "toolusefailed": ErrorCode.TOOL_USE_FAILED,
     # The Responses API reports these within the stream.
     "biopolicy": ErrorCode.CONTENT_FILTER,
@@ -187,19 +186,13 @@ _BY_TYPE: Final[dict[str, ErrorCode]] = {
     "failedprecondition": ErrorCode.BAD_REQUEST,
     "invalidprompt": ErrorCode.BAD_REQUEST,
     "dataresidencymismatch": ErrorCode.BAD_REQUEST,
-    "invalidimage": ErrorCode.BAD_REQUEST,
-    "invalidimageformat": ErrorCode.BAD_REQUEST,
-    "invalidbase64image": ErrorCode.BAD_REQUEST,
-    "invalidimageurl": ErrorCode.BAD_REQUEST,
-    "invalidimagemode": ErrorCode.BAD_REQUEST,
-    "imagetoolarge": ErrorCode.BAD_REQUEST,
-    "imagetoosmall": ErrorCode.BAD_REQUEST,
-    "imageparse": ErrorCode.BAD_REQUEST,
-    "imagefiletoolarge": ErrorCode.BAD_REQUEST,
-    "imagefilenotfound": ErrorCode.BAD_REQUEST,
     "unsupportedimagemediatype": ErrorCode.BAD_REQUEST,
+    "unsupportedimageformat": ErrorCode.BAD_REQUEST,
     "emptyimagefile": ErrorCode.BAD_REQUEST,
     "failedtodownloadimage": ErrorCode.BAD_REQUEST,
+    "maxtokensexceeded": ErrorCode.BAD_REQUEST,
+    "stringtoolong": ErrorCode.BAD_REQUEST,
+    "preconditionfailed": ErrorCode.BAD_REQUEST,
     "validation": ErrorCode.BAD_REQUEST,
     "permission": ErrorCode.PERMISSION,
     "permissiondenied": ErrorCode.PERMISSION,
@@ -207,6 +200,8 @@ _BY_TYPE: Final[dict[str, ErrorCode]] = {
     "notfound": ErrorCode.NOT_FOUND,
     "modelnotfound": ErrorCode.NOT_FOUND,
     "requesttoolarge": ErrorCode.PAYLOAD_TOO_LARGE,
+    "payloadtoolarge": ErrorCode.PAYLOAD_TOO_LARGE,
+    "unprocessable": ErrorCode.UNPROCESSABLE,
     "unprocessableentity": ErrorCode.UNPROCESSABLE,
     "conflict": ErrorCode.CONFLICT,
     "ratelimit": ErrorCode.RATE_LIMITED,
@@ -214,12 +209,17 @@ _BY_TYPE: Final[dict[str, ErrorCode]] = {
     "ratelimited": ErrorCode.RATE_LIMITED,
     "toomanyrequests": ErrorCode.RATE_LIMITED,
     "resourceexhausted": ErrorCode.RATE_LIMITED,
+    "ratelimitreached": ErrorCode.RATE_LIMITED,
+    "tokens": ErrorCode.RATE_LIMITED,  # OpenAI's types: what there were too many of
+    "requests": ErrorCode.RATE_LIMITED,
     "slowdown": ErrorCode.RATE_LIMITED,
     "throttling": ErrorCode.RATE_LIMITED,
     "overloaded": ErrorCode.OVERLOADED,
     "overcapacity": ErrorCode.OVERLOADED,
     "engineoverloaded": ErrorCode.OVERLOADED,
     "modeloverloaded": ErrorCode.OVERLOADED,
+    "provideroverloaded": ErrorCode.OVERLOADED,
+    "providerunavailable": ErrorCode.OVERLOADED,
     "serverisoverloaded": ErrorCode.OVERLOADED,
     "capacityexceeded": ErrorCode.OVERLOADED,
     "serviceunavailable": ErrorCode.OVERLOADED,
@@ -252,12 +252,17 @@ _BY_TYPE: Final[dict[str, ErrorCode]] = {
     "baseresp2056": ErrorCode.RATE_LIMITED,
 }
 
+#: Of these there are many, and more with every release: what they begin or end with is enough.
+_IMAGE_CAUSES: Final = ("image", "invalidimage", "invalidbase64image")
+_SPEND_CAUSE: Final = "spendlimitexceeded"
+
 _CONTEXT_LENGTH: Final = re.compile(
     r"maximum context length|max(imum)? context (size|window)|context[ _]?(length|size|window)[^.]{0,40}exceed"
     r"|exceed[^.]{0,60}context[ _-]?(length|size|window|limit)|(greater|longer|larger|more) than the [^.]{0,40}context"
     r"|(prompt|input) (is )?too long|reduce the length of the (messages|prompt|input)"
     r"|(input|prompt)[^.]{0,20} tokens?[^.]{0,60}(exceed|must (be|have) (<=|less))|maximum (prompt|input) length"
-    r"|tokens in the (prompt|input)[^.]{0,20}exceed",
+    r"|tokens in the (prompt|input)[^.]{0,20}exceed|exceed[^.]{0,20}model('s)? token limit"
+    r"|range of input length should be|context (the )?overflows?\b|loaded with context length",
     re.IGNORECASE,
 )
 #: A limit of tokens in a time; its messages name prompts and inputs, too.
@@ -285,7 +290,7 @@ _NO_CREDIT: Final = re.compile(
 _NO_QUOTA: Final = re.compile(r"exceeded your current quota", re.IGNORECASE)
 _BAD_KEY: Final = re.compile(
     r"(invalid|incorrect|expired) api[ _-]?key|api[ _-]?key (is )?(not valid|invalid|incorrect|expired|missing)"
-    r"|no api[ _-]?key|\bAuthenticationError\b",
+    r"|no api[ _-]?key|\bauthentication ?error\b",
     re.IGNORECASE,
 )
 #: Names of causes within a message, in which a gateway quotes the error it received.
@@ -310,10 +315,18 @@ def _code_of_report(report: "_Report") -> ErrorCode:
     if cause is not None:
         return cause
     for word in report.words:
-        code = _BY_TYPE.get(_folded(word))
+        code = _meant_by(_folded(word))
         if code is not None:
             return code
     return ErrorCode.PROVIDER_ERROR
+
+
+def _meant_by(word: str) -> ErrorCode | None:
+    return _BY_TYPE.get(word) or (ErrorCode.BAD_REQUEST if word.startswith(_IMAGE_CAUSES) else None)
+
+
+def _cause_named(word: str) -> ErrorCode | None:
+    return _CAUSES.get(_SPEND_CAUSE if word.endswith(_SPEND_CAUSE) else word)
 
 
 def _code_of_status(status: int) -> ErrorCode:
@@ -341,7 +354,8 @@ _PLAIN_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=\-]{1,128}")
 _MAX_BODY: Final = 1024 * 1024  #: Bytes of an error body that are examined.
 _MAX_TEXT: Final = 10_000  #: Characters of an error's texts that are examined.
 _MAX_WRAPPERS: Final = 8  #: Levels of nesting around an error that are unwrapped.
-_WORD_KEYS: Final = ("code", "type", "status", "error_code", "error_type", "reason")
+_WORD_KEYS: Final = ("code", "type", "status", "error_code", "reason")
+_EXACT_KEY: Final = "error_type"  #: OpenRouter folds what others send into a few codes; this is the exact one.
 _STATUS_KEYS: Final = ("status_code", "http_code", "status", "code")
 _TEXT_KEYS: Final = ("message", "msg", "detail")
 _INNER_KEYS: Final = ("error", "errors", "detail", "innererror", "metadata", "raw", "message")
@@ -365,7 +379,8 @@ class _Report:
         decoded = _decoded(body)
         layers = list(_layers(decoded, _MAX_WRAPPERS))
         # The innermost layer is the most precise: gateways wrap the error they received.
-        words = [word for layer in reversed(layers) for key in _WORD_KEYS if (word := _word(layer.get(key)))]
+        words = [word for layer in reversed(layers) if (word := _word(layer.get(_EXACT_KEY)))]
+        words += [word for layer in reversed(layers) for key in _WORD_KEYS if (word := _word(layer.get(key)))]
         statuses = [status for layer in reversed(layers) for key in _STATUS_KEYS if (status := _status(layer.get(key)))]
         texts = [text for layer in layers for key in _TEXT_KEYS if isinstance(text := layer.get(key), str)]
         waits = [wait for layer in reversed(layers) for wait in _waits(layer)]
@@ -393,7 +408,7 @@ class _Report:
             readable = _PASSES.search(self.text) is None
         quoted = [_folded(word) for word in _QUOTED_CODE.findall(self.text)] if readable else []
         for word in (*map(_folded, self.words), *quoted):
-            if (code := _CAUSES.get(word)) is not None:
+            if (code := _cause_named(word)) is not None:
                 return code
             if vague and word in _KEY_CAUSES and status != HTTPStatus.FORBIDDEN:
                 return ErrorCode.AUTH
@@ -403,7 +418,7 @@ class _Report:
         text = self.text
         if status == HTTPStatus.TOO_MANY_REQUESTS and _TOO_LARGE.search(text):
             return ErrorCode.PAYLOAD_TOO_LARGE  # larger than what a minute allows: no minute will do
-        meant = {_BY_TYPE.get(_folded(word)) for word in self.words}
+        meant = {_meant_by(_folded(word)) for word in self.words}
         busy = not meant.isdisjoint({ErrorCode.RATE_LIMITED, ErrorCode.OVERLOADED})
         rated = status == HTTPStatus.TOO_MANY_REQUESTS or busy or _RATE.search(text)
         if not rated and _CONTEXT_LENGTH.search(text):

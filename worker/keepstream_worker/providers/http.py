@@ -12,6 +12,7 @@ import os
 import re
 import ssl
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -94,7 +95,9 @@ class HttpTransport:
             trace_configs=[trace],
         )
 
-    async def send(self, head: Head, content: bytes, connect_timeout: float) -> "Body":
+    async def send(
+        self, head: Head, content: bytes, connect_timeout: float, refused: Callable[[], None] | None = None
+    ) -> "Body":
         """Send a request; return as soon as the headers of a successful response have arrived.
 
         A redirect that keeps method and body (307, 308) is followed, as long as the host stays the same and TLS is not
@@ -104,6 +107,8 @@ class HttpTransport:
             head: Method, URL and headers.
             content: The request body.
             connect_timeout: Seconds to establish a connection, TLS included.
+            refused: Called when the provider has answered with anything but a success; what it says of it is awaited
+                for a bounded time.
 
         Raises:
             ProviderFailure: there is no response, or the provider refused the request.
@@ -115,6 +120,8 @@ class HttpTransport:
             body = Body(response)
             if response.status < _FIRST_ERROR_STATUS:
                 return body
+            if refused is not None:
+                refused()
             text = await _error_body(body)
             location = response.headers.get("location")
             if response.status not in _SAME_REQUEST or not location:
@@ -159,7 +166,8 @@ class Body:
         self._response = response
         self._content = response.content
         # We ask for no compression, but some servers compress anyway.
-        encoding = response.headers.get("content-encoding", "").strip().lower()
+        given = (name.strip() for name in response.headers.get("content-encoding", "").lower().split(","))
+        encoding = ",".join(name for name in given if name != "identity")
         self._inflater = _Inflater(encoding) if encoding in _READABLE_ENCODINGS else None
 
     @property

@@ -44,6 +44,7 @@ __all__ = ["Provider", "ProviderCheck", "ProviderFailure", "ProviderStream", "Pr
 
 _DRAIN_SECONDS: Final = 0.1  #: To read the end of a body, which follows the last event at once.
 _CHECK_INTERVAL: Final = 5.0  #: Seconds for which a connection that aiohttp closed silently may go unnoticed.
+_REFUSAL_SECONDS: Final = 6.0  #: More than the transport waits for the body of a refusal.
 _SECOND_CHECK: Final = 0.05  #: Seconds; on a busy loop, data may be waiting in a socket.
 _CHECK_SECONDS: Final = 10.0
 _REFUSED_REQUEST: Final = frozenset({400, 404, 405, 422, 501})
@@ -90,6 +91,7 @@ class _Watchdog:
         self._task = cast("asyncio.Task[Any]", asyncio.current_task())  # a coroutine always runs in a task
         self._cancellations = self._task.cancelling()
         self._idle = timeouts.idle
+        self.connect = timeouts.connect
         self._limit = timeouts.first_token
         self._last_data = self._loop.time()
         self._any_data = self._waiting = self._overdue = False
@@ -111,6 +113,10 @@ class _Watchdog:
             self._limit = seconds
             self._timer.cancel()
             self._check_in(seconds)
+
+    def note_refusal(self) -> None:
+        """Allow for the body of a refusal, which has a limit of its own: the status alone says more than a time-out."""
+        self.expect_first_data_within(self._limit + _REFUSAL_SECONDS)
 
     def _check_in(self, seconds: float) -> None:
         self._timer = self._loop.call_later(min(seconds, _CHECK_INTERVAL), self._check)
@@ -234,35 +240,35 @@ class Provider:
         needed = model in self._need_responses or (self.config.is_openai and only_by_responses(request))
         if api != "responses" and not (api == "auto" and needed):
             try:
-                return await self._ask_by_chat(request, timeouts.connect), False
+                return await self._ask_by_chat(request, watchdog), False
             except ProviderFailure as error:
                 if api != "auto" or not wants_responses(request, error.failure):
                     raise
         # A model that thinks unseen is silent for as long.
         watchdog.expect_first_data_within(timeouts.first_token_by_responses or timeouts.first_token)
-        body = await self._ask_by_responses(request, timeouts.connect)
+        body = await self._ask_by_responses(request, watchdog)
         if api == "responses" or needed:
             return body, True
         self._remember(self._need_responses, model)
         log.info("dialect_learnt", provider=self.config.name, model=model, api="responses")
         return body, True
 
-    async def _ask_by_chat(self, request: dict[str, Any], connect_timeout: float) -> Body:
+    async def _ask_by_chat(self, request: dict[str, Any], watchdog: _Watchdog) -> Body:
         """Ask for a chat completion; if the provider refuses the usage option, which we add, leave it out."""
         model = request["model"]
         ask_for_usage = self.config.stream_options and model not in self._refuse_usage
         try:
-            return await self._post(_CHAT, model, _encode(request, ask_for_usage=ask_for_usage), connect_timeout)
+            return await self._post(_CHAT, model, _encode(request, ask_for_usage=ask_for_usage), watchdog)
         except ProviderFailure as error:
             ours = ask_for_usage and not request.get("stream_options")
             if not ours or not _refuses_usage_option(error):
                 raise
-        body = await self._post(_CHAT, model, _encode(request, ask_for_usage=False), connect_timeout)
+        body = await self._post(_CHAT, model, _encode(request, ask_for_usage=False), watchdog)
         self._remember(self._refuse_usage, model)
         log.info("parameter_left_out", provider=self.config.name, model=model, parameter="stream_options")
         return body
 
-    async def _ask_by_responses(self, request: dict[str, Any], connect_timeout: float) -> Body:
+    async def _ask_by_responses(self, request: dict[str, Any], watchdog: _Watchdog) -> Body:
         """Ask for a response; if the provider refuses what we add, or cannot read what it once gave us, without it."""
         model = request["model"]
         given = self.config.responses
@@ -275,7 +281,7 @@ class Provider:
         )
         content = self._encode_response(request, options)
         try:
-            return await self._post(_RESPONSES, model, content, connect_timeout)
+            return await self._post(_RESPONSES, model, content, watchdog)
         except ProviderFailure as error:
             if options.encrypted_reasoning and refuses_encrypted_reasoning(error.failure):
                 self._remember(self._refuse_encrypted, model)
@@ -286,7 +292,7 @@ class Provider:
                 options = replace(options, return_items=False)
             else:
                 raise _with_hint(error) from None
-        return await self._post(_RESPONSES, model, self._encode_response(request, options), connect_timeout)
+        return await self._post(_RESPONSES, model, self._encode_response(request, options), watchdog)
 
     def _encode_response(self, request: dict[str, Any], options: ResponsesOptions) -> bytes:
         try:
@@ -300,7 +306,7 @@ class Provider:
         if len(models) < _MAX_MODELS:
             models.add(model)
 
-    async def _post(self, path: str, model: str, content: bytes, connect_timeout: float) -> Body:
+    async def _post(self, path: str, model: str, content: bytes, watchdog: _Watchdog) -> Body:
         if self._deployment_per_model:  # the SDK reads the model only from bodies it encodes itself
             path = f"/deployments/{urllib.parse.quote(model, safe='')}{path}"
         with _only_provider_failures():
@@ -309,7 +315,7 @@ class Provider:
                 head = await self._head(self._client.post, path)
                 if len(self._heads) < _MAX_HEADS:
                     self._heads[path] = head
-            return await self._send(head, content, connect_timeout)
+            return await self._send(head, content, watchdog.connect, watchdog.note_refusal)
 
     async def _head(self, method: Callable[..., Awaitable[Any]], path: str) -> Head:
         """Return what the SDK puts before a body, without a key."""
@@ -322,18 +328,20 @@ class Provider:
         )
         return cast("Head", response.extensions["head"])
 
-    async def _send(self, head: Head, content: bytes, connect_timeout: float) -> Body:
+    async def _send(
+        self, head: Head, content: bytes, connect_timeout: float, refused: Callable[[], None] | None = None
+    ) -> Body:
         """Send a request with the key; if it is refused and there is another by now, send it again with that one."""
         key = await self._key.current()
         try:
-            return await self._transport.send(self._with_key(head, key), content, connect_timeout)
+            return await self._transport.send(self._with_key(head, key), content, connect_timeout, refused)
         except ProviderFailure as error:
             if error.failure.code is not ErrorCode.AUTH:
                 raise
             other = await self._key.other_than(key)
             if other is None:
                 raise
-        return await self._transport.send(self._with_key(head, other), content, connect_timeout)
+        return await self._transport.send(self._with_key(head, other), content, connect_timeout, refused)
 
     def _with_key(self, head: Head, key: str | None) -> Head:
         name = self.config.key_header

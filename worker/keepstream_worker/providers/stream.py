@@ -19,7 +19,7 @@ import orjson
 
 from keepstream.errors import ErrorCode
 from keepstream_worker.providers.accumulator import Accumulator, Limits, Output
-from keepstream_worker.providers.dialects.responses_answer import ResponsesAccumulator
+from keepstream_worker.providers.dialects.responses_answer import ResponsesAccumulator, is_response
 from keepstream_worker.providers.failures import failure_from_stream_error
 from keepstream_worker.providers.sse import ERROR_FIELD, ServerSentEvent, SSEDecoder
 from keepstream_worker.values import Delta, Failure
@@ -162,7 +162,7 @@ class StreamReader:
             return Failure(ErrorCode.EMPTY_STREAM, "The provider's stream ended without any output.")
         if cause is not None:
             return cause
-        if self.saw_data:
+        if self.saw_data or answer.begun:
             return Failure(ErrorCode.TRUNCATED_STREAM, "The provider's stream ended without a finish reason.")
         if self._decoder.has_unknown_fields:
             return self._not_a_stream()
@@ -178,7 +178,7 @@ class StreamReader:
 
     def _read_event(self, payload: bytes, name: str, deltas: list[Delta]) -> None:
         if name:  # most events of chat completions have none
-            if name in _KEEP_ALIVE_EVENTS:
+            if name in _KEEP_ALIVE_EVENTS and not self._responses:  # there the data's own type counts
                 return
             if name == ERROR_FIELD:
                 self._error_field = payload
@@ -216,8 +216,8 @@ class StreamReader:
     def _read_object(self, chunk: dict[str, Any], name: str, deltas: list[Delta], size: int, lenient: bool) -> None:  # noqa: FBT001 -- a keyword costs time here
         if not chunk:
             return
-        if self._responses:
-            chunk.setdefault("type", name)
+        if isinstance(self._accumulator, ResponsesAccumulator):
+            chunk = self._accumulator.name(chunk, name)
             self.data_events += ResponsesAccumulator.is_progress(chunk)
         else:
             self.data_events += 1
@@ -244,6 +244,8 @@ class StreamReader:
         self.done = True
 
     def _read_unreadable(self, payload: bytes, name: str) -> None:
+        if name in _KEEP_ALIVE_EVENTS:
+            return
         self.data_events += 1
         if name == "error":
             self._report(payload.decode(errors="replace"))
@@ -299,14 +301,13 @@ class StreamReader:
                 return
         for chunk in value if type(value) is list else (value,):
             if type(chunk) is dict:
-                self._is_json_answer = self._is_json_answer or type(chunk.get(self._answer_field)) is list
+                self._is_json_answer = self._is_json_answer or self._is_answer(chunk)
                 self._read_chunk(chunk, self.final_deltas, len(payload), lenient)
         if not self._is_json_answer and self._failure is None:
             self._failure = self._not_a_stream()
 
-    @property
-    def _answer_field(self) -> str:
-        return "output" if self._responses else "choices"
+    def _is_answer(self, value: dict[str, Any]) -> bool:
+        return is_response(value) if self._responses else type(value.get("choices")) is list
 
     def _not_a_stream(self) -> Failure:
         media_type = (self._content_type or "").partition(";")[0].strip().lower()

@@ -25,6 +25,7 @@ from keepstream_worker.providers.accumulator.json_values import (
     merged_usage,
     safe,
     storable,
+    tells,
     whole_number,
 )
 from keepstream_worker.providers.accumulator.normalization import (
@@ -92,6 +93,7 @@ class Accumulator(Bounded):
 
     ended = False  #: Whether nothing that follows matters. Here usage may still come.
     closed = True  #: Whether what was begun is whole, as far as can be seen. Here only a finish reason tells.
+    begun = False  #: Whether the provider has said no more than that it will answer. Here any chunk is of the answer.
     foreign = False  #: Whether this is an answer in another dialect. Chunks that are none are ignored here.
 
     __slots__ = (
@@ -164,6 +166,7 @@ class Accumulator(Bounded):
         self._lenient = lenient
         error: object = None
         usage = chunk.get("usage")
+        tells_usage = bool(usage) and tells(usage)
         if self._fields == len(chunk) and not usage and _USUAL_CHUNK_FIELDS.issuperset(chunk):
             self._skipped = chunk
         else:
@@ -196,7 +199,7 @@ class Accumulator(Bounded):
                     error = {"error": delta["error"]}
             if not _USUAL_CHOICE_FIELDS.issuperset(item) or item.get("logprobs"):
                 fields: dict[str, Any] = {}
-                error = self._read_rare_fields(choice, item, fields, usage_known=bool(usage)) or error
+                error = self._read_rare_fields(choice, item, fields, usage_known=tells_usage) or error
                 if fields:
                     _tell_extra(choice.index, fields, deltas, count)
             reason = item.get("finish_reason")
@@ -265,7 +268,7 @@ class Accumulator(Bounded):
         if error and self.succeeded:
             error = None
         groq = chunk.get("x_groq")
-        if type(groq) is dict and not chunk.get("usage"):
+        if type(groq) is dict and not tells(chunk.get("usage")):
             self._usage = merged_usage(self._usage, groq.get("usage"))
         details = self._details
         for name, value in chunk.items():
@@ -416,7 +419,9 @@ class Accumulator(Bounded):
                 if type(value) is dict and is_error(value.get("error")) and not self.succeeded:
                     error = {"error": value["error"]}
                 if type(value) is dict:
-                    choice.message = (value, self._lenient)
+                    known, lenient = choice.message or ({}, False)
+                    told = {field: part for field, part in value.items() if part}
+                    choice.message = (known | told, lenient or self._lenient)
             elif name == "logprobs" or type(value) is list:
                 self._keep(choice, name, value, fields)
             else:

@@ -153,18 +153,30 @@ class ToolCallBuilder:
         if not part.name:
             return False
         repeated = not self.name or part.name == self.name
-        if part.id and part.id == self.id:
-            return not repeated and not part.name.startswith(self.name) and self.has_whole_arguments
+        together = self.named_in == list_number
+        if self.name and self._is_called_again(part, together=together):
+            return True
         if repeated:
             # A repeated name goes on with the call, unless its arguments begin anew after complete ones.
             begins = part.arguments.lstrip().startswith("{") and part.arguments.strip() not in PLACEHOLDERS
             return begins and self._complete() and not self._repeats(part.arguments)
-        if self.has_whole_arguments or self.named_in == list_number:
+        if self.has_whole_arguments or together:
             return True
         if part.key is None:
             return True
         # Providers that send a name in pieces send an id; those that send no ids send whole names.
         return self.generated_id and not part.name.startswith(self.name)
+
+    def _is_called_again(self, part: Fragment, *, together: bool) -> bool:
+        """Return whether ``part``, which has a name but no id, begins a call for having one.
+
+        Without an index, a name is all that begins calls; it may be repeated with each piece of one.
+        """
+        if part.id:
+            return False
+        if part.key is None:
+            return together or (bool(part.arguments) and self.has_whole_arguments)
+        return together and self.generated_id and self.has_whole_arguments
 
     def value(self) -> ToolCall:
         """Return the tool call so far."""

@@ -48,6 +48,13 @@ def merged_usage(known: dict[str, Any] | None, new: object, depth: int = 2) -> d
     return merged
 
 
+def tells(usage: object) -> bool:
+    """Return whether ``usage`` reports anything: some providers fill it with null or 0, and report elsewhere."""
+    return type(usage) is dict and any(
+        tells(value) if type(value) is dict else number(value) for value in usage.values()
+    )
+
+
 def number(value: object) -> float | None:
     """Return ``value``, a number or its text, as a float, or None."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):

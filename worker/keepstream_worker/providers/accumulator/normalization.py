@@ -57,7 +57,7 @@ def read_fragment(value: dict[str, Any], key: str | None = None) -> Fragment:
         id=_given_id(value.get("id")),
         type=safe(kind)[:_MAX_TYPE] if type(kind) is str else "",
         name=name if type(name) is str else "",
-        arguments=_arguments_text(body.get(arguments)),
+        arguments=arguments_text(body.get(arguments)),
         extra={name: part for name, part in value.items() if part and name not in _USUAL_CALL_FIELDS},
     )
 
@@ -69,7 +69,8 @@ def _given_id(value: object) -> str:
     return safe(value) if type(value) is str and value != "null" else ""
 
 
-def _arguments_text(value: object) -> str:
+def arguments_text(value: object) -> str:
+    """Return a call's arguments as a text; some providers send them decoded."""
     if type(value) is str:
         return value
     if not value:
@@ -92,7 +93,7 @@ def error_in(chunk: dict[str, Any]) -> object:
     if is_error(chunk.get("error")):
         return chunk
     base_resp = chunk.get("base_resp")
-    if type(base_resp) is dict and base_resp.get("status_code"):
+    if type(base_resp) is dict and base_resp.get("status_code") and not _is_success(base_resp["status_code"]):
         return chunk
     for name, value in chunk.items():
         if name.startswith("x_") and type(value) is dict and is_error(value.get("error")):  # Groq: x_groq
@@ -100,7 +101,9 @@ def error_in(chunk: dict[str, Any]) -> object:
     choices = chunk.get("choices")
     if type(choices) is list and choices:
         return None
-    if chunk.get("object") == "error" or chunk.get("type") == "error" or chunk.get("errors"):
+    if chunk.get("object") == "error" or chunk.get("type") == "error":
+        return chunk
+    if chunk.get("errors") or chunk.get("success") is False:
         return chunk
     if _is_success(chunk.get("code")):
         return None

@@ -18,11 +18,13 @@ from keepstream_worker.providers.accumulator.bounds import Bounded
 from keepstream_worker.providers.accumulator.builders import ChoiceBuilder, TextBuilder, ToolCallBuilder
 from keepstream_worker.providers.accumulator.json_values import (
     byte_length,
+    is_json,
     merged_usage,
     safe,
     storable,
     whole_number,
 )
+from keepstream_worker.providers.accumulator.normalization import arguments_text, error_in, is_error, read_index
 from keepstream_worker.values import Delta
 
 _MESSAGE: Final = "message"
@@ -37,8 +39,26 @@ _CALL_TYPES: Final = {_FUNCTION_CALL: "function", _CUSTOM_CALL: "custom"}
 _LIFECYCLE: Final = frozenset({"response.created", "response.queued", "response.in_progress"})
 _KEEP_ALIVE: Final = frozenset({"keepalive", "ping", "heartbeat"})
 _NO_PROGRESS: Final = _LIFECYCLE | _KEEP_ALIVE
-_TERMINAL: Final = frozenset({"response.completed", "response.incomplete", "response.failed", "response.done"})
+_COMPLETED: Final = "response.completed"
+_INCOMPLETE: Final = "response.incomplete"
+_FAILURES: Final = frozenset({"response.failed", "response.cancelled"})
+_TERMINAL: Final = frozenset({_COMPLETED, _INCOMPLETE, "response.done", *_FAILURES})
 _FAILED: Final = frozenset({"failed", "cancelled"})
+_UNFINISHED: Final = frozenset({"queued", "in_progress"})
+#: Events of which nothing is read. A type that is none of all these is unknown, and the SSE event line counts.
+_SILENT: Final = (
+    "response.content_part.",
+    "response.reasoning_",
+    "response.output_text.",
+    "response.web_search_call.",
+    "response.file_search_call.",
+    "response.code_interpreter_call",
+    "response.image_generation_call.",
+    "response.mcp_",
+    "response.shell_call",
+    "response.compaction.",
+    "response.audio.",
+)
 
 _REASONS: Final = {"max_output_tokens": "length", "content_filter": "content_filter"}
 _MAX_REASON: Final = 256  #: Characters of a finish reason.
@@ -77,32 +97,63 @@ class _Item:
         "closed",
         "commentary",
         "held",
+        "indexed",
+        "item_id",
         "kept",
         "kind",
         "logprobs",
         "name",
+        "opened",
+        "part",
+        "part_ended",
         "parts",
         "pending",
         "raw",
+        "refusal",
         "source",
     )
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self.closed = False
+        self.opened = ""  # the id with which it was announced
+        self.indexed = False  # whether an event has given its index
         self.raw: dict[str, Any] | None = None  # as the provider wants it back in the next turn, until it is kept
         self.kept = False
-        self.logprobs: set[object] = set()  # the parts of a message whose logprobs have come
+        self.logprobs: set[int] = set()  # the parts of a message whose logprobs have come
         # Of a message or of reasoning: what was published of each part, in the order of the parts.
-        self.parts: dict[object, TextBuilder] = {}
+        self.parts: dict[int, TextBuilder] = {}
+        self.part = 0  # the newest, for events that do not say theirs
+        self.part_ended = False  # whether the next delta without an index begins another
+        self.refusal = TextBuilder()
         self.commentary = False  # a message that tells what the model is about to do
         self.source = ""  # of reasoning: whether summaries or the text itself spoke first; the other one repeats it
         # Of a call.
         self.call: ToolCallBuilder | None = None
         self.call_id = ""
+        self.item_id = ""  # stands in for the call's id until there is one
         self.name = ""
         self.held = ""  # arguments in the item's first event: some servers repeat them in the first delta
         self.pending: list[str] = []  # arguments that came before the call's id and name
+
+    @property
+    def is_known_call(self) -> bool:
+        """Whether anything of a call has come."""
+        return bool(self.call_id or self.item_id or self.name or self.pending or self.held)
+
+    def part_of(self, event: Mapping[str, Any]) -> int:
+        """Return the number of the part that an event is about; some servers do not say it."""
+        number = _part_number(event)
+        if number is not None:
+            self.part, self.part_ended = number, False
+        return self.part
+
+    def next_part(self) -> int:
+        """Return the number of the part that a delta without an index adds to."""
+        if self.part_ended and self.part in self.parts:
+            self.part = max(self.parts) + 1
+        self.part_ended = False
+        return self.part
 
     def published(self) -> str:
         """Return the texts published so far, as they stand in the output."""
@@ -112,6 +163,14 @@ class _Item:
     def contradicts(self, call_id: str) -> bool:
         """Whether this is a call with another id."""
         return bool(call_id and self.call_id and call_id != self.call_id)
+
+    def takes(self, item_id: str, call_id: str, *, adding: bool) -> bool:
+        """Whether an event with these ids can be about this item; with ``adding`` it announces an item."""
+        if self.contradicts(call_id):
+            return False
+        if not adding or (call_id and call_id == self.call_id):
+            return True
+        return not self.closed and not (item_id and self.opened and item_id != self.opened)
 
 
 class ResponsesAccumulator(Bounded):
@@ -125,6 +184,7 @@ class ResponsesAccumulator(Bounded):
     def __init__(self, limits: Limits, call_seed: str = "") -> None:
         super().__init__(limits)
         self.ended = False  #: Whether the terminal event has come: nothing after it matters.
+        self.begun = False  #: Whether the provider has said at least that it will answer.
         self.foreign = False  #: Whether the provider answers with chunks of chat completions.
         self._call_seed = call_seed
         self._choice: ChoiceBuilder | None = None
@@ -132,6 +192,7 @@ class ResponsesAccumulator(Bounded):
         self._kept = 0  # how many of them are kept for the next turn, or are nothing to keep
         self._by_index: dict[tuple[str, int], _Item] = {}
         self._by_id: dict[tuple[str, str], _Item] = {}
+        self._shared: set[tuple[str, int]] = set()  # indexes of two items that were open at once
         self._failed = False
         self._usage: dict[str, Any] | None = None
         self._details: dict[str, Any] = {}
@@ -148,6 +209,7 @@ class ResponsesAccumulator(Bounded):
             "response.function_call_arguments.done": self._fill_arguments,
             "response.custom_tool_call_input.delta": self._add_arguments,
             "response.custom_tool_call_input.done": self._fill_arguments,
+            "response.reasoning_summary_part.added": self._begin_part,
             "response.reasoning_summary_text.delta": self._add_reasoning,
             "response.reasoning_summary_text.done": self._fill_reasoning,
             "response.reasoning_text.delta": self._add_reasoning,
@@ -191,6 +253,19 @@ class ResponsesAccumulator(Bounded):
         """Whether an event shows that the model has begun to answer."""
         return _text(event.get("type")) not in _NO_PROGRESS
 
+    def name(self, event: dict[str, Any], line: str) -> dict[str, Any]:
+        """Return ``event`` with its type; ``line``, the SSE event's name, counts only if the data's own is unknown."""
+        kind = event.get("type")
+        if type(kind) is str and kind and (kind in self._handlers or not line or self._knows(kind)):
+            return event
+        if not self._knows(line):
+            return event if kind is not None else {**event, "type": line}
+        # A flat error may have its own type where the event has none.
+        return {"type": line, "error": event} if line == "error" and kind else {**event, "type": line}
+
+    def _knows(self, kind: str) -> bool:
+        return kind in self._handlers or kind in _TERMINAL | _NO_PROGRESS or kind == "error" or kind.startswith(_SILENT)
+
     # -- input and output -------------------------------------------------------------------------------
 
     def apply(self, event: dict[str, Any], deltas: list[Delta], size: int, lenient: bool) -> object:  # noqa: FBT001 -- as in the other dialect
@@ -215,13 +290,18 @@ class ResponsesAccumulator(Bounded):
             elif kind in _TERMINAL:
                 error = self._end(event, size)
             elif kind in _LIFECYCLE:
+                self.begun = True
                 self._read_response(event.get("response"), size)
-            elif kind == "error" or (kind not in _KEEP_ALIVE and event.get("error")):
+            elif kind == "error":
+                error = _error_in(event, flat=True) or _error_in(_object(event.get("response"))) or event
+            elif kind not in _KEEP_ALIVE and is_error(event.get("error")):
                 error = _error_in(event) or event
-            elif not kind and type(event.get("output")) is list:
+            elif not kind and is_response(event):
                 error = self._end({"response": event}, size)  # a whole response instead of a stream
             elif type(event.get("choices")) is list:
                 self.foreign = True
+            elif not kind or event.get("object") == "error":
+                error = error_in(event)  # as a gateway has it, whatever it was asked
         finally:  # what was appended is released even if the rest cannot be read
             if self._fields:
                 deltas.append(Delta(0, self._fields))
@@ -283,8 +363,8 @@ class ResponsesAccumulator(Bounded):
             return
         slot = self._find(_kind(item), event, item, adding=True)
         self._read_head(slot, item)
-        held = item.get(_ARGUMENTS.get(slot.kind, ""))
-        if type(held) is str and slot.call is not None and not slot.call.arguments:
+        held = _arguments_in(slot.kind, item)
+        if held and slot.call is not None and not slot.call.arguments:
             slot.held = held
 
     def _close_item(self, event: dict[str, Any]) -> None:
@@ -304,7 +384,7 @@ class ResponsesAccumulator(Bounded):
         elif slot.kind == _REASONING:
             self._fill_item_reasoning(slot, item)
         elif slot.kind in _ARGUMENTS:
-            self._fill_call(slot, item.get(_ARGUMENTS[slot.kind]))
+            self._fill_call(slot, _arguments_in(slot.kind, item))
         if slot.raw is None and not slot.kept:
             slot.raw = item
 
@@ -314,48 +394,62 @@ class ResponsesAccumulator(Bounded):
             slot.commentary = True
         if slot.kind not in _ARGUMENTS:
             return
-        slot.call_id = slot.call_id or safe(_text(item.get("call_id")) or _text(item.get("id")))
+        slot.call_id = slot.call_id or safe(_text(item.get("call_id")))
+        slot.item_id = slot.item_id or safe(_text(item.get("id")))
         slot.name = slot.name or safe(_text(item.get("name")))
-        if slot.call is None and slot.call_id and slot.name:
+        if slot.call is not None:
+            self._correct_call(slot, slot.call)
+        elif slot.name and (slot.call_id or slot.item_id):
             self._open_call(slot)
 
     def _find(
         self, kind: str, event: dict[str, Any], item: dict[str, Any] | None = None, *, adding: bool = False
     ) -> _Item:
         """Return the item of this kind that an event belongs to, a new one if it is none of those known."""
-        index = event.get("output_index")
-        index = index if type(index) is int else None
+        index = read_index(event.get("output_index"))
         inner = item or {}
-        call_id = _text(inner.get("call_id"))
-        ids = [name for name in (_text(inner.get("id")), call_id, _text(event.get("item_id"))) if name]
-        slot = self._known(kind, index, ids, call_id, adding=adding)
+        item_id = _text(inner.get("id"))
+        call_id = _text(inner.get("call_id")) or _text(event.get("call_id"))
+        ids = [name for name in (item_id, call_id, _text(event.get("item_id"))) if name]
+        known = self._indexed(kind, index, ids)
+        slot = next((slot for slot in known if slot.takes(item_id, call_id, adding=adding)), None)
+        if slot is None and not adding:
+            slot = self._newest_open(kind, call_id, indexed=index is not None)
         if slot is None:
             slot = _Item(kind)
             self._items.append(slot)
             if self._choice is None and kind in {_MESSAGE, _REASONING, *_ARGUMENTS}:
                 self._choice = ChoiceBuilder(0)
+        if adding:
+            slot.opened = slot.opened or item_id
         if index is not None:
+            before = self._by_index.get((kind, index))
+            if before is not None and before is not slot and not before.closed:
+                self._shared.add((kind, index))
             self._by_index[kind, index] = slot
+            slot.indexed = True
         for name in ids:
             self._by_id[kind, name] = slot
         return slot
 
-    def _known(self, kind: str, index: int | None, ids: list[str], call_id: str, *, adding: bool) -> _Item | None:
-        if index is not None:
-            slot = self._by_index.get((kind, index))
-            if slot is not None and not slot.contradicts(call_id) and not (adding and slot.closed):
-                return slot
-        for name in ids:
-            slot = self._by_id.get((kind, name))
-            if slot is not None and not slot.contradicts(call_id) and not (adding and slot.closed):
-                return slot
-        if index is not None or adding:
-            return None
+    def _indexed(self, kind: str, index: int | None, ids: list[str]) -> list[_Item]:
+        """Return the items of this kind that an event may belong to by its index and ids, the likeliest first."""
+        by_index = self._by_index.get((kind, index)) if index is not None else None
+        slots = [by_index, *(self._by_id.get((kind, name)) for name in ids)]
+        if index is not None and (kind, index) in self._shared:
+            slots.append(slots.pop(0))  # an index that several have at once says less than an id
+        return [slot for slot in slots if slot is not None]
+
+    def _newest_open(self, kind: str, call_id: str, *, indexed: bool) -> _Item | None:
+        """Return the newest open item of a kind; for an event with an index, one that has none so far."""
         return next(
             (
                 slot
                 for slot in reversed(self._items)
-                if slot.kind == kind and not slot.closed and not slot.contradicts(call_id)
+                if slot.kind == kind
+                and not slot.closed
+                and not (indexed and slot.indexed)
+                and not slot.contradicts(call_id)
             ),
             None,
         )
@@ -364,79 +458,87 @@ class ResponsesAccumulator(Bounded):
 
     def _add_text(self, event: dict[str, Any]) -> None:
         slot = self._find(_MESSAGE, event)
-        key = _part_key(event)
-        self._publish(slot, key, event.get("delta"))
+        self._add_delta(slot, event)
         if logprobs := event.get("logprobs"):
-            slot.logprobs.add(key)
+            slot.logprobs.add(slot.part)
             self._keep_logprobs(logprobs)
 
     def _fill_text(self, event: dict[str, Any]) -> None:
         slot = self._find(_MESSAGE, event)
-        key = _part_key(event)
-        self._fill_part(slot, key, event.get("text"))
-        self._fill_logprobs(slot, key, event.get("logprobs"))
+        self._fill_part(slot, event)
+        self._fill_logprobs(slot, slot.part, event.get("logprobs"))
 
-    def _fill_logprobs(self, slot: _Item, key: object, logprobs: object) -> None:
+    def _fill_logprobs(self, slot: _Item, part: int, logprobs: object) -> None:
         """Keep the logprobs of a part that did not come with its deltas."""
-        if logprobs and key not in slot.logprobs and None not in slot.logprobs:
-            slot.logprobs.add(key)
+        if logprobs and part not in slot.logprobs:
+            slot.logprobs.add(part)
             self._keep_logprobs(logprobs)
 
     def _keep_logprobs(self, logprobs: object) -> None:
         if type(logprobs) is list:
             self._keep_extra("logprobs", {"content": logprobs})
 
+    def _begin_part(self, event: dict[str, Any]) -> None:
+        slot = self._find(_REASONING, event)
+        if slot.part_of(event) in slot.parts and _part_number(event) is None:
+            slot.part_ended = True
+
     def _add_reasoning(self, event: dict[str, Any]) -> None:
         slot = self._find(_REASONING, event)
-        if self._speaks(slot, event):
-            self._publish(slot, _part_key(event), event.get("delta"))
+        if self._speaks(slot, event, "delta"):
+            self._add_delta(slot, event)
 
     def _fill_reasoning(self, event: dict[str, Any]) -> None:
         slot = self._find(_REASONING, event)
-        if self._speaks(slot, event):
-            self._fill_part(slot, _part_key(event), event.get("text"))
+        if self._speaks(slot, event, "text"):
+            self._fill_part(slot, event)
 
     @staticmethod
-    def _speaks(slot: _Item, event: dict[str, Any]) -> bool:
-        """Whether an event is of the source of reasoning that spoke first in its item."""
+    def _speaks(slot: _Item, event: dict[str, Any], field: str) -> bool:
+        """Whether an event has a text, and is of the source of reasoning that spoke first in its item."""
         source = "summary" if "summary" in event["type"] else "content"
-        slot.source = slot.source or source
+        slot.source = slot.source or (source if event.get(field) else "")
         return slot.source == source
 
     def _add_refusal(self, event: dict[str, Any]) -> None:
-        self._refuse(event.get("delta"))
+        self._refuse(self._find(_MESSAGE, event), event.get("delta"))
 
     def _fill_refusal(self, event: dict[str, Any]) -> None:
-        self._fill_whole_refusal(event.get("refusal"))
+        slot = self._find(_MESSAGE, event)
+        self._refuse(slot, _rest(event.get("refusal"), slot.refusal.value()))
 
-    def _fill_whole_refusal(self, whole: object) -> None:
-        known = self._choice.refusal.value() if self._choice and self._choice.refusal else ""
-        self._refuse(_rest(whole, known))
-
-    def _refuse(self, piece: object) -> None:
+    def _refuse(self, slot: _Item, piece: object) -> None:
         if type(piece) is not str or not piece:
             return
         choice = self._open_choice()
         choice.refusal = choice.refusal or TextBuilder()
-        if added := self._append(choice.refusal, piece):
-            self._fields["refusal"] = self._fields.get("refusal", "") + added
+        if added := self._append_to(choice.refusal, "refusal", piece):
+            slot.refusal.append(added)
 
-    def _publish(self, slot: _Item, key: object, piece: object) -> None:
+    def _add_delta(self, slot: _Item, event: dict[str, Any]) -> None:
+        """Add a delta to a part of a message or of reasoning."""
+        piece = event.get("delta")
+        if type(piece) is str and piece:
+            self._publish(slot, slot.part_of(event) if _part_number(event) is not None else slot.next_part(), piece)
+
+    def _publish(self, slot: _Item, number: int, piece: str) -> None:
         """Add a piece of a message or of reasoning to the output."""
-        if type(piece) is not str or not piece:
-            return
-        choice = self._open_choice()
-        to_reasoning = slot.kind == _REASONING or slot.commentary
-        if to_reasoning:
-            choice.reasoning = choice.reasoning or TextBuilder()
-        target = choice.reasoning if to_reasoning and choice.reasoning is not None else choice.content
-        part = slot.parts.get(key)
+        target, field = self._target(slot)
+        part = slot.parts.get(number)
         if part is None:
-            part = slot.parts[key] = TextBuilder()
-            if to_reasoning and target:
-                self._append_to(target, "reasoning", _BETWEEN_PARTS)
-        if added := self._append_to(target, "reasoning" if to_reasoning else "content", piece):
+            part = slot.parts[number] = TextBuilder()
+            if field == "reasoning" and target:
+                self._append_to(target, field, _BETWEEN_PARTS)
+        if added := self._append_to(target, field, piece):
             part.append(added)
+
+    def _target(self, slot: _Item) -> tuple[TextBuilder, str]:
+        """Return the text of the choice to which an item's texts belong, and its name."""
+        choice = self._open_choice()
+        if slot.kind != _REASONING and not slot.commentary:
+            return choice.content, "content"
+        choice.reasoning = choice.reasoning or TextBuilder()
+        return choice.reasoning, "reasoning"
 
     def _append_to(self, target: TextBuilder, field: str, piece: str) -> str:
         added = self._append(target, piece)
@@ -444,11 +546,23 @@ class ResponsesAccumulator(Bounded):
             self._fields[field] = self._fields.get(field, "") + added
         return added
 
-    def _fill_part(self, slot: _Item, key: object, whole: object) -> None:
-        known = slot.parts[key].value() if key in slot.parts else ""
-        if key is None and not known:
-            known = slot.published()
-        self._publish(slot, key, _rest(whole, known))
+    def _fill_part(self, slot: _Item, event: dict[str, Any]) -> None:
+        """Fill in what is missing of a part, given whole."""
+        whole = event.get("text")
+        if type(whole) is not str or not whole:
+            return
+        number = slot.part_of(event)
+        known = slot.parts[number].value() if number in slot.parts else ""
+        if slot.part_ended and not safe(whole).startswith(known):
+            number, known = slot.next_part(), ""
+        self._publish_rest(slot, number, _rest(whole, known))
+        slot.part_ended = _part_number(event) is None
+
+    def _publish_rest(self, slot: _Item, number: int, rest: str) -> None:
+        """Publish what a whole text has beyond what was published."""
+        if rest:
+            self._target(slot)[0].pending_surrogate = ""  # the whole text repeats the half of a pair that is held back
+            self._publish(slot, number, rest)
 
     def _fill_message(self, slot: _Item, content: object) -> None:
         parts = _objects(content if type(content) is list else [{"text": content}])
@@ -457,21 +571,20 @@ class ResponsesAccumulator(Bounded):
             if type(annotations) is list and annotations:
                 self._keep_extra("annotations", annotations)
             self._fill_logprobs(slot, number, part.get("logprobs"))
-        self._publish_rest(slot, "".join(_text(part.get("text")) for part in parts))
-        self._fill_whole_refusal("".join(_text(part.get("refusal")) for part in parts))
+        self._fill_text_of_item(slot, "".join(_text(part.get("text")) for part in parts))
+        self._refuse(slot, _rest("".join(_text(part.get("refusal")) for part in parts), slot.refusal.value()))
 
     def _fill_item_reasoning(self, slot: _Item, item: dict[str, Any]) -> None:
         for source in (slot.source,) if slot.source else ("content", "summary"):
-            texts = [_text(part.get("text")) for part in _objects(item.get(source))]
-            if any(texts):
+            texts = [text for part in _objects(item.get(source)) if (text := _text(part.get("text")))]
+            if texts:
                 slot.source = source
-                self._publish_rest(slot, _BETWEEN_PARTS.join(texts))
+                self._fill_text_of_item(slot, _BETWEEN_PARTS.join(texts))
                 return
 
-    def _publish_rest(self, slot: _Item, whole: str) -> None:
+    def _fill_text_of_item(self, slot: _Item, whole: str) -> None:
         """Publish what a whole text of an item has beyond what was published of it."""
-        last = next(reversed(slot.parts), None)
-        self._publish(slot, last, _rest(whole, slot.published()))
+        self._publish_rest(slot, next(reversed(slot.parts), slot.part), _rest(whole, slot.published()))
 
     def _annotate(self, event: dict[str, Any]) -> None:
         annotation = event.get("annotation")
@@ -482,26 +595,27 @@ class ResponsesAccumulator(Bounded):
 
     def _add_arguments(self, event: dict[str, Any]) -> None:
         slot = self._find(_call_kind(event), event)
-        piece = event.get("delta")
-        if type(piece) is not str or not piece:
+        piece = _arguments_in(slot.kind, event, "delta")
+        if not piece:
             return
         held, slot.held = slot.held, ""
-        if held and not piece.startswith(held):
-            self._append_held(slot, held + piece)
-        else:
-            self._append_arguments(slot, piece)
+        if held and not _is_repeated(held, piece, slot.kind):
+            self._append_held(slot, held)
+        self._append_arguments(slot, piece)
 
     def _fill_arguments(self, event: dict[str, Any]) -> None:
         slot = self._find(_call_kind(event), event)
         self._read_head(slot, {"name": event.get("name"), "call_id": event.get("call_id")})
-        self._fill_call(slot, event.get(_ARGUMENTS[slot.kind]))
+        self._fill_call(slot, _arguments_in(slot.kind, event))
 
-    def _fill_call(self, slot: _Item, whole: object) -> None:
+    def _fill_call(self, slot: _Item, whole: str) -> None:
         known = "".join(slot.pending) if slot.call is None else slot.call.arguments.value()
         if not whole and not known:
             whole = slot.held
         slot.held = ""
         if rest := _rest(whole, known):
+            if slot.call is not None:  # the whole repeats the half of a pair that is held back
+                slot.call.arguments.pending_surrogate = ""
             self._append_arguments(slot, rest)
 
     def _append_arguments(self, slot: _Item, piece: str) -> None:
@@ -509,6 +623,9 @@ class ResponsesAccumulator(Bounded):
         if call is None:
             if self._reserve(byte_length(piece)):
                 slot.pending.append(piece)
+            return
+        piece = call.take_arguments(piece)
+        if not piece:
             return
         call.size += byte_length(piece)
         if call.size > self._limits.max_argument_bytes:
@@ -522,31 +639,47 @@ class ResponsesAccumulator(Bounded):
         self._append_arguments(slot, piece)
 
     def _open_call(self, slot: _Item) -> None:
-        """Begin a call, now that it has a name and an id, or the stream is over."""
+        """Begin a call, now that it has a name and an id, or must not come after the next, or the stream is over."""
+        for item in self._items:
+            if item is slot:
+                break
+            if item.kind in _ARGUMENTS and item.call is None and item.is_known_call:
+                self._begin_call(item)  # calls are numbered in the order in which they appeared
+        self._begin_call(slot)
+
+    def _begin_call(self, slot: _Item) -> None:
         choice = self._open_choice()
+        call_id = slot.call_id or slot.item_id
         if len(choice.calls) >= self._limits.max_tool_calls or not self._reserve(
-            byte_length(slot.call_id) + byte_length(slot.name)
+            byte_length(call_id) + byte_length(slot.name)
         ):
             self._mark_too_large()
             return
         position = len(choice.calls)
         generated = f"call_{self._call_seed}_{position}"
-        call = ToolCallBuilder(
-            position, slot.call_id or generated, _CALL_TYPES[slot.kind], generated_id=not slot.call_id
-        )
+        call = ToolCallBuilder(position, call_id or generated, _CALL_TYPES[slot.kind], generated_id=not slot.call_id)
         call.name = slot.name
         slot.call = call
         choice.calls.append(call)
         begun = {"id": call.id, "name": call.name, "type": "" if call.type == "function" else call.type}
         self._tell(call, **{name: text for name, text in begun.items() if text})
-        pending, slot.pending = "".join(slot.pending), []
-        if pending:
-            self._bytes_left += byte_length(pending)  # it was reserved when it came
-            self._append_held(slot, pending)
+        pending, slot.pending = slot.pending, []
+        for piece in pending:
+            self._bytes_left += byte_length(piece)  # it was reserved when it came
+            self._append_held(slot, piece)
+
+    def _correct_call(self, slot: _Item, call: ToolCallBuilder) -> None:
+        """Give a call that was begun without them its id and its name."""
+        if call.generated_id and slot.call_id and self._reserve(byte_length(slot.call_id)):
+            call.id, call.generated_id = slot.call_id, False
+            self._tell(call, id=call.id)
+        if not call.name and slot.name and self._reserve(byte_length(slot.name)):
+            call.name = slot.name
+            self._tell(call, name=call.name)
 
     def _settle(self, slot: _Item) -> None:
         """Give a call what was held back for it, since nothing more will come."""
-        if slot.call is None and (slot.call_id or slot.name or slot.pending or slot.held):
+        if slot.call is None and slot.is_known_call:
             self._open_call(slot)
         if slot.call is not None and slot.held and not slot.call.arguments:
             held, slot.held = slot.held, ""
@@ -555,26 +688,28 @@ class ResponsesAccumulator(Bounded):
     def _tell(self, call: ToolCallBuilder, **added: str) -> None:
         """Put what a call gained into the current delta."""
         events: list[dict[str, Any]] = self._fields.setdefault("tool_calls", [])
-        for event in events:
-            if event["index"] == call.position:
-                for name, text in added.items():
-                    event[name] = event.get(name, "") + text
-                return
-        events.append({"index": call.position, **added})
+        event = next((event for event in events if event["index"] == call.position), None)
+        if event is None:
+            events.append(event := {"index": call.position})
+        for name, text in added.items():
+            event[name] = event.get(name, "") + text if name == "arguments" else text
 
     # -- the end --------------------------------------------------------------------------------------
 
     def _end(self, event: dict[str, Any], size: int) -> object:
         """Read the terminal event; return the error it reports, or None."""
-        response = event.get("response")
-        response = response if type(response) is dict else {}
+        kind = _text(event.get("type"))
+        response = _object(event.get("response"))
+        self._read_response({"usage": event.get("usage")}, size)
         self._read_response(response, size)
-        status = _text(response.get("status")) or _text(event.get("type")).removeprefix("response.")
+        status = _text(response.get("status"))
         incomplete = response.get("incomplete_details")
         reason = _text(incomplete.get("reason")) if type(incomplete) is dict else ""
-        if error := _error_in(response) or _error_in(event):
+        if error := _error_in(response) or _error_in(event, flat=kind in _FAILURES):
             return error
-        if status in _FAILED and not reason:
+        # Some copy the status of the beginning into the last event.
+        failed = kind in _FAILURES or status in _FAILED or (not kind and status in _UNFINISHED)
+        if failed and not reason:
             self.ended = self._failed = True
             return None
         for slot, item in self._paired(response.get("output")):
@@ -585,7 +720,7 @@ class ResponsesAccumulator(Bounded):
         choice = self._open_choice()
         if reason:
             choice.finish_reason = _REASONS.get(reason, safe(reason)[:_MAX_REASON])
-        elif status == "incomplete":
+        elif kind == _INCOMPLETE or status == "incomplete":
             choice.finish_reason = "length"
         else:
             choice.finish_reason = "tool_calls" if choice.calls else "stop"
@@ -668,6 +803,11 @@ def _without_logprobs(item: dict[str, Any]) -> dict[str, Any]:
     return {**item, "content": parts}
 
 
+def _object(value: object) -> dict[str, Any]:
+    """Return an object as it is, and an empty one for anything else."""
+    return value if type(value) is dict else {}
+
+
 def _objects(value: object) -> list[dict[str, Any]]:
     """Return the objects in a list, and none for anything else."""
     return [part for part in value if type(part) is dict] if type(value) is list else []
@@ -681,12 +821,25 @@ def _call_kind(event: Mapping[str, Any]) -> str:
     return _CUSTOM_CALL if "custom_tool_call" in event["type"] else _FUNCTION_CALL
 
 
-def _part_key(event: Mapping[str, Any]) -> object:
+def _part_number(event: Mapping[str, Any]) -> int | None:
     """Return what tells the parts of an item apart, or None if the server does not."""
     for name in ("summary_index", "content_index"):
-        if type(event.get(name)) is int:
-            return event[name]
+        if (number := read_index(event.get(name))) is not None:
+            return number
     return None
+
+
+def _arguments_in(kind: str, value: Mapping[str, Any], field: str = "") -> str:
+    """Return the arguments of a call in an item or an event; some servers send those of a function as an object."""
+    given = value.get(field or _ARGUMENTS.get(kind, ""))
+    return arguments_text(given) if kind == _FUNCTION_CALL else _text(given)
+
+
+def _is_repeated(held: str, piece: str, kind: str) -> bool:
+    """Return whether the first delta begins the arguments anew, of which ``held`` came with the item."""
+    if piece.startswith(held):
+        return True
+    return kind == _FUNCTION_CALL and piece.lstrip().startswith("{") and is_json(held)
 
 
 def _rest(whole: object, known: str) -> str:
@@ -697,25 +850,33 @@ def _rest(whole: object, known: str) -> str:
     return text[len(known) :] if text.startswith(known) else ""
 
 
-def _error_in(value: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the error that an event or a response holds as ``{"error": {…}}``; nested fields come first."""
+def is_response(value: Mapping[str, Any]) -> bool:
+    """Return whether a JSON object is a whole response."""
+    return type(value.get("output")) is list or value.get("object") == "response"
+
+
+def _error_in(value: Mapping[str, Any], *, flat: bool = False) -> dict[str, Any] | None:
+    """Return the error that an event or a response holds as ``{"error": {…}}``; nested fields come first.
+
+    With ``flat`` its own fields may be those of an error.
+    """
     nested = value.get("error")
-    flat = {name: value[name] for name in ("code", "message", "param") if value.get(name) is not None}
-    if type(nested) is dict:
-        known = {name: part for name, part in nested.items() if part is not None}
-        error = flat | known
-    elif type(nested) is str:
-        error = flat | {"message": nested}
-    elif value.get("type") == "error":
-        error = flat
+    own = {name: value[name] for name in ("code", "message", "param") if value.get(name) is not None}
+    if not is_error(nested):
+        error = own if flat else {}
+    elif type(nested) is dict:
+        error = own | {name: part for name, part in nested.items() if part is not None}
     else:
-        return None
+        error = own | {"message": nested} if type(nested) is str else {"error": nested}
     outer = {name: value[name] for name in ("error_type", "headers") if value.get(name) is not None}
-    return {"error": error, **outer} if error or value.get("type") == "error" else None
+    return {"error": error, **outer} if error else None
 
 
 def _chat_usage(usage: object) -> dict[str, Any] | None:
     """Return a usage with the names of chat completions; what has no other name keeps its own."""
     if not isinstance(usage, dict):
         return None
-    return {_TOKEN_COUNTS.get(name, name): value for name, value in usage.items()}
+    renamed: dict[str, Any] | None = None
+    for name, value in usage.items():  # some send both names, and fill in one of them
+        renamed = merged_usage(renamed, {_TOKEN_COUNTS.get(name, name): value})
+    return renamed
