@@ -103,6 +103,7 @@ class _Item:
         "kind",
         "logprobs",
         "name",
+        "named",
         "opened",
         "part",
         "part_ended",
@@ -111,11 +112,13 @@ class _Item:
         "raw",
         "refusal",
         "source",
+        "target",
     )
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self.closed = False
+        self.named: object = None  # the id that the newest event gave it
         self.opened = ""  # the id with which it was announced
         self.indexed = False  # whether an event has given its index
         self.raw: dict[str, Any] | None = None  # as the provider wants it back in the next turn, until it is kept
@@ -125,6 +128,7 @@ class _Item:
         self.parts: dict[int, TextBuilder] = {}
         self.part = 0  # the newest, for events that do not say theirs
         self.part_ended = False  # whether the next delta without an index begins another
+        self.target: tuple[TextBuilder, str] | None = None  # to which text of the choice they belong, and its name
         self.refusal = TextBuilder()
         self.commentary = False  # a message that tells what the model is about to do
         self.source = ""  # of reasoning: whether summaries or the text itself spoke first; the other one repeats it
@@ -406,7 +410,12 @@ class ResponsesAccumulator(Bounded):
         self, kind: str, event: dict[str, Any], item: dict[str, Any] | None = None, *, adding: bool = False
     ) -> _Item:
         """Return the item of this kind that an event belongs to, a new one if it is none of those known."""
-        index = read_index(event.get("output_index"))
+        number = event.get("output_index")
+        if type(number) is int and item is None and not self._shared and "call_id" not in event:  # nearly every event
+            slot = self._by_index.get((kind, number))
+            if slot is not None and slot.named == event.get("item_id"):
+                return slot
+        index = read_index(number)
         inner = item or {}
         item_id = _text(inner.get("id"))
         call_id = _text(inner.get("call_id")) or _text(event.get("call_id"))
@@ -430,6 +439,7 @@ class ResponsesAccumulator(Bounded):
             slot.indexed = True
         for name in ids:
             self._by_id[kind, name] = slot
+        slot.named = event.get("item_id")
         return slot
 
     def _indexed(self, kind: str, index: int | None, ids: list[str]) -> list[_Item]:
@@ -519,11 +529,16 @@ class ResponsesAccumulator(Bounded):
         """Add a delta to a part of a message or of reasoning."""
         piece = event.get("delta")
         if type(piece) is str and piece:
-            self._publish(slot, slot.part_of(event) if _part_number(event) is not None else slot.next_part(), piece)
+            number = _part_number(event)
+            if number is None:
+                number = slot.next_part()
+            elif number != slot.part:
+                slot.part, slot.part_ended = number, False
+            self._publish(slot, number, piece)
 
     def _publish(self, slot: _Item, number: int, piece: str) -> None:
         """Add a piece of a message or of reasoning to the output."""
-        target, field = self._target(slot)
+        target, field = slot.target or self._target(slot)
         part = slot.parts.get(number)
         if part is None:
             part = slot.parts[number] = TextBuilder()
@@ -536,9 +551,11 @@ class ResponsesAccumulator(Bounded):
         """Return the text of the choice to which an item's texts belong, and its name."""
         choice = self._open_choice()
         if slot.kind != _REASONING and not slot.commentary:
-            return choice.content, "content"
-        choice.reasoning = choice.reasoning or TextBuilder()
-        return choice.reasoning, "reasoning"
+            slot.target = choice.content, "content"
+        else:
+            choice.reasoning = choice.reasoning or TextBuilder()
+            slot.target = choice.reasoning, "reasoning"
+        return slot.target
 
     def _append_to(self, target: TextBuilder, field: str, piece: str) -> str:
         added = self._append(target, piece)
@@ -823,6 +840,9 @@ def _call_kind(event: Mapping[str, Any]) -> str:
 
 def _part_number(event: Mapping[str, Any]) -> int | None:
     """Return what tells the parts of an item apart, or None if the server does not."""
+    number = event.get("content_index")
+    if type(number) is int and "summary_index" not in event:  # nearly always
+        return number
     for name in ("summary_index", "content_index"):
         if (number := read_index(event.get(name))) is not None:
             return number
