@@ -30,6 +30,7 @@ def test_nothing_is_stored_at_the_provider_unless_the_caller_asks() -> None:
         "stream": True,
     }
     assert body_of(store=True)["store"] is True
+    assert body_of(store=None)["store"] is False, "where null would mean yes"
 
 
 def test_neither_the_callers_stream_nor_its_options_are_sent() -> None:
@@ -102,6 +103,19 @@ def test_what_has_no_equivalent_is_refused_by_its_name(name: str, value: Any) ->
     with pytest.raises(NotExpressibleError, match=f"'{name}'") as caught:
         body_of(**{name: value})
     assert caught.value.parameter == name
+
+
+def test_an_answer_that_is_not_stored_continues_none_at_the_provider() -> None:
+    assert body_of(previous_response_id="resp_1", store=True)["previous_response_id"] == "resp_1"
+    assert body_of(previous_response_id=None)["store"] is False
+    with pytest.raises(NotExpressibleError, match="store"):
+        body_of(previous_response_id="resp_1")
+
+
+def test_a_call_of_the_old_form_is_not_left_out_of_a_conversation() -> None:
+    called = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
+    with pytest.raises(NotExpressibleError, match=r"messages\[1\]\.function_call"):
+        input_of(*ASK, called)
 
 
 def test_a_provider_may_take_what_openai_has_not() -> None:

@@ -716,7 +716,7 @@ class ResponsesAccumulator(Bounded):
     def _end(self, event: dict[str, Any], size: int) -> object:
         """Read the terminal event; return the error it reports, or None."""
         kind = _text(event.get("type"))
-        response = _object(event.get("response"))
+        response = _object(event.get("response")) or event  # some servers leave out the level between
         self._read_response({"usage": event.get("usage")}, size)
         self._read_response(response, size)
         status = _text(response.get("status"))

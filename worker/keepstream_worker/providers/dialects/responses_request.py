@@ -76,7 +76,10 @@ def encode(request: Mapping[str, Any], provider: str, options: ResponsesOptions 
             body[name] = known + [item for item in value if item not in known]
         else:
             body[name] = value
-    body.setdefault("store", False)  # here the default is to keep an answer for a month
+    if body.get("store") is None:
+        body["store"] = False  # here the default is to keep an answer for a month
+    if body.get("previous_response_id") and not body["store"]:
+        raise NotExpressibleError("previous_response_id without store", 'give "store": true with it')
     if options.reasoning_summary is not None:
         body["reasoning"] = {"summary": options.reasoning_summary, **(body.get("reasoning") or {})}
     if options.encrypted_reasoning and not body["store"]:
@@ -269,6 +272,8 @@ class _Items:
                 return self._returned(returned)
         if message.get("audio"):
             raise NotExpressibleError(f"messages[{number}].audio")
+        if message.get("function_call"):
+            raise NotExpressibleError(f"messages[{number}].function_call", "give it among 'tool_calls'")
         items: list[dict[str, Any]] = []
         text = _text_of(message.get("content")) or _text_of(message.get("refusal"))
         if text:
