@@ -30,7 +30,7 @@ from typing import Any, Final
 from keepstream import AsyncClient
 from keepstream.client.database import make_engine
 from keepstream.errors import KeepstreamError
-from keepstream.events import AttemptFailed, ChoiceSnapshot
+from keepstream.events import AttemptFailed, AttemptStarted, ChoiceSnapshot
 from keepstream.results import Choice, CompletionResult, JobStatus, ToolCall, Usage, output_sha256
 from keepstream.transcript import Transcript
 from keepstream_worker.dev_stack.embedded import EmbeddedProvider, EmbeddedServiceError, EmbeddedValkey, sqlite_url
@@ -238,6 +238,8 @@ async def play(client: AsyncClient, case: Case) -> Seen:
     transcript = Transcript()
     streamed: list[ChoiceSnapshot] | None = None
     async for event in client.follow(job_id, timeout=_CASE_SECONDS):
+        if isinstance(event, AttemptStarted):
+            streamed = None  # begun before it could be cancelled: what was streamed before it is in no row
         if isinstance(event, AttemptFailed):
             streamed = transcript.choices
             if event.retry_in is not None:
