@@ -199,7 +199,7 @@ class StreamReader:
             except (ValueError, RecursionError):
                 self._read_unreadable(payload, name)
                 return
-        if name == "error" and not self._responses:
+        if name == "error" and not (self._responses and type(value) is dict and value):  # its objects have a type
             self.data_events += 1
             self._report(value)
             return
@@ -303,7 +303,7 @@ class StreamReader:
             if type(chunk) is dict:
                 self._is_json_answer = self._is_json_answer or self._is_answer(chunk)
                 self._read_chunk(chunk, self.final_deltas, len(payload), lenient)
-        if not self._is_json_answer and self._failure is None:
+        if not (self._is_json_answer or self._accumulator.ended or self._failure):
             self._failure = self._not_a_stream()
 
     def _is_answer(self, value: dict[str, Any]) -> bool:
