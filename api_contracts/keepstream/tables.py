@@ -411,7 +411,9 @@ running: Final = Table(
     Column("max_tokens", BigInteger),
     Column("started_at", UtcDateTime, nullable=False),
     Column("cancel_requested", Boolean, nullable=False),
-    Index("ix_keepstream_running_target", "provider", "model"),
+    # While a transaction is held open, entries of ended jobs stay: counts begin with the oldest job that runs.
+    Index("ix_keepstream_running_provider", "provider", "started_at"),
+    Index("ix_keepstream_running_tenant", "tenant", "started_at"),
     Index("ix_keepstream_running_worker", "worker_id"),
     postgresql_with=_BRIEF,
 )

@@ -101,6 +101,9 @@ class Question:
     counted_tenants: tuple[str, ...] = ()  #: The same, by tenant; those of the standings read are counted as well.
     #: Whether the tenants of the standings, arrivals and restarted jobs read are to be counted.
     counts_all_tenants: bool = False
+    #: Jobs that were started before this moment need not be counted, since none of them runs; 0: it is not known, and
+    #: the oldest is looked for.
+    running_since: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +122,8 @@ class Reading:
     more_arrivals: bool  #: Whether there are further ones; the next turn takes them.
     running: Mapping[Target, int]
     running_tenants: Mapping[str, int]
+    #: When the oldest job that runs was started, whatever its provider; if none runs, now. None: it was not looked for.
+    oldest_running: float | None = None
 
 
 class Pick(NamedTuple):

@@ -141,7 +141,18 @@ class UnreadableStateError(ValueError):
 class State:
     """What one turn leaves for the next."""
 
-    __slots__ = ("arrivals_low", "parked_beyond", "passed", "passed_since", "pools", "queues", "tenants", "uses")
+    __slots__ = (
+        "arrivals_low",
+        "parked_beyond",
+        "passed",
+        "passed_since",
+        "pools",
+        "queues",
+        "running_found",
+        "running_since",
+        "tenants",
+        "uses",
+    )
 
     def __init__(self) -> None:
         self.arrivals_low = 0  #: From where the next turn looks for arrivals.
@@ -154,6 +165,8 @@ class State:
         self.tenants: dict[str, FullTenant] = {}  #: The full ones, as far as there is room.
         #: When a lane was last parked, or found parked, whose tenant is not among those; 0: never, or long ago.
         self.parked_beyond = 0.0
+        self.running_since = 0.0  #: No job runs that was started before; 0: it is not known.
+        self.running_found = 0.0  #: When that was found.
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -181,6 +194,7 @@ class State:
         state.arrivals_low = document.get("a", 0)
         state.passed, state.passed_since = document.get("x", ([], 0.0))
         state.parked_beyond = document.get("o", 0.0)
+        state.running_since, state.running_found = document.get("r", (0.0, 0.0))
         for pool, row in document.get("p", {}).items():
             state.pools[int(pool)] = PoolState(*row[:_POOL_FIELDS])
         for queue, row in document.get("q", {}).items():
@@ -220,6 +234,7 @@ class State:
             "a": self.arrivals_low,
             "x": [self.passed, self.passed_since] if self.passed else None,
             "o": self.parked_beyond,
+            "r": [self.running_since, self.running_found] if self.running_since else None,
             "p": pools,
             "q": queues,
             "u": uses,

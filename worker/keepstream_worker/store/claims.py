@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple, Protocol
 
-from sqlalchemy import Connection, Float, Integer, Table, and_, bindparam, case, func, select, true, update
+from sqlalchemy import Connection, Float, Integer, Table, and_, bindparam, case, func, select, text, true, update
 
 from keepstream.results import TERMINAL_STATUSES, JobStatus
 from keepstream.tables import attempts, epoch_seconds, jobs, now, requests, running, seconds_from_now, seconds_until
@@ -136,7 +136,15 @@ _LOCK: Final = (
     .order_by(jobs.c.tenant, jobs.c.id)  # one order of locks for all workers
     .with_for_update(of=jobs, key_share=True)
 )
-_FIND_RUNNING: Final = select(running).where(among(running))
+#: With several keys at once PostgreSQL's planner would read the whole of a table in which few rows are left, though it
+#: was large, or those that ended are kept by a transaction held open; with an offset it looks for each by itself.
+_FIND_RUNNING: Final[dict[str, Any]] = {
+    "sqlite": select(running).where(among(running)),
+    "postgresql": text("""
+SELECT r.* FROM unnest(CAST(:tenants AS text[]), CAST(:job_ids AS text[])) k(tenant, job_id)
+CROSS JOIN LATERAL (SELECT * FROM keepstream_running WHERE tenant = k.tenant AND job_id = k.job_id OFFSET 0) r
+"""),
+}
 
 
 def lock(connection: Connection, keys: Collection[JobKey]) -> dict[JobKey, Any]:
@@ -146,7 +154,15 @@ def lock(connection: Connection, keys: Collection[JobKey]) -> dict[JobKey, Any]:
 
 def find_running(connection: Connection, keys: Collection[JobKey]) -> dict[JobKey, Any]:
     """Return the rows that jobs have among those that run."""
-    return {JobKey(row.tenant, row.job_id): row for row in each(connection, _FIND_RUNNING, keys)}
+    statement = _FIND_RUNNING[connection.dialect.name]
+    if connection.dialect.name == "sqlite":
+        rows = each(connection, statement, keys)
+    elif keys:
+        values = {"tenants": [key.tenant for key in keys], "job_ids": [key.id for key in keys]}
+        rows = list(connection.execute(statement, values))
+    else:
+        rows = []
+    return {JobKey(row.tenant, row.job_id): row for row in rows}
 
 
 def make_claim(

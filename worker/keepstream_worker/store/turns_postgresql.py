@@ -140,20 +140,35 @@ def find_jobs(connection: Connection, spans: Sequence[Span]) -> list[WaitingJob]
 
 _COUNT: Final = """
 SELECT r.provider, r.model, NULL, count(*) FROM unnest(%(providers)s::text[]) p(provider)
-JOIN keepstream_running r ON r.provider = p.provider GROUP BY r.provider, r.model
+JOIN keepstream_running r ON r.provider = p.provider AND r.started_at >= to_timestamp(%(since)s::float8)
+GROUP BY r.provider, r.model
 UNION ALL
 SELECT NULL, NULL, r.tenant, count(*) FROM unnest(%(tenants)s::text[]) t(tenant)
-JOIN keepstream_running r ON r.tenant = t.tenant GROUP BY r.tenant
+JOIN keepstream_running r ON r.tenant = t.tenant AND r.started_at >= to_timestamp(%(since)s::float8)
+GROUP BY r.tenant
+"""
+_OLDEST_RUNNING: Final = """
+SELECT extract(epoch FROM coalesce(min(started_at), statement_timestamp()))::float8 FROM keepstream_running
 """
 
 
 def count_running(
-    connection: Connection, providers: Sequence[str], tenants: Sequence[str]
+    connection: Connection, providers: Sequence[str], tenants: Sequence[str], since: float
 ) -> tuple[dict[Target, int], dict[str, int]]:
-    """Return how many jobs run, by target and by tenant."""
-    rows = connection.exec_driver_sql(_COUNT, {"providers": list(providers), "tenants": list(tenants)}).all()
+    """Return how many jobs run that were started since a moment, by target and by tenant."""
+    values = {"providers": list(providers), "tenants": list(tenants), "since": since}
+    rows = connection.exec_driver_sql(_COUNT, values).all()
     targets = {Target(provider, model): count for provider, model, _, count in rows if provider is not None}
     return targets, {tenant: count for _, _, tenant, count in rows if tenant is not None}
+
+
+def oldest_running(connection: Connection) -> float:
+    """Return when the oldest job that runs was started; if none runs, the moment.
+
+    It reads all that run, and all that have ended while a transaction was held open.
+    """
+    oldest: float = connection.exec_driver_sql(_OLDEST_RUNNING).scalar_one()
+    return oldest
 
 
 #: The parts of the writing statement, each used if there is something to write: planning all of them takes longer than

@@ -102,7 +102,10 @@ _COUNT_TENANT: Final = "SELECT count(*) FROM keepstream_running WHERE tenant = ?
 
 
 def count_running(
-    connection: Connection, providers: Sequence[str], tenants: Sequence[str]
+    connection: Connection,
+    providers: Sequence[str],
+    tenants: Sequence[str],
+    since: float,  # noqa: ARG001  # nothing of a deleted row is left here
 ) -> tuple[dict[Target, int], dict[str, int]]:
     """Return how many jobs run, by target and by tenant."""
     targets = {
@@ -112,6 +115,10 @@ def count_running(
     }
     counts = {tenant: connection.exec_driver_sql(_COUNT_TENANT, (tenant,)).scalar_one() for tenant in tenants}
     return targets, {tenant: count for tenant, count in counts.items() if count}
+
+
+def oldest_running(connection: Connection) -> None:
+    """Return None: it makes no difference here."""
 
 
 _START: Final = """
