@@ -413,7 +413,7 @@ running: Final = Table(
     Column("cancel_requested", Boolean, nullable=False),
     # While a transaction is held open, entries of ended jobs stay: counts begin with the oldest job that runs.
     Index("ix_keepstream_running_provider", "provider", "started_at"),
-    Index("ix_keepstream_running_tenant", "tenant", "started_at"),
+    Index("ix_keepstream_running_started_at", "started_at"),
     Index("ix_keepstream_running_worker", "worker_id"),
     postgresql_with=_BRIEF,
 )

@@ -15,12 +15,12 @@ depends_on = None
 def upgrade() -> None:
     """Apply."""
     op.create_index("ix_keepstream_running_provider", "keepstream_running", ["provider", "started_at"], unique=False)
-    op.create_index("ix_keepstream_running_tenant", "keepstream_running", ["tenant", "started_at"], unique=False)
+    op.create_index("ix_keepstream_running_started_at", "keepstream_running", ["started_at"], unique=False)
     op.drop_index("ix_keepstream_running_target", table_name="keepstream_running")
 
 
 def downgrade() -> None:
     """Take back."""
     op.create_index("ix_keepstream_running_target", "keepstream_running", ["provider", "model"], unique=False)
-    op.drop_index("ix_keepstream_running_tenant", table_name="keepstream_running")
+    op.drop_index("ix_keepstream_running_started_at", table_name="keepstream_running")
     op.drop_index("ix_keepstream_running_provider", table_name="keepstream_running")

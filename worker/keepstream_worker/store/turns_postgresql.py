@@ -138,14 +138,16 @@ def find_jobs(connection: Connection, spans: Sequence[Span]) -> list[WaitingJob]
     return _jobs(connection.exec_driver_sql(_NEW_JOBS, values))
 
 
+#: Tenants are looked for among all that run: the key, which begins with theirs, holds entries of all jobs that ended
+#: while a transaction was held open.
 _COUNT: Final = """
 SELECT r.provider, r.model, NULL, count(*) FROM unnest(%(providers)s::text[]) p(provider)
 JOIN keepstream_running r ON r.provider = p.provider AND r.started_at >= to_timestamp(%(since)s::float8)
 GROUP BY r.provider, r.model
 UNION ALL
-SELECT NULL, NULL, r.tenant, count(*) FROM unnest(%(tenants)s::text[]) t(tenant)
-JOIN keepstream_running r ON r.tenant = t.tenant AND r.started_at >= to_timestamp(%(since)s::float8)
-GROUP BY r.tenant
+SELECT NULL, NULL, r.tenant, count(*)
+FROM (SELECT tenant FROM keepstream_running WHERE started_at >= to_timestamp(%(since)s::float8) OFFSET 0) r
+WHERE r.tenant = ANY(%(tenants)s::text[]) GROUP BY r.tenant
 """
 _OLDEST_RUNNING: Final = """
 SELECT extract(epoch FROM coalesce(min(started_at), statement_timestamp()))::float8 FROM keepstream_running

@@ -105,7 +105,7 @@ def count_running(
     connection: Connection,
     providers: Sequence[str],
     tenants: Sequence[str],
-    since: float,  # noqa: ARG001  # nothing of a deleted row is left here
+    since: float,  # nothing of a deleted row is left here
 ) -> tuple[dict[Target, int], dict[str, int]]:
     """Return how many jobs run, by target and by tenant."""
     targets = {
