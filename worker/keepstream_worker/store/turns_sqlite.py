@@ -97,7 +97,10 @@ def find_jobs(connection: Connection, spans: Sequence[Span]) -> list[WaitingJob]
     ]
 
 
-_COUNT_TARGETS: Final = "SELECT model, count(*) FROM keepstream_running WHERE provider = ? GROUP BY model"
+_COUNT_TARGETS: Final = """
+SELECT model, count(*) FROM keepstream_running INDEXED BY ix_keepstream_running_provider
+WHERE provider = ? GROUP BY model
+"""
 _COUNT_TENANT: Final = "SELECT count(*) FROM keepstream_running WHERE tenant = ?"
 
 
