@@ -1,6 +1,8 @@
 """A request that has been stored is answered, whatever becomes of the servers then, and is stored once."""
 
-from collections.abc import AsyncIterator, Iterator
+import asyncio
+import gc
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -12,9 +14,13 @@ from keepstream import AsyncClient, tables
 from keepstream.errors import StoreUnavailableError
 from keepstream.results import CompletionResult, JobStatus
 from keepstream_gateway.access.rights import Access
+from keepstream_gateway.ai_sdk import routes as ai_sdk
+from keepstream_gateway.ai_sdk.chunks import Step
+from keepstream_gateway.openai.following import chat_frames, response_frames
 from keepstream_gateway.openai.responses_object import response_object
 from keepstream_gateway.openai.responses_request import job_fields
 from keepstream_gateway.openai.submission import submit
+from tests.cluster import wait_until
 from tests.stored_jobs import change, finish, start
 
 BODY = {"model": "m", "input": "Hi", "metadata": {"topic": "rivers"}, "background": True}
@@ -42,6 +48,43 @@ def request(tries: int = 0) -> Request:
 
 async def send(client: AsyncClient, tries: int = 0) -> CompletionResult:
     return await submit(client, ACCESS, request(tries), BODY, job_fields(BODY, None))
+
+
+def holds(prompt: str) -> bool:
+    """Whether there is a message with this text."""
+    gc.collect()
+    lists = (each for each in gc.get_objects() if isinstance(each, list) and each and isinstance(each[0], dict))
+    return any(each[0].get("content") == prompt for each in lists)
+
+
+@pytest.mark.parametrize("shape", ["responses", "chat", "ai_sdk"])
+async def test_a_stream_does_not_keep_what_was_asked(client: AsyncClient, shape: str) -> None:
+    """A prompt may have megabytes of images, and streams last long."""
+    prompt = f"A prompt for {shape}."
+
+    def begin_of(asked: dict[str, Any]) -> AsyncGenerator[bytes]:
+        async def begin() -> CompletionResult:
+            found = await client.get(await client.enqueue(asked))
+            assert found is not None
+            return found
+
+        async def begin_chat() -> tuple[Step, list[Any]]:
+            return Step((await begin()).id, resets=True), []
+
+        if shape == "responses":
+            return response_frames(client, begin)
+        if shape == "chat":
+            return chat_frames(client, begin, with_usage=False)
+        return ai_sdk._Answer(client, begin_chat).frames()
+
+    frames = begin_of({"model": "m", "messages": [{"role": "user", "content": prompt}]})
+    assert holds(prompt)
+    first = asyncio.ensure_future(anext(frames))
+    await asyncio.to_thread(wait_until, lambda: not holds(prompt), "the request to be let go")
+    assert [summary.prompt_start for summary in await client.list()] == [prompt]
+    first.cancel()
+    await asyncio.wait([first])
+    await frames.aclose()
 
 
 class Forgetful(AsyncClient):

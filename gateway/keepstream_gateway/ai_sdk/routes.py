@@ -159,14 +159,15 @@ class _Answer:
 
     def __init__(self, client: AsyncClient, begin: Callable[[], Awaitable[tuple[Step, list[Chunk]]]]) -> None:
         self._client = client
-        self._begin = begin
-        self._has_begun = False
+        self._begin: Callable[[], Awaitable[tuple[Step, list[Chunk]]]] | None = begin
 
     async def frames(self) -> AsyncGenerator[bytes]:
         """Yield the chunks of the whole answer."""
+        assert self._begin is not None
         step, opening = await self._begin()
-        self._has_begun = True
+        self._begin = None  # and with it the request, which may have megabytes of images
         yield chunks.encode([*opening, *step.begin()])
+        del opening
         events = self._client.follow(step.job_id, timeout=math.inf, not_found_after=0)
         try:
             async for event in events:
@@ -183,7 +184,7 @@ class _Answer:
 
         Where there is nothing to resume, the page is told what is wrong.
         """
-        if error is None or (self._has_begun and not isinstance(error, JobNotFoundError)):
+        if error is None or (self._begin is None and not isinstance(error, JobNotFoundError)):
             return None
         told = api_error(error) or unforeseen()
         return chunks.encode([chunks.error(told.message)]) + chunks.DONE

@@ -14,6 +14,7 @@ from keepstream.errors import BrokerUnavailableError, KeepstreamError, StoreUnav
 from keepstream.events import Event, JobCancelled, JobCompleted, JobExpired, JobFailed
 from keepstream.results import CompletionResult
 from keepstream_gateway.openai.chat_stream import ChatChunks
+from keepstream_gateway.openai.origin import read_origin
 from keepstream_gateway.openai.responses_stream import ResponseEvents
 
 _AGAIN: Final = 1.0  #: Seconds after which a server is asked again that was away.
@@ -28,7 +29,8 @@ async def response_frames(client: AsyncClient, begin: Begin, after: int = -1) ->
 
     The job's events are read from the first one on, whatever the client has: the translation needs to know them.
     """
-    job = await begin()
+    job = _needed_of(await begin())
+    del begin  # and with it the request
     stream = ResponseEvents(job, after)
     for frame in stream.begin():
         yield frame
@@ -43,13 +45,21 @@ async def response_frames(client: AsyncClient, begin: Begin, after: int = -1) ->
 
 async def chat_frames(client: AsyncClient, begin: Begin, *, with_usage: bool) -> AsyncGenerator[bytes]:
     """Yield the chunks of a chat completion."""
-    job = await begin()
+    job = _needed_of(await begin())
+    del begin  # and with it the request
     chunks = ChatChunks(job, with_usage=with_usage)
     async for event in _events(client, job.id):
         if frames := chunks.feed(event):
             yield b"".join(frames)
         if chunks.ended:
             return
+
+
+def _needed_of(job: CompletionResult) -> CompletionResult:
+    """Return what a stream needs of a job as long as it lasts: not its messages, which may have megabytes of images."""
+    request = job.request or {}
+    kept = (request.get("messages") or [])[: read_origin(job.metadata).instructions]
+    return job.model_copy(update={"request": request | {"messages": kept}, "choices": []})
 
 
 async def ended(client: AsyncClient, request: Request, job_id: str) -> CompletionResult:
