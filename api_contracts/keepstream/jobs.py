@@ -35,6 +35,7 @@ from keepstream.errors import InvalidJobError
 
 VERSION: Final = 2  #: Of the job's format.
 MAX_JOB_BYTES: Final = 8 * 1024 * 1024  #: Bytes of a job as JSON; images travel inside messages.
+MAX_METADATA_BYTES: Final = 64 * 1024  #: Of its metadata as JSON: listings read those of thousands of jobs at once.
 MODEL_CHARACTERS: Final = 256
 PROMPT_START: Final = 160  #: Characters of a prompt that a listing may show.
 MAX_FALLBACKS: Final = 8  #: Of a job.
@@ -295,14 +296,23 @@ class Job(BaseModel):
         """Return the job as JSON text in ASCII.
 
         Raises:
-            InvalidJobError: a value is not JSON, or the text is larger than ``MAX_JOB_BYTES``.
+            InvalidJobError: a value is not JSON, the text is larger than ``MAX_JOB_BYTES``, or the metadata are larger
+                than ``MAX_METADATA_BYTES``.
         """
         try:
-            text = json.dumps(self.to_wire(), ensure_ascii=True, allow_nan=False)
+            wire = self.to_wire()
+            text = json.dumps(wire, ensure_ascii=True, allow_nan=False)
         except (ValueError, RecursionError):  # pydantic's serialization errors are ValueErrors
             raise InvalidJobError(f"{self._field_that_is_no_json()}: a value in it cannot be written as JSON") from None
         if len(text) > MAX_JOB_BYTES:
             raise InvalidJobError(f"the job has {len(text)} bytes as JSON; at most {MAX_JOB_BYTES} are accepted")
+        if len(text) > MAX_METADATA_BYTES and "metadata" in wire:
+            size = len(json.dumps(wire["metadata"], ensure_ascii=True))
+            if size > MAX_METADATA_BYTES:
+                raise InvalidJobError(
+                    f"metadata: has {size} bytes as JSON; at most {MAX_METADATA_BYTES} are accepted:"
+                    " keep what is larger elsewhere, and its name here"
+                )
         return text
 
     def _field_that_is_no_json(self) -> str:

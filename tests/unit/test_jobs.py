@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from keepstream.errors import InvalidJobError
 from keepstream.jobs import (
     MAX_JOB_BYTES,
+    MAX_METADATA_BYTES,
     NOT_IN_A_REQUEST,
     RESERVED_FIELDS,
     Fallback,
@@ -390,6 +391,13 @@ def test_a_job_nested_too_deeply_is_refused() -> None:
 
 def test_the_size_of_a_job_is_bounded() -> None:
     assert "bytes as JSON" in refusal({"v": 2, "request": REQUEST | {"x": "x" * MAX_JOB_BYTES}})
+
+
+def test_the_size_of_metadata_is_bounded() -> None:
+    """Listings read those of thousands of jobs at once."""
+    job(REQUEST | {"x": "x" * MAX_METADATA_BYTES}, metadata={"x": "x" * (MAX_METADATA_BYTES - 20)}).to_json()
+    refused = refusal({"v": 2, "request": REQUEST, "metadata": {"x": "x" * MAX_METADATA_BYTES}})
+    assert refused.startswith("metadata: has 65545 bytes as JSON")
 
 
 # -- one job, however often it is sent --
