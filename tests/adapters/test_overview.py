@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, Engine, create_engine, insert, select, text
+from sqlalchemy import Connection, Engine, create_engine, event, insert, select, text
 
 from keepstream import tables
 from keepstream.client import overview, queries
@@ -168,6 +168,24 @@ def test_the_past_is_summed_by_step(connection: Connection) -> None:
     assert all(each.minute % 5 == 0 for each in overview.history(connection, 60, 5).sums)
 
 
+def test_of_very_many_errors_only_the_most_frequent_are_read(engine: Engine, connection: Connection) -> None:
+    """A tenant may name another model for each job, each of which is refused."""
+    current = int(connection.execute(select(epoch_seconds(now()))).scalar_one() // 60)
+    figures = {"deltas": 0, "prompt_tokens": 0, "completion_tokens": 0, **FIRST_OUTPUTS}
+    key = {"minute": current, "provider": "p", "outcome": "failed", "error_code": "not_found"}
+    rows = [{"model": f"m{number}", "attempts": 1 + number, **key, **figures} for number in range(500)]
+    connection.execute(insert(minutes), rows)
+    statements: list[str] = []
+    event.listen(engine, "before_cursor_execute", lambda _c, _cursor, statement, *_: statements.append(statement))
+    past = overview.history(connection, 60, 1)
+    assert past.errors == [
+        overview.Errors("not_found", "p", f"m{number}", 1 + number) for number in range(499, 479, -1)
+    ]
+    assert all(
+        "LIMIT" in statement for statement in statements if "GROUP BY keepstream_minutes.error_code" in statement
+    )
+
+
 @pytest.mark.parametrize("is_full", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_what_operators_look_at_costs_the_same_in_full_tables(engine: Engine, is_full: bool) -> None:  # noqa: FBT001
     if is_full:
@@ -201,5 +219,7 @@ def test_what_operators_look_at_costs_the_same_in_full_tables(engine: Engine, is
     with engine.begin() as connection:
         overview.rejected(connection, 50)
         overview.rejected(connection, 50, before="ended-777")
-        overview.history(connection, 60, 1)
     explained.check(200)
+    with engine.begin() as connection:
+        overview.history(connection, 60, 1)
+    explained.check(200, sorts=True)

@@ -273,12 +273,13 @@ def history(connection: Connection, length: int, step: int) -> History:
         select(minutes.c.error_code, minutes.c.provider, minutes.c.model, total.label("attempts"))
         .where(since, is_failure)
         .group_by(minutes.c.error_code, minutes.c.provider, minutes.c.model)
+        .order_by(total.desc(), minutes.c.error_code, minutes.c.provider, minutes.c.model)
+        .limit(_ERRORS)  # there, and not here: a tenant may name another model for each job
     )
-    errors = [Errors(*row) for row in connection.execute(by_code)]
     return History(
         at,
         sorted((_sums(row) for row in connection.execute(by_time)), key=lambda sums: sums.minute),
-        sorted(errors, key=lambda each: -each.attempts)[:_ERRORS],
+        [Errors(*row) for row in connection.execute(by_code)],
     )
 
 
