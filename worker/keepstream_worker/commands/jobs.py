@@ -34,7 +34,7 @@ from keepstream_worker.commands.arguments import (
 from keepstream_worker.commands.environment import client_for
 from keepstream_worker.commands.exits import INTERRUPTED, INVALID, NOT_FOUND, OK, UNSUCCESSFUL, fail, print_error
 from keepstream_worker.commands.group import CommandGroup
-from keepstream_worker.commands.output import make_console, print_lines
+from keepstream_worker.commands.output import json_text, make_console, print_lines
 
 if TYPE_CHECKING:
     from keepstream import Client
@@ -179,7 +179,7 @@ def get(
     if result is None:
         fail(f"there is no job {job_id} of tenant {tenant}; see: keepstream list", NOT_FOUND)
     if as_json:
-        typer.echo(result.model_dump_json(indent=2))
+        typer.echo(json_text(result, indent=2))
     elif text:
         typer.echo(result.text)
     else:
@@ -244,7 +244,7 @@ def list_(
             f"Looked back as far as {page.looked_back_to:%Y-%m-%d %H:%M:%S} UTC; to go on: --before {page.next_before}"
         )
     if as_json:
-        print_lines(summary.model_dump_json() for summary in page)
+        print_lines(json_text(summary) for summary in page)
         if page.looked_back_to is not None:
             print_error(more)
         return

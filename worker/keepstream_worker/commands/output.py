@@ -5,6 +5,7 @@ Out: standard output.
 """
 
 import codecs
+import json
 import os
 import shlex
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
     from rich.console import Console
 
 COMMAND: Final = "keepstream"
@@ -56,6 +58,13 @@ def print_lines(lines: Iterable[str]) -> None:
     for line in lines:
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
+
+
+def json_text(value: "BaseModel", indent: int | None = None) -> str:
+    """Return a value as JSON, whatever callers wrote: half of a character stays escaped, as it came."""
+    separators = (",", ":") if indent is None else None
+    text = json.dumps(value.model_dump(mode="json"), ensure_ascii=False, indent=indent, separators=separators)
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def own_command() -> str:
