@@ -96,6 +96,7 @@ class _Item:
         "call_id",
         "closed",
         "commentary",
+        "echo",
         "held",
         "indexed",
         "item_id",
@@ -138,12 +139,19 @@ class _Item:
         self.item_id = ""  # stands in for the call's id until there is one
         self.name = ""
         self.held = ""  # arguments in the item's first event: some servers repeat them in the first delta
+        self.echo = ""  # what has come since and may be the beginning of the same
         self.pending: list[str] = []  # arguments that came before the call's id and name
 
     @property
     def is_known_call(self) -> bool:
         """Whether anything of a call has come."""
         return bool(self.call_id or self.item_id or self.name or self.pending or self.held)
+
+    def take_held(self) -> str:
+        """Return the arguments that are held back, now that no others follow."""
+        held = self.held if is_json(self.held) else self.held + self.echo
+        self.held = self.echo = ""
+        return held
 
     def part_of(self, event: Mapping[str, Any]) -> int:
         """Return the number of the part that an event is about; some servers do not say it."""
@@ -615,9 +623,15 @@ class ResponsesAccumulator(Bounded):
         piece = _arguments_in(slot.kind, event, "delta")
         if not piece:
             return
-        held, slot.held = slot.held, ""
-        if held and not _is_repeated(held, piece, slot.kind):
-            self._append_held(slot, held)
+        if slot.held:
+            slot.echo += piece
+            if len(slot.echo) < len(slot.held) and slot.held.startswith(slot.echo):
+                return  # perhaps they come again, in pieces
+            piece = slot.echo
+            self._lenient = True  # as it may have been when the first of it came
+            if not _is_repeated(slot.held, piece, slot.kind):
+                self._append_held(slot, slot.held)
+            slot.held = slot.echo = ""
         self._append_arguments(slot, piece)
 
     def _fill_arguments(self, event: dict[str, Any]) -> None:
@@ -628,8 +642,8 @@ class ResponsesAccumulator(Bounded):
     def _fill_call(self, slot: _Item, whole: str) -> None:
         known = "".join(slot.pending) if slot.call is None else slot.call.arguments.value()
         if not whole and not known:
-            whole = slot.held
-        slot.held = ""
+            whole = slot.take_held()
+        slot.held = slot.echo = ""
         if rest := _rest(whole, known):
             if slot.call is not None:  # the whole repeats the half of a pair that is held back
                 slot.call.arguments.pending_surrogate = ""
@@ -699,8 +713,7 @@ class ResponsesAccumulator(Bounded):
         if slot.call is None and slot.is_known_call:
             self._open_call(slot)
         if slot.call is not None and slot.held and not slot.call.arguments:
-            held, slot.held = slot.held, ""
-            self._append_held(slot, held)
+            self._append_held(slot, slot.take_held())
 
     def _tell(self, call: ToolCallBuilder, **added: str) -> None:
         """Put what a call gained into the current delta."""
