@@ -168,15 +168,15 @@ class ToolCallBuilder:
         return self.generated_id and not part.name.startswith(self.name)
 
     def _is_called_again(self, part: Fragment, *, together: bool) -> bool:
-        """Return whether ``part``, which has a name but no id, begins a call for having one.
+        """Return whether ``part`` begins a call for having a name, from a provider that sends no ids.
 
-        Without an index, a name is all that begins calls; it may be repeated with each piece of one.
+        If it sends no index either, nothing else begins calls; but a name may be repeated with each piece of one.
         """
-        if part.id:
+        if part.id or not self.generated_id:
             return False
         if part.key is None:
-            return together or (bool(part.arguments) and self.has_whole_arguments)
-        return together and self.generated_id and self.has_whole_arguments
+            return together or self.has_whole_arguments
+        return together and self.has_whole_arguments
 
     def value(self) -> ToolCall:
         """Return the tool call so far."""
