@@ -166,7 +166,6 @@ class Accumulator(Bounded):
         self._lenient = lenient
         error: object = None
         usage = chunk.get("usage")
-        tells_usage = bool(usage) and tells(usage)
         if self._fields == len(chunk) and not usage and _USUAL_CHUNK_FIELDS.issuperset(chunk):
             self._skipped = chunk
         else:
@@ -199,7 +198,7 @@ class Accumulator(Bounded):
                     error = {"error": delta["error"]}
             if not _USUAL_CHOICE_FIELDS.issuperset(item) or item.get("logprobs"):
                 fields: dict[str, Any] = {}
-                error = self._read_rare_fields(choice, item, fields, usage_known=tells_usage) or error
+                error = self._read_rare_fields(choice, item, fields, usage_known=tells(usage)) or error
                 if fields:
                     _tell_extra(choice.index, fields, deltas, count)
             reason = item.get("finish_reason")
