@@ -12,6 +12,7 @@ once it has ended, HTML is refused at once.
 
 import json
 import re
+from collections.abc import Callable
 from enum import Enum, auto
 from typing import Any, Final
 
@@ -62,6 +63,7 @@ class StreamReader:
         "_failure",
         "_framing",
         "_is_json_answer",
+        "_named",
         "_responses",
         "_saw_done",
         "data_events",
@@ -91,9 +93,13 @@ class StreamReader:
         self._body = bytearray()  # of a body that is not an event stream, or not yet known to be one
         self._decoder = SSEDecoder(self.limits.max_event_bytes)
         self._responses = responses
-        self._accumulator: Accumulator | ResponsesAccumulator = (
-            ResponsesAccumulator(self.limits, call_seed) if responses else Accumulator(self.limits, call_seed)
-        )
+        self._accumulator: Accumulator | ResponsesAccumulator
+        self._named: Callable[[dict[str, Any], str], dict[str, Any]] | None = None  # gives an event its type
+        if responses:
+            self._accumulator = ResponsesAccumulator(self.limits, call_seed)
+            self._named = self._accumulator.name
+        else:
+            self._accumulator = Accumulator(self.limits, call_seed)
         self._saw_done = False
         # Whether the body was one JSON answer, which needs no finish reason to be complete.
         self._is_json_answer = False
@@ -216,8 +222,8 @@ class StreamReader:
     def _read_object(self, chunk: dict[str, Any], name: str, deltas: list[Delta], size: int, lenient: bool) -> None:  # noqa: FBT001 -- a keyword costs time here
         if not chunk:
             return
-        if isinstance(self._accumulator, ResponsesAccumulator):
-            chunk = self._accumulator.name(chunk, name)
+        if self._named is not None:
+            chunk = self._named(chunk, name)
             self.data_events += ResponsesAccumulator.is_progress(chunk)
         else:
             self.data_events += 1
