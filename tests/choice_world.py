@@ -243,6 +243,11 @@ class _Reader:
             more_arrivals=len(seqs) > ARRIVALS_READ,
             running={each: number for each, number in targets.items() if each.provider in providers},
             running_tenants={each: number for each, number in tenants.items() if each in counted},
+            restarted_wait=frozenset(
+                job.pool
+                for job in world.waiting.values()
+                if job.due is not None and question.full_tenants and job.pool in question.restarted_pools
+            ),
         )
 
     def restarted(self, arrivals: Sequence[Arrival]) -> tuple[WaitingJob, ...]:

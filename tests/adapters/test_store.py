@@ -523,6 +523,18 @@ def test_total_time_counts_from_the_first_start(db: Store) -> None:
     assert claim.remaining_seconds < 0
 
 
+def test_pools_are_found_in_which_jobs_wait_that_were_started_before(db: Store) -> None:
+    claim = db.claimed("a")
+    db.enqueue("new", request={"model": "other", "messages": [{}]})
+    (new,) = db.rows(waiting, "new")
+    for expected in (frozenset[int](), frozenset({claim.pool})):
+        with db.engine.begin() as connection:
+            statements = store_turns._STATEMENTS[connection.dialect.name]
+            assert statements.find_restarted_pools(connection, [new.pool, claim.pool]) == expected
+        if not expected:
+            db.end(failed(claim, "a", retry_in=60.0))
+
+
 def test_jobs_of_another_queue_are_left_to_its_workers(db: Store) -> None:
     with db.engine.begin() as connection:
         queries.enqueue(connection, make_job(), "slow")

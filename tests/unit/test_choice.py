@@ -680,6 +680,27 @@ def test_restarted_jobs_in_very_many_pools_are_read_in_the_order_in_which_they_a
     assert taken == sorted(taken, key=lambda job: job.due or 0.0)
 
 
+def test_pools_are_forgotten_in_which_nothing_waits_however_many_tenants_are_full() -> None:
+    limits = {"p": ProviderPolicy(limits=Limits(concurrency=100))}
+    rules = Policy(limits, {"*": TenantPolicy(concurrency=1), "a": TenantPolicy()})
+    world = World()
+    for number in range(60):
+        for _ in range(2):
+            world.store(f"full-{number}", CHAIN)
+    assert len(world.turn(rules, 80).picks) == 60
+    job = world.store("a", [("p", "seldom")])
+    world.turn(rules, 1)
+    world.restart(job.key, 3.0)
+    while job.key not in world.running:
+        world.turn(rules, 1)
+        world.now += 1.0
+    world.end(job.key)
+    for _ in range(10):
+        world.turn(rules, 1)
+        world.now += 1.0
+    assert job.pool not in State.from_json(world.state).pools
+
+
 # -- what makes no sense --
 
 

@@ -124,6 +124,8 @@ class Reading:
     running_tenants: Mapping[str, int]
     #: When the oldest job that runs was started, whatever its provider; if none runs, now. None: it was not looked for.
     oldest_running: float | None = None
+    #: Of the pools asked for, those in which any restarted job waits, whatever its tenant; empty if none was left out.
+    restarted_wait: frozenset[int] = frozenset()
 
 
 class Pick(NamedTuple):

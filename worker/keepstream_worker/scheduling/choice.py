@@ -135,7 +135,6 @@ class Choice:
         restarted = self._restarted_to_read()
         self._asked_restarted = set(restarted)
         full = tuple(name for name in self._state.tenants if name not in self._asked_tenants) if restarted else ()
-        self._excludes = bool(full)
         places = self._places
         lanes = sum(self._state.pools[pool].lanes for pool in self._asked_pools) or 1
         times = self._least_times()
@@ -738,7 +737,8 @@ class Choice:
             pool.restarted = min((*left, pool.restarted or _NEVER))
             pool.restarted = None if pool.restarted == _NEVER else pool.restarted
             return
-        pool.hidden = self._excludes or any(job.seq in hidden for job in jobs)
+        # Where none waits, none is hidden: else pools would be remembered for as long as any tenant is full.
+        pool.hidden = number in self._reading.restarted_wait or any(job.seq in hidden for job in jobs)
         if len(jobs) > self._places:  # there may be more
             left.append(jobs[self._places].due or 0.0)
         pool.restarted = min(left, default=None)

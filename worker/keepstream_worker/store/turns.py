@@ -72,6 +72,9 @@ class _Statements(Protocol):
     def find_restarted(self, connection: Connection, question: Question, seqs: Sequence[int]) -> Iterable[WaitingJob]:
         """Return jobs that were started before: the first of the pools asked for, and those of ``seqs``."""
 
+    def find_restarted_pools(self, connection: Connection, pools: Sequence[int]) -> frozenset[int]:
+        """Return those of the pools in which jobs wait that were started before."""
+
     def find_standings(
         self, connection: Connection, question: Question, lanes: Sequence[tuple[int, float]]
     ) -> Iterable[Standing]:
@@ -128,6 +131,9 @@ def _read(connection: Connection, statements: _Statements, newest: Newest, quest
     if question.restarted_pools or restarted_arrivals:
         found = statements.find_restarted(connection, question, restarted_arrivals)
         restarted = {job.seq: job for job in found}
+    restarted_wait: frozenset[int] = frozenset()
+    if question.restarted_pools and question.full_tenants:
+        restarted_wait = statements.find_restarted_pools(connection, question.restarted_pools)
     named: list[Arrival | WaitingJob] = [*arrivals, *restarted.values()]
     pools = dict(find_pools(connection, {item.pool for item in named}))
     lanes = [*question.lanes, *_lanes_of(question, pools, named)]
@@ -168,6 +174,7 @@ def _read(connection: Connection, statements: _Statements, newest: Newest, quest
         running=running,
         running_tenants=running_tenants,
         oldest_running=oldest_running,
+        restarted_wait=restarted_wait,
     )
 
 

@@ -77,6 +77,18 @@ def find_restarted(connection: Connection, question: Question, seqs: Sequence[in
     return _jobs(connection.exec_driver_sql(_RESTARTED, values))
 
 
+_RESTARTED_POOLS: Final = """
+SELECT p.pool FROM unnest(%(pools)s::bigint[]) p(pool) CROSS JOIN LATERAL (
+  SELECT 1 FROM keepstream_waiting WHERE pool = p.pool AND restarted_due IS NOT NULL ORDER BY restarted_due LIMIT 1
+) w
+"""
+
+
+def find_restarted_pools(connection: Connection, pools: Sequence[int]) -> frozenset[int]:
+    """Return those of the pools in which jobs wait that were started before."""
+    return frozenset(pool for (pool,) in connection.exec_driver_sql(_RESTARTED_POOLS, {"pools": list(pools)}))
+
+
 def _jobs(rows: Iterable[Any]) -> list[WaitingJob]:
     return [WaitingJob(seq, JobKey(tenant, job_id), *rest) for seq, tenant, job_id, *rest in rows]
 

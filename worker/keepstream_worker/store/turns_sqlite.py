@@ -55,6 +55,14 @@ def find_restarted(connection: Connection, question: Question, seqs: Sequence[in
     return [job for statement, values in asked for job in _jobs(connection.exec_driver_sql(statement, values))]
 
 
+_HAS_RESTARTED: Final = "SELECT 1 FROM keepstream_waiting WHERE pool = ? AND restarted_due IS NOT NULL LIMIT 1"
+
+
+def find_restarted_pools(connection: Connection, pools: Sequence[int]) -> frozenset[int]:
+    """Return those of the pools in which jobs wait that were started before."""
+    return frozenset(pool for pool in pools if connection.exec_driver_sql(_HAS_RESTARTED, (pool,)).first())
+
+
 def _jobs(rows: Iterable[Any]) -> list[WaitingJob]:
     return [
         WaitingJob(seq, JobKey(tenant, job_id), *rest)._replace(expired=bool(expired))
