@@ -9,6 +9,7 @@ import psutil
 import pytest
 import redis
 import redis.asyncio
+import uvloop
 
 from keepstream.client.redis_connections import make_async_pool, make_pool
 from keepstream.client.redis_url import parse_redis_url
@@ -172,6 +173,32 @@ def test_no_connection_to_a_sentinel_stays_open(sentinels: SentinelSet):
         client.ping()
         peers = psutil.Process().net_connections("tcp")
         assert not [peer for peer in peers if peer.status == "ESTABLISHED" and peer.raddr[1] in ports]
+
+
+@pytest.mark.parametrize("make_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+@pytest.mark.parametrize("place", ["address", "sentinels"])
+def test_a_connection_that_has_ended_is_lost_and_no_defect(
+    redis_url: str, sentinels: SentinelSet, place: str, make_loop: Callable[[], asyncio.AbstractEventLoop]
+):
+    """It ends between two commands, or between the greeting and the password."""
+
+    async def use() -> None:
+        pool = make_async_pool(parse_redis_url(redis_url if place == "address" else sentinels.url))
+        connection = await pool.get_connection()
+        assert isinstance(connection, redis.asyncio.Connection)
+        writer = connection._writer
+        assert writer is not None
+        writer.transport.abort()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+        with pytest.raises(redis.ConnectionError):  # noqa: PT012  # which of the two meets it depends on the loop
+            await connection.send_command("PING")
+            await connection.read_response()
+        await pool.release(connection)
+        await pool.aclose()
+
+    with asyncio.Runner(loop_factory=make_loop) as runner:
+        runner.run(use())
 
 
 @pytest.fixture(params=["address", "tls", "socket"])

@@ -453,6 +453,8 @@ def test_limits_are_tried_as_the_guide_says(place: Place):
         assert re.search(r"shop +[12] of 2 jobs", shown)
         assert re.search(r"shop .* tenant shop: 2 of 2 at once|default/m .* provider default: 4 of 4 streams", shown)
         terminal.press(CTRL_C)
+        terminal.wait_for("worker_draining")
+        terminal.press(CTRL_C)
         assert terminal.wait() == INTERRUPTED
     place.wait_until_clean()
 

@@ -81,11 +81,7 @@ def make_async_pool(server: RedisServer, **options: Unpack[PoolOptions]) -> redi
     waits = "wait_for_connection" in options
     match server.place:
         case Sentinels(service=service):
-            arguments["connection_class"] = (
-                redis.asyncio.sentinel.SentinelManagedSSLConnection
-                if server.tls
-                else redis.asyncio.sentinel.SentinelManagedConnection
-            )
+            arguments["connection_class"] = _AsyncMasterTlsConnection if server.tls else _AsyncMasterConnection
             pool_class: Any = _AsyncBlockingSentinelPool if waits else redis.asyncio.sentinel.SentinelConnectionPool
             pool: redis.asyncio.ConnectionPool = pool_class(service, AsyncMasterFinder(server), **arguments)
             return pool
@@ -203,8 +199,27 @@ class _SocketConnection(_LeavingReplicas, redis.UnixDomainSocketConnection):
     """To a Unix socket."""
 
 
-class _AsyncLeavingReplicas(AsyncAbstractConnection):
-    """The same for asyncio."""
+class _AsyncNoticingTheEnd(AsyncAbstractConnection):
+    """A connection that says as redis-py does that it is lost, whatever the event loop."""
+
+    async def send_packed_command(self, *args: Any, **kwargs: Any) -> None:
+        """Called by redis-py."""
+        try:
+            await super().send_packed_command(*args, **kwargs)
+        except RuntimeError as error:  # what uvloop says where asyncio itself only drops what is written
+            raise redis.ConnectionError("The server has closed the connection") from error
+
+
+class _AsyncMasterConnection(_AsyncNoticingTheEnd, redis.asyncio.sentinel.SentinelManagedConnection):
+    """To the master that Sentinels name."""
+
+
+class _AsyncMasterTlsConnection(_AsyncNoticingTheEnd, redis.asyncio.sentinel.SentinelManagedSSLConnection):
+    """To the master that Sentinels name, by TLS."""
+
+
+class _AsyncLeavingReplicas(_AsyncNoticingTheEnd):
+    """The same as ``_LeavingReplicas`` for asyncio."""
 
     async def read_response(self, *args: Any, **kwargs: Any) -> Any:
         """Called by redis-py."""
