@@ -219,7 +219,8 @@ class ClusterNode(EmbeddedValkey):
 
     @override
     def _command(self) -> list[str]:
-        return [*super()._command(), "--cluster-enabled", "yes"]
+        # The port for other nodes would be this one's and 10,000, where anybody may have a connection.
+        return [*super()._command(), "--cluster-enabled", "yes", "--cluster-port", str(free_port())]
 
 
 class ReplicatedValkey(EmbeddedValkey):

@@ -27,7 +27,7 @@ from typing_extensions import override
 
 from keepstream.names import QUEUE
 from keepstream.results import JobStatus
-from keepstream_worker.dev_stack.embedded import EmbeddedValkey, sqlite_url
+from keepstream_worker.dev_stack.embedded import EmbeddedValkey, free_port, sqlite_url
 from tests.cluster import Cluster, WorkerProcess, wait_until
 from tests.fork_server import ForkServer
 from tests.services import UNPRIVILEGED_USER, PostgresServer
@@ -217,7 +217,8 @@ def loading(cluster: Cluster) -> Iterator[None]:
 @contextmanager
 def cluster_node(cluster: Cluster) -> Iterator[None]:
     """Restart Redis as a node of a cluster that has no slots."""
-    with restarted(cluster, **{"cluster-enabled": "yes"}):
+    # The port for other nodes would be this one's and 10,000, where anybody may have a connection.
+    with restarted(cluster, **{"cluster-enabled": "yes", "cluster-port": str(free_port())}):
         yield
 
 
