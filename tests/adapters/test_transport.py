@@ -85,6 +85,18 @@ def test_message_whose_handling_meets_a_defect_is_set_aside_and_the_next_is_deli
     assert client.lrange(QUEUE, 0, -1), "the other was not acknowledged, so it is put back"
 
 
+def test_message_that_redis_refuses_to_take_back_is_not_set_aside(client: "redis.Redis", redis_url: str) -> None:
+    client.set("unacked_index", "in the way")
+    with consumer(redis_url, lambda *_: None) as connection, structlog.testing.capture_logs() as said:
+        connection.transport._callbacks.clear()  # nobody takes messages any more: the worker stops
+        send(client, "one")
+        turn(connection, lambda: any(line.get("waiting_to") == "take messages" for line in said))
+        client.delete("unacked_index")
+    assert "message_defect" not in [line["event"] for line in said]
+    assert not client.llen(rejected_list("keepstream"))
+    assert client.llen(QUEUE), "once more, perhaps: its job is found claimed then"
+
+
 def test_what_redis_refused_to_note_is_put_back_when_the_channel_closes(client: "redis.Redis", redis_url: str) -> None:
     received: list[str] = []
     client.set("unacked", "in the way")  # the notes cannot be written

@@ -377,6 +377,10 @@ class FilteringChannel(Channel):
         """Hand one message to Celery."""
         try:
             self.connection._deliver(message, queue)
+        except (RedisError, OSError) as error:
+            # A worker that stops puts back what it has just taken, and Redis refused that: the message stays noted, and
+            # is put back when the channel closes, or after the visibility time-out.
+            _note_failure(self._taking, error)
         except Exception as error:
             task_id = message["headers"]["id"]
             log.exception("message_defect", task_id=task_id)
