@@ -400,8 +400,13 @@ class SentinelSet:
     def order_fail_over(self) -> ReplicatedValkey:
         """Have the Sentinels replace a living master, which learns of it only seconds later; return the new master."""
         old = self.master
-        with self.sentinels[0].client() as client:
-            client.execute_command("SENTINEL", "FAILOVER", SERVICE)
+
+        def ordered() -> bool:  # refused while it has not heard of a replica for some seconds
+            with self.sentinels[0].client() as client:
+                client.execute_command("SENTINEL", "FAILOVER", SERVICE)
+            return True
+
+        self._wait(ordered, "a Sentinel to take the order")
         return self.wait_for_new_master(old)
 
     def hand_over(self) -> ReplicatedValkey:

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import httpx2
@@ -13,8 +14,11 @@ import psycopg
 import pytest
 import redis
 import sqlalchemy
+from typing_extensions import override
 
 from keepstream_worker.dev_stack.embedded import EmbeddedProvider, EmbeddedServiceError, EmbeddedValkey, sqlite_url
+from keepstream_worker.dev_stack.stack import OwnProcess
+from tests.late_signal import late_signal
 from tests.services import PostgresServer
 
 pytestmark = pytest.mark.slow
@@ -152,6 +156,23 @@ def test_ctrl_c_reaches_the_process_that_embeds_and_not_the_server(tmp_path: Pat
         assert process.stdout.readline() == "True\n"
     assert process.returncode == 0
     assert not psutil.pid_exists(server_pid)
+
+
+class Sleeping(OwnProcess):
+    """A process that does nothing for a minute."""
+
+    module = "sleeping"
+
+    @override
+    def _command(self) -> list[str]:
+        return ["sleep", "60"]
+
+
+def test_signal_that_does_not_wake_who_waits_for_a_process_is_heeded() -> None:
+    with closing(Sleeping({})) as process:
+        process.launch()
+        with late_signal(process.terminate):
+            assert process.wait() == -signal.SIGTERM
 
 
 def test_provider_process_keeps_its_port_over_a_kill() -> None:

@@ -391,7 +391,7 @@ def test_an_idle_turn_writes_nothing():
 
 def test_a_job_may_start_without_a_turn_where_nothing_limits_it():
     def may(rules: Policy, state: State = NOTHING, tenant: str = "a", here: int = 0) -> bool:
-        return may_start_directly(rules, state, [TARGET], tenant, {TARGET: here}) == TARGET
+        return may_start_directly(rules, state, [TARGET], tenant, here) == TARGET
 
     world = World()
     free = Policy(tenants={"few": TenantPolicy(concurrency=3)})
@@ -408,7 +408,7 @@ def test_a_job_may_start_without_a_turn_where_nothing_limits_it():
 def start_directly(world: World, here: int) -> Place | None:
     """Start a job as a worker does that has so many streams, or let it wait; return where it was let in."""
     job = world.store("a", CHAIN)
-    if may_start_directly(Policy(), State.from_json(world.state), [TARGET], "a", {TARGET: here}) is None:
+    if may_start_directly(Policy(), State.from_json(world.state), [TARGET], "a", here) is None:
         return None
     world.cancel(job.seq)
     running = world.running[job.key] = Running(Pick(job, TARGET, 200, world.now))
@@ -436,6 +436,21 @@ def test_jobs_that_started_without_a_turn_keep_nobody_waiting():
     assert waiting == [None] * 4
     decision = world.turn(Policy(), 84)
     assert (len(decision.picks), decision.closed) == (4, {})
+
+
+@pytest.mark.parametrize("latest_first", [False, True])
+def test_streams_on_their_way_when_a_turn_counted_are_among_those_that_a_target_accepts(*, latest_first: bool):
+    """Or what it accepts is taken for fewer than run, and nothing goes until some of these end."""
+    world = World()
+    for _ in range(48):
+        world.store("a", CHAIN)
+    picks = world.turn(Policy(), 16).picks
+    told: list[Observation] = [Accepted(world.running[pick.job.key].place) for pick in picks]
+    for _ in range(16):  # a message had brought each of them, and its start was not committed yet
+        place = start_directly(world, 0)
+        assert place is not None
+        told += [Charged(place, 200), Accepted(place)]
+    assert len(world.turn(Policy(), 100, told[::-1] if latest_first else told).picks) == 16
 
 
 def test_a_refusal_is_measured_by_all_streams_of_a_target():

@@ -195,7 +195,7 @@ class ChoiceMachine(RuleBasedStateMachine):
     @rule(tenant=st.sampled_from(TENANTS), chain=st.sampled_from(CHAINS), prompt=st.integers(0, 2000))
     def start_directly(self, tenant: str, chain: list[tuple[str, str]], prompt: int) -> None:
         state = State.from_json(self.world.state)
-        here = Counter(each.pick.target for each in self.world.running.values())
+        here = sum(each.pick.target == chain[0] for each in self.world.running.values())
         target = may_start_directly(self.policy, state, [Target(*each) for each in chain], tenant, here)
         if target is None:
             return

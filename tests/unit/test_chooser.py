@@ -276,6 +276,24 @@ async def test_stored_job_of_another_queue_is_not_started(world: World) -> None:
     assert admits(Pool(1, "others", "interactive", (TARGET,)), "default", 10, 100) is None
 
 
+async def test_of_very_many_that_come_at_once_the_first_start_at_once() -> None:
+    """The others would start as if there were no streams but those that run already."""
+    world = World(places=100)
+    world.hear()
+    job = Job(request={"model": "m", "messages": [{"role": "user", "content": "hi"}]})
+    pool = Pool(1, QUEUE, "interactive", (TARGET,))
+    admits = []
+    direct = []
+    for number in range(20):
+        assert world.chooser.reserve(JobKey("default", f"whole-{number}"))
+        direct.append(world.chooser.direct(job, 10, None))
+        assert world.chooser.reserve(JobKey("default", f"named-{number}"))
+        admits.append(world.chooser.admits())
+    assert [found is not None for found in direct] == [True] * 8 + [False] * 12
+    answers = [each.admits(pool, "default", 10, None) for each in admits]
+    assert [answer is not None for answer in answers] == [True] * 8 + [False] * 12
+
+
 # -- wake-ups --
 
 

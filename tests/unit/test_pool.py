@@ -1,5 +1,6 @@
 """The pool ends in order, whenever Celery and the signals call it."""
 
+import asyncio
 import gc
 import queue
 import sys
@@ -14,6 +15,7 @@ from celery.signals import worker_shutting_down
 from kombu.asynchronous.hub import Hub
 
 from keepstream_worker.intake.pool import Delivery, LoopPool
+from tests.late_signal import late_signal
 
 PATIENCE = 60.0
 
@@ -24,6 +26,7 @@ class RecordingService:
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.called = threading.Condition()
+        self.stops_when: asyncio.Event | None = None  #: None: at once.
 
     async def start(self) -> None:
         self._note("start")
@@ -40,8 +43,13 @@ class RecordingService:
 
     def force_stop(self) -> None:
         self._note("force_stop")
+        if self.stops_when is not None:
+            self.stops_when.set()
 
     async def stop(self) -> None:
+        if self.stops_when is not None:
+            async with asyncio.timeout(PATIENCE):
+                await self.stops_when.wait()
         self._note("stop")
 
     def wait_for(self, call: str) -> None:
@@ -116,6 +124,16 @@ def test_signal_that_meets_the_hub_with_its_lock_held_is_handled(pool: LoopPool,
     celery.join(PATIENCE)
     assert not celery.is_alive()
     service.wait_for("drain")
+
+
+def test_signal_that_does_not_wake_the_thread_that_waits_for_the_end_is_heeded(
+    pool: LoopPool, service: RecordingService
+) -> None:
+    service.stops_when = asyncio.Event()
+    shutdown_signal()
+    with late_signal(shutdown_signal):
+        pool.on_stop()
+    assert service.calls == ["start", "drain", "force_stop", "stop"]
 
 
 def test_signals_after_the_loop_has_closed_are_harmless(pool: LoopPool, service: RecordingService) -> None:

@@ -5,8 +5,9 @@ Out: running servers, a migrated database and the settings that lead to them; wo
 """
 
 import signal
+import subprocess
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar, Final, NamedTuple
@@ -19,6 +20,8 @@ from keepstream_worker.store import schema
 from keepstream_worker.supervisor import python_module
 
 SCRIPTED: Final = "scripted"  #: The scripted provider's name in jobs; it is also the default, unless the user has one.
+
+_LOOK_UP: Final = 0.2  #: Seconds.
 
 
 class DevStack(NamedTuple):
@@ -98,7 +101,11 @@ class OwnProcess(EmbeddedProcess):
 
     def wait(self) -> int:
         """Wait until it ends; return its exit code."""
-        return self._process.wait() if self._process is not None else 0
+        while self._process is not None:
+            # Python heeds a signal that comes just before it waits only afterwards; so this looks up.
+            with suppress(subprocess.TimeoutExpired):
+                return self._process.wait(_LOOK_UP)
+        return 0
 
     def terminate(self) -> None:
         """Ask it to stop and do not wait; asked again, it does not let its streams finish."""

@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -30,6 +31,8 @@ log = get_logger()
 #: Seconds that one turn of Celery's thread may take. More than redis-py's time-outs and repetitions add up to while
 #: Redis does not answer.
 _LONGEST_TURN: Final = 120.0
+#: Seconds.
+_LOOK_UP: Final = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,13 @@ def _guarded(function: Callable[..., Any], *args: Any) -> None:
         function(*args)
     except Exception:
         log.exception("pool_defect")
+
+
+def _wait_for(future: Future[None]) -> None:
+    """Wait without end, but look up: Python heeds a signal that comes just before a thread waits only afterwards."""
+    while not future.done():
+        wait((future,), timeout=_LOOK_UP)
+    future.result()
 
 
 def _log_defect(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -236,7 +246,7 @@ class LoopPool(BasePool):
             return
         self._stopped = True
         self._turned_at = None  # until the service has stopped, Celery's thread waits here
-        _guarded(asyncio.run_coroutine_threadsafe(self._service.stop(), self._loop).result)
+        _guarded(_wait_for, asyncio.run_coroutine_threadsafe(self._service.stop(), self._loop))
         self._call_on_loop(self._loop.stop)
         self._thread.join(timeout=5)
 

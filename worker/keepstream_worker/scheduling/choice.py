@@ -195,6 +195,9 @@ class Choice:
         now, place = self._now, told.place
         started, running = place.chosen_at, place.running or max(1, counted)
         if isinstance(told, Accepted):
+            if learned.ceiling is None:
+                # Its turn cannot have counted what was on its way to start without one.
+                running = max(running, counted)
             return learning.accepted(learned, now, started=started, running=running)
         learned = learning.told(learned, told.rates)
         if told.end is End.COMPLETED:
@@ -215,15 +218,15 @@ class Choice:
         return learning.withdrawn(learned, now, started=started)
 
     def _learn_by_count(self, running: Mapping[Target, int]) -> None:
-        """Learn once more, now that they are counted, from streams that were started without a turn.
+        """Learn once more, now that they are counted, where streams may have been started without a turn.
 
         How many others a target had is known to no single worker: by its own few, what a target accepts would be taken
         for next to nothing.
         """
         for key, heard in self._heard.items():
-            if all(told.place.running for told in heard):
-                continue
             learned = self._before_hearing[key]
+            if learned.ceiling is not None and all(told.place.running for told in heard):
+                continue
             for told in heard:
                 learned = self._learn(learned, told, running.get(told.place.target, 0))
             self._state.use(key).learned = learned
@@ -908,7 +911,7 @@ class Choice:
 
 
 def may_start_directly(
-    policy: Policy, state: State, chain: Sequence[Target], tenant: str, running_here: Mapping[Target, int]
+    policy: Policy, state: State, chain: Sequence[Target], tenant: str, running_here: int
 ) -> Target | None:
     """Return the target at which a job may start without a turn; None: it has to wait for one.
 
@@ -921,7 +924,7 @@ def may_start_directly(
         state: Of the newest turn that is known.
         chain: The job's targets.
         tenant: The job's.
-        running_here: This worker's streams by target.
+        running_here: This worker's streams at the first target, with those that may be on their way there.
     """
     if policy.tenant(tenant).concurrency is not None or tenant in state.tenants:
         return None
@@ -930,6 +933,6 @@ def may_start_directly(
         return None
     use = state.uses.get(key_of(target))
     learned = learning.TargetState() if use is None else use.learned
-    if learned.is_limited or running_here.get(target, 0) >= max(_UNKNOWN_STREAMS, learned.accepted // 2):
+    if learned.is_limited or running_here >= max(_UNKNOWN_STREAMS, learned.accepted // 2):
         return None
     return target

@@ -336,24 +336,35 @@ class Chooser:
     def direct(self, job: Job, prompt_tokens: int, max_tokens: int | None) -> store.Direct | None:
         """Return how a job that came whole is started, if nothing limits it and its place is reserved."""
         chain = tuple(Target(*target) for target in job.chain)
-        found = self._admit(chain, job.tenant, prompt_tokens, max_tokens)
+        found = self._admit(chain, job.tenant, prompt_tokens, max_tokens, self._promised)
         return found and store.Direct(self._worker_id, job.total_timeout or self._total_timeout, *found)
 
     def admits(self) -> store.Admits:
-        """Return by what the database's thread starts a stored job that a message names."""
+        """Return by what the database's thread starts a stored job that a message names, whose place is reserved."""
+        promised = self._promised
 
         def admit(pool: Pool, tenant: str, prompt_tokens: int, max_tokens: int | None) -> tuple[Target, int] | None:
-            return None if pool.queue != self._queue else self._admit(pool.chain, tenant, prompt_tokens, max_tokens)
+            if pool.queue != self._queue:
+                return None
+            return self._admit(pool.chain, tenant, prompt_tokens, max_tokens, promised)
 
         return store.Admits(self._worker_id, self._total_timeout, admit)
 
+    @property
+    def _promised(self) -> int:
+        """Places that were promised before the one that was just reserved."""
+        return len(self.expected) - 1
+
     def _admit(
-        self, chain: tuple[Target, ...], tenant: str, prompt_tokens: int, max_tokens: int | None
+        self, chain: tuple[Target, ...], tenant: str, prompt_tokens: int, max_tokens: int | None, promised: int
     ) -> tuple[Target, int] | None:
         if self._providers is not None and chain[0].provider not in self._providers:
             return None
         state = self._state
-        target = may_start_directly(self._policy, state, chain, tenant, self._streams)
+        # Whoever was promised a place may be on the way to the same target: of very many that come at once, the last
+        # would start as if there were no others.
+        here = self._streams.get(chain[0], 0) + promised
+        target = may_start_directly(self._policy, state, chain, tenant, here)
         return target and (target, state.estimate(target, prompt_tokens, max_tokens))
 
     # -- the turn --
