@@ -320,14 +320,16 @@ def test_a_turn_reads_as_little_after_many_while_a_transaction_is_held_open(post
         with engine.begin() as connection:
             store.begin(connection, [store.Picked(pick, "me", 60.0) for pick in turned.picks])
         with engine.begin() as connection:
-            connection.execute(delete(running_table))  # they have ended
+            connection.execute(delete(running_table).where(running_table.c.job_id != "endless"))  # they have ended
             connection.execute(update(turns).values(state=aged(turned.state)).where(turns.c.n == turned.turn))
         return len(turned.picks)
 
     def aged(state: str) -> str:
         """Have a moment pass, after which the jobs that ended just now need not be counted."""
         document = json.loads(state)
-        document["r"] = [time.time(), time.time()]
+        by_provider, *_ = document["s"]
+        assert list(by_provider) == ["other"]
+        document["s"] = [by_provider, time.time(), time.time()]
         return json.dumps(document)
 
     def pages() -> dict[str, int]:
@@ -342,6 +344,7 @@ def test_a_turn_reads_as_little_after_many_while_a_transaction_is_held_open(post
             "standings": "FROM keepstream_standings",
             "jobs": "s.most",
             "running": "r.provider, r.model",
+            "tenants": "r.tenant = ANY",
             "written": "INSERT INTO keepstream_turns",
             "begun": "SELECT r.* FROM unnest",
             "look": "AS newest",
@@ -351,6 +354,11 @@ def test_a_turn_reads_as_little_after_many_while_a_transaction_is_held_open(post
         }
         return {name: one for name, (one,) in found.items()}
 
+    endless = {"tenant": "t0", "job_id": "endless", "provider": "other", "model": "m", "worker_id": "me"}
+    numbers = dict.fromkeys(("attempt", "lane", "pool", "tokens", "prompt_tokens", "max_tokens"), 1)
+    moment = {"started_at": seconds_from_now(-999.0), "cancel_requested": False}
+    with engine.begin() as connection:
+        connection.execute(running_table.insert().values(endless | numbers | moment))
     with maker.connect() as holder:  # which is not cut off, as a worker that stands still is
         holder.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
         holder.exec_driver_sql("SELECT count(*) FROM keepstream_waiting")
@@ -364,6 +372,7 @@ def test_a_turn_reads_as_little_after_many_while_a_transaction_is_held_open(post
     assert after["standings"] <= 10
     assert after["jobs"] <= 6 * LANES
     assert after["running"] <= 10, "that have not ended"
+    assert after["tenants"] <= 10
     assert after["begun"] <= before["begun"] + 20
     assert after["look"] <= 20
     assert after["written"] <= 1.5 * before["written"] + 40

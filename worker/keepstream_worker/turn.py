@@ -17,6 +17,9 @@ from keepstream_worker.values import JobKey, Target
 
 #: How far a slow transaction's arrival may be behind the newest one and still be found by a turn; a sweep finds others.
 LATE_ARRIVALS: Final = 1000
+#: Seconds between a start without a turn and its commit. If it takes longer, the job is not counted for as long as it
+#: is remembered since when jobs run.
+LATE_STARTS: Final = 2.0
 
 
 class Pool(NamedTuple):
@@ -72,6 +75,13 @@ class Arrival(NamedTuple):
     due: float | None  #: As the waiting job's.
 
 
+class Oldest(NamedTuple):
+    """Since when jobs are counted that run: none was started before."""
+
+    by_provider: Mapping[str, float]
+    others: float  #: At the providers that are missing there.
+
+
 @dataclass(frozen=True, slots=True)
 class Question:
     """What is to be read. Everything is bounded by what is named here."""
@@ -101,9 +111,7 @@ class Question:
     counted_tenants: tuple[str, ...] = ()  #: The same, by tenant; those of the standings read are counted as well.
     #: Whether the tenants of the standings, arrivals and restarted jobs read are to be counted.
     counts_all_tenants: bool = False
-    #: Jobs that were started before this moment need not be counted, since none of them runs; 0: it is not known, and
-    #: the oldest is looked for.
-    running_since: float = 0.0
+    oldest: Oldest | None = None  #: None: it is not known, and looked for.
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +130,7 @@ class Reading:
     more_arrivals: bool  #: Whether there are further ones; the next turn takes them.
     running: Mapping[Target, int]
     running_tenants: Mapping[str, int]
-    #: When the oldest job that runs was started, whatever its provider; if none runs, now. None: it was not looked for.
-    oldest_running: float | None = None
+    oldest: Oldest | None = None  #: None: it was not looked for.
     #: Of the pools asked for, those in which any restarted job waits, whatever its tenant; empty if none was left out.
     restarted_wait: frozenset[int] = frozenset()
 

@@ -60,11 +60,8 @@ _LAST_RESORT: Final = 1.0
 _MOST_PLACES: Final = 100
 #: Streams at a target of which nothing is known that one worker may start without asking.
 _UNKNOWN_STREAMS: Final = 16
-#: Seconds for which it is remembered how old the oldest job is that runs. To find it takes a look at all.
+#: Seconds for which it is remembered since when jobs run: to find it takes a look at all that have ended.
 _OLDEST_MEMORY: Final = 2.0
-#: Seconds between a start without a turn and its commit. If it takes longer, the job is not counted for as long as
-#: the oldest is remembered.
-_LATE_STARTS: Final = 2.0
 _NEVER: Final = float("inf")
 #: Below every time of a lane; a number that both databases know.
 _LONG_AGO: Final = -1e300
@@ -157,11 +154,12 @@ class Choice:
             counted_providers=self._providers_to_count(),
             counted_tenants=self._asked_tenants,
             counts_all_tenants=any(tenant.concurrency is not None for tenant in self._policy.tenants.values()),
-            running_since=self._state.running_since if self._knows_oldest() else 0.0,
+            oldest=self._state.oldest if self._knows_oldest() else None,
         )
 
     def _knows_oldest(self) -> bool:
-        return self._state.running_found <= self._now < self._state.running_found + _OLDEST_MEMORY
+        found = self._state.oldest_found
+        return found <= self._now < found + _OLDEST_MEMORY
 
     def _hear(self, observation: Observation) -> None:
         """Apply what was learned to targets and buckets; lanes follow when they are read."""
@@ -355,9 +353,9 @@ class Choice:
         self._heaps: dict[str, list[tuple[float, int, int]]] = {}
         self._gates.count(reading.running)
         self._learn_by_count(reading.running)
-        if reading.oldest_running is not None:
-            self._state.running_since = reading.oldest_running - _LATE_STARTS
-            self._state.running_found = self._now
+        if reading.oldest is not None:
+            self._state.oldest = reading.oldest
+            self._state.oldest_found = self._now
         self._unread = {
             number for number, pool in self._state.pools.items() if pool.queue == self._queue and pool.low is not None
         }.difference(self._asked_pools)

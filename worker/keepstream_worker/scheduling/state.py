@@ -15,7 +15,7 @@ from typing import Any, Final, Self
 import orjson
 
 from keepstream_worker.scheduling.learning import TargetState as Learned
-from keepstream_worker.turn import FoundPool, Pool
+from keepstream_worker.turn import FoundPool, Oldest, Pool
 from keepstream_worker.values import Target
 
 INTERACTIVE: Final = "interactive"
@@ -143,13 +143,13 @@ class State:
 
     __slots__ = (
         "arrivals_low",
+        "oldest",
+        "oldest_found",
         "parked_beyond",
         "passed",
         "passed_since",
         "pools",
         "queues",
-        "running_found",
-        "running_since",
         "tenants",
         "uses",
     )
@@ -165,8 +165,8 @@ class State:
         self.tenants: dict[str, FullTenant] = {}  #: The full ones, as far as there is room.
         #: When a lane was last parked, or found parked, whose tenant is not among those; 0: never, or long ago.
         self.parked_beyond = 0.0
-        self.running_since = 0.0  #: No job runs that was started before; 0: it is not known.
-        self.running_found = 0.0  #: When that was found.
+        self.oldest: Oldest | None = None  #: None: it is not known.
+        self.oldest_found = 0.0  #: When it was found.
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -194,7 +194,9 @@ class State:
         state.arrivals_low = document.get("a", 0)
         state.passed, state.passed_since = document.get("x", ([], 0.0))
         state.parked_beyond = document.get("o", 0.0)
-        state.running_since, state.running_found = document.get("r", (0.0, 0.0))
+        if "s" in document:
+            by_provider, others, state.oldest_found = document["s"]
+            state.oldest = Oldest(by_provider, others)
         for pool, row in document.get("p", {}).items():
             state.pools[int(pool)] = PoolState(*row[:_POOL_FIELDS])
         for queue, row in document.get("q", {}).items():
@@ -234,7 +236,7 @@ class State:
             "a": self.arrivals_low,
             "x": [self.passed, self.passed_since] if self.passed else None,
             "o": self.parked_beyond,
-            "r": [self.running_since, self.running_found] if self.running_since else None,
+            "s": None if self.oldest is None else [*self.oldest, self.oldest_found],
             "p": pools,
             "q": queues,
             "u": uses,

@@ -23,6 +23,7 @@ from keepstream_worker.turn import (
     Arrival,
     Decider,
     Decision,
+    Oldest,
     Pick,
     Pool,
     Question,
@@ -84,12 +85,12 @@ class _Statements(Protocol):
         """Return new jobs, oldest first."""
 
     def count_running(
-        self, connection: Connection, providers: Sequence[str], tenants: Sequence[str], since: float
+        self, connection: Connection, providers: Sequence[str], tenants: Sequence[str], oldest: Oldest
     ) -> tuple[dict[Target, int], dict[str, int]]:
-        """Return how many jobs run that were started since a moment, by target and by tenant."""
+        """Return how many jobs run, none of which was started before ``oldest``, by target and by tenant."""
 
-    def oldest_running(self, connection: Connection) -> float | None:
-        """Return when the oldest job that runs was started, the moment if none runs; None: it makes no difference."""
+    def find_oldest(self, connection: Connection) -> Oldest | None:
+        """Return since when the jobs were started that run; None: it makes no difference."""
 
     def write(self, connection: Connection, worker_id: str, n: int, decision: Decision) -> Written:
         """Write what was decided, as turn ``n``."""
@@ -156,12 +157,13 @@ def _read(connection: Connection, statements: _Statements, newest: Newest, quest
         tenants |= {item.tenant for item in arrivals} | {job.key.tenant for job in restarted.values()}
     running: dict[Target, int] = {}
     running_tenants: dict[str, int] = {}
-    oldest_running: float | None = None
+    oldest: Oldest | None = None
     providers = {*question.counted_providers, *(target.provider for pool in pools.values() for target in pool.chain)}
     if providers or tenants:
-        since = question.running_since
+        if question.oldest is None:
+            oldest = statements.find_oldest(connection)
+        since = question.oldest or oldest or Oldest({}, 0.0)
         running, running_tenants = statements.count_running(connection, sorted(providers), sorted(tenants), since)
-        oldest_running = None if since else statements.oldest_running(connection)
     return Reading(
         now=newest.now,
         pools=pools,
@@ -173,7 +175,7 @@ def _read(connection: Connection, statements: _Statements, newest: Newest, quest
         more_arrivals=len(arrived) > _MOST_ARRIVALS,
         running=running,
         running_tenants=running_tenants,
-        oldest_running=oldest_running,
+        oldest=oldest,
         restarted_wait=restarted_wait,
     )
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 from sqlalchemy import Connection
 
 from keepstream_worker.store.turn_values import Newest, Span, Written
-from keepstream_worker.turn import Arrival, Decision, Question, Standing, WaitingJob
+from keepstream_worker.turn import LATE_STARTS, Arrival, Decision, Oldest, Question, Standing, WaitingJob
 from keepstream_worker.values import JobKey, Target
 
 #: The wait for the turn is bounded by how many wait for it. Whoever has it and falls silent is cut off soon.
@@ -150,39 +150,67 @@ def find_jobs(connection: Connection, spans: Sequence[Span]) -> list[WaitingJob]
     return _jobs(connection.exec_driver_sql(_NEW_JOBS, values))
 
 
+_COUNT_TARGETS: Final = """
+SELECT r.provider, r.model, count(*) FROM unnest(%(providers)s::text[], %(moments)s::float8[]) p(provider, oldest)
+JOIN keepstream_running r ON r.provider = p.provider AND r.started_at >= to_timestamp(p.oldest)
+GROUP BY r.provider, r.model
+"""
 #: Tenants are looked for among all that run: the key, which begins with theirs, holds entries of all jobs that ended
 #: while a transaction was held open.
-_COUNT: Final = """
-SELECT r.provider, r.model, NULL, count(*) FROM unnest(%(providers)s::text[]) p(provider)
-JOIN keepstream_running r ON r.provider = p.provider AND r.started_at >= to_timestamp(%(since)s::float8)
-GROUP BY r.provider, r.model
-UNION ALL
-SELECT NULL, NULL, r.tenant, count(*)
-FROM (SELECT tenant FROM keepstream_running WHERE started_at >= to_timestamp(%(since)s::float8) OFFSET 0) r
-WHERE r.tenant = ANY(%(tenants)s::text[]) GROUP BY r.tenant
+_COUNT_TENANTS: Final = """
+SELECT r.tenant, count(*) AS number FROM (
+  SELECT r.tenant FROM unnest(%(providers)s::text[], %(moments)s::float8[]) p(provider, oldest)
+  JOIN keepstream_running r ON r.provider = p.provider AND r.started_at >= to_timestamp(p.oldest)
+  UNION ALL
+  SELECT o.tenant FROM (
+    SELECT tenant, provider FROM keepstream_running WHERE started_at >= to_timestamp(%(others)s::float8) OFFSET 0
+  ) o WHERE o.provider <> ALL(%(providers)s::text[])
+) r WHERE r.tenant = ANY(%(tenants)s::text[]) GROUP BY r.tenant
 """
-_OLDEST_RUNNING: Final = """
-SELECT extract(epoch FROM coalesce(min(started_at), statement_timestamp()))::float8 FROM keepstream_running
+#: From one provider to the next, the first entry of each that is no deleted job's.
+_OLDEST: Final = """
+WITH RECURSIVE oldest AS (
+  (SELECT provider, started_at FROM keepstream_running ORDER BY provider, started_at LIMIT 1)
+  UNION ALL
+  SELECT r.* FROM oldest o CROSS JOIN LATERAL (
+    SELECT provider, started_at FROM keepstream_running
+    WHERE provider > o.provider ORDER BY provider, started_at LIMIT 1
+  ) r
+)
+SELECT provider, extract(epoch FROM started_at)::float8 FROM oldest
+UNION ALL SELECT NULL, extract(epoch FROM statement_timestamp())::float8
 """
 
 
 def count_running(
-    connection: Connection, providers: Sequence[str], tenants: Sequence[str], since: float
+    connection: Connection, providers: Sequence[str], tenants: Sequence[str], oldest: Oldest
 ) -> tuple[dict[Target, int], dict[str, int]]:
-    """Return how many jobs run that were started since a moment, by target and by tenant."""
-    values = {"providers": list(providers), "tenants": list(tenants), "since": since}
-    rows = connection.exec_driver_sql(_COUNT, values).all()
-    targets = {Target(provider, model): count for provider, model, _, count in rows if provider is not None}
-    return targets, {tenant: count for _, _, tenant, count in rows if tenant is not None}
+    """Return how many jobs run, none of which was started before ``oldest``, by target and by tenant."""
+    targets: dict[Target, int] = {}
+    if providers:
+        moments = [oldest.by_provider.get(provider, oldest.others) for provider in providers]
+        rows = connection.exec_driver_sql(_COUNT_TARGETS, {"providers": list(providers), "moments": moments})
+        targets = {Target(provider, model): count for provider, model, count in rows}
+    counts: dict[str, int] = {}
+    if tenants:
+        values = {
+            "providers": list(oldest.by_provider),
+            "moments": list(oldest.by_provider.values()),
+            "others": oldest.others,
+            "tenants": list(tenants),
+        }
+        rows = connection.exec_driver_sql(_COUNT_TENANTS, values)
+        counts = {row.tenant: row.number for row in rows}
+    return targets, counts
 
 
-def oldest_running(connection: Connection) -> float:
-    """Return when the oldest job that runs was started; if none runs, the moment.
+def find_oldest(connection: Connection) -> Oldest:
+    """Return since when the jobs were started that run.
 
-    It reads all that run, and all that have ended while a transaction was held open.
+    It reads what has ended before them while a transaction was held open.
     """
-    oldest: float = connection.exec_driver_sql(_OLDEST_RUNNING).scalar_one()
-    return oldest
+    moments = {provider: moment - LATE_STARTS for provider, moment in connection.exec_driver_sql(_OLDEST)}
+    return Oldest(moments, moments.pop(None))
 
 
 #: The parts of the writing statement, each used if there is something to write: planning all of them takes longer than

@@ -12,7 +12,7 @@ from typing import Any, Final
 from sqlalchemy import Connection
 
 from keepstream_worker.store.turn_values import Newest, Span, Written
-from keepstream_worker.turn import Arrival, Decision, Question, Standing, WaitingJob
+from keepstream_worker.turn import Arrival, Decision, Oldest, Question, Standing, WaitingJob
 from keepstream_worker.values import JobKey, Target
 
 
@@ -116,7 +116,7 @@ def count_running(
     connection: Connection,
     providers: Sequence[str],
     tenants: Sequence[str],
-    since: float,  # nothing of a deleted row is left here
+    _oldest: Oldest,  # nothing of a deleted row is left here
 ) -> tuple[dict[Target, int], dict[str, int]]:
     """Return how many jobs run, by target and by tenant."""
     targets = {
@@ -128,7 +128,7 @@ def count_running(
     return targets, {tenant: count for tenant, count in counts.items() if count}
 
 
-def oldest_running(connection: Connection) -> None:
+def find_oldest(_connection: Connection) -> None:
     """Return None: it makes no difference here."""
 
 
