@@ -4,13 +4,14 @@ In: an engine; a connection to an empty database.  Out: the plan of each stateme
 PostgreSQL by doing it and taking it back, so that what it reads is counted; on SQLite without doing it.  Rows.
 """
 
+import json
 from typing import Any, Final
 
-from sqlalchemy import Connection, Engine, event, insert, text
+from sqlalchemy import JSON, Connection, Engine, event, insert, select, text
 
 from keepstream import tables
 from keepstream.client import queries
-from keepstream.tables import now, rejected_messages, requests, waiting, workers
+from keepstream.tables import epoch_seconds, now, rejected_messages, requests, waiting, workers
 from tests.jobs import make_job
 from tests.stored_jobs import finish, pause, start
 
@@ -99,6 +100,69 @@ def fill(connection: Connection) -> None:
     _multiply(connection, rejected_messages, "id", {"ended": MANY})
     turn = {"arrivals_low": 0, "ready": "{}", "closed": "{}", "state": "{}"}
     connection.execute(insert(tables.turns).values([{"n": number, **turn} for number in range(1, 1000)]))
+
+
+#: Tables from which rows are deleted, or in which they are replaced, while jobs wait, run and end.
+_BRIEF: Final = (
+    tables.waiting,
+    tables.arrivals,
+    tables.running,
+    tables.announcements,
+    tables.standings,
+    tables.turns,
+    tables.workers,
+    tables.leases,
+)
+DEAD: Final = 5000  #: Rows in each table.
+
+
+def leave_dead(engine: Engine) -> None:
+    """Store very many rows on PostgreSQL and delete them, as in the time for which a transaction is held open.
+
+    Each table's statistics say that it holds hardly anything, so that any index seems good enough.
+    """
+    with engine.begin() as connection:
+        for table in _BRIEF:
+            columns = {column.name: _dead_value(column) for column in table.columns}
+            names = ", ".join(f'"{name}"' for name in columns)
+            values = ", ".join(columns.values())
+            series = f"generate_series(1, {DEAD}) AS n ORDER BY md5(n::text)"  # each lies on another page than the next
+            connection.execute(text(f"INSERT INTO {table.name} ({names}) SELECT {values} FROM {series}"))
+    with engine.begin() as connection:
+        for table in _BRIEF:
+            connection.execute(table.delete())
+        moment = connection.scalar(select(epoch_seconds(now())))
+        state = json.dumps({"s": [{}, moment, moment]})  # since when jobs run is known
+        newest = {"n": DEAD + 1, "arrivals_low": DEAD + 1, "ready": "{}", "closed": "{}", "state": state}
+        connection.execute(tables.turns.insert().values(newest))
+        connection.execute(text(f"SELECT setval(pg_get_serial_sequence('keepstream_waiting', 'seq'), {DEAD})"))
+    vacuum(engine)
+
+
+def vacuum(engine: Engine) -> None:
+    """Do what PostgreSQL does by itself now and then."""
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("VACUUM (ANALYZE)"))
+
+
+def _dead_value(column: Any) -> str:
+    """Return an expression of ``n``, the number of a row; rows are of one tenant, provider, queue and lane."""
+    if column.name in {"seq", "n", "number", "arrivals_low"}:
+        return "n"
+    if column.name in {"job_id", "id", "name"}:
+        return "'dead-' || n"
+    if column.name == "provider":
+        return "'default'"
+    if column.name == "tenant":
+        return "'fresh'"
+    if column.name.endswith(("_at", "_due", "until")):
+        return "statement_timestamp() - make_interval(secs => 999 - n / 100.0)"
+    kind = column.type.python_type
+    if kind is bool:
+        return "false"
+    if kind in {int, float}:
+        return "n" if column.name == "time" else "1"
+    return "'{}'" if isinstance(column.type, JSON) else "'x'"
 
 
 def _multiply(connection: Connection, table: Any, key: str, numbers: dict[str, int]) -> None:

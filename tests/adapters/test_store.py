@@ -63,8 +63,6 @@ from keepstream_worker.store import (
     Stored,
     Sweep,
     schema,
-    sweeps,
-    turns_postgresql,
 )
 from keepstream_worker.store import pools as store_pools
 from keepstream_worker.store import turns as store_turns
@@ -1350,12 +1348,10 @@ def test_a_pool_is_deleted_when_nothing_waits_there_or_runs_from_there(db: Store
 
 def test_what_is_kept_from_plans_is_not_compiled_for_want_of_them(postgres_url: str) -> None:
     """Compiling took longer than a sweep or a turn may; the tests' own server cannot compile, Debian's can."""
-    engine = make_engine(postgres_url)
-    schema.migrate(engine)
-    for restrict in (sweeps._look_up, lambda connection: turns_postgresql.open_turn(connection, 1)):
-        with engine.begin() as connection:
-            restrict(connection)
-            assert connection.scalar(text("SHOW jit")) == "off"
+    engine = make_engine(postgres_url, writer=True)
+    with engine.begin() as connection:
+        assert connection.scalar(text("SHOW jit")) == "off"
+        assert connection.scalar(text("SHOW enable_seqscan")) == "off"
     engine.dispose()
 
 

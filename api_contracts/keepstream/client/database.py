@@ -87,8 +87,8 @@ def make_engine(url: str, application: str = "keepstream", *, pool_size: int = 5
             ``prepare_threshold=5`` has PostgreSQL prepare what is executed for the fifth time, which no pooler allows.
         application: Name under which PostgreSQL lists the connections.
         pool_size: Connections that are kept.
-        writer: Whether each transaction is to take SQLite's write lock at its beginning: one that reads
-            first and writes then fails if somebody else writes in between.
+        writer: For a worker. Each transaction takes SQLite's write lock at its beginning: one that reads
+            first and writes then fails if somebody else writes in between. On PostgreSQL statements go by indexes.
 
     Raises:
         InvalidSettingError: the URL cannot be used.
@@ -111,7 +111,7 @@ def make_engine(url: str, application: str = "keepstream", *, pool_size: int = 5
             # The driver would show it as the name of a host, and with it the end of the password.
             mistake = "the database URL has more than one @; in a user's name or password, write %40 for it"
         elif backend == "postgresql":
-            return _postgresql(parsed, application, pool_size)
+            return _postgresql(parsed, application, pool_size, writer=writer)
     except ModuleNotFoundError as error:
         if error.name != "psycopg":
             raise
@@ -170,9 +170,9 @@ def _sqlite(url: URL, *, writer: bool) -> Engine:
     return engine
 
 
-def _postgresql(url: URL, application: str, pool_size: int) -> Engine:
+def _postgresql(url: URL, application: str, pool_size: int, *, writer: bool) -> Engine:
     given = url.query.get("options", os.environ.get("PGOPTIONS", ""))  # as libpq reads it
-    session = plan_session(given if isinstance(given, str) else " ".join(given))
+    session = plan_session(given if isinstance(given, str) else " ".join(given), by_index=writer)
     defaults: dict[str, Any] = {
         "connect_timeout": 5,
         "application_name": application,

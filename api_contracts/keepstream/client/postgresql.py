@@ -30,11 +30,21 @@ class Session(NamedTuple):
     begin: str  #: Begins a transaction, in one round trip: statements without parameters.
 
 
-def plan_session(options: str) -> Session:
+#: For whoever looks up little in tables that may be large, or hold few rows and very many dead ones, which the planner
+#: does not know of: it would read them as a whole. What has no index then counts as dear, before PostgreSQL 18, and
+#: would be compiled first, which takes long.
+_BY_INDEX: Final = ("SET LOCAL enable_seqscan = off", "SET LOCAL jit = off")
+
+
+def plan_session(options: str, *, by_index: bool = False) -> Session:
     """Return how the start-up options of a URL take effect.
 
     The search path and the time-outs are set in each transaction, so that they also hold behind a pooler; all others
     are left to the start of the connection, which PgBouncer refuses.
+
+    Args:
+        options: As ``-c name=value``.
+        by_index: Whether statements are to go by indexes, whatever the tables' statistics say.
     """
     ours: dict[str, str] = dict(_TIMEOUTS)
 
@@ -47,6 +57,8 @@ def plan_session(options: str) -> Session:
 
     others = " ".join(_OPTION.sub(take, options).split())
     statements = ["BEGIN", *(f"SET LOCAL {name} = {_quote(ours[name])}" for name in _TIMEOUTS)]
+    if by_index:
+        statements += _BY_INDEX
     if "search_path" in ours:  # a list, which SET would take for one name
         statements.append(f"SELECT set_config('search_path', {_quote(ours['search_path'])}, true)")
     return Session(others, "; ".join(statements))

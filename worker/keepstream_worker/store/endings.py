@@ -68,11 +68,12 @@ def end(connection: Connection, endings: list[Ending]) -> list[Ended | NotEnded]
     ]
 
 
-#: The fence: whose attempt is not among those that run has lost its job.
+#: The fence: whose attempt is not among those that run has lost its job. It is not to be found by its worker, of whose
+#: dead rows there may be very many; PostgreSQL cannot know that.
 _STOP: Final = (
     delete(running)
     .where(
-        tuple_(running.c.tenant, running.c.job_id, running.c.attempt, running.c.worker_id).in_(
+        tuple_(running.c.tenant, running.c.job_id, running.c.attempt, running.c.worker_id.concat("")).in_(
             bindparam("keys", expanding=True)
         )
     )

@@ -109,23 +109,25 @@ WITH given AS (
   SELECT * FROM unnest(%(seqs)s::bigint[], %(worker_ids)s::text[], %(total_timeouts)s::float8[], %(providers)s::text[],
     %(models)s::text[], %(tokens)s::bigint[]) g(seq, worker_id, total_timeout, provider, model, tokens)
 ), gone AS (
-  DELETE FROM keepstream_waiting w USING given g WHERE w.seq = g.seq
-  RETURNING w.tenant, w.job_id, w.lane, w.pool, w.prompt_tokens, w.max_tokens, g.*
+  DELETE FROM keepstream_waiting WHERE seq = ANY(%(seqs)s::bigint[])
+  RETURNING seq, tenant, job_id, lane, pool, prompt_tokens, max_tokens
+), started AS (
+  SELECT * FROM gone JOIN given USING (seq)
 ), arrived AS (
-  DELETE FROM keepstream_arrivals a USING gone WHERE a.seq = gone.seq
+  DELETE FROM keepstream_arrivals WHERE seq = ANY(ARRAY(SELECT seq FROM gone))
 ), run AS (
   INSERT INTO keepstream_running (tenant, job_id, lane, pool, prompt_tokens, max_tokens, attempt, worker_id, provider,
     model, tokens, started_at, cancel_requested)
   SELECT tenant, job_id, lane, pool, prompt_tokens, max_tokens, 1, worker_id, provider, model, tokens,
     statement_timestamp(), false
-  FROM gone
+  FROM started
 ), job AS (
   UPDATE keepstream_jobs j SET status = 'running', attempt = 1, tries = j.tries + 1, started_at = statement_timestamp(),
-    deadline_at = statement_timestamp() + make_interval(secs => coalesce(j.total_timeout, gone.total_timeout))
-  FROM gone WHERE j.tenant = gone.tenant AND j.id = gone.job_id
+    deadline_at = statement_timestamp() + make_interval(secs => coalesce(j.total_timeout, s.total_timeout))
+  FROM started s WHERE j.tenant = s.tenant AND j.id = s.job_id
 ), attempt AS (
   INSERT INTO keepstream_attempts (tenant, job_id, number, reason, worker_id, provider, model, started_at)
-  SELECT tenant, job_id, 1, 'first', worker_id, provider, model, statement_timestamp() FROM gone
+  SELECT tenant, job_id, 1, 'first', worker_id, provider, model, statement_timestamp() FROM started
 )
 SELECT tenant, job_id FROM gone
 """

@@ -12,7 +12,21 @@ import time
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import BigInteger, Connection, Float, Integer, bindparam, delete, exists, func, or_, select, text
+from sqlalchemy import (
+    BigInteger,
+    Connection,
+    Float,
+    Integer,
+    and_,
+    any_,
+    bindparam,
+    delete,
+    exists,
+    func,
+    or_,
+    select,
+    text,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 
 from keepstream.client.endings import (
@@ -135,26 +149,24 @@ def _hurry(connection: Connection) -> None:
         connection.exec_driver_sql("SET LOCAL statement_timeout = '1s'; SET LOCAL lock_timeout = '1s'")
 
 
-def _look_up(connection: Connection) -> None:
-    """Have each pool looked up in the indexes: if most lanes are in one, the planner would read all for each pool.
-
-    What has no index then counts as dear, before PostgreSQL 18, and would be compiled first, which takes long.
-    """
-    if connection.dialect.name == "postgresql":
-        connection.exec_driver_sql("SET LOCAL enable_seqscan = off; SET LOCAL jit = off")
-
-
 #: A worker may have another lease than the one that sweeps, and give its signs of life as seldom as that allows, while
 #: the setting is changed on one worker after the other: the longer one counts.
-_FIND_LOST: Final = (
-    select(running.c.tenant, running.c.job_id, running.c.attempt, running.c.worker_id)
-    .join(workers, workers.c.id == running.c.worker_id)
-    .where(
-        workers.c.heartbeat_at < seconds_from_now(-bindparam("lease", type_=Float)),
-        seconds_until(workers.c.heartbeat_at) < -workers.c.lease,
-    )
-    .limit(bindparam("limit", type_=Integer))
+_IS_SILENT: Final = and_(
+    workers.c.heartbeat_at < seconds_from_now(-bindparam("lease", type_=Float)),
+    seconds_until(workers.c.heartbeat_at) < -workers.c.lease,
 )
+_SILENT: Final = select(workers.c.id).where(_IS_SILENT).scalar_subquery()
+#: On PostgreSQL from an array, so that each worker's jobs are looked up, and not all of which dead rows are left.
+_OF_SILENT: Final = {
+    "postgresql": running.c.worker_id == any_(func.array(_SILENT)),
+    "sqlite": and_(workers.c.id == running.c.worker_id, _IS_SILENT),
+}
+_FIND_LOST: Final = {
+    dialect: select(running.c.tenant, running.c.job_id, running.c.attempt, running.c.worker_id)
+    .where(of_silent)
+    .limit(bindparam("limit", type_=Integer))
+    for dialect, of_silent in _OF_SILENT.items()
+}
 #: What somebody else has locked is looked after already.
 _TAKE_OVER: Final = (
     select(jobs.c.tenant, jobs.c.id, jobs.c.attempt, jobs.c.tries, jobs.c.max_attempts, jobs.c.cancel_requested_at)
@@ -165,7 +177,8 @@ _TAKE_OVER: Final = (
 
 
 def _release_lost(connection: Connection, request: Sweep) -> list[Released]:
-    found = connection.execute(_FIND_LOST, {"lease": request.lease, "limit": request.limit}).all()
+    find_lost = _FIND_LOST[connection.dialect.name]
+    found = connection.execute(find_lost, {"lease": request.lease, "limit": request.limit}).all()
     owned = {JobKey(tenant, job_id): (attempt, worker_id) for tenant, job_id, attempt, worker_id in found}
     rows = each(connection, _TAKE_OVER, owned)
     if time.monotonic() - request.asked_at > request.lease / 2:
@@ -277,7 +290,6 @@ def delete_old_turns(connection: Connection, tidyings: list[Tidying]) -> list[in
 def delete_idle_standings(connection: Connection, tidyings: list[Tidying]) -> list[int]:
     """Delete standings that mean nothing any more, of some pools; return each ``standings_from``."""
     _hurry(connection)
-    _look_up(connection)
     return [_delete_idle_standings(connection, request) for request in tidyings]
 
 
@@ -314,7 +326,6 @@ def delete_idle_pools(connection: Connection, tidyings: list[Tidying]) -> list[i
     A job that is stored meanwhile may lose its pool; ``misplaced.put_right`` gives it back.
     """
     _hurry(connection)
-    _look_up(connection)
     return [_delete_idle_pools(connection, request) for request in tidyings]
 
 
@@ -353,7 +364,6 @@ _FIND_WAITING: Final = (
 def find_waiting_pools(connection: Connection, tidyings: list[Tidying]) -> list[list[FoundPool]]:
     """Return those of the pools from ``pools_from`` on in which jobs wait, whatever turns know of them."""
     _hurry(connection)
-    _look_up(connection)
     return [_find_waiting_pools(connection, request) for request in tidyings]
 
 

@@ -3,8 +3,10 @@
 In: what ``keepstream_worker.store.turns`` asks for.  Out: rows as values; what was decided, written by one statement.
 
 They are planned anew each time, when tables may be empty or full, and every row that a turn reads is found by an index
-from a known bound on: so the planner is not left the choice of reading whole tables, or of bitmaps, which would never
-mark the entries of deleted rows.  Nor is anything compiled, as what seems dear for want of a plan would be.
+from a known bound on: so the planner is not left the choice of bitmaps, which would never mark the entries of deleted
+rows, or of joins that read one side as a whole.  A table that holds few rows may hold very many dead ones, of which the
+planner knows nothing: so what is looked for comes from a list, each by itself (``LATERAL``, with an offset or a lock
+that keeps it so), and rows that are to be changed come by their number in an array, or by their place (``ctid``).
 """
 
 import json
@@ -24,11 +26,9 @@ SET LOCAL synchronous_commit = off;
 SET LOCAL statement_timeout = '60s';
 SET LOCAL lock_timeout = '60s';
 SET LOCAL idle_in_transaction_session_timeout = '2s';
-SET LOCAL enable_seqscan = off;
 SET LOCAL enable_bitmapscan = off;
 SET LOCAL enable_hashjoin = off;
 SET LOCAL enable_mergejoin = off;
-SET LOCAL jit = off;
 SELECT pg_advisory_xact_lock(hashtextextended('keepstream turn ' || current_schema(), 0));
 SET LOCAL statement_timeout = '2s';
 SET LOCAL lock_timeout = '1s'
@@ -62,7 +62,8 @@ FROM unnest(%(pools)s::bigint[]) p(pool) CROSS JOIN LATERAL (
 ) w
 UNION ALL
 SELECT {_JOB}, extract(epoch FROM w.restarted_due)::float8, false
-FROM unnest(%(seqs)s::bigint[]) a(seq) JOIN keepstream_waiting w ON w.seq = a.seq
+FROM unnest(%(seqs)s::bigint[]) a(seq)
+CROSS JOIN LATERAL (SELECT * FROM keepstream_waiting WHERE seq = a.seq OFFSET 0) w
 """  # noqa: S608  # of constants
 
 
@@ -104,11 +105,12 @@ FROM unnest(%(pools)s::bigint[], %(lows)s::float8[]) p(pool, low) CROSS JOIN LAT
 _OF_LANES: Final = f"""
 SELECT {_STANDING}
 FROM unnest(%(lanes)s::bigint[], %(times)s::float8[]) l(lane, low)
-JOIN keepstream_standings s ON s.lane = l.lane AND s.time >= l.low
+CROSS JOIN LATERAL (SELECT * FROM keepstream_standings WHERE lane = l.lane AND time >= l.low OFFSET 0) s
 """  # noqa: S608  # of constants
 _OF_TENANTS: Final = f"""
 SELECT {_STANDING}
-FROM unnest(%(tenants)s::text[]) t(tenant) JOIN keepstream_standings s ON s.tenant = t.tenant AND s.parked IS NOT NULL
+FROM unnest(%(tenants)s::text[]) t(tenant)
+CROSS JOIN LATERAL (SELECT * FROM keepstream_standings WHERE tenant = t.tenant AND parked IS NOT NULL OFFSET 0) s
 """  # noqa: S608  # of constants
 
 
@@ -129,12 +131,14 @@ def find_standings(connection: Connection, question: Question, lanes: Sequence[t
     return [Standing(*row) for row in connection.exec_driver_sql("UNION ALL".join(parts), values)]
 
 
+#: By lane, pool and seq, and not by seq alone, which the key could serve as well, with the jobs of all other lanes.
 _NEW_JOBS: Final = f"""
 SELECT {_JOB}, NULL::float8, coalesce(w.expires_at <= statement_timestamp(), false)
 FROM unnest(%(lanes)s::bigint[], %(pools)s::bigint[], %(lows)s::bigint[], %(most)s::bigint[]) s(lane, pool, low, most)
 CROSS JOIN LATERAL (
   SELECT * FROM keepstream_waiting
-  WHERE lane = s.lane AND pool = s.pool AND restarted_due IS NULL AND seq >= s.low ORDER BY seq LIMIT s.most
+  WHERE restarted_due IS NULL AND (lane, pool, seq) >= (s.lane, s.pool, s.low) AND (lane, pool) <= (s.lane, s.pool)
+  ORDER BY lane, pool, seq LIMIT s.most
 ) w
 """  # noqa: S608  # of constants
 
@@ -150,23 +154,27 @@ def find_jobs(connection: Connection, spans: Sequence[Span]) -> list[WaitingJob]
     return _jobs(connection.exec_driver_sql(_NEW_JOBS, values))
 
 
-_COUNT_TARGETS: Final = """
-SELECT r.provider, r.model, count(*) FROM unnest(%(providers)s::text[], %(moments)s::float8[]) p(provider, oldest)
-JOIN keepstream_running r ON r.provider = p.provider AND r.started_at >= to_timestamp(p.oldest)
-GROUP BY r.provider, r.model
-"""
+#: The pair is compared with a pair because only the index of both can do that: that of the moments would do, too, if
+#: one provider's oldest job were not so much older than another's.
+_RUNNING: Final = """
+unnest(%(providers)s::text[], %(moments)s::float8[]) p(provider, oldest) CROSS JOIN LATERAL (
+  SELECT * FROM keepstream_running
+  WHERE provider = p.provider AND (provider, started_at) >= (p.provider, to_timestamp(p.oldest)) OFFSET 0
+) r"""
+_COUNT_TARGETS: Final = f"""
+SELECT r.provider, r.model, count(*) FROM {_RUNNING} GROUP BY r.provider, r.model
+"""  # noqa: S608  # of constants
 #: Tenants are looked for among all that run: the key, which begins with theirs, holds entries of all jobs that ended
 #: while a transaction was held open.
-_COUNT_TENANTS: Final = """
+_COUNT_TENANTS: Final = f"""
 SELECT r.tenant, count(*) AS number FROM (
-  SELECT r.tenant FROM unnest(%(providers)s::text[], %(moments)s::float8[]) p(provider, oldest)
-  JOIN keepstream_running r ON r.provider = p.provider AND r.started_at >= to_timestamp(p.oldest)
+  SELECT r.tenant FROM {_RUNNING}
   UNION ALL
   SELECT o.tenant FROM (
     SELECT tenant, provider FROM keepstream_running WHERE started_at >= to_timestamp(%(others)s::float8) OFFSET 0
   ) o WHERE o.provider <> ALL(%(providers)s::text[])
 ) r WHERE r.tenant = ANY(%(tenants)s::text[]) GROUP BY r.tenant
-"""
+"""  # noqa: S608  # of constants
 #: From one provider to the next, the first entry of each that is no deleted job's.
 _OLDEST: Final = """
 WITH RECURSIVE oldest AS (
@@ -223,9 +231,10 @@ pick AS (
   SELECT * FROM unnest(%(seqs)s::bigint[], %(providers)s::text[], %(models)s::text[], %(tokens)s::bigint[])
     p(seq, provider, model, tokens)
 ), free AS (
-  SELECT w.seq FROM pick JOIN keepstream_waiting w ON w.seq = pick.seq FOR UPDATE OF w SKIP LOCKED
+  SELECT w.seq FROM pick
+  CROSS JOIN LATERAL (SELECT seq FROM keepstream_waiting WHERE seq = pick.seq FOR UPDATE SKIP LOCKED) w
 ), gone AS (
-  DELETE FROM keepstream_waiting w USING free WHERE w.seq = free.seq
+  DELETE FROM keepstream_waiting w WHERE w.seq = ANY(ARRAY(SELECT seq FROM free))
   RETURNING w.seq, w.tenant, w.job_id, w.lane, w.pool, w.attempt, w.prompt_tokens, w.max_tokens
 ), started AS (
   INSERT INTO keepstream_running (tenant, job_id, attempt, worker_id, provider, model, lane, pool, tokens,
@@ -235,7 +244,8 @@ pick AS (
   FROM gone g JOIN pick p ON p.seq = g.seq
 ), held AS (
   SELECT w.seq, w.lane, w.pool, w.tenant, w.restarted_due
-  FROM pick JOIN keepstream_waiting w ON w.seq = pick.seq WHERE pick.seq NOT IN (SELECT seq FROM free)
+  FROM (SELECT seq FROM pick WHERE seq NOT IN (SELECT seq FROM free) OFFSET 0) p
+  CROSS JOIN LATERAL (SELECT * FROM keepstream_waiting WHERE seq = p.seq OFFSET 0) w
 ), noted AS (
   INSERT INTO keepstream_arrivals (seq, lane, pool, tenant, restarted_due)
   SELECT * FROM held h WHERE NOT EXISTS (SELECT FROM keepstream_arrivals a WHERE a.seq = h.seq)
@@ -245,30 +255,38 @@ gone AS (SELECT 0::bigint AS seq WHERE false), held AS (SELECT 0::bigint AS seq 
 #: An arrival that somebody has locked goes with its job.
 _ARRIVED: Final = """
 handled AS (
-  SELECT a.seq FROM unnest(%(arrivals)s::bigint[]) h(seq) JOIN keepstream_arrivals a ON a.seq = h.seq
-  WHERE h.seq NOT IN (SELECT seq FROM held) FOR UPDATE OF a SKIP LOCKED
+  SELECT a.seq FROM unnest(%(arrivals)s::bigint[]) h(seq)
+  CROSS JOIN LATERAL (SELECT seq FROM keepstream_arrivals WHERE seq = h.seq FOR UPDATE SKIP LOCKED) a
+  WHERE h.seq NOT IN (SELECT seq FROM held)
 ), arrived AS (
-  DELETE FROM keepstream_arrivals a USING handled WHERE a.seq = handled.seq
+  DELETE FROM keepstream_arrivals WHERE seq = ANY(ARRAY(SELECT seq FROM handled))
 )"""
 _MOVE: Final = """
 move AS (
   SELECT * FROM unnest(%(lanes)s::bigint[], %(pools)s::bigint[], %(old_times)s::float8[], %(was_active)s::bool[],
       %(times)s::float8[], %(heads)s::bigint[], %(active)s::int[], %(parked)s::int[])
     m(lane, pool, old_time, was_active, time, head, active, parked)
+), met AS (
+  SELECT s.place, m.* FROM move m CROSS JOIN LATERAL (
+    SELECT ctid AS place FROM keepstream_standings
+    WHERE lane = m.lane AND time = m.old_time AND pool = m.pool AND (active IS NOT NULL) = m.was_active OFFSET 0
+  ) s
 ), moved AS (
   UPDATE keepstream_standings s SET time = m.time, head = m.head, active = m.active, parked = m.parked
-  FROM move m
-  WHERE s.lane = m.lane AND s.time = m.old_time AND s.pool = m.pool AND (s.active IS NOT NULL) = m.was_active
-  RETURNING 1
+  FROM met m WHERE s.ctid = m.place RETURNING 1
 )"""
 _NO_MOVE: Final = """
 move AS (SELECT 0::bigint AS lane, 0::bigint AS pool WHERE false), moved AS (SELECT 1 WHERE false)"""
 _RETIME: Final = """
-retimed AS (
-  UPDATE keepstream_standings s SET time = r.time
+other AS (
+  SELECT s.place, r.time
   FROM unnest(%(retimed_lanes)s::bigint[], %(retimed_from)s::float8[], %(retimed_to)s::float8[]) r(lane, old_time, time)
-  WHERE s.lane = r.lane AND s.time = r.old_time
-    AND NOT EXISTS (SELECT FROM move m WHERE m.lane = s.lane AND m.pool = s.pool)
+  CROSS JOIN LATERAL (
+    SELECT ctid AS place, lane, pool FROM keepstream_standings WHERE lane = r.lane AND time = r.old_time OFFSET 0
+  ) s
+  WHERE NOT EXISTS (SELECT FROM move m WHERE m.lane = s.lane AND m.pool = s.pool)
+), retimed AS (
+  UPDATE keepstream_standings s SET time = o.time FROM other o WHERE s.ctid = o.place
 )"""
 _ADD: Final = """
 added AS (

@@ -101,10 +101,13 @@ _LOCK: Final = (
     .order_by(jobs.c.tenant, jobs.c.id)
     .with_for_update(key_share=True)
 )
+#: Not to be found by its worker, as in ``endings``.
 _GIVE_UP: Final = (
     delete(running)
     .where(
-        is_named(running), running.c.attempt == bindparam("of_attempt"), running.c.worker_id == bindparam("of_worker")
+        is_named(running),
+        running.c.attempt == bindparam("of_attempt"),
+        running.c.worker_id.concat("") == bindparam("of_worker"),
     )
     .returning(running)
 )
