@@ -285,7 +285,7 @@ class _Reader:
     def read_lanes(self, arrivals: Sequence[Arrival], restarted: Sequence[WaitingJob]) -> None:
         """Read the standings of lanes that are named, and those of parked tenants."""
         question = self.question
-        times = dict(question.lanes)
+        times = {lane: self.least_read(lane, low) for lane, low in question.lanes}
         named = {(each.lane, each.pool) for each in arrivals} | {(each.lane, each.pool) for each in restarted}
         for lane, number in named:
             pool = self.world.pools[number]
@@ -297,6 +297,13 @@ class _Reader:
                 self.standings[standing] = None
             if unparks:
                 self.read_jobs(standing.lane, standing.pool, standing.head, question.other_jobs)
+
+    def least_read(self, lane: int, low: float) -> float:
+        """Return from which time on standings are read of a lane that is settled: its own if it waits, and no more."""
+        found = [each for each in self.world.standings if each.lane == lane and each.time >= low]
+        highest = max((each.time for each in found), default=low)
+        waits = any(each.active or each.parked for each in found if each.time == highest)
+        return highest if waits else low
 
     def read_arrivals(self, arrivals: Sequence[Arrival]) -> None:
         """Read the first jobs of each lane and pool that arrivals name."""

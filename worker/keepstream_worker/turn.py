@@ -93,7 +93,8 @@ class Question:
     #: Open pools with restarted jobs: the first ``restarted`` + 1 of each by their moment, due or not.
     restarted_pools: tuple[int, ...] = ()
     full_tenants: tuple[str, ...] = ()  #: Whose restarted jobs are not among those: they run as many as they may.
-    #: Lanes of which all standings are read that have at least this time: those settled or charged now.
+    #: Lanes that are settled or charged now: standings are read that have at least this time. If any waits, those that
+    #: wait are enough, and all that are higher; or else the highest.
     lanes: tuple[tuple[int, float], ...] = ()
     #: The same for the lanes that arrivals and restarted jobs name, by queue and class. Of a queue and class that is
     #: missing here nothing was ever chosen: all are read.

@@ -79,7 +79,10 @@ class _Statements(Protocol):
     def find_standings(
         self, connection: Connection, question: Question, lanes: Sequence[tuple[int, float]]
     ) -> Iterable[Standing]:
-        """Return standings: the first of the pools asked for, by pool and time; of ``lanes``; of parked tenants."""
+        """Return standings: the first of the pools asked for, by pool and time; of lanes; of parked tenants.
+
+        Of the lanes asked for at least those that wait, if any does, or else the highest; of ``lanes`` all.
+        """
 
     def find_jobs(self, connection: Connection, spans: Sequence[Span]) -> Iterable[WaitingJob]:
         """Return new jobs, oldest first."""
@@ -137,9 +140,9 @@ def _read(connection: Connection, statements: _Statements, newest: Newest, quest
         restarted_wait = statements.find_restarted_pools(connection, question.restarted_pools)
     named: list[Arrival | WaitingJob] = [*arrivals, *restarted.values()]
     pools = dict(find_pools(connection, {item.pool for item in named}))
-    lanes = [*question.lanes, *_lanes_of(question, pools, named)]
+    lanes = _lanes_of(question, pools, named)
     standings: dict[tuple[int, int], Standing] = {}
-    if question.pools or lanes or question.parked_tenants:
+    if question.pools or question.lanes or lanes or question.parked_tenants:
         for standing in statements.find_standings(connection, question, lanes):
             known = standings.setdefault((standing.lane, standing.pool), standing)
             # An older one in which nothing waits means nothing.

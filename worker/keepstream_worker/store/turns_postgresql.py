@@ -107,6 +107,18 @@ SELECT {_STANDING}
 FROM unnest(%(lanes)s::bigint[], %(times)s::float8[]) l(lane, low)
 CROSS JOIN LATERAL (SELECT * FROM keepstream_standings WHERE lane = l.lane AND time >= l.low OFFSET 0) s
 """  # noqa: S608  # of constants
+#: Of a lane that waits those with its time, which is the highest: below it, down to where standings mean nothing, there
+#: may be all versions of the last hundred thousand tokens. If the highest does not wait, it may be that of a job which
+#: took less than was thought, and another one waits below.
+_OF_TOLD: Final = f"""
+SELECT {_STANDING}
+FROM (
+  SELECT l.lane, CASE WHEN t.active IS NULL AND t.parked IS NULL THEN l.low ELSE t.time END AS low
+  FROM unnest(%(told)s::bigint[], %(told_times)s::float8[]) l(lane, low) CROSS JOIN LATERAL (
+    SELECT * FROM keepstream_standings WHERE lane = l.lane AND time >= l.low ORDER BY time DESC LIMIT 1
+  ) t OFFSET 0
+) l CROSS JOIN LATERAL (SELECT * FROM keepstream_standings WHERE lane = l.lane AND time >= l.low OFFSET 0) s
+"""  # noqa: S608  # of constants
 _OF_TENANTS: Final = f"""
 SELECT {_STANDING}
 FROM unnest(%(tenants)s::text[]) t(tenant)
@@ -115,13 +127,19 @@ CROSS JOIN LATERAL (SELECT * FROM keepstream_standings WHERE tenant = t.tenant A
 
 
 def find_standings(connection: Connection, question: Question, lanes: Sequence[tuple[int, float]]) -> list[Standing]:
-    """Return standings: the first of the pools asked for, by pool and time; of ``lanes``; of parked tenants."""
+    """Return standings: the first of the pools asked for, by pool and time; of lanes; of parked tenants.
+
+    Of the lanes asked for at least those that wait, if any does, or else the highest; of ``lanes`` all.
+    """
     parts = []
     values: dict[str, Any] = {}
     if question.pools:
         parts.append(_OF_POOLS)
         values["pools"], values["lows"] = (list(column) for column in zip(*question.pools, strict=True))
         values["most"] = question.standings
+    if question.lanes:
+        parts.append(_OF_TOLD)
+        values["told"], values["told_times"] = (list(column) for column in zip(*question.lanes, strict=True))
     if lanes:
         parts.append(_OF_LANES)
         values["lanes"], values["times"] = (list(column) for column in zip(*lanes, strict=True))

@@ -79,9 +79,9 @@ _OF_TENANT: Final = f"{_STANDING} WHERE tenant = ? AND parked IS NOT NULL"
 
 
 def find_standings(connection: Connection, question: Question, lanes: Sequence[tuple[int, float]]) -> list[Standing]:
-    """Return standings: the first of the pools asked for, by pool and time; of ``lanes``; of parked tenants."""
+    """Return standings: the first of the pools asked for, by pool and time; of lanes; of parked tenants."""
     asked: list[tuple[str, tuple[Any, ...]]] = [(_OF_POOL, (*pool, question.standings)) for pool in question.pools]
-    asked += [(_OF_LANE, lane) for lane in lanes]
+    asked += [(_OF_LANE, lane) for lane in (*question.lanes, *lanes)]
     asked += [(_OF_TENANT, (tenant,)) for tenant in question.parked_tenants]
     return [
         Standing(lane, pool, tenant, time, head, bool(active), bool(parked))
