@@ -20,7 +20,7 @@ from keepstream_gateway.openai.following import chat_frames, response_frames
 from keepstream_gateway.openai.responses_object import response_object
 from keepstream_gateway.openai.responses_request import job_fields
 from keepstream_gateway.openai.submission import submit
-from tests.cluster import wait_until
+from tests.cluster import PATIENCE, wait_until
 from tests.stored_jobs import change, finish, start
 
 BODY = {"model": "m", "input": "Hi", "metadata": {"topic": "rivers"}, "background": True}
@@ -61,11 +61,13 @@ def holds(prompt: str) -> bool:
 async def test_a_stream_does_not_keep_what_was_asked(client: AsyncClient, shape: str) -> None:
     """A prompt may have megabytes of images, and streams last long."""
     prompt = f"A prompt for {shape}."
+    begun = asyncio.Event()
 
     def begin_of(asked: dict[str, Any]) -> AsyncGenerator[bytes]:
         async def begin() -> CompletionResult:
             found = await client.get(await client.enqueue(asked))
             assert found is not None
+            begun.set()
             return found
 
         async def begin_chat() -> tuple[Step, list[Any]]:
@@ -80,6 +82,9 @@ async def test_a_stream_does_not_keep_what_was_asked(client: AsyncClient, shape:
     frames = begin_of({"model": "m", "messages": [{"role": "user", "content": prompt}]})
     assert holds(prompt)
     first = asyncio.ensure_future(anext(frames))
+    # Whoever looks at all objects keeps them for a moment, and SQLite's cursors are not to outlive their transaction.
+    async with asyncio.timeout(PATIENCE):
+        await begun.wait()
     await asyncio.to_thread(wait_until, lambda: not holds(prompt), "the request to be let go")
     assert [summary.prompt_start for summary in await client.list()] == [prompt]
     first.cancel()

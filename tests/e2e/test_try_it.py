@@ -43,7 +43,9 @@ class Place:
             for name, value in os.environ.items()
             if not name.startswith(("KEEPSTREAM_", "OPENAI_", "COLUMNS", "LINES", "NO_COLOR", "PYTHONDONTWRITE"))
         }
-        self.environment = kept | {"TMPDIR": str(self.temporary), MARK: self.mark}
+        # Two that look for the usual port at the same time both find it free.
+        port = {"KEEPSTREAM_GATEWAY_PORT": str(free_port())}
+        self.environment = kept | port | {"TMPDIR": str(self.temporary), MARK: self.mark}
 
     def processes(self) -> list[psutil.Process]:
         """All processes that carry the mark."""
