@@ -221,7 +221,7 @@ class Service:
         """Look after a job that was stored by whoever sent its message; the result is as for ``_take_in``."""
         reserved = self._chooser.reserve(key)
         try:
-            named = store.Named(key, self._chooser.admits() if reserved else None)
+            named = store.Named(key, self._chooser.admits(key) if reserved else None)
             answer = await self._database.persist(store.take_named, named)
             return self._go_on(answer, "the message names a job that is not stored, and does not bring it")
         finally:

@@ -100,6 +100,9 @@ class Chooser:
         #: Jobs that are ours already, or perhaps, but do not run yet; counted, since a turn and a message may both
         #: bring one.
         self.expected: Counter[JobKey] = Counter()
+        #: Those of them that were let start, by a turn or without one: they are on their way to their targets. Jobs
+        #: that start without a turn come here on the database's thread, too.
+        self._admitted: set[JobKey] = set()
         self._policy = policy
         self._worker_id = worker_id
         self._queue = queue
@@ -332,40 +335,35 @@ class Chooser:
         self.expected[key] -= 1
         if not self.expected[key]:
             del self.expected[key]
+            self._admitted.discard(key)
 
     def direct(self, job: Job, prompt_tokens: int, max_tokens: int | None) -> store.Direct | None:
         """Return how a job that came whole is started, if nothing limits it and its place is reserved."""
         chain = tuple(Target(*target) for target in job.chain)
-        found = self._admit(chain, job.tenant, prompt_tokens, max_tokens, self._promised)
+        found = self._admit(JobKey(job.tenant, job.id), chain, prompt_tokens, max_tokens)
         return found and store.Direct(self._worker_id, job.total_timeout or self._total_timeout, *found)
 
-    def admits(self) -> store.Admits:
+    def admits(self, key: JobKey) -> store.Admits:
         """Return by what the database's thread starts a stored job that a message names, whose place is reserved."""
-        promised = self._promised
 
-        def admit(pool: Pool, tenant: str, prompt_tokens: int, max_tokens: int | None) -> tuple[Target, int] | None:
-            if pool.queue != self._queue:
-                return None
-            return self._admit(pool.chain, tenant, prompt_tokens, max_tokens, promised)
+        def admit(pool: Pool, _tenant: str, prompt_tokens: int, max_tokens: int | None) -> tuple[Target, int] | None:
+            return None if pool.queue != self._queue else self._admit(key, pool.chain, prompt_tokens, max_tokens)
 
         return store.Admits(self._worker_id, self._total_timeout, admit)
 
-    @property
-    def _promised(self) -> int:
-        """Places that were promised before the one that was just reserved."""
-        return len(self.expected) - 1
-
     def _admit(
-        self, chain: tuple[Target, ...], tenant: str, prompt_tokens: int, max_tokens: int | None, promised: int
+        self, key: JobKey, chain: tuple[Target, ...], prompt_tokens: int, max_tokens: int | None
     ) -> tuple[Target, int] | None:
         if self._providers is not None and chain[0].provider not in self._providers:
             return None
         state = self._state
-        # Whoever was promised a place may be on the way to the same target: of very many that come at once, the last
-        # would start as if there were no others.
-        here = self._streams.get(chain[0], 0) + promised
-        target = may_start_directly(self._policy, state, chain, tenant, here)
-        return target and (target, state.estimate(target, prompt_tokens, max_tokens))
+        # Of very many that come at once, the last would else start as if there were no others.
+        here = self._streams.get(chain[0], 0) + len(self._admitted) - (key in self._admitted)
+        target = may_start_directly(self._policy, state, chain, key.tenant, here)
+        if target is None:
+            return None
+        self._admitted.add(key)
+        return target, state.estimate(target, prompt_tokens, max_tokens)
 
     # -- the turn --
 
@@ -455,6 +453,7 @@ class Chooser:
                 self._observations.extendleft(reversed(told))
                 raise
             self.expected.update(pick.job.key for pick in turned.picks)
+            self._admitted.update(pick.job.key for pick in turned.picks)
         if choice.lost_state:
             log.error("turn_state_lost", turn=turned.turn)
         self._lacking = choice.lacking
