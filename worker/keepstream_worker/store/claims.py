@@ -129,17 +129,18 @@ COLUMNS: Final = (
     jobs.c.cancel_requested_at,
 )
 
-_LOCK: Final = (
-    select(*COLUMNS, requests.c.job)
+_LOCK: Final = {
+    dialect: select(*COLUMNS, requests.c.job)
     .join(requests, and_(requests.c.tenant == jobs.c.tenant, requests.c.job_id == jobs.c.id))
-    .where(among(jobs))
+    .where(named)
     .order_by(jobs.c.tenant, jobs.c.id)  # one order of locks for all workers
     .with_for_update(of=jobs, key_share=True)
-)
+    for dialect, named in among(jobs).items()
+}
 #: With several keys at once PostgreSQL's planner would read the whole of a table in which few rows are left, though it
 #: was large, or those that ended are kept by a transaction held open; with an offset it looks for each by itself.
 _FIND_RUNNING: Final[dict[str, Any]] = {
-    "sqlite": select(running).where(among(running)),
+    "sqlite": select(running).where(among(running)["sqlite"]),
     "postgresql": text("""
 SELECT r.* FROM unnest(CAST(:tenants AS text[]), CAST(:job_ids AS text[])) k(tenant, job_id)
 CROSS JOIN LATERAL (SELECT * FROM keepstream_running WHERE tenant = k.tenant AND job_id = k.job_id OFFSET 0) r
@@ -154,12 +155,11 @@ def lock(connection: Connection, keys: Collection[JobKey]) -> dict[JobKey, Any]:
 
 def find_running(connection: Connection, keys: Collection[JobKey]) -> dict[JobKey, Any]:
     """Return the rows that jobs have among those that run."""
-    statement = _FIND_RUNNING[connection.dialect.name]
     if connection.dialect.name == "sqlite":
-        rows = each(connection, statement, keys)
+        rows = each(connection, _FIND_RUNNING, keys)
     elif keys:
         values = {"tenants": [key.tenant for key in keys], "job_ids": [key.id for key in keys]}
-        rows = list(connection.execute(statement, values))
+        rows = list(connection.execute(_FIND_RUNNING["postgresql"], values))
     else:
         rows = []
     return {JobKey(row.tenant, row.job_id): row for row in rows}

@@ -6,10 +6,11 @@ Whoever changes a job locks its row in ``jobs`` first, several in the order of t
 tables; only a turn, which locks no job's row, takes from ``waiting`` what nobody has locked.
 """
 
-from collections.abc import Collection
+import json
+from collections.abc import Collection, Mapping
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Connection, Table, and_, bindparam, tuple_
+from sqlalchemy import ColumnElement, Connection, Table, and_, bindparam, func, select, tuple_
 
 from keepstream.results import JobStatus
 from keepstream.tables import jobs
@@ -28,23 +29,31 @@ def of_job(table: Table, key: JobKey) -> ColumnElement[bool]:
     return and_(table.c.tenant == key.tenant, table.c.job_id == key.id)
 
 
-def among(table: Table) -> ColumnElement[bool]:
-    """Select a table's rows of the jobs that the parameter ``keys`` names; for statements that ``each`` executes."""
-    name = table.c.id if table is jobs else table.c.job_id
-    return tuple_(table.c.tenant, name).in_(bindparam("keys", expanding=True))
+def among(table: Table) -> Mapping[str, ColumnElement[bool]]:
+    """Select a table's rows of the jobs that are named when ``each`` executes the statement; by dialect."""
+    return within(table.c.tenant, table.c.id if table is jobs else table.c.job_id)
 
 
-def each(connection: Connection, statement: Any, keys: Collection[Any]) -> list[Any]:
-    """Execute a statement with a parameter ``keys`` for these, in their order, each once; return its rows.
+def within(*columns: ColumnElement[Any]) -> Mapping[str, ColumnElement[bool]]:
+    """Select the rows whose ``columns`` have the values that ``each`` is given; by dialect.
 
-    SQLite, which has no statistics, would rather read a whole table than look for several keys, so there it is
-    executed for one after the other.
+    SQLite would read a whole table for a list of values, but looks for each that a query brings.
     """
+    value = func.json_each(bindparam("keys")).table_valued("value").c.value
+    brought = select(*(func.json_extract(value, f"$[{place}]") for place in range(len(columns))))
+    row = tuple_(*columns)
+    return {"postgresql": row.in_(bindparam("keys", expanding=True)), "sqlite": row.in_(brought)}
+
+
+def each(connection: Connection, statements: Mapping[str, Any], keys: Collection[Any]) -> list[Any]:
+    """Execute a statement, given by dialect, for the rows ``among`` these keys; return what it returns."""
     ordered = sorted(set(keys))
     if not ordered:
         return []
-    groups = [ordered] if connection.dialect.name == "postgresql" else [[key] for key in ordered]
-    return [row for group in groups for row in connection.execute(statement, {"keys": group})]
+    dialect = connection.dialect.name
+    return list(
+        connection.execute(statements[dialect], {"keys": json.dumps(ordered) if dialect == "sqlite" else ordered})
+    )
 
 
 def is_named(table: Table) -> ColumnElement[bool]:

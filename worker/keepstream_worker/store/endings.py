@@ -12,14 +12,14 @@ from enum import Enum, StrEnum, auto
 from types import SimpleNamespace
 from typing import Any, Final
 
-from sqlalchemy import Connection, Integer, bindparam, delete, or_, select, tuple_, update
+from sqlalchemy import Connection, Integer, bindparam, delete, or_, select, update
 
 from keepstream.client import queries
 from keepstream.client.endings import JobEnd, end_jobs, sum_usage, usage_columns
 from keepstream.client.lanes import pool_id
 from keepstream.results import TERMINAL_STATUSES, JobStatus, Usage, UsageSource
 from keepstream.tables import attempts, choices, jobs, now, running, tool_calls
-from keepstream_worker.store.conditions import among, each, is_job, is_named, name, of_job
+from keepstream_worker.store.conditions import among, each, is_job, is_named, name, of_job, within
 from keepstream_worker.store.pools import add_pools
 from keepstream_worker.store.waiting import Restart, restart
 from keepstream_worker.values import Ended, Ending, JobKey, Outcome
@@ -70,15 +70,12 @@ def end(connection: Connection, endings: list[Ending]) -> list[Ended | NotEnded]
 
 #: The fence: whose attempt is not among those that run has lost its job. It is not to be found by its worker, of whose
 #: dead rows there may be very many; PostgreSQL cannot know that.
-_STOP: Final = (
-    delete(running)
-    .where(
-        tuple_(running.c.tenant, running.c.job_id, running.c.attempt, running.c.worker_id.concat("")).in_(
-            bindparam("keys", expanding=True)
-        )
-    )
-    .returning(running)
-)
+_STOP: Final = {
+    dialect: delete(running).where(owned).returning(running)
+    for dialect, owned in within(
+        running.c.tenant, running.c.job_id, running.c.attempt, running.c.worker_id.concat("")
+    ).items()
+}
 
 
 def _stop(connection: Connection, endings: list[Ending]) -> dict[JobKey, Any]:
@@ -87,8 +84,8 @@ def _stop(connection: Connection, endings: list[Ending]) -> dict[JobKey, Any]:
     return {JobKey(row.tenant, row.job_id): row for row in each(connection, _STOP, named)}
 
 
-_LOCK: Final = (
-    select(
+_LOCK: Final = {
+    dialect: select(
         jobs.c.tenant,
         jobs.c.id,
         jobs.c.status,
@@ -99,10 +96,11 @@ _LOCK: Final = (
         jobs.c["class"].label("job_class"),
         jobs.c.cancel_requested_at,
     )
-    .where(among(jobs))
+    .where(named)
     .order_by(jobs.c.tenant, jobs.c.id)  # one order of locks for all workers
     .with_for_update(key_share=True)
-)
+    for dialect, named in among(jobs).items()
+}
 
 
 def _lock(connection: Connection, keys: list[JobKey]) -> dict[JobKey, Any]:

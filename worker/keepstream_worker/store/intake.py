@@ -191,7 +191,9 @@ class _Found(NamedTuple):
     pools: Mapping[int, Pool]
 
 
-_FIND_JOBS: Final = select(*claims.COLUMNS, jobs.c.request_hash).where(among(jobs))
+_FIND_JOBS: Final = {
+    dialect: select(*claims.COLUMNS, jobs.c.request_hash).where(named) for dialect, named in among(jobs).items()
+}
 
 
 def _find(connection: Connection, keys: list[JobKey]) -> _Found:
@@ -253,19 +255,23 @@ _NAMED: Final = (
     *(waiting.c[name] for name in ("seq", "lane", "pool", "restarted_due", "prompt_tokens", "max_tokens")),
 )
 _WAITS: Final = and_(waiting.c.tenant == jobs.c.tenant, waiting.c.job_id == jobs.c.id)
-_FIND_NAMED: Final = select(*_NAMED).outerjoin_from(jobs, waiting, _WAITS).where(among(jobs))
+_FIND_NAMED: Final = {
+    dialect: select(*_NAMED).outerjoin_from(jobs, waiting, _WAITS).where(named)
+    for dialect, named in among(jobs).items()
+}
 #: The same with their requests, and locked: from then on nobody but a turn moves them. If somebody had them locked, the
 #: rows by which they wait may be gone when this returns.
-_LOCK_NAMED: Final = (
-    _FIND_NAMED.add_columns(requests.c.job)
+_LOCK_NAMED: Final = {
+    dialect: find.add_columns(requests.c.job)
     .join_from(jobs, requests, and_(requests.c.tenant == jobs.c.tenant, requests.c.job_id == jobs.c.id))
     .order_by(jobs.c.tenant, jobs.c.id)
     .with_for_update(of=jobs, key_share=True)
-)
+    for dialect, find in _FIND_NAMED.items()
+}
 
 
-def _find_named(connection: Connection, statement: Any, keys: Collection[JobKey]) -> dict[JobKey, Any]:
-    return {JobKey(row.tenant, row.id): row for row in each(connection, statement, keys)}
+def _find_named(connection: Connection, statements: Mapping[str, Any], keys: Collection[JobKey]) -> dict[JobKey, Any]:
+    return {JobKey(row.tenant, row.id): row for row in each(connection, statements, keys)}
 
 
 def _start_named(

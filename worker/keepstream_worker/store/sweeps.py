@@ -168,12 +168,15 @@ _FIND_LOST: Final = {
     for dialect, of_silent in _OF_SILENT.items()
 }
 #: What somebody else has locked is looked after already.
-_TAKE_OVER: Final = (
-    select(jobs.c.tenant, jobs.c.id, jobs.c.attempt, jobs.c.tries, jobs.c.max_attempts, jobs.c.cancel_requested_at)
-    .where(among(jobs))
+_TAKE_OVER: Final = {
+    dialect: select(
+        jobs.c.tenant, jobs.c.id, jobs.c.attempt, jobs.c.tries, jobs.c.max_attempts, jobs.c.cancel_requested_at
+    )
+    .where(named)
     .order_by(jobs.c.tenant, jobs.c.id)
     .with_for_update(skip_locked=True, key_share=True)
-)
+    for dialect, named in among(jobs).items()
+}
 
 
 def _release_lost(connection: Connection, request: Sweep) -> list[Released]:
@@ -203,9 +206,10 @@ _FIND_EXPIRED: Final = (
     .order_by(waiting.c.expires_at)
     .limit(bindparam("limit", type_=Integer))
 )
-_STILL_WAITING: Final = (
-    select(waiting.c.tenant, waiting.c.job_id).where(among(waiting)).with_for_update(skip_locked=True)
-)
+_STILL_WAITING: Final = {
+    dialect: select(waiting.c.tenant, waiting.c.job_id).where(named).with_for_update(skip_locked=True)
+    for dialect, named in among(waiting).items()
+}
 
 
 def _end_expired(connection: Connection, request: Sweep) -> list[JobKey]:

@@ -95,12 +95,15 @@ def note_arrivals(connection: Connection, keys: Iterable[JobKey]) -> None:
     connection.execute(_ARRIVE, [name(key) for key in keys])
 
 
-_LOCK: Final = (
-    select(jobs.c.tenant, jobs.c.id, jobs.c.attempt, jobs.c.tries, jobs.c.max_attempts, jobs.c.cancel_requested_at)
-    .where(among(jobs))
+_LOCK: Final = {
+    dialect: select(
+        jobs.c.tenant, jobs.c.id, jobs.c.attempt, jobs.c.tries, jobs.c.max_attempts, jobs.c.cancel_requested_at
+    )
+    .where(named)
     .order_by(jobs.c.tenant, jobs.c.id)
     .with_for_update(key_share=True)
-)
+    for dialect, named in among(jobs).items()
+}
 #: Not to be found by its worker, as in ``endings``.
 _GIVE_UP: Final = (
     delete(running)
