@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import Connection, and_, bindparam, delete, select, update
+from sqlalchemy import ColumnElement, Connection, and_, bindparam, delete, select, tuple_, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from keepstream import tables
@@ -78,20 +78,21 @@ _END: Final = (
     )
 )
 
-_ENDED: Final = select(jobs.c.tenant, jobs.c.id, jobs.c.finished_at).where(
-    jobs.c.tenant == bindparam("of_tenant"),
-    jobs.c.id == bindparam("of_job"),
-    jobs.c.attempt == bindparam("attempt"),
-    jobs.c.status == bindparam("status"),
-)
+_ENDED: Final = select(jobs.c.tenant, jobs.c.id, jobs.c.finished_at)
+_ENDED_AS: Final = (jobs.c.tenant, jobs.c.id, jobs.c.attempt, jobs.c.status)
+_NAMES: Final = ("of_tenant", "of_job", "attempt", "status")
 
 
-def _to_announce(dialect: Any) -> Any:
-    insert = dialect.insert(announcements).from_select(["tenant", "job_id", "ended_at"], _ENDED)
+def _to_announce(dialect: Any, *ended: ColumnElement[bool]) -> Any:
+    insert = dialect.insert(announcements).from_select(["tenant", "job_id", "ended_at"], _ENDED.where(*ended))
     return insert.on_conflict_do_nothing()
 
 
-_ANNOUNCE: Final = {"postgresql": _to_announce(postgresql), "sqlite": _to_announce(sqlite)}
+#: For one after the other, or for all at once where each costs a plan.
+_ANNOUNCE: Final = _to_announce(
+    sqlite, *(column == bindparam(name) for column, name in zip(_ENDED_AS, _NAMES, strict=True))
+)
+_ANNOUNCE_ALL: Final = _to_announce(postgresql, tuple_(*_ENDED_AS).in_(bindparam("ended", expanding=True)))
 
 
 def end_jobs(connection: Connection, ends: Sequence[JobEnd]) -> None:
@@ -101,9 +102,6 @@ def end_jobs(connection: Connection, ends: Sequence[JobEnd]) -> None:
     """
     if not ends:
         return
-    named = [
-        {"of_tenant": end.tenant, "of_job": end.job_id, "attempt": end.attempt, "status": end.status} for end in ends
-    ]
     connection.execute(
         _END,
         [
@@ -125,7 +123,11 @@ def end_jobs(connection: Connection, ends: Sequence[JobEnd]) -> None:
             for end in ends
         ],
     )
-    connection.execute(_ANNOUNCE[connection.dialect.name], named)
+    named = [(end.tenant, end.job_id, end.attempt, end.status) for end in ends]
+    if connection.dialect.name == "postgresql":
+        connection.execute(_ANNOUNCE_ALL, {"ended": named})
+    else:
+        connection.execute(_ANNOUNCE, [dict(zip(_NAMES, values, strict=True)) for values in named])
 
 
 def stop_waiting(connection: Connection, tenant: str, job_id: str) -> bool:

@@ -141,7 +141,7 @@ _INSERT: Final = {"postgresql": intake_postgresql.insert, "sqlite": intake_sqlit
 def _rows_of(item: Incoming) -> Rows:
     if item.direct is None:
         return item.rows
-    return {**item.rows, jobs: {**item.rows[jobs], "status": JobStatus.RUNNING, "attempt": 1, "tries": 1}}
+    return {**item.rows, jobs: {**item.rows[jobs], "status": JobStatus.RUNNING.value, "attempt": 1, "tries": 1}}
 
 
 class _Place(NamedTuple):

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any, Final
 
-from sqlalchemy import JSON, Column, Connection, Table
+from sqlalchemy import JSON, Connection, String, Table
 from sqlalchemy.dialects import postgresql
 
 from keepstream.tables import jobs, pools, requests, waiting
@@ -31,7 +31,7 @@ def insert(
     """Insert jobs that have no row yet; return the new ones: tenant, id, whether it has expired, and the moment."""
     columns = tuple((table, name) for table, row in given[0][0].items() for name in row)
     values = {
-        _name(table, name): [_plain(table.c[name], rows[table][name]) for rows, _ in given] for table, name in columns
+        _name(table, name): _column(table, name, [rows[table][name] for rows, _ in given]) for table, name in columns
     }
     starts = [
         (None,) * len(_START)
@@ -47,8 +47,10 @@ def _name(table: Table, name: str) -> str:
     return f"{table.name}_{name}"
 
 
-def _plain(column: Column[Any], value: Any) -> Any:
-    return json.dumps(value) if isinstance(column.type, JSON) and value is not None else value
+def _column(table: Table, name: str, values: list[Any]) -> list[Any]:
+    if isinstance(table.c[name].type, JSON):
+        return [None if value is None else json.dumps(value) for value in values]
+    return values
 
 
 @cache
@@ -64,7 +66,9 @@ def _statement(columns: tuple[tuple[Table, str], ...]) -> str:
         names = ", ".join(f'"{name}"' for name in given)
         return f"INSERT INTO {table.name} ({names}) SELECT {', '.join(given.values())}"  # of constants
 
-    arrays = ", ".join(f"%({name})s::{type_}[]" for name, type_ in types.items())
+    # In the binary format, since in the other one the driver would look for each quotation mark in a prompt's JSON.
+    texts = {_name(table, name) for table, name in columns if isinstance(table.c[name].type, String | JSON)}
+    arrays = ", ".join(f"%({name}){'b' if name in texts else 's'}::{type_}[]" for name, type_ in types.items())
     started = "CASE WHEN g.at_worker_id IS NOT NULL THEN statement_timestamp() END"
     seconds = f"coalesce(g.{_name(jobs, 'total_timeout')}, g.at_total_timeout)"
     deadline = f"CASE WHEN g.at_worker_id IS NOT NULL THEN statement_timestamp() + make_interval(secs => {seconds}) END"

@@ -247,13 +247,28 @@ def _find_unannounced(connection: Connection, request: Sweep) -> list[JobKey]:
     return [JobKey(tenant, job_id) for tenant, job_id in rows]
 
 
-_MARK_ANNOUNCED: Final = delete(announcements).where(is_named(announcements))
+#: A sweeper, and the worker that ended them, may do so at the same time: what one has locked the other leaves to it.
+_MARK_ANNOUNCED: Final[dict[str, Any]] = {
+    "sqlite": delete(announcements).where(is_named(announcements)),
+    "postgresql": text("""
+DELETE FROM keepstream_announcements WHERE ctid = ANY(ARRAY(
+  SELECT a.place FROM unnest(CAST(:tenants AS text[]), CAST(:job_ids AS text[])) k(tenant, job_id)
+  CROSS JOIN LATERAL (
+    SELECT ctid AS place FROM keepstream_announcements WHERE tenant = k.tenant AND job_id = k.job_id
+    FOR UPDATE SKIP LOCKED
+  ) a
+))
+"""),
+}
 
 
 def mark_announced(connection: Connection, keys: list[JobKey]) -> list[None]:
     """Note that the terminal events of these jobs are in the log."""
-    # One after the other: a sweeper, and the worker that ended them, may do so at the same time.
-    connection.execute(_MARK_ANNOUNCED, [name(key) for key in sorted(set(keys))])
+    unique = sorted(set(keys))
+    values: Any = [name(key) for key in unique]
+    if connection.dialect.name == "postgresql":
+        values = {"tenants": [key.tenant for key in unique], "job_ids": [key.id for key in unique]}
+    connection.execute(_MARK_ANNOUNCED[connection.dialect.name], values)
     return [None] * len(keys)
 
 
