@@ -10,6 +10,7 @@ one queue and class with the same targets.  Their ids are hashes, so that nobody
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 
 
 def lane_id(tenant: str, job_class: str, queue: str) -> int:
@@ -22,6 +23,7 @@ def pool_id(queue: str, job_class: str, chain: Sequence[tuple[str, str]]) -> int
     return _number("pool", queue, job_class, *(part for target in chain for part in target))
 
 
+@lru_cache(maxsize=4096)  # most jobs are of few lanes and pools
 def _number(*parts: str) -> int:
     """Return a hash of 63 bits: among a million lanes two share one once in ten million deployments."""
     digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest()

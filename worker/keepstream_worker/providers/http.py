@@ -15,8 +15,8 @@ import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Final
+from functools import cache
+from typing import Any, Final
 
 import aiohttp
 import httpx2
@@ -79,20 +79,36 @@ class HeadRecorder(httpx2.AsyncBaseTransport):
         return httpx2.Response(200, extensions={"head": head})
 
 
+class _Connector(aiohttp.TCPConnector):
+    """Opens no more than so many connections at the same time; one that is open already is free to be used again."""
+
+    def __init__(self, *, limit: int, ssl: ssl.SSLContext, keepalive_timeout: float) -> None:
+        super().__init__(limit=limit, ssl=ssl, keepalive_timeout=keepalive_timeout)
+        self._opening = asyncio.Semaphore(_CONNECTING_AT_ONCE)
+
+    @override
+    async def _create_connection(
+        self, req: aiohttp.ClientRequest, traces: list[Any], timeout: aiohttp.ClientTimeout
+    ) -> Any:
+        # aiohttp has no other place for it: its signals tell of a beginning, but not of every end.
+        async with self._opening:
+            return await super()._create_connection(req, traces, timeout)
+
+
+@cache
+def _timeout(connect: float) -> aiohttp.ClientTimeout:
+    return aiohttp.ClientTimeout(sock_connect=connect)
+
+
 class HttpTransport:
     """The connections to one provider. Created, used and closed on one event loop."""
 
     def __init__(self, *, tls: ssl.SSLContext, proxy: str | None = None, max_connections: int | None = None) -> None:
         self._proxy = proxy
-        self._connecting = asyncio.Semaphore(_CONNECTING_AT_ONCE)
-        trace = aiohttp.TraceConfig()
-        trace.on_connection_create_start.append(_acquire_slot)
-        trace.on_connection_create_end.append(_release_slot)
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=max_connections or 0, ssl=tls, keepalive_timeout=_KEEP_ALIVE_SECONDS),
+            connector=_Connector(limit=max_connections or 0, ssl=tls, keepalive_timeout=_KEEP_ALIVE_SECONDS),
             cookie_jar=aiohttp.DummyCookieJar(),  # a cookie set for one tenant's request must not reach another's
             auto_decompress=False,
-            trace_configs=[trace],
         )
 
     async def send(
@@ -136,7 +152,6 @@ class HttpTransport:
             url = target
 
     async def _request(self, head: Head, url: URL, content: bytes, connect_timeout: float) -> aiohttp.ClientResponse:
-        slot = _ConnectSlot(self._connecting)
         try:
             return await self._session.request(
                 head.method,
@@ -146,13 +161,10 @@ class HttpTransport:
                 allow_redirects=False,
                 proxy=self._proxy,
                 # Only connecting is timed here; the watchdog times everything else, more cheaply.
-                timeout=aiohttp.ClientTimeout(sock_connect=connect_timeout),
-                trace_request_ctx=slot,
+                timeout=_timeout(connect_timeout),
             )
         except Exception as error:
             raise ProviderFailure(_failure(error)) from error
-        finally:
-            slot.release()
 
     async def aclose(self) -> None:
         """Close every connection."""
@@ -315,31 +327,6 @@ def _redirect_refused(body: "Body", target: URL | None) -> Failure:
 def _redirect_failure(body: "Body", message: str) -> Failure:
     code = ErrorCode.BAD_REQUEST
     return Failure(code=code, message=message, http_status=body.status, provider_request_id=body.request_id)
-
-
-class _ConnectSlot:
-    """A request's place among those that are connecting; a reused connection takes none."""
-
-    def __init__(self, connecting: asyncio.Semaphore) -> None:
-        self._connecting = connecting
-        self._taken = False
-
-    async def acquire(self) -> None:
-        await self._connecting.acquire()
-        self._taken = True
-
-    def release(self) -> None:
-        if self._taken:
-            self._taken = False
-            self._connecting.release()
-
-
-async def _acquire_slot(_: aiohttp.ClientSession, context: SimpleNamespace, __: object) -> None:
-    await context.trace_request_ctx.acquire()
-
-
-async def _release_slot(_: aiohttp.ClientSession, context: SimpleNamespace, __: object) -> None:
-    context.trace_request_ctx.release()
 
 
 async def _error_body(body: Body) -> bytes:

@@ -7,7 +7,7 @@ is, and no stream starts before.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Protocol
 
 from sqlalchemy import Connection, Float, Integer, Table, and_, bindparam, case, func, select, text, true, update
@@ -166,7 +166,14 @@ def find_running(connection: Connection, keys: Collection[JobKey]) -> dict[JobKe
 
 
 def make_claim(
-    row: Any, place: Place, pools: Mapping[int, Pool], text: str, total_timeout: float, *, is_new: bool
+    row: Any,
+    place: Place,
+    pools: Mapping[int, Pool],
+    text: str,
+    total_timeout: float,
+    *,
+    is_new: bool,
+    pick: Pick | None = None,
 ) -> Claim:
     """Return a claim as its rows say.
 
@@ -177,6 +184,7 @@ def make_claim(
         text: The job as JSON.
         total_timeout: Seconds, if the job does not say.
         is_new: Whether ``row`` was read before the attempt was written there.
+        pick: By which a turn has given it to the worker, if one has.
     """
     target = Target(place.provider, place.model)
     pool = pools.get(place.pool)
@@ -200,7 +208,8 @@ def make_claim(
         tokens=place.tokens,
         prompt_tokens=place.prompt_tokens,
         max_tokens=place.max_tokens,
-        chosen_at=row.now,
+        chosen_at=row.now if pick is None else pick.chosen_at,
+        running=0 if pick is None else pick.running,
     )
 
 
@@ -323,7 +332,6 @@ def begin(connection: Connection, picked: list[Picked]) -> list[Claim | None]:
             if is_new:
                 target = Target(place.provider, place.model)
                 starts.append(Start(owned, row.next_reason, target, item.total_timeout))
-            claim = make_claim(row, place, pools, row.job, item.total_timeout, is_new=is_new)
-            answers.append(replace(claim, chosen_at=item.pick.chosen_at, running=item.pick.running))
+            answers.append(make_claim(row, place, pools, row.job, item.total_timeout, is_new=is_new, pick=item.pick))
     start(connection, starts)
     return answers

@@ -139,8 +139,8 @@ SELECT tenant, job_id, attempt + 1, ?, ?, ?, lane, pool, ?, prompt_tokens, max_t
   strftime('%Y-%m-%d %H:%M:%f', 'now'), 0
 FROM keepstream_waiting WHERE seq = ?
 """
-_LEAVE: Final = "DELETE FROM keepstream_waiting WHERE seq = ?"
-_HANDLED: Final = "DELETE FROM keepstream_arrivals WHERE seq = ?"
+_LEAVE: Final = "DELETE FROM keepstream_waiting WHERE seq IN (SELECT value FROM json_each(?)) RETURNING seq"
+_HANDLED: Final = "DELETE FROM keepstream_arrivals WHERE seq IN (SELECT value FROM json_each(?))"
 _MOVE: Final = """
 UPDATE keepstream_standings SET time = ?, head = ?, active = ?, parked = ?
 WHERE lane = ? AND time = ? AND pool = ? AND (active IS NOT NULL) = ?
@@ -187,16 +187,15 @@ def write(connection: Connection, worker_id: str, n: int, decision: Decision) ->
             for standing in decision.new_standings
         ],
     )
-    taken = []
-    for pick in decision.picks:
-        values = (worker_id, *pick.target, pick.tokens, pick.job.seq)
-        if connection.exec_driver_sql(_START, values).rowcount:
-            taken.append(pick.job.seq)
-    _execute(connection, _LEAVE, [(seq,) for seq in taken])
-    _execute(connection, _HANDLED, [(seq,) for seq in decision.arrivals])
+    picks = [(worker_id, *pick.target, pick.tokens, pick.job.seq) for pick in decision.picks]
+    _execute(connection, _START, picks)
+    taken = frozenset(
+        seq for (seq,) in connection.exec_driver_sql(_LEAVE, (json.dumps([pick.job.seq for pick in decision.picks]),))
+    )
+    connection.exec_driver_sql(_HANDLED, (json.dumps(decision.arrivals),))
     row = (n, decision.arrivals_low, json.dumps(dict(decision.ready)), json.dumps(decision.closed), decision.state)
     _execute(connection, _APPEND, [row])
-    return Written(frozenset(taken), moved)
+    return Written(taken, moved)
 
 
 def _execute(connection: Connection, statement: str, values: list[tuple[Any, ...]]) -> int:
