@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Connection, and_, bindparam, delete, select, tuple_, update
+from sqlalchemy import ColumnElement, Connection, and_, bindparam, delete, select, tuple_
 from sqlalchemy.dialects import postgresql, sqlite
 
 from keepstream import tables
+from keepstream.client.groups import GroupUpdate
 from keepstream.errors import ErrorCode
 from keepstream.results import TERMINAL_STATUSES, JobStatus, Usage, UsageSource, output_sha256
 from keepstream.tables import announcements, arrivals, attempts, choices, jobs, running, waiting
@@ -46,36 +47,26 @@ class JobEnd:
 _COLUMNS: Final = frozenset({"prompt_tokens", "completion_tokens", "total_tokens"})
 _TOP: Final = 3  #: Levels of a report that are summed.
 
-_END: Final = (
-    update(jobs)
-    .where(
-        jobs.c.tenant == bindparam("of_tenant"),
-        jobs.c.id == bindparam("of_job"),
-        jobs.c.attempt == bindparam("held_attempt"),
-        # Not "not in": SQLAlchemy expands that anew for each execution, which it cannot do for many rows at once.
-        and_(*(jobs.c.status != status for status in sorted(TERMINAL_STATUSES))),
-    )
-    .values(
-        {
-            column: bindparam(column)
-            for column in (
-                "status",
-                "attempt",
-                "error_code",
-                "error_message",
-                "partial",
-                "output_sha256",
-                "terminal_event_id",
-                "provider_details",
-                "prompt_tokens",
-                "completion_tokens",
-                "total_tokens",
-                "usage_source",
-                "usage",
-            )
-        }
-        | {"finished_at": tables.now()}
-    )
+_END: Final = GroupUpdate(
+    jobs,
+    key=("tenant", "id", "attempt"),
+    columns=(
+        "status",
+        "attempt",
+        "error_code",
+        "error_message",
+        "partial",
+        "output_sha256",
+        "terminal_event_id",
+        "provider_details",
+        "prompt_tokens",
+        "completion_tokens",
+        "total_tokens",
+        "usage_source",
+        "usage",
+    ),
+    also={"finished_at": tables.now()},
+    only=[jobs.c.status != status for status in sorted(TERMINAL_STATUSES)],
 )
 
 _ENDED: Final = select(jobs.c.tenant, jobs.c.id, jobs.c.finished_at)
@@ -102,32 +93,27 @@ def end_jobs(connection: Connection, ends: Sequence[JobEnd]) -> None:
     """
     if not ends:
         return
-    connection.execute(
-        _END,
-        [
-            {
-                "of_tenant": end.tenant,
-                "of_job": end.job_id,
-                "held_attempt": end.held_attempt,
-                "status": end.status,
-                "attempt": end.attempt,
-                "error_code": end.error_code,
-                "error_message": end.error_message,
-                "partial": bool(end.contents) and end.status is not JobStatus.COMPLETED,
-                "output_sha256": output_sha256(end.contents),
-                "terminal_event_id": end.terminal_event_id,
-                "provider_details": end.provider_details,
-                "usage": end.usage and end.usage.details,
-                **usage_columns(end.usage),
-            }
-            for end in ends
-        ],
-    )
+    _END.execute(connection, [((end.tenant, end.job_id, end.held_attempt), _values(end)) for end in ends])
     named = [(end.tenant, end.job_id, end.attempt, end.status) for end in ends]
     if connection.dialect.name == "postgresql":
         connection.execute(_ANNOUNCE_ALL, {"ended": named})
     else:
         connection.execute(_ANNOUNCE, [dict(zip(_NAMES, values, strict=True)) for values in named])
+
+
+def _values(end: JobEnd) -> dict[str, Any]:
+    return {
+        "status": end.status,
+        "attempt": end.attempt,
+        "error_code": end.error_code,
+        "error_message": end.error_message,
+        "partial": bool(end.contents) and end.status is not JobStatus.COMPLETED,
+        "output_sha256": output_sha256(end.contents),
+        "terminal_event_id": end.terminal_event_id,
+        "provider_details": end.provider_details,
+        "usage": end.usage and end.usage.details,
+        **usage_columns(end.usage),
+    }
 
 
 def stop_waiting(connection: Connection, tenant: str, job_id: str) -> bool:

@@ -16,6 +16,7 @@ from sqlalchemy import Connection, Integer, bindparam, delete, or_, select, upda
 
 from keepstream.client import queries
 from keepstream.client.endings import JobEnd, end_jobs, sum_usage, usage_columns
+from keepstream.client.groups import GroupUpdate, insert_group
 from keepstream.client.lanes import pool_id
 from keepstream.results import TERMINAL_STATUSES, JobStatus, Usage, UsageSource
 from keepstream.tables import attempts, choices, jobs, now, running, tool_calls
@@ -122,34 +123,25 @@ def _standing(row: Any, ending: Ending) -> NotEnded | _Standing:
     return _Standing.WRITTEN if written else NotEnded.SUPERSEDED
 
 
-_WRITE_ATTEMPT: Final = (
-    update(attempts)
-    .where(
-        attempts.c.tenant == bindparam("of_tenant"),
-        attempts.c.job_id == bindparam("of_job"),
-        attempts.c.number == bindparam("of_number"),
-    )
-    .values(
-        {
-            column: bindparam(column)
-            for column in (
-                "outcome",
-                "first_token_ms",
-                "error_code",
-                "error_message",
-                "http_status",
-                "retryable",
-                "provider_request_id",
-                "provider_error",
-                "prompt_tokens",
-                "completion_tokens",
-                "total_tokens",
-                "usage_source",
-                "usage",
-            )
-        }
-        | {"finished_at": now()}
-    )
+_WRITE_ATTEMPT: Final = GroupUpdate(
+    attempts,
+    key=("tenant", "job_id", "number"),
+    columns=(
+        "outcome",
+        "first_token_ms",
+        "error_code",
+        "error_message",
+        "http_status",
+        "retryable",
+        "provider_request_id",
+        "provider_error",
+        "prompt_tokens",
+        "completion_tokens",
+        "total_tokens",
+        "usage_source",
+        "usage",
+    ),
+    also={"finished_at": now()},
 )
 
 
@@ -159,27 +151,22 @@ def _write_attempts(connection: Connection, endings: list[Ending]) -> None:
             connection.execute(
                 delete(attempts).where(of_job(attempts, ending.key), attempts.c.number == ending.attempt)
             )
-    connection.execute(
-        _WRITE_ATTEMPT,
-        [
-            {
-                "of_tenant": ending.key.tenant,
-                "of_job": ending.key.id,
-                "of_number": ending.attempt,
-                "outcome": ending.outcome,
-                "first_token_ms": ending.first_token_ms,
-                "error_code": ending.failure and ending.failure.code,
-                "error_message": ending.failure and ending.failure.message,
-                "http_status": ending.failure and ending.failure.http_status,
-                "retryable": ending.retryable,
-                "provider_request_id": ending.provider_request_id,
-                "provider_error": _provider_error(ending),
-                "usage": ending.usage.details,
-                **usage_columns(ending.usage),
-            }
-            for ending in endings
-        ],
-    )
+    _WRITE_ATTEMPT.execute(connection, [((*ending.key, ending.attempt), _attempt_values(ending)) for ending in endings])
+
+
+def _attempt_values(ending: Ending) -> dict[str, Any]:
+    return {
+        "outcome": ending.outcome,
+        "first_token_ms": ending.first_token_ms,
+        "error_code": ending.failure and ending.failure.code,
+        "error_message": ending.failure and ending.failure.message,
+        "http_status": ending.failure and ending.failure.http_status,
+        "retryable": ending.retryable,
+        "provider_request_id": ending.provider_request_id,
+        "provider_error": _provider_error(ending),
+        "usage": ending.usage.details,
+        **usage_columns(ending.usage),
+    }
 
 
 def _provider_error(ending: Ending) -> dict[str, Any] | None:
@@ -228,10 +215,8 @@ def _write_outputs(connection: Connection, endings: list[Ending]) -> None:
         for choice in ending.choices
         for position, call in enumerate(choice.tool_calls)
     ]
-    if choice_rows:
-        connection.execute(choices.insert(), choice_rows)
-    if call_rows:
-        connection.execute(tool_calls.insert(), call_rows)
+    insert_group(connection, choices, choice_rows)
+    insert_group(connection, tool_calls, call_rows)
 
 
 def _total(connection: Connection, ending: Ending) -> Ended:

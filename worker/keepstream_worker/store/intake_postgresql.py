@@ -4,14 +4,13 @@ In: rows by table, as ``keepstream.client.queries.new_rows`` has them, and how t
 which jobs are new.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any, Final
 
-from sqlalchemy import JSON, Connection, String, Table
-from sqlalchemy.dialects import postgresql
+from sqlalchemy import Connection, Table
 
+from keepstream.client.groups import array_of, array_values
 from keepstream.tables import jobs, pools, requests, waiting
 from keepstream_worker.store.claims import Direct, Rows
 
@@ -31,7 +30,8 @@ def insert(
     """Insert jobs that have no row yet; return the new ones: tenant, id, whether it has expired, and the moment."""
     columns = tuple((table, name) for table, row in given[0][0].items() for name in row)
     values = {
-        _name(table, name): _column(table, name, [rows[table][name] for rows, _ in given]) for table, name in columns
+        _name(table, name): array_values(table, name, [rows[table][name] for rows, _ in given])
+        for table, name in columns
     }
     starts = [
         (None,) * len(_START)
@@ -47,18 +47,9 @@ def _name(table: Table, name: str) -> str:
     return f"{table.name}_{name}"
 
 
-def _column(table: Table, name: str, values: list[Any]) -> list[Any]:
-    if isinstance(table.c[name].type, JSON):
-        return [None if value is None else json.dumps(value) for value in values]
-    return values
-
-
 @cache
 def _statement(columns: tuple[tuple[Table, str], ...]) -> str:
-    dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
-    types = {_name(table, name): table.c[name].type.compile(dialect) for table, name in columns} | {
-        f"at_{name}": type_ for name, type_ in _START.items()
-    }
+    names = [_name(table, name) for table, name in columns] + [f"at_{name}" for name in _START]
 
     def into(table: Table, **further: str) -> str:
         """Return the beginning of an insertion of what was given of a table's columns."""
@@ -66,9 +57,10 @@ def _statement(columns: tuple[tuple[Table, str], ...]) -> str:
         names = ", ".join(f'"{name}"' for name in given)
         return f"INSERT INTO {table.name} ({names}) SELECT {', '.join(given.values())}"  # of constants
 
-    # In the binary format, since in the other one the driver would look for each quotation mark in a prompt's JSON.
-    texts = {_name(table, name) for table, name in columns if isinstance(table.c[name].type, String | JSON)}
-    arrays = ", ".join(f"%({name}){'b' if name in texts else 's'}::{type_}[]" for name, type_ in types.items())
+    arrays = ", ".join(
+        [array_of(table, name, _name(table, name)) for table, name in columns]
+        + [f"%(at_{name})s::{type_}[]" for name, type_ in _START.items()]
+    )
     started = "CASE WHEN g.at_worker_id IS NOT NULL THEN statement_timestamp() END"
     seconds = f"coalesce(g.{_name(jobs, 'total_timeout')}, g.at_total_timeout)"
     deadline = f"CASE WHEN g.at_worker_id IS NOT NULL THEN statement_timestamp() + make_interval(secs => {seconds}) END"
@@ -76,7 +68,7 @@ def _statement(columns: tuple[tuple[Table, str], ...]) -> str:
     sizes = ", ".join(f"g.{_name(waiting, name)}" for name in ("prompt_tokens", "max_tokens"))
     return f"""
 WITH given AS (
-  SELECT * FROM unnest({arrays}) g({", ".join(types)})
+  SELECT * FROM unnest({arrays}) g({", ".join(names)})
 ), new AS (
   {into(jobs, created_at="statement_timestamp()", started_at=started, deadline_at=deadline)}
   FROM given g ON CONFLICT DO NOTHING RETURNING tenant, id
