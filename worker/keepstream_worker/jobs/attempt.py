@@ -85,6 +85,13 @@ class Attempt:
         self._requested_at = time.monotonic()
         self._first_output_at: float | None = None
 
+    def close(self) -> None:
+        """Let go of the publication, which holds on to this attempt while it has something to send.
+
+        Two that hold each other would stay until the garbage collector looks for such, and it stops the process.
+        """
+        del self.publication
+
     @property
     def request(self) -> dict[str, Any]:
         """The request as it goes to the target: a fallback names its own model."""

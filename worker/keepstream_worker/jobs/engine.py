@@ -106,6 +106,7 @@ class Engine:
                 with self._streams.figures.flow(*claim.target) as flow:
                     attempt = Attempt(job, claim, self._publisher, active, self._streams.prompts, flow)
                     ending = await self._attempt(active, attempt)
+                attempt.close()
             self._on_end(claim, ending)
         except StoreRefusedError:
             # No outage, for which it would wait, and not the fault of a value: the sweep finds the job.
