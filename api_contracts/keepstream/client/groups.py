@@ -79,7 +79,7 @@ class GroupUpdate:
         self._each = (
             update(table)
             .where(and_(*(table.c[column] == bindparam(f"old_{column}") for column in key), *only))
-            .values({column: bindparam(column) for column in columns} | also)
+            .values({column: bindparam(column) for column in columns} | dict(also))
         )
         self._all = self._for_postgresql(also, only)
 
@@ -113,7 +113,7 @@ WHERE t.ctid = m.place
             return
         if connection.dialect.name != "postgresql":
             old = [f"old_{column}" for column in self._key]
-            connection.execute(self._each, [dict(zip(old, key, strict=True)) | row for key, row in rows])
+            connection.execute(self._each, [{**dict(zip(old, key, strict=True)), **row} for key, row in rows])
             return
         values = {f"old_{column}": [key[place] for key, _ in rows] for place, column in enumerate(self._key)} | {
             column: array_values(self._table, column, [row[column] for _, row in rows]) for column in self._columns

@@ -225,9 +225,10 @@ class Start(NamedTuple):
 #: The job's own, or the worker's.
 _TOTAL_TIMEOUT: Final = func.coalesce(jobs.c.total_timeout, bindparam("given_timeout", type_=Float))
 
-#: The job's row says which attempt runs.
-_START: Final = (
-    update(jobs)
+#: The job's row says which attempt runs, and the attempt has a row: on PostgreSQL, where each statement costs a round
+#: trip and a plan, both at once for all jobs of a group.
+_START: Final[dict[str, Any]] = {
+    "sqlite": update(jobs)
     .where(is_named(jobs))
     .values(
         status=JobStatus.RUNNING,
@@ -235,52 +236,51 @@ _START: Final = (
         tries=jobs.c.tries + 1,
         started_at=func.coalesce(jobs.c.started_at, now()),
         deadline_at=func.coalesce(jobs.c.deadline_at, seconds_from_now(_TOTAL_TIMEOUT)),
-    )
-)
-_OPEN_ATTEMPT: Final = attempts.insert().values(started_at=now())
-
-
-#: Both at once for all jobs of a group, on PostgreSQL, where each statement costs a round trip and a plan.
-_START_ALL: Final = """
+    ),
+    "postgresql": text("""
 WITH given AS (
-  SELECT * FROM unnest(%(tenants)s::text[], %(job_ids)s::text[], %(attempts)s::int[], %(reasons)s::text[],
-    %(worker_ids)s::text[], %(providers)s::text[], %(models)s::text[], %(total_timeouts)s::float8[])
-    g(tenant, job_id, attempt, reason, worker_id, provider, model, total_timeout)
+  SELECT * FROM unnest(CAST(:tenants AS text[]), CAST(:job_ids AS text[]), CAST(:numbers AS int[]),
+    CAST(:reasons AS text[]), CAST(:worker_ids AS text[]), CAST(:providers AS text[]), CAST(:models AS text[]),
+    CAST(:total_timeouts AS float8[]))
+    g(tenant, job_id, number, reason, worker_id, provider, model, total_timeout)
 ), met AS (
-  SELECT j.place, g.attempt, g.total_timeout FROM given g CROSS JOIN LATERAL (
+  SELECT j.place, g.number, g.total_timeout FROM given g CROSS JOIN LATERAL (
     SELECT ctid AS place FROM keepstream_jobs WHERE tenant = g.tenant AND id = g.job_id OFFSET 0
   ) j
 ), started AS (
-  UPDATE keepstream_jobs j SET status = 'running', attempt = m.attempt, tries = j.tries + 1,
+  UPDATE keepstream_jobs j SET status = 'running', attempt = m.number, tries = j.tries + 1,
     started_at = coalesce(j.started_at, statement_timestamp()),
     deadline_at = coalesce(j.deadline_at, statement_timestamp()
       + make_interval(secs => coalesce(j.total_timeout, m.total_timeout)))
   FROM met m WHERE j.ctid = m.place
 )
 INSERT INTO keepstream_attempts (tenant, job_id, number, reason, worker_id, provider, model, started_at)
-SELECT tenant, job_id, attempt, reason, worker_id, provider, model, statement_timestamp() FROM given
-"""
+SELECT tenant, job_id, number, reason, worker_id, provider, model, statement_timestamp() FROM given
+"""),
+}
+_OPEN_ATTEMPT: Final = {"sqlite": attempts.insert().values(started_at=now())}
 
 
 def start(connection: Connection, starts: Sequence[Start]) -> None:
     """Write that attempts begin, in the rows of their jobs, which the caller has locked, and in their own."""
     if not starts:
         return
-    if connection.dialect.name == "postgresql":
+    dialect = connection.dialect.name
+    if dialect == "postgresql":
         values = {
             "tenants": [start.owned.key.tenant for start in starts],
             "job_ids": [start.owned.key.id for start in starts],
-            "attempts": [start.owned.attempt for start in starts],
+            "numbers": [start.owned.attempt for start in starts],
             "reasons": [start.reason for start in starts],
             "worker_ids": [start.owned.worker_id for start in starts],
             "providers": [start.target.provider for start in starts],
             "models": [start.target.model for start in starts],
             "total_timeouts": [start.total_timeout for start in starts],
         }
-        connection.exec_driver_sql(_START_ALL, values)
+        connection.execute(_START[dialect], values)
     else:
         connection.execute(
-            _START,
+            _START[dialect],
             [
                 name(start.owned.key) | {"new_attempt": start.owned.attempt, "given_timeout": start.total_timeout}
                 for start in starts
@@ -290,11 +290,11 @@ def start(connection: Connection, starts: Sequence[Start]) -> None:
 
 
 def open_attempts(connection: Connection, starts: Sequence[Start]) -> None:
-    """Write the rows of attempts that begin."""
+    """Write the rows of attempts that begin; SQLite's."""
     if not starts:
         return
     connection.execute(
-        _OPEN_ATTEMPT,
+        _OPEN_ATTEMPT["sqlite"],
         [
             {
                 "tenant": start.owned.key.tenant,
