@@ -36,6 +36,7 @@ def test_jobs_that_wait_are_chosen_by_age_and_fairly(engine: Engine, database_ur
         claims = store.begin(connection, [store.Picked(pick, "me", TIMEOUT) for pick in turned.picks])
     for pick, claim in zip(turned.picks, claims, strict=True):
         assert claim is not None
+        assert isinstance(claim.job, str)
         job = parse_job(json.loads(claim.job))
         assert (job.tenant, job.id) == pick.job.key
 

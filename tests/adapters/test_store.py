@@ -311,7 +311,7 @@ def test_a_job_that_nothing_is_to_be_chosen_for_starts_when_it_is_stored(db: Sto
     assert isinstance(claim, Claim)
     assert (claim.attempt, claim.tries, claim.reason, claim.expired) == (1, 1, AttemptReason.FIRST, False)
     assert (claim.target, claim.chain, claim.tokens, claim.max_tokens) == (TARGET, (TARGET,), 7, 5)
-    assert claim.job == make_job(expires_at="2099-01-01T00:00:00Z", max_tokens=5).to_json()
+    assert claim.job == make_job(expires_at="2099-01-01T00:00:00Z", max_tokens=5)
     assert 55 < claim.remaining_seconds < 60.1  # SQLite's clock counts days, in steps of 40 µs
     result = db.get()
     assert (result.status, result.attempt) == (JobStatus.RUNNING, 1)

@@ -122,6 +122,8 @@ class Engine:
 
     def _read(self, claim: Claim) -> Job | None:
         """Return the job; None if it is of a newer version, whose workers will read it."""
+        if isinstance(claim.job, Job):
+            return claim.job
         try:
             return parse_job(json.loads(claim.job))
         except (InvalidJobError, ValueError) as error:

@@ -12,6 +12,7 @@ from typing import Any, Final, NamedTuple, Protocol
 
 from sqlalchemy import Connection, Float, Integer, Table, and_, bindparam, case, func, select, text, true, update
 
+from keepstream.jobs import Job
 from keepstream.results import TERMINAL_STATUSES, JobStatus
 from keepstream.tables import attempts, epoch_seconds, jobs, now, requests, running, seconds_from_now, seconds_until
 from keepstream_worker.store.conditions import among, each, is_named, name
@@ -57,7 +58,7 @@ class Claim:
     remaining_seconds: float  #: Until the job's total time is used up.
     expired: bool  #: The job's ``expires_at`` had passed before its first attempt.
     cancel_requested: bool
-    job: str  #: As it was enqueued, JSON.
+    job: Job | str  #: As its message brought it, or as it is stored: JSON.
     target: Target  #: Whom to ask.
     chain: tuple[Target, ...]  #: What is left of the job's targets, from ``target`` on.
     queue: str
@@ -169,7 +170,7 @@ def make_claim(
     row: Any,
     place: Place,
     pools: Mapping[int, Pool],
-    text: str,
+    job: Job | str,
     total_timeout: float,
     *,
     is_new: bool,
@@ -181,7 +182,7 @@ def make_claim(
         row: The job's, with ``COLUMNS``.
         place: The one that it has among those that run.
         pools: Has its pool.
-        text: The job as JSON.
+        job: As ``Claim.job``.
         total_timeout: Seconds, if the job does not say.
         is_new: Whether ``row`` was read before the attempt was written there.
         pick: By which a turn has given it to the worker, if one has.
@@ -198,7 +199,7 @@ def make_claim(
         remaining_seconds=(row.total_timeout or total_timeout) if row.remaining is None else row.remaining,
         expired=place.attempt == 1 and bool(row.has_expired),
         cancel_requested=row.cancel_requested_at is not None,
-        job=text,
+        job=job,
         target=target,
         chain=chain[chain.index(target) :] if target in chain else (target,),
         queue=row.queue,

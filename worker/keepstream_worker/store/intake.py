@@ -169,7 +169,7 @@ def _new_claim(item: Incoming, direct: Direct, new: _New) -> Claim:
         remaining_seconds=job.total_timeout or direct.total_timeout,
         expired=new.expired,
         cancel_requested=False,
-        job=item.text,
+        job=job,
         target=direct.target,
         chain=chain[chain.index(direct.target) :],
         queue=item.queue,
@@ -212,7 +212,7 @@ def _known(item: Incoming, found: _Found) -> Claim | Stored:
         return Stored.OTHER_REQUEST
     place: Any = found.places.get(item.key)
     if item.direct is not None and _is_ours(row, place, item.direct.worker_id):
-        return claims.make_claim(row, place, found.pools, item.text, item.direct.total_timeout, is_new=False)
+        return claims.make_claim(row, place, found.pools, item.job, item.direct.total_timeout, is_new=False)
     return Stored.KNOWN
 
 
