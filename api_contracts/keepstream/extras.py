@@ -248,6 +248,8 @@ def json_bytes(value: Any) -> int:
     """Return the bytes of a value as JSON; of a text, its own."""
     if type(value) is str:
         return len(value) if value.isascii() else len(value.encode(errors="surrogatepass"))
+    if type(value) is int:
+        return len(str(value))
     return len(json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode(errors="surrogatepass"))
 
 

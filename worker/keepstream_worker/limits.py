@@ -32,7 +32,7 @@ class Limits:
 
     def __bool__(self) -> bool:
         """Whether anything is limited."""
-        return any(getattr(self, each.name) is not None for each in fields(self))
+        return (self.concurrency, self.requests_per_minute, self.tokens_per_minute) != (None, None, None)
 
     def or_else(self, other: "Limits") -> "Limits":
         """Return these limits, completed by those of ``other``."""
