@@ -24,10 +24,10 @@ from keepstream_worker.jobs.usage import PromptSizes
 from keepstream_worker.settings import load_settings
 from keepstream_worker.store import Claim
 from keepstream_worker.telemetry.figures import Figures
-from keepstream_worker.values import AttemptReason, Delta, Ended, JobKey, Target
+from keepstream_worker.values import Delta, Ended, JobKey
+from tests.claims import claim_of
 from tests.jobs import make_job
 
-TARGET = Target("default", "m")
 OF_AN_ATTEMPT = (Attempt, ActiveJob, Claim, Publication)
 
 
@@ -70,30 +70,6 @@ class Streams:
         attempt.publish_output([Delta(0, {"content": "Hello"})])
 
 
-def claim() -> Claim:
-    return Claim(
-        key=JobKey("default", "a"),
-        attempt=1,
-        tries=1,
-        max_attempts=None,
-        reason=AttemptReason.FIRST,
-        remaining_seconds=60.0,
-        expired=False,
-        cancel_requested=False,
-        job=make_job(id="a"),
-        target=TARGET,
-        chain=(TARGET,),
-        queue="completions",
-        job_class="interactive",
-        lane=1,
-        pool=1,
-        tokens=500,
-        prompt_tokens=10,
-        max_tokens=None,
-        chosen_at=0.0,
-    )
-
-
 @pytest.mark.usefixtures("without_collector")
 async def test_an_attempt_that_has_ended_is_gone_without_the_garbage_collector(publisher: Publisher) -> None:
     streams = Streams()
@@ -109,7 +85,7 @@ async def test_an_attempt_that_has_ended_is_gone_without_the_garbage_collector(p
         lambda _: 10.0,
         on_end=lambda claim, _: ended.append(claim),
     )
-    engine.start(claim())
+    engine.start(claim_of(JobKey("default", "a"), make_job(id="a")))
     await until(lambda: ended)
     ended.clear()
     await engine.wait_for_announcements(30)

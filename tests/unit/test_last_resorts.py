@@ -53,11 +53,12 @@ from keepstream_worker.upkeep.cancel_listener import CancelListener
 from keepstream_worker.upkeep.periodic import PeriodicTask
 from keepstream_worker.upkeep.sweeper import Sweeper
 from keepstream_worker.upkeep.unreadable_messages import UnreadableMessages
-from keepstream_worker.values import AttemptReason, Ended, Ending, JobKey, Target
+from keepstream_worker.values import Ended, Ending, JobKey
+from tests import claims
+from tests.claims import TARGET
 
 SECRET: Final = "the prompt of a customer"
 BAD, GOOD = JobKey("default", "bad"), JobKey("default", "good")
-TARGET: Final = Target("default", "m")
 PATIENCE: Final = 60.0
 NOBODY: Final = cast("Any", None)
 
@@ -290,27 +291,7 @@ async def delivery_is_stored() -> None:
 def claim_of(key: JobKey) -> Claim:
     """Return a claim of a job's first attempt."""
     request = {"model": "m", "messages": [{"role": "user", "content": SECRET}]}
-    return Claim(
-        key=key,
-        attempt=1,
-        tries=1,
-        max_attempts=None,
-        reason=AttemptReason.FIRST,
-        remaining_seconds=60.0,
-        expired=False,
-        cancel_requested=False,
-        job=json.dumps({"v": 2, "id": key.id, "request": request}),
-        target=TARGET,
-        chain=(TARGET,),
-        queue="completions",
-        job_class="interactive",
-        lane=1,
-        pool=1,
-        tokens=500,
-        prompt_tokens=10,
-        max_tokens=None,
-        chosen_at=0.0,
-    )
+    return claims.claim_of(key, json.dumps({"v": 2, "id": key.id, "request": request}))
 
 
 def make_engine(endings: list[Ending], streams: Any, outbox: Any, on_end: Any) -> Engine:

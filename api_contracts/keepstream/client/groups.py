@@ -93,13 +93,13 @@ class GroupUpdate:
         }
         quoted = ", ".join(f'"{name}"' for name in names)
         return f"""
-UPDATE {table.name} t SET {", ".join(f'"{column}" = {value}' for column, value in written.items())}
+UPDATE {table.name} SET {", ".join(f'"{column}" = {value}' for column, value in written.items())}
 FROM (
   SELECT f.place, g.* FROM unnest({arrays}) g({quoted}) CROSS JOIN LATERAL (
     SELECT ctid AS place FROM {table.name} WHERE {" AND ".join(found)} OFFSET 0
   ) f
 ) m
-WHERE t.ctid = m.place
+WHERE {table.name}.ctid = m.place
 """  # noqa: S608  # of constants
 
     def execute(self, connection: Connection, rows: Sequence[tuple[Sequence[Any], Row]]) -> None:

@@ -265,9 +265,11 @@ DELETE FROM keepstream_announcements WHERE ctid = ANY(ARRAY(
 def mark_announced(connection: Connection, keys: list[JobKey]) -> list[None]:
     """Note that the terminal events of these jobs are in the log."""
     unique = sorted(set(keys))
-    values: Any = [name(key) for key in unique]
+    values: Any
     if connection.dialect.name == "postgresql":
         values = {"tenants": [key.tenant for key in unique], "job_ids": [key.id for key in unique]}
+    else:
+        values = [name(key) for key in unique]
     connection.execute(_MARK_ANNOUNCED[connection.dialect.name], values)
     return [None] * len(keys)
 
